@@ -1,0 +1,254 @@
+"""The catalogue: every fact of every model and checkpoint, from `catalog.toml`.
+
+timm's pretrained cfgs, `python -m res2net_zoo list`, the model cards and the accuracies that
+`scripts/validate.py` compares with all come from here.
+"""
+
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, TypeVar
+
+from huggingface_hub.dataclasses import strict, validated_field
+from huggingface_hub.errors import StrictDataclassError
+
+INTERPOLATIONS = ("bilinear", "bicubic")
+FORMATS = ("torch", "paddle", "mindspore", "mmengine", "holocron")
+
+Record = TypeVar("Record")
+
+
+class CatalogError(ValueError):
+    """A wrong or missing field in the catalogue; names the entry and the field."""
+
+
+def _check(accept: Callable[[Any], bool], wanted: str) -> Any:
+    def validate(value: Any) -> None:
+        if not accept(value):
+            raise ValueError(f"{value!r} is not {wanted}")
+
+    return validated_field(validate)
+
+
+def _shape(value: list[int]) -> bool:
+    return len(value) == 3 and all(size > 0 for size in value)
+
+
+def _channels(value: list[float]) -> bool:
+    return len(value) > 0 and all(0 <= x <= 1 for x in value)
+
+
+def _percent(value: float) -> bool:
+    return 0 <= value <= 100
+
+
+def _filled(value: str) -> bool:
+    return bool(value.strip())
+
+
+@strict
+@dataclass
+class Accuracy:
+    """One published accuracy of a checkpoint.
+
+    Attributes:
+        dataset: What it was measured on, such as `imagenet-1k`.
+        split: Split of that dataset.
+        top1: Top-1 accuracy in percent.
+        top5: Top-5 accuracy in percent.
+        source: Who published it, and where.
+    """
+
+    dataset: str = _check(_filled, "a dataset's name")
+    split: str = _check(_filled, "a split's name")
+    top1: float = _check(_percent, "a percentage")
+    top5: float = _check(_percent, "a percentage")
+    source: str = _check(_filled, "a source")
+
+
+@strict
+@dataclass
+class Architecture:
+    """One registered model.
+
+    Attributes:
+        name: Its name in timm's registry.
+        title: What it is, in words.
+        parameters: Number of parameters with `num_classes` classes.
+        macs: Multiply-accumulates of one image of `input_size`.
+        input_size: (channels, height, width) of the default input.
+        num_classes: Default number of classes.
+        first_conv: Name of the module that takes the image, for timm to adapt to other channels.
+    """
+
+    name: str = _check(_filled, "a name")
+    title: str = _check(_filled, "a title")
+    parameters: int = _check(lambda n: n > 0, "a number of parameters")
+    macs: int = _check(lambda n: n > 0, "a number of multiply-accumulates")
+    input_size: list[int] = _check(_shape, "channels, height and width")
+    num_classes: int = _check(lambda n: n > 0, "a number of classes")
+    first_conv: str = _check(_filled, "a module's name")
+
+
+@strict
+@dataclass
+class Checkpoint:
+    """One released weight file.
+
+    Attributes:
+        architecture: Name of its architecture.
+        tag: Which of the architecture's checkpoints it is, timm's pretrained tag.
+        released_by: Who trained and released it.
+        url: Where the original file is.
+        sha256: Start of the original file's SHA-256, as far as its release gives it, else `""`.
+        format: What kind of file the original is.
+        hub_id: Repository on the Hub that has it as safetensors, else `""`.
+        license: SPDX identifier of the licence that its release states.
+        license_note: What that statement covers, where it does not plainly cover the weights.
+        input_size: (channels, height, width) of the evaluation's input.
+        crop_pct: Share of the resized image that the centre crop keeps.
+        interpolation: How the image is resized.
+        mean: Mean of each channel, in units of the pixel's range.
+        std: Standard deviation of each channel, likewise.
+        num_classes: Classes of its classifier.
+        notes: What is special about it.
+        accuracies: Every published accuracy; the first of a dataset is the one to compare with.
+    """
+
+    architecture: str = _check(_filled, "an architecture's name")
+    tag: str = _check(lambda tag: bool(re.fullmatch(r"[a-z0-9_]+", tag)), "a tag")
+    released_by: str = _check(_filled, "a name")
+    url: str = _check(lambda url: url.startswith("https://"), "an https URL")
+    sha256: str = _check(lambda text: bool(re.fullmatch(r"[0-9a-f]{0,64}", text)), "the start of a SHA-256")
+    format: str = _check(FORMATS.__contains__, f"one of {', '.join(FORMATS)}")
+    hub_id: str = _check(lambda text: not text or text.count("/") == 1, "a repository id ORG/NAME")
+    license: str = _check(_filled, "an SPDX identifier")
+    license_note: str
+    input_size: list[int] = _check(_shape, "channels, height and width")
+    crop_pct: float = _check(lambda x: 0 < x <= 1, "a share in (0, 1]")
+    interpolation: str = _check(INTERPOLATIONS.__contains__, f"one of {', '.join(INTERPOLATIONS)}")
+    mean: list[float] = _check(_channels, "a value in [0, 1] a channel")
+    std: list[float] = _check(_channels, "a value in [0, 1] a channel")
+    num_classes: int = _check(lambda n: n > 0, "a number of classes")
+    notes: str
+    accuracies: tuple[Accuracy, ...]
+
+    @property
+    def name(self) -> str:
+        """`architecture.tag`, as `timm.create_model` takes it."""
+        return f"{self.architecture}.{self.tag}"
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """All architectures and checkpoints, by name, in the catalogue's order."""
+
+    architectures: dict[str, Architecture]
+    checkpoints: dict[str, Checkpoint]
+
+    def checkpoint(self, name: str) -> Checkpoint | None:
+        """Return the checkpoint called `arch.tag`, or the default one of `arch`, if there is one."""
+        if "." in name:
+            return self.checkpoints.get(name)
+        return next((c for c in self.checkpoints.values() if c.architecture == name), None)
+
+
+def _record(cls: type[Record], entry: str, fields: Mapping[str, Any]) -> Record:
+    if not isinstance(fields, Mapping):
+        raise CatalogError(f"catalogue entry {entry} is no table of fields")
+    try:
+        return cls(**fields)
+    except (TypeError, StrictDataclassError) as error:
+        # Both name the field; the dataclass's own name and line breaks say nothing to the reader.
+        reason = " ".join(str(error).replace(f"{cls.__name__}.__init__()", "").split())
+        raise CatalogError(f"catalogue entry {entry}: {reason}") from error
+
+
+def parse(text: str) -> Catalog:
+    """Read a catalogue.
+
+    Args:
+        text: TOML, as in `catalog.toml`.
+
+    Returns:
+        The catalogue.
+
+    Raises:
+        CatalogError: The text is no TOML, or a field is wrong or missing; names entry and field.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise CatalogError(f"the catalogue is no TOML: {error}") from error
+    architectures = {
+        name: _record(Architecture, f"architectures.{name}", {"name": name, **fields})
+        for name, fields in data.get("architectures", {}).items()
+    }
+    checkpoints: dict[str, Checkpoint] = {}
+    for i, fields in enumerate(data.get("checkpoints", []), start=1):
+        entry = ".".join(filter(None, (fields.get("architecture"), fields.get("tag")))) or f"checkpoint {i}"
+        rows = tuple(
+            _record(Accuracy, f"{entry} accuracy {j}", row) for j, row in enumerate(fields.get("accuracies", []), 1)
+        )
+        checkpoint = _record(Checkpoint, entry, {**fields, "accuracies": rows} if "accuracies" in fields else fields)
+        if checkpoint.architecture not in architectures:
+            raise CatalogError(f"catalogue entry {entry}: architecture {checkpoint.architecture!r} is not listed")
+        if checkpoint.name in checkpoints:
+            raise CatalogError(f"catalogue entry {entry}: tag {checkpoint.tag!r} stands twice")
+        if not len(checkpoint.mean) == len(checkpoint.std) == checkpoint.input_size[0]:
+            raise CatalogError(
+                f"catalogue entry {entry}: mean and std need one value for each of input_size's channels"
+            )
+        checkpoints[checkpoint.name] = checkpoint
+    return Catalog(architectures, checkpoints)
+
+
+@cache
+def load() -> Catalog:
+    """Read the package's own catalogue, once."""
+    return parse(resources.files("res2net_zoo").joinpath("catalog.toml").read_text(encoding="utf-8"))
+
+
+def pretrained_cfgs() -> dict[str, dict[str, Any]]:
+    """Return timm's pretrained cfg of every checkpoint, and of architectures that have none.
+
+    Returns:
+        What `timm.models.generate_default_cfgs` takes: cfgs by `arch.tag`, or by `arch`.
+    """
+    catalog = load()
+    cfgs: dict[str, dict[str, Any]] = {}
+    for c in catalog.checkpoints.values():
+        cfgs[c.name] = {
+            "hf_hub_id": c.hub_id or None,
+            # Where the Hub has the weights timm needs no url, and would unpickle what it finds there.
+            "origin_url": c.url,
+            "license": c.license.lower(),
+            "input_size": tuple(c.input_size),
+            "crop_pct": c.crop_pct,
+            "interpolation": c.interpolation,
+            "mean": tuple(c.mean),
+            "std": tuple(c.std),
+            "num_classes": c.num_classes,
+            **_architecture_cfg(catalog.architectures[c.architecture], c.input_size),
+        }
+    for a in catalog.architectures.values():
+        if catalog.checkpoint(a.name) is None:
+            cfgs[a.name] = {
+                "input_size": tuple(a.input_size),
+                "interpolation": "bilinear",
+                "num_classes": a.num_classes,
+                **_architecture_cfg(a, a.input_size),
+            }
+    return cfgs
+
+
+def _architecture_cfg(architecture: Architecture, input_size: list[int]) -> dict[str, Any]:
+    return {
+        "pool_size": tuple(size // 32 for size in input_size[1:]),
+        "first_conv": architecture.first_conv,
+        "classifier": "fc",
+        "paper_ids": "arXiv:1904.01169",
+    }

@@ -1,0 +1,209 @@
+"""What every program of the zoo shares: one clear line for bad input, exit codes, threads, files."""
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+class InputError(Exception):
+    """Bad input: the message is one line that says what is wrong and what to do."""
+
+
+def run(main: Callable[[], int]) -> int:
+    """Run a program, turning bad input into one line on stderr and exit code 2.
+
+    Args:
+        main: The program; returns its exit code, 0 for done or 1 for a check that failed.
+
+    Returns:
+        The exit code: what `main` returns, or 2 for bad input.
+    """
+    from huggingface_hub.utils import logging
+
+    if "HF_HUB_VERBOSITY" not in os.environ:
+        # The Hub's client logs each of its retries; the one line below says all that in the end.
+        logging.set_verbosity_error()
+    try:
+        return main()
+    except InputError as error:
+        report(error)
+        return 2
+
+
+def report(error: object) -> None:
+    """Write one line about an error to stderr, once for all processes.
+
+    Args:
+        error: What went wrong; its text is put on one line.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        # The main process says the same thing and the launcher then ends this one. Only where
+        # the main process is well and goes on is there anything left to say.
+        time.sleep(10)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+def all_or_none(accelerator: "Accelerator", work: Callable[[], T]) -> T:
+    """Do some work in every process, and fail in all of them if it fails in one.
+
+    A process that failed alone would leave the others waiting for it.
+
+    Args:
+        accelerator: The processes.
+        work: What to do; must not itself wait for other processes.
+
+    Returns:
+        What `work` returned in this process.
+
+    Raises:
+        InputError: `work` raised it, in this process or another.
+        Exception: What else `work` raised in this process.
+        RuntimeError: `work` raised something else in another process.
+    """
+    from accelerate.utils import gather_object
+
+    problem: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:
+        problem = error
+    told = None if problem is None else (isinstance(problem, InputError), str(problem) or type(problem).__name__)
+    everyone: list[tuple[bool, str] | None] = gather_object([told])
+    if problem is not None:
+        raise problem
+    for rank, other in enumerate(everyone):
+        if other is not None:
+            is_input, message = other
+            raise InputError(message) if is_input else RuntimeError(f"process {rank}: {message}")
+    return result
+
+
+def main_first(accelerator: "Accelerator", work: Callable[[], T]) -> T:
+    """Do some work in every process, on each machine in one process before the others.
+
+    For work whose result one process leaves in a cache and the others find there. Unlike
+    `Accelerator.local_main_process_first` it does not leave the others waiting if it fails.
+
+    Args:
+        accelerator: The processes.
+        work: What to do.
+
+    Returns:
+        What `work` returned in this process.
+    """
+    first = all_or_none(accelerator, lambda: [work()] if accelerator.is_local_main_process else [])
+    return all_or_none(accelerator, lambda: first[0] if first else work())
+
+
+def progress_bar(accelerator: "Accelerator", iterable: Iterable | None = None, **kwargs: Any) -> "tqdm":
+    """Return a progress bar with an ETA, on the main process only.
+
+    Args:
+        accelerator: The processes.
+        iterable: What to go through, or None to call `update`.
+        **kwargs: As for tqdm.
+    """
+    from tqdm import tqdm
+
+    # In a log file every update is a line of its own.
+    interval = 0.1 if sys.stderr.isatty() else 10
+    return tqdm(iterable, disable=not accelerator.is_main_process, leave=False, mininterval=interval, **kwargs)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a table that reads well as text and as Markdown; columns of figures are right-aligned.
+
+    Args:
+        header: Name of each column.
+        rows: Cells; the text of each is what `str` makes of it.
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max([3, *(len(row[i]) for row in [list(header), *cells])]) for i in range(len(header))]
+    right = [all(row[i][:1].isdigit() or row[i] == "-" for row in cells) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
+        return f"| {' | '.join(padded)} |"
+
+    rule = [f"{'-' * (w - 1)}:" if r else "-" * w for w, r in zip(widths, right, strict=True)]
+    return "\n".join(line(row) for row in [list(header), rule, *cells])
+
+
+def share_of_cores() -> int:
+    """Return how many of the machine's cores each of its processes can have to itself."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def use_all_cores(threads: int | None = None) -> None:
+    """Share the machine's cores among its processes; `accelerate launch` leaves each a single one.
+
+    Args:
+        threads: Threads for this process, or None for its share of the cores.
+    """
+    import torch
+
+    torch.set_num_threads(threads or share_of_cores())
+
+
+def default_workers(device: "torch.device") -> int:
+    """Return how many loader processes one process should have.
+
+    Args:
+        device: Where the model runs. On a CPU it needs the cores itself, and a worker more than
+            one takes them away from it.
+    """
+    return 1 if device.type == "cpu" else min(16, share_of_cores())
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file so that at any moment it is the old one or the new one, whole.
+
+    Args:
+        path: The file.
+        write: Writes the new content to the path that it is given.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Keeping the suffix lets writers that look at it (matplotlib) work.
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        make_readable(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def make_readable(path: Path) -> None:
+    """Give a file or folder the permissions of a new one, where its maker made it private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """Return a hint that names what `name` may have meant, or how to list all there is.
+
+    Args:
+        name: What was asked for.
+        names: What there is.
+    """
+    import difflib
+
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(close)}?" if close else "`python -m res2net_zoo list` shows what there is"

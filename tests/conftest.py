@@ -1,0 +1,112 @@
+"""Shared fixtures. The tests need no network and keep every cache in a folder of their own."""
+
+import os
+import sys
+import tempfile
+
+# Before anything imports huggingface_hub or datasets, which read these once.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="res2net-zoo-test-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import res2net_zoo  # noqa: F401  registers the models
+from res2net_zoo.folder import model_card, write_model_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED_MODEL = ROOT / "hub" / "models" / "res2net_tiny.digits"
+SHIPPED_DATA = ROOT / "hub" / "datasets" / "digits"
+
+Program = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
+
+
+def spread(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Give a model weights and statistics under which every part of it matters to its output."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("running_var"):
+                tensor.copy_(1 + 0.5 * torch.rand(tensor.shape, generator=generator))
+            elif name.endswith("running_mean") or name.endswith("bias"):
+                tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
+            elif tensor.ndim == 1:
+                tensor.copy_(0.6 * (1 + 0.2 * torch.randn(tensor.shape, generator=generator)))
+            elif tensor.is_floating_point() and tensor.ndim > 1:
+                fan_in = tensor[0].numel()
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * (2 / fan_in) ** 0.5)
+    return model
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return the largest difference of two tensors, relative to the largest value."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of res2net_tiny with 10 classes and random weights, and nothing published."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model = spread(timm.create_model("res2net_tiny", num_classes=10))
+    write_model_folder(folder, model, model_card("tiny", "# tiny", None), [str(i) for i in range(10)])
+    return folder
+
+
+def save_images(folder: Path, classes: list[str], per_class: int, seed: int = 0) -> Path:
+    """Make class folders of small photographs (smoothed noise) as JPEG."""
+    rng = np.random.default_rng(seed)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for i in range(per_class):
+            height, width = rng.integers(40, 120, 2)
+            noise = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+            noise.resize((int(width), int(height)), Image.Resampling.BICUBIC).save(folder / name / f"{i}.jpg")
+    return folder
+
+
+@pytest.fixture
+def program() -> Program:
+    """Runs a program of the repository as a user does: `program("scripts/validate.py", "--check")`."""
+
+    def run(
+        path: str, *args: object, processes: int = 0, timeout: int = 300, **env: str
+    ) -> subprocess.CompletedProcess:
+        command = [sys.executable]
+        if processes:
+            command += ["-m", "accelerate.commands.launch"]
+            command += (
+                ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"] if processes > 1 else []
+            )
+            command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+            env = {"ACCELERATE_USE_CPU": "true", **env}
+        return subprocess.run(
+            [*command, path, *map(str, args)],
+            cwd=ROOT,
+            env={**os.environ, **env},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+def input_error(result: subprocess.CompletedProcess) -> str:
+    """Check that a program refused its input in one line with exit code 2, and return the line."""
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
+    assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
+    return lines[0]

@@ -1,0 +1,111 @@
+"""Our models compute what the original implementations computed (tests/parity, see its README)."""
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from tests.conftest import relative_error
+
+PARITY = Path(__file__).parent / "parity"
+TOLERANCE = 5e-6
+
+
+def parameter(name: str, shape: list[int], kind: str) -> torch.Tensor:
+    """Rebuild a parameter of the original, drawn from its own name."""
+    n = np.random.RandomState(zlib.crc32(name.encode()) & 0x7FFFFFFF).standard_normal(shape).astype("float32")
+    values = {
+        "conv": lambda: n * np.sqrt(2.0 / np.prod(shape[1:])),
+        "fc": lambda: n * 0.02,
+        "gamma": lambda: 0.6 * (1 + 0.2 * n),
+        "var": lambda: 1 + 0.5 * np.abs(n),
+    }.get(kind, lambda: 0.1 * n)()
+    return torch.from_numpy(values.astype("float32"))
+
+
+def images(height: int, width: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.RandomState(7).standard_normal((2, 3, height, width)).astype("float32"))
+
+
+def from_paddle(name: str, deep_stem: bool) -> str:
+    """Return timm's key for PaddleClas's: `bb_0_0.res2a_branch2b_1._conv.weight` and the like."""
+    *parts, leaf = name.split(".")
+    leaf = {"_mean": "running_mean", "_variance": "running_var"}.get(leaf, leaf)
+    if parts == ["out"]:
+        return f"fc.{leaf}"
+    layer, kind = parts[-2:]
+    is_norm = kind == "_batch_norm"
+    if layer.startswith("conv1") and len(parts) == 2:
+        if not deep_stem:
+            return f"{'bn1' if is_norm else 'conv1'}.{leaf}"
+        i = int(layer[-1]) - 1
+        return f"bn1.{leaf}" if is_norm and i == 2 else f"conv1.{3 * i + is_norm}.{leaf}"
+    stage, block = (int(i) for i in re.match(r"bb_(\d+)_(\d+)", parts[0]).groups())
+    prefix = f"layer{stage + 1}.{block}"
+    if match := re.search(r"branch2b_(\d+)$", layer):
+        return f"{prefix}.{'bns' if is_norm else 'convs'}.{int(match[1]) - 1}.{leaf}"
+    if layer in ("conv0", "conv2"):
+        return f"{prefix}.{'bn' if is_norm else 'conv'}{1 if layer == 'conv0' else 3}.{leaf}"
+    # The shortcut; with a deep stem an average pooling stands before it.
+    return f"{prefix}.downsample.{deep_stem + is_norm}.{leaf}"
+
+
+def paddle(scale: int) -> dict:
+    return dict(block_args=dict(scale=scale, wiring="paddle"))
+
+
+CASES: list[tuple[str, str, dict, Callable[[str], str]]] = [
+    ("official-res2net50_26w_4s", "res2net50_26w_4s", {}, str),
+    ("official-res2next50", "res2next50", {}, str),
+    ("official-res2net50_v1b_26w_4s", "res2net50d", {}, str),
+    (
+        "paddle-Res2Net50_14w_8s",
+        "res2net50_14w_8s",
+        paddle(8),
+        lambda n: from_paddle(n, False),
+    ),
+    (
+        "paddle-Res2Net50_vd_26w_4s",
+        "res2net50d",
+        paddle(4),
+        lambda n: from_paddle(n, True),
+    ),
+]
+
+
+def load(case: tuple) -> tuple[torch.nn.Module, dict]:
+    file, name, kwargs, rename = case
+    reference = json.loads(gzip.decompress((PARITY / f"{file}.json.gz").read_bytes()))
+    model = timm.create_model(name, **kwargs)
+    state = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}
+    for p in reference["parameters"]:
+        value = parameter(p["name"], p["shape"], p["kind"])
+        # Paddle stores a linear layer transposed.
+        state[rename(p["name"])] = value.T if p["name"] == "out.weight" else value
+    model.load_state_dict(state, strict=True)
+    return model.eval(), reference["logits"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
+def test_equals_the_original(case):
+    model, logits = load(case)
+    for size, expected in logits.items():
+        with torch.no_grad():
+            ours = model(images(*map(int, size.split("x"))))[:, :16]
+        assert relative_error(ours, torch.tensor(expected)) < TOLERANCE, size
+
+
+def test_the_official_wiring_does_not_compute_what_paddle_does():
+    """Its weights load without an error and give something else: why the wiring is an option."""
+    file, name, _, rename = CASES[-1]
+    model, logits = load((file, name, {}, rename))
+    with torch.no_grad():
+        ours = model(images(224, 224))[:, :16]
+    assert 0.005 < relative_error(ours, torch.tensor(logits["224x224"])) < 0.2
