@@ -1,0 +1,261 @@
+"""Measure a model's accuracy exactly, and compare it with the published one.
+
+Usage: accelerate launch scripts/validate.py [--model NAME ...] [--data SRC] [--check]
+
+With neither --model nor --data it measures the small model that the repository ships on the digits
+that the repository ships. Every image is counted exactly once, on any number of processes.
+
+NAME is what timm.create_model takes: arch, arch.tag, local-dir:DIR or hf-hub:ORG/NAME; `all` stands
+for every checkpoint of the catalogue. SRC is a Hub dataset id, a folder of class folders, or local
+Parquet, Arrow or WebDataset files.
+
+Exit codes: 0 done; 1 --check found an accuracy that is not the published one, or --skip-corrupt
+left images out; 2 bad input. `accelerate launch` turns every failure into 1.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from res2net_zoo.data import Source
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED_MODEL = ROOT / "hub" / "models" / "res2net_tiny.digits"
+SHIPPED_DATA = ROOT / "hub" / "datasets" / "digits"
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
+
+
+def count(text: str) -> int:
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{number} is not 0 or more")
+    return number
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a wrong argument in one line; --help has the usage."""
+
+    def print_usage(self, file: Any = None) -> None:
+        """Print nothing."""
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("what to measure")
+    what.add_argument(
+        "--model",
+        nargs="+",
+        metavar="NAME",
+        default=[f"local-dir:{os.path.relpath(SHIPPED_MODEL)}"],
+        help="models, or `all`",
+    )
+    what.add_argument("--data", metavar="SRC", default=os.path.relpath(SHIPPED_DATA), help="labelled images")
+    what.add_argument("--split", metavar="S", help="split; default validation, else test, else the only one")
+    what.add_argument("--label-column", metavar="NAME", help="column of the labels, where it is not plain")
+    what.add_argument(
+        "--benchmark",
+        choices=("imagenet-1k", "imagenet-real", "imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch"),
+        help="which ImageNet benchmark the data is, where that cannot be told from its classes and size; "
+        "imagenet-real takes the classes from ImageNet-ReaL, by file name",
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--batch-size", type=positive, default=64, metavar="N", help="images a batch and process (%(default)s)"
+    )
+    how.add_argument(
+        "--workers", type=count, metavar="N", help="loader processes for each process (default by the machine)"
+    )
+    how.add_argument(
+        "--threads", type=positive, metavar="N", help="CPU threads for each process (default its share of the cores)"
+    )
+    how.add_argument(
+        "--mixed-precision",
+        choices=("no", "bf16", "fp16"),
+        help="precision (default as `accelerate config` says, else no)",
+    )
+    how.add_argument("--streaming", action="store_true", help="read the images as they come, caching nothing")
+    how.add_argument(
+        "--skip-corrupt", action="store_true", help="leave out images that cannot be decoded; the exit code is then 1"
+    )
+    result = parser.add_argument_group("the result")
+    result.add_argument("--check", action="store_true", help="fail if a top-1 or top-5 is not the published one")
+    result.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.1,
+        metavar="P",
+        help="percentage points that still count as the same (%(default)s)",
+    )
+    result.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON, after each model")
+    result.add_argument(
+        "--resume", action="store_true", help="keep the results that --output already has, and measure the rest"
+    )
+    args = parser.parse_args()
+    if args.resume and args.output is None:
+        parser.error("--resume needs --output, the results to go on from")
+    return args
+
+
+def main(args: argparse.Namespace) -> int:
+    import datasets
+    from accelerate import Accelerator
+
+    from res2net_zoo import catalog
+    from res2net_zoo.data import open_source
+    from res2net_zoo.program import InputError, main_first, markdown_table, report, use_all_cores, write_atomically
+
+    use_all_cores(args.threads)
+    try:
+        accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if not accelerator.is_main_process:
+        datasets.disable_progress_bars()
+    names = list(catalog.load().checkpoints) if args.model == ["all"] else args.model
+    results = read_results(args.output) if args.resume and args.output.exists() else []
+    if args.output is not None and not args.output.resolve().parent.is_dir():
+        raise InputError(f"the folder of --output {args.output} does not exist; make it first")
+    source = main_first(
+        accelerator,
+        lambda: open_source(args.data, args.split, streaming=args.streaming, label_column=args.label_column),
+    )
+
+    exit_code = 0
+    for name in names:
+        run = {"model": name, "data": args.data, "split": source.split, "precision": accelerator.mixed_precision}
+        if any(run.items() <= result.items() for result in results):
+            accelerator.print(f"{name} is done already")
+            continue
+        try:
+            results.append(run | measure(name, source, args, accelerator))
+        except Exception as error:
+            if len(names) == 1:
+                raise
+            # One model that fails must not cost the others of a long run their turn.
+            exit_code = 2 if isinstance(error, InputError) else max(exit_code, 1)
+            if accelerator.is_main_process:
+                report(f"{name}: {error or type(error).__name__}")
+            continue
+        if args.output is not None and accelerator.is_main_process:
+            write_atomically(args.output, lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
+
+    if accelerator.is_main_process and results:
+        header = ("model", "data", "split", "images", "top-1", "published", "top-5", "published", "images/s", "check")
+        print(markdown_table(header, [row(result) for result in results]))
+    accelerator.end_training()
+    if args.check and (unpublished := [result["model"] for result in results if result["passed"] is None]):
+        raise InputError(
+            f"nothing is published for {', '.join(unpublished)} on this data, so there is nothing to --check; "
+            "where it is an ImageNet benchmark, --benchmark says which"
+        )
+    if any((args.check and not result["passed"]) or result["skipped"] for result in results):
+        exit_code = max(exit_code, 1)
+    return exit_code
+
+
+def measure(name: str, source: "Source", args: argparse.Namespace, accelerator: "Accelerator") -> dict:
+    """Measure one model; return the results.json object of it."""
+    import torch
+    from timm.data import resolve_model_data_config
+
+    from res2net_zoo.evaluate import evaluate
+    from res2net_zoo.labels import match_classes, recognise
+    from res2net_zoo.pretrained import create_model, published_accuracies
+    from res2net_zoo.program import InputError, all_or_none, default_workers
+
+    model = all_or_none(
+        accelerator, lambda: create_model(name).to(accelerator.device, memory_format=torch.channels_last)
+    )
+    if not model.num_classes:
+        raise InputError(f"{name} has no classifier to validate")
+    benchmark = args.benchmark or recognise(source.name, source.split, source.class_names, source.num_rows)
+    if args.benchmark is None and model.num_classes != 1000:
+        benchmark = None  # ImageNet's images, but another task
+    classes = match_classes(source.class_names, model.num_classes, model.pretrained_cfg.get("label_names"), benchmark)
+    if classes.warning and accelerator.is_main_process:
+        print(f"warning: {name}: {classes.warning}", file=sys.stderr)
+    counts = evaluate(
+        model,
+        source,
+        classes,
+        accelerator,
+        batch_size=args.batch_size,
+        workers=default_workers(accelerator.device) if args.workers is None else args.workers,
+        skip_corrupt=args.skip_corrupt,
+        desc=name,
+    )
+    if not counts.samples:
+        raise InputError(f"{args.data} has no image to count in split {source.split}")
+    if counts.corrupt and accelerator.is_main_process:
+        print(f"warning: {len(counts.corrupt)} corrupt images left out: {'; '.join(counts.corrupt)}", file=sys.stderr)
+    if benchmark is None and model.num_classes == 1000:  # the size of a stream is known only now
+        benchmark = recognise(source.name, source.split, source.class_names, counts.num_rows)
+    where = (benchmark,) if benchmark else (source.name, source.split)
+    published = next((a for a in published_accuracies(name) if (a.dataset, a.split)[: len(where)] == where), None)
+    top1, top5 = counts.percent(counts.top1), counts.percent(counts.top5)
+    return {
+        "benchmark": benchmark,
+        "samples": counts.samples,
+        "correct1": counts.top1,
+        "correct5": counts.top5,
+        "top1": top1,
+        "top5": top5,
+        "published_top1": published.top1 if published else None,
+        "published_top5": published.top5 if published else None,
+        "published_source": published.source if published else None,
+        "passed": max(abs(top1 - published.top1), abs(top5 - published.top5)) <= args.tolerance if published else None,
+        "skipped": len(counts.corrupt),
+        "images_per_second": round(counts.num_rows / counts.seconds, 1),
+        "num_processes": accelerator.num_processes,
+        "batch_size": args.batch_size,
+        "device": accelerator.device.type,
+        **{key: resolve_model_data_config(model)[key] for key in ("input_size", "crop_pct", "interpolation")},
+    }
+
+
+def read_results(path: Path) -> list[dict]:
+    from res2net_zoo.program import InputError
+
+    try:
+        results = json.loads(path.read_text())
+        if all(result.keys() >= {"model", "data", "split", "precision", "passed", "skipped"} for result in results):
+            return results
+    except (ValueError, AttributeError, TypeError):
+        pass
+    raise InputError(f"{path} holds no results of this program to go on from; name another --output")
+
+
+def row(result: dict) -> list[str]:
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    return [
+        result["model"],
+        result["benchmark"] or result["data"],
+        result["split"],
+        str(result["samples"]),
+        percent(result["top1"]),
+        percent(result["published_top1"]),
+        percent(result["top5"]),
+        percent(result["published_top5"]),
+        str(result["images_per_second"]),
+        {None: "nothing published", True: "passed", False: "FAILED"}[result["passed"]],
+    ]
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+
+    from res2net_zoo.program import run
+
+    sys.exit(run(lambda: main(arguments)))
