@@ -61,8 +61,9 @@ def entries() -> Iterator[tuple[Architecture, Checkpoint | None]]:
     everything = catalog.load()
     for architecture in everything.architectures.values():
         checkpoints = [c for c in everything.checkpoints.values() if c.architecture == architecture.name]
-        for checkpoint in checkpoints or [None]:
-            yield architecture, checkpoint
+        yield from ((architecture, checkpoint) for checkpoint in checkpoints)
+        if not checkpoints:
+            yield architecture, None
 
 
 def imagenet_top1(checkpoint: Checkpoint | None) -> float | None:

@@ -12,7 +12,7 @@ depend on it.
 """
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from timm.layers import create_aa, create_attn
@@ -96,7 +96,7 @@ class Res2NetModule(nn.Module):
             raise ValueError(f"{width} channels a group do not divide into cardinality {cardinality}")
         if wiring not in get_args(Wiring):
             raise ValueError(f"unknown wiring {wiring!r}; there are {', '.join(get_args(Wiring))}")
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         first_dilation = first_dilation or dilation
         # A stage that trades its stride for dilation gives its first block another dilation than
         # the rest, the only sign by which that block can tell that it used to downsample.
@@ -124,7 +124,7 @@ class Res2NetModule(nn.Module):
             for _ in range(num_convs)
         )
         self.bns = nn.ModuleList(norm_layer(width, **dd) for _ in range(num_convs))
-        self.aa = create_aa(aa_layer, width, stride, enable=use_aa, **dd)
+        self.aa: Any = create_aa(aa_layer or "", width, stride, enable=use_aa, **dd)
         self.pool: nn.Module
         if scale > 1 and not self.hierarchical:
             self.pool = nn.AvgPool2d(3, stride, padding=1, count_include_pad=wiring == "official")
@@ -133,13 +133,14 @@ class Res2NetModule(nn.Module):
         self.drop_block = drop_block() if drop_block is not None else nn.Identity()
         self.conv3 = nn.Conv2d(width * scale, out_chs, kernel_size=1, bias=False, **dd)
         self.bn3 = norm_layer(out_chs, **dd)
-        self.se = create_attn(attn_layer, out_chs, **dd)
+        self.se = create_attn(attn_layer, out_chs, **dd) if attn_layer else None
         self.act = act_layer(inplace=True)
 
     def zero_init_last(self) -> None:
         """Make the block start as its shortcut alone, where the last norm has a weight."""
-        if getattr(self.bn3, "weight", None) is not None:
-            nn.init.zeros_(self.bn3.weight)
+        weight = getattr(self.bn3, "weight", None)
+        if weight is not None:
+            nn.init.zeros_(weight)
 
     def forward_branch(self, x: torch.Tensor) -> torch.Tensor:
         """Compute the residual branch.

@@ -50,7 +50,7 @@ def _filled(value: str) -> bool:
 
 
 @strict
-@dataclass
+@dataclass(kw_only=True)
 class Accuracy:
     """One published accuracy of a checkpoint.
 
@@ -70,7 +70,7 @@ class Accuracy:
 
 
 @strict
-@dataclass
+@dataclass(kw_only=True)
 class Architecture:
     """One registered model.
 
@@ -94,7 +94,7 @@ class Architecture:
 
 
 @strict
-@dataclass
+@dataclass(kw_only=True)
 class Checkpoint:
     """One released weight file.
 
@@ -124,7 +124,7 @@ class Checkpoint:
     url: str = _check(lambda url: url.startswith("https://"), "an https URL")
     sha256: str = _check(lambda text: bool(re.fullmatch(r"[0-9a-f]{0,64}", text)), "the start of a SHA-256")
     format: str = _check(FORMATS.__contains__, f"one of {', '.join(FORMATS)}")
-    hub_id: str = _check(lambda text: not text or text.count("/") == 1, "a repository id ORG/NAME")
+    hub_id: str = _check(lambda text: bool(re.fullmatch(r"([\w.-]+/[\w.-]+)?", text)), "a repository id ORG/NAME")
     license: str = _check(_filled, "an SPDX identifier")
     license_note: str
     input_size: list[int] = _check(_shape, "channels, height and width")
@@ -212,7 +212,7 @@ def load() -> Catalog:
     return parse(resources.files("res2net_zoo").joinpath("catalog.toml").read_text(encoding="utf-8"))
 
 
-def pretrained_cfgs() -> dict[str, dict[str, Any]]:
+def pretrained_cfgs() -> dict[str, Any]:
     """Return timm's pretrained cfg of every checkpoint, and of architectures that have none.
 
     Returns:

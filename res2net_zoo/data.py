@@ -3,6 +3,7 @@
 import glob
 import io
 import re
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,8 @@ def _find(src: str) -> tuple[list[str], Callable[[str, bool], Any]]:
     data_files = builder.config.data_files
 
     def load(split: str, streaming: bool) -> Any:
+        for file in data_files[split]:
+            _check_whole(Path(file))
         # Only this split's files are named, or `datasets` would fetch and convert all splits.
         options = {"drop_labels": False} if builder.name == "imagefolder" else {}
         return datasets.load_dataset(
@@ -116,6 +119,23 @@ def _find(src: str) -> tuple[list[str], Callable[[str, bool], Any]]:
 
 def _builder(path: str, **kwargs: Any) -> datasets.DatasetBuilder:
     return datasets.load_dataset_builder(path, **kwargs)
+
+
+def _check_whole(path: Path) -> None:
+    """Refuse a tar file that was cut off or damaged, which its readers take for a shorter one."""
+    if path.suffix != ".tar" or not path.is_file():
+        return
+    end = 0
+    try:
+        with tarfile.open(path, "r:") as tar:  # reads the headers only
+            for member in tar:
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    except tarfile.TarError as error:
+        raise InputError(f"{path} is no whole tar file ({error}); fetch it again") from error
+    with path.open("rb") as file:
+        file.seek(end)
+        if file.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
+            raise InputError(f"{path} was cut off or damaged at byte {end}; fetch it again")
 
 
 def _find_saved(path: Path) -> tuple[list[str], Callable[[str, bool], Any]]:
@@ -162,7 +182,7 @@ def _choose_split(src: str, splits: list[str], wanted: str | None) -> str:
         if len(splits) == 1:
             return splits[0]
         raise InputError(f"{src} has several splits; choose one with --split: {', '.join(splits)}")
-    for name in (wanted, SPLITS.get(wanted)):
+    for name in (wanted, SPLITS.get(wanted, wanted)):
         if name in splits:
             return name
     raise InputError(f"{src} has no split {wanted}; it has {', '.join(splits)}")
@@ -185,11 +205,12 @@ def _describe(src: str, split: str, rows: Any, label_column: str | None) -> Sour
     label = features[labels[0]]
     if not (isinstance(label, datasets.ClassLabel) or (isinstance(label, datasets.Value) and "int" in label.dtype)):
         raise InputError(f"column {labels[0]} of {src} holds no class numbers; name another with --label-column")
+    # Decoding is ours: `datasets` would turn images by their EXIF orientation, which timm does not,
+    # and one corrupt image would end a whole stream. First of all, for a stream decodes its rows
+    # as soon as they are mapped to others, as renaming does.
+    rows = rows.cast_column(images[0], datasets.Image(decode=False))
     rows = rows.select_columns([images[0], labels[0]])
     rows = rows.rename_columns({a: b for a, b in ((images[0], "image"), (labels[0], "label")) if a != b})
-    # Decoding is ours: `datasets` would turn images by their EXIF orientation, which timm does not,
-    # and one corrupt image would end a whole stream.
-    rows = rows.cast_column("image", datasets.Image(decode=False))
     return Source(
         name=src if not Path(src).exists() and not glob.has_magic(src) else Path(src).resolve().name,
         split=split,

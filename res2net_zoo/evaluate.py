@@ -78,7 +78,7 @@ def collate(batch: list[Sample]) -> tuple[torch.Tensor | None, torch.Tensor, lis
     """
     good = [sample for sample in batch if sample.image is not None]
     bad = [sample for sample in batch if sample.image is None]
-    images = torch.stack([sample.image for sample in good]) if good else None
+    images = torch.stack([sample.image for sample in good if sample.image is not None]) if good else None
     targets = [torch.tensor(sample.target, dtype=torch.long) for sample in good]
     return (
         images,

@@ -44,7 +44,7 @@ def create_model(name: str, pretrained: bool = True, **kwargs) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except LocalEntryNotFoundError as error:
-        where = identifier if source else timm.get_pretrained_cfg(name).hf_hub_id
+        where = identifier if source else timm.get_pretrained_cfg_value(name, "hf_hub_id")
         raise InputError(
             f"the Hub is out of reach and {where} is not in its cache; where there is a network, "
             f"`hf download {where}` fetches it"
@@ -59,8 +59,8 @@ def create_model(name: str, pretrained: bool = True, **kwargs) -> nn.Module:
         raise InputError(
             f"the weights of {name} are no whole safetensors file ({error}); fetch or make them again"
         ) from error
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
-        # timm and torch tell a wrong config, foreign tensors and a missing file in these types.
+    except Exception as error:
+        # A wrong config, foreign tensors or a missing file: timm and torch have no one type for it.
         reason = str(error).strip() or type(error).__name__
         raise InputError(f"cannot load {name}: {reason[:500]}{' ...' if len(reason) > 500 else ''}") from error
 

@@ -116,9 +116,11 @@ def progress_bar(accelerator: "Accelerator", iterable: Iterable | None = None, *
     """
     from tqdm import tqdm
 
-    # In a log file every update is a line of its own.
-    interval = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(iterable, disable=not accelerator.is_main_process, leave=False, mininterval=interval, **kwargs)
+    # In a log file every update is a line of its own; what is done at once needs no bar at all.
+    interval, delay = (0.1, 1) if sys.stderr.isatty() else (10, 10)
+    return tqdm(
+        iterable, disable=not accelerator.is_main_process, leave=False, mininterval=interval, delay=delay, **kwargs
+    )
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -154,7 +154,7 @@ def main(args: argparse.Namespace) -> int:
         accelerator = Accelerator(mixed_precision=args.mixed_precision)
     except ValueError as error:
         raise InputError(str(error)) from error
-    if not accelerator.is_main_process:
+    if not accelerator.is_main_process or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     set_seed(args.seed)
 
@@ -218,7 +218,8 @@ def main(args: argparse.Namespace) -> int:
         )
     except (AssertionError, ValueError, RuntimeError) as error:
         raise InputError(f"timm makes no optimizer {args.opt} with schedule {args.sched}: {error}") from error
-    mixup, loss_fn = None, torch.nn.CrossEntropyLoss(label_smoothing=args.smoothing)
+    mixup = None
+    loss_fn: torch.nn.Module = torch.nn.CrossEntropyLoss(label_smoothing=args.smoothing)
     if args.mixup or args.cutmix:
         mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=len(names))
         loss_fn = SoftTargetCrossEntropy()
@@ -307,13 +308,13 @@ def write_card(
     command = f"{cpu}accelerate launch {launch}scripts/finetune.py {shlex.join(sys.argv[1:])}".strip()
     where = f"{processes} {accelerator.device.type} process{'es' if processes > 1 else ''}"
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "license")}
-    architecture = model.pretrained_cfg["architecture"]
+    cfg: Any = model.pretrained_cfg
     parameters = sum(p.numel() for p in model.parameters())
     started = "its published weights" if args.pretrained else "random weights"
     text = f"""
 # {args.output.resolve().name}
 
-{architecture} with {model.num_classes} classes and {parameters:,} parameters, trained from {started} on `{args.data}`
+{cfg["architecture"]} with {model.num_classes} classes and {parameters:,} parameters, trained from {started} on `{args.data}`
 by the Res2Net Zoo. Res2Net: Gao et al., TPAMI 2021, arXiv 1904.01169.
 
 ## Use
@@ -346,7 +347,7 @@ with torch {torch.__version__.split("+")[0]} and timm {timm.__version__}, on {wh
 
 {markdown_table(("setting", "value"), [(key, json.dumps(value, default=str)) for key, value in settings.items()])}
 """
-    license = args.license or (model.pretrained_cfg.get("license") if args.pretrained else None)
+    license = args.license or (cfg.get("license") if args.pretrained else None)
     return model_card(args.output.resolve().name, text, license, [accuracy])
 
 
@@ -376,17 +377,15 @@ def draw_learning_curve(folder: Path, metrics: list[dict[str, float]]) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     loss.plot(epochs, [m["train_loss"] for m in metrics], color="tab:blue")
-    loss.set(title="Training loss", xlabel="epoch", yscale="log")
+    loss.set(title="Training loss", xlabel="epoch")
     for key, label, style in (("top1", "top-1", "-"), ("top5", "top-5", ":")):
         accuracy.plot(epochs, [m[key] for m in metrics], style, color="tab:orange", label=label)
     top1 = [m["top1"] for m in metrics]
     best = max(range(len(top1)), key=lambda i: (top1[i], i))
     accuracy.plot(epochs[best], top1[best], "o", color="tab:orange")
-    accuracy.annotate(
-        f"{top1[best]:.2f}", (epochs[best], top1[best]), (0, -14), textcoords="offset points", ha="center"
-    )
+    accuracy.annotate(f"{top1[best]:.2f}", (epochs[best], top1[best]), (0, -14), textcoords="offset points", ha="right")
     # From a little below the median: the first epochs would squeeze everything that matters.
-    accuracy.set(title="Accuracy on the evaluation split (%)", xlabel="epoch")
+    accuracy.set(title="Accuracy in evaluation (%)", xlabel="epoch")
     accuracy.set_ylim(max(0, 2 * sorted(top1)[len(top1) // 2] - 101), 100.5)
     accuracy.legend(loc="lower right")
     for axes in (loss, accuracy):

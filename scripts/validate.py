@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from res2net_zoo.catalog import Accuracy
     from res2net_zoo.data import Source
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,7 +120,7 @@ def main(args: argparse.Namespace) -> int:
         accelerator = Accelerator(mixed_precision=args.mixed_precision)
     except ValueError as error:
         raise InputError(str(error)) from error
-    if not accelerator.is_main_process:
+    if not accelerator.is_main_process or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     names = list(catalog.load().checkpoints) if args.model == ["all"] else args.model
     results = read_results(args.output) if args.resume and args.output.exists() else []
@@ -173,15 +174,16 @@ def measure(name: str, source: "Source", args: argparse.Namespace, accelerator: 
     from res2net_zoo.pretrained import create_model, published_accuracies
     from res2net_zoo.program import InputError, all_or_none, default_workers
 
-    model = all_or_none(
-        accelerator, lambda: create_model(name).to(accelerator.device, memory_format=torch.channels_last)
-    )
-    if not model.num_classes:
+    model = all_or_none(accelerator, lambda: create_model(name).to(accelerator.device))
+    model = model.to(memory_format=torch.channels_last)  # 1.4 times the images per second on a CPU
+    cfg: Any = model.pretrained_cfg
+    num_classes = int(model.num_classes)  # type: ignore[arg-type]
+    if not num_classes:
         raise InputError(f"{name} has no classifier to validate")
     benchmark = args.benchmark or recognise(source.name, source.split, source.class_names, source.num_rows)
-    if args.benchmark is None and model.num_classes != 1000:
+    if args.benchmark is None and num_classes != 1000:
         benchmark = None  # ImageNet's images, but another task
-    classes = match_classes(source.class_names, model.num_classes, model.pretrained_cfg.get("label_names"), benchmark)
+    classes = match_classes(source.class_names, num_classes, cfg.get("label_names"), benchmark)
     if classes.warning and accelerator.is_main_process:
         print(f"warning: {name}: {classes.warning}", file=sys.stderr)
     counts = evaluate(
@@ -198,10 +200,9 @@ def measure(name: str, source: "Source", args: argparse.Namespace, accelerator: 
         raise InputError(f"{args.data} has no image to count in split {source.split}")
     if counts.corrupt and accelerator.is_main_process:
         print(f"warning: {len(counts.corrupt)} corrupt images left out: {'; '.join(counts.corrupt)}", file=sys.stderr)
-    if benchmark is None and model.num_classes == 1000:  # the size of a stream is known only now
+    if benchmark is None and num_classes == 1000:  # the size of a stream is known only now
         benchmark = recognise(source.name, source.split, source.class_names, counts.num_rows)
-    where = (benchmark,) if benchmark else (source.name, source.split)
-    published = next((a for a in published_accuracies(name) if (a.dataset, a.split)[: len(where)] == where), None)
+    published = find_published(published_accuracies(name), benchmark, source)
     top1, top5 = counts.percent(counts.top1), counts.percent(counts.top5)
     return {
         "benchmark": benchmark,
@@ -221,6 +222,20 @@ def measure(name: str, source: "Source", args: argparse.Namespace, accelerator: 
         "device": accelerator.device.type,
         **{key: resolve_model_data_config(model)[key] for key in ("input_size", "crop_pct", "interpolation")},
     }
+
+
+def find_published(accuracies: "list[Accuracy]", benchmark: str | None, source: "Source") -> "Accuracy | None":
+    """Return the accuracy to compare with: the first one published for the same images."""
+    for accuracy in accuracies:
+        if benchmark is not None:
+            if accuracy.dataset == benchmark:
+                return accuracy
+        elif accuracy.split == source.split:
+            # A folder has the name of the Hub's repository that it is a copy of, without its owner.
+            owned = "/" in accuracy.dataset and "/" in source.name
+            if accuracy.dataset.split("/")[0 if owned else -1 :] == source.name.split("/")[0 if owned else -1 :]:
+                return accuracy
+    return None
 
 
 def read_results(path: Path) -> list[dict]:

@@ -9,6 +9,7 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="res2net-zoo-test-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
 
+import runpy
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,25 @@ def program() -> Program:
             text=True,
             timeout=timeout,
         )
+
+    return run
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Program:
+    """Runs a program as `program` does, but in this process: for what needs no process of its own."""
+    from accelerate.state import AcceleratorState
+
+    def run(path: str, *args: object) -> subprocess.CompletedProcess:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+        monkeypatch.setattr(sys, "argv", [path, *map(str, args)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(path, run_name="__main__")
+        out, err = capfd.readouterr()
+        return subprocess.CompletedProcess([path, *args], stopped.value.code or 0, out, err)
 
     return run
 

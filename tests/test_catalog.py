@@ -1,0 +1,157 @@
+"""The catalogue: every fact is checked as it is read, and the command line tells all of them."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from dataclasses import fields
+from importlib import resources
+
+import pytest
+
+from res2net_zoo import catalog
+from res2net_zoo.__main__ import MARKS
+from res2net_zoo.catalog import Accuracy, Architecture, CatalogError, Checkpoint
+from tests.conftest import ROOT, input_error
+
+TEXT = resources.files("res2net_zoo").joinpath("catalog.toml").read_text()
+FIRST = "res2net50_26w_4s.in1k"
+
+
+def changed(pattern: str, replacement: str) -> str:
+    """Change the catalogue in one place."""
+    text, n = re.subn(pattern, replacement, TEXT, count=1, flags=re.M)
+    assert n == 1 and text != TEXT
+    return text
+
+
+def refuse(text: str) -> str:
+    with pytest.raises(CatalogError) as caught:
+        catalog.parse(text)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(Checkpoint) if f.name not in ("architecture", "tag")])
+def test_a_missing_field_of_a_checkpoint_is_named(field):
+    start = TEXT.index("[[checkpoints]]")
+    pattern = r"^accuracies = \[.*?^\]\n" if field == "accuracies" else rf"^{field} = .*\n"
+    text = TEXT[:start] + re.sub(pattern, "", TEXT[start:], count=1, flags=re.M | re.S)
+    message = refuse(text)
+    assert FIRST in message and field in message
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(Architecture) if f.name != "name"])
+def test_a_missing_field_of_an_architecture_is_named(field):
+    message = refuse(changed(rf"^{field} = .*\n", ""))
+    assert "architectures.res2net50_26w_4s" in message and field in message
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(Accuracy)])
+def test_a_missing_field_of_an_accuracy_is_named(field):
+    value = r'(?:"[^"]*"|[\d.]+)'
+    message = refuse(changed(rf"{field} = {value}, " if field == "dataset" else rf", {field} = {value}", ""))
+    assert f"{FIRST} accuracy 1" in message and field in message
+
+
+@pytest.mark.parametrize(
+    ("pattern", "wrong", "field"),
+    [
+        (r"^crop_pct = .*", "crop_pct = 87.5", "crop_pct"),
+        (r"^crop_pct = .*", 'crop_pct = "0.875"', "crop_pct"),
+        (r"^interpolation = .*", 'interpolation = "cubic"', "interpolation"),
+        (r"^format = .*", 'format = "zip"', "format"),
+        (r"^url = .*", 'url = "http://example.org"', "url"),
+        (r"^sha256 = .*", 'sha256 = "XYZ"', "sha256"),
+        (r"^hub_id = .*", 'hub_id = "timm/"', "hub_id"),
+        (r"^license = .*", 'license = ""', "license"),
+        (r"^mean = .*", "mean = [0.485, 0.456]", "mean"),
+        (r"^std = .*", "std = [0.2, 0.2, 22.0]", "std"),
+        (r"^(\[\[checkpoints\]\]\n(?:.*\n)*?)num_classes = .*", r"\1num_classes = 0", "num_classes"),
+        (r"top1 = 77.994", "top1 = 177.994", "top1"),
+        (r"top5 = 93.86,", 'top5 = "93.86",', "top5"),
+        (r'source = "timm results table, 2025-10"', 'source = " "', "source"),
+        (r"^notes = .*", 'notes = ""\nnote = ""', "note"),
+    ],
+)
+def test_a_wrong_field_is_named(pattern, wrong, field):
+    message = refuse(changed(pattern, wrong))
+    assert FIRST in message and field in message
+
+
+def test_other_mistakes():
+    assert "no TOML" in refuse("= 1")
+    assert "stands twice" in refuse(TEXT + TEXT[TEXT.rindex("[[checkpoints]]") :])
+    assert "'res2net51' is not listed" in refuse(changed(r"^architecture = .*", 'architecture = "res2net51"'))
+
+
+def test_what_is_in_it():
+    everything = catalog.load()
+    assert len(everything.checkpoints) == 9
+    for name, checkpoint in everything.checkpoints.items():
+        assert checkpoint.hub_id == f"timm/{name}"
+        assert checkpoint.sha256 in checkpoint.url and len(checkpoint.sha256) == 8
+        assert checkpoint.license == "CC-BY-NC-SA-4.0" and "nothing of the weights" in checkpoint.license_note
+        benchmarks = [(a.dataset, a.source.split(" ")[0]) for a in checkpoint.accuracies]
+        assert benchmarks[:2] == [("imagenet-1k", "timm"), ("imagenet-1k", "paper")]
+        assert {d for d, _ in benchmarks[2:]} == {f"imagenet-{x}" for x in ("real", "v2", "sketch", "a", "r")}
+    eight = everything.checkpoint("res2net50_26w_8s")
+    assert [a.top1 for a in eight.accuracies[:2]] == [78.95, 79.2] and "two top-1 figures" in eight.notes
+    assert everything.checkpoint("res2net_tiny") is None
+
+
+def cli(*args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "res2net_zoo", *args], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_list_and_its_filters(in_process):
+    def names(*args: str) -> list[str]:
+        result = in_process("res2net_zoo/__main__.py", "list", *args)
+        assert result.returncode == 0, result.stderr
+        return [line.split("|")[1].strip() for line in result.stdout.splitlines() if line.startswith("| res")]
+
+    assert names() == [*catalog.load().checkpoints, "res2net_tiny"]
+    assert names("res2net101*") == ["res2net101_26w_4s.in1k", "res2net101d.in1k"]
+    assert names("res2net50d", "*next*") == ["res2next50.in1k", "res2net50d.in1k"]
+    assert names("--min-top1", "80") == ["res2net50d.in1k", "res2net101d.in1k"]
+    assert names("--max-params", "25") == ["res2next50.in1k", "res2net_tiny"]
+    assert names("--max-gmacs", "4.17", "--pretrained") == ["res2net50_48w_2s.in1k"]
+    assert names("--license", "apache") == []
+    assert len(names("--license", "cc-by-nc", "--released-by", "authors")) == 9
+
+
+def test_show_tells_every_fact():
+    result = cli("show", "res2net50_26w_8s")
+    assert result.returncode == 0, result.stderr
+    checkpoint = catalog.load().checkpoint("res2net50_26w_8s")
+    for fact in (
+        "48,403,776",
+        "8.336",
+        checkpoint.url,
+        "2c7c9f12",
+        checkpoint.license_note,
+        "bilinear",
+        checkpoint.notes,
+    ):
+        assert fact in result.stdout
+    for accuracy in checkpoint.accuracies:
+        assert f"{accuracy.top1:.3f}" in result.stdout and accuracy.source in result.stdout
+    assert "did you mean res2net50_26w" in input_error(cli("show", "res2net50_26w"))
+
+
+def test_the_readmes_table_is_current(in_process, tmp_path):
+    copy = tmp_path / "README.md"
+    copy.write_text((ROOT / "README.md").read_text())
+    assert in_process("res2net_zoo/__main__.py", "list", "--update", copy).returncode == 0
+    assert copy.read_text() == (ROOT / "README.md").read_text(), "python -m res2net_zoo list --update README.md"
+    copy.write_text("nothing to fill")
+    assert MARKS[0] in input_error(in_process("res2net_zoo/__main__.py", "list", "--update", copy))
+    assert copy.read_text() == "nothing to fill"
+
+
+def test_package_data_and_metadata_agree():
+    import res2net_zoo
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == res2net_zoo.__version__
+    assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"version: {project['version']}" in (ROOT / "CITATION.cff").read_text()

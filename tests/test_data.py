@@ -1,0 +1,228 @@
+"""Reading labelled images through `datasets`: every kind of source, splits, labels, bad input."""
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import datasets
+import pytest
+from PIL import Image
+
+from res2net_zoo.data import Samples, decode, open_source
+from res2net_zoo.program import InputError
+from tests.conftest import SHIPPED_DATA, save_images
+
+
+def png(grey: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (4, 4), grey).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def dataset(n: int, classes: int = 3) -> datasets.Dataset:
+    """Make n images whose grey value is their number, and their label its remainder."""
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[f"c{i}" for i in range(classes)])}
+    )
+    images = [{"bytes": png(i), "path": None} for i in range(n)]
+    return datasets.Dataset.from_dict({"image": images, "label": [i % classes for i in range(n)]}, features=features)
+
+
+def greys(source) -> list[tuple[int, int]]:
+    """Return grey value and label of every image."""
+    return [(decode(row["image"], "L").getpixel((0, 0)), row["label"]) for row in source.rows]
+
+
+EXPECTED = [(i, i % 3) for i in range(7)]
+
+
+def make_parquet(folder: Path) -> str:
+    dataset(7).to_parquet(folder / "val.parquet")
+    return str(folder / "val.parquet")
+
+
+def make_parquet_folder(folder: Path) -> str:
+    (folder / "data").mkdir()
+    dataset(7).to_parquet(folder / "data" / "validation-00000-of-00001.parquet")
+    dataset(3).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    return str(folder)
+
+
+def make_parquet_shards(folder: Path) -> str:
+    for i in range(3):
+        dataset(7).select(range(7)[i * 3 : i * 3 + 3]).to_parquet(folder / f"val-{i}.parquet")
+    return str(folder / "val-*.parquet")
+
+
+def make_saved(folder: Path) -> str:
+    datasets.DatasetDict({"validation": dataset(7), "train": dataset(3)}).save_to_disk(str(folder / "saved"))
+    return str(folder / "saved")
+
+
+def make_arrow(folder: Path) -> str:
+    dataset(7).save_to_disk(str(folder / "saved"))
+    path = folder / "validation.arrow"
+    next((folder / "saved").glob("*.arrow")).rename(path)
+    return str(path)
+
+
+def make_webdataset(folder: Path) -> str:
+    for shard in range(2):
+        with tarfile.open(folder / f"val-{shard}.tar", "w") as tar:
+            for i in range(7)[shard * 4 : shard * 4 + 4]:
+                for name, content in ((f"{i:04}.png", png(i)), (f"{i:04}.cls", str(i % 3).encode())):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return str(folder / "val-*.tar")
+
+
+KINDS = [make_parquet, make_parquet_folder, make_parquet_shards, make_saved, make_arrow, make_webdataset]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("make", KINDS)
+def test_reads_every_kind_of_file(tmp_path, make, streaming):
+    source = open_source(make(tmp_path), streaming=streaming)
+    assert source.split == "validation"
+    assert greys(source) == EXPECTED
+    assert source.num_rows == (None if streaming else 7)
+    assert source.class_names == (None if make is make_webdataset else ["c0", "c1", "c2"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_reads_class_folders_whatever_their_names(tmp_path, streaming):
+    """`datasets` by itself would take these for splits, or one alone for no label at all."""
+    save_images(tmp_path / "val", ["bus", "test tube", "train"], 2)
+    source = open_source(str(tmp_path / "val"), streaming=streaming)
+    assert (source.split, source.class_names) == ("validation", ["bus", "test tube", "train"])
+    assert [row["label"] for row in source.rows] == [0, 0, 1, 1, 2, 2]
+    save_images(tmp_path / "one", ["only"], 2)
+    assert open_source(str(tmp_path / "one")).class_names == ["only"]
+
+
+def test_reads_splits_of_class_folders(tmp_path):
+    save_images(tmp_path / "train", ["a", "b"], 3)
+    save_images(tmp_path / "val", ["a", "b"], 1)
+    assert len(open_source(str(tmp_path)).rows) == 2
+    assert len(open_source(str(tmp_path), "train").rows) == 6
+    assert open_source(str(tmp_path), "val").split == "validation"
+    with pytest.raises(InputError, match="no split test; it has train, validation"):
+        open_source(str(tmp_path), "test")
+
+
+def test_the_shipped_digits_by_either_way():
+    for streaming in (False, True):
+        source = open_source(str(SHIPPED_DATA), streaming=streaming)
+        assert (source.name, source.split) == ("digits", "validation")
+        assert source.class_names == [str(i) for i in range(10)]
+        assert sum(1 for _ in source.rows) == 360
+
+
+def test_label_column_can_be_chosen(tmp_path):
+    rows = dataset(4).rename_column("label", "species").add_column("coarse", [1, 1, 0, 0])
+    rows.to_parquet(tmp_path / "test.parquet")
+    assert [r["label"] for r in open_source(str(tmp_path / "test.parquet")).rows] == [0, 1, 2, 0]
+    coarse = open_source(str(tmp_path / "test.parquet"), label_column="coarse")
+    assert [r["label"] for r in coarse.rows] == [1, 1, 0, 0] and coarse.class_names is None
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_are_left_as_they_are_stored(tmp_path, streaming):
+    """EXIF orientation is ignored, as timm does; `datasets` would turn the image."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    folder = tmp_path / "a"
+    folder.mkdir()
+    Image.new("RGB", (20, 10)).save(folder / "0.jpg", exif=exif)
+    row = next(iter(open_source(str(tmp_path), streaming=streaming).rows))
+    assert decode(row["image"], "RGB").size == (20, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no/such/folder/at/all", "there is no data"),
+        ("missing.parquet", "there is no data"),
+        ("some_org/some_dataset", "cannot read the data some_org/some_dataset: .*reach"),
+    ],
+)
+def test_what_is_not_there(name, words):
+    with pytest.raises(InputError, match=words):
+        open_source(name)
+
+
+def test_what_cannot_be_read(tmp_path):
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 nonsense")
+    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    for name in ("bad.parquet", "notes.txt", "empty"):
+        with pytest.raises(InputError, match=name.split(".")[0]):
+            open_source(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: 512 * 4],  # cut between two images
+        lambda content: content[: 512 * 5 + 100],
+        lambda content: content[: 512 * 4] + b"damaged " * 64 + content[512 * 5 :],
+    ],
+)
+def test_a_tar_file_that_was_cut_off_or_damaged(tmp_path, streaming, damage):
+    """Its readers take the damage for the end, and some images would not be counted."""
+    make_webdataset(tmp_path)
+    (tmp_path / "bad.tar").write_bytes(damage((tmp_path / "val-0.tar").read_bytes()))
+    with pytest.raises(InputError, match=r"(cut off|whole tar file).* fetch it again"):
+        open_source(str(tmp_path / "bad.tar"), streaming=streaming)
+
+
+def test_columns_that_are_missing(tmp_path):
+    rows = dataset(3)
+    rows.remove_columns("label").to_parquet(tmp_path / "no_label.parquet")
+    rows.remove_columns("image").to_parquet(tmp_path / "no_image.parquet")
+    rows.remove_columns("label").add_column("label", ["x", "y", "z"]).to_parquet(tmp_path / "words.parquet")
+    for name, words in (
+        ("no_label", "no column of labels"),
+        ("no_image", "no column of images; its columns are label"),
+        ("words", "holds no class numbers"),
+    ):
+        with pytest.raises(InputError, match=words):
+            open_source(str(tmp_path / f"{name}.parquet"))
+    rows.to_parquet(tmp_path / "good.parquet")
+    with pytest.raises(InputError, match="no column colour; its columns are image, label"):
+        open_source(str(tmp_path / "good.parquet"), label_column="colour")
+
+
+def test_several_splits_and_none_to_evaluate_on(tmp_path):
+    datasets.DatasetDict({"train": dataset(3), "more": dataset(3)}).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(InputError, match="choose one with --split: train, more"):
+        open_source(str(tmp_path / "saved"))
+
+
+def test_a_corrupt_image_is_told_and_not_raised(tmp_path):
+    save_images(tmp_path, ["a"], 2)
+    content = (tmp_path / "a" / "0.jpg").read_bytes()
+    (tmp_path / "a" / "0.jpg").write_bytes(content[: len(content) // 2])
+    (tmp_path / "a" / "2.jpg").write_bytes(b"")
+    rows = open_source(str(tmp_path)).rows
+    samples = Samples(lambda image: image, "RGB", lambda label, path: [label])
+    made = [samples(f"image {i}", row) for i, row in enumerate(rows)]
+    assert [sample.corrupt is None for sample in made] == [False, True, False]
+    assert "0.jpg" in made[0].place and "truncated" in made[0].corrupt
+
+
+def test_only_the_chosen_split_is_converted(tmp_path):
+    """Validating must not fetch and convert a training split of 140 GB first."""
+    folder = Path(make_parquet_folder(tmp_path))
+    train = folder / "data" / "train-00000-of-00001.parquet"
+    train.write_bytes(train.read_bytes()[:-40])  # whoever reads it fails
+    assert greys(open_source(str(folder))) == EXPECTED
+
+
+def test_metadata_of_the_shipped_digits_is_not_needed(tmp_path):
+    shutil.copytree(SHIPPED_DATA / "data", tmp_path / "data")
+    assert json.dumps(open_source(str(tmp_path)).class_names) == json.dumps([str(i) for i in range(10)])

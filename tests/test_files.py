@@ -1,0 +1,175 @@
+"""What is written to disk is whole at every moment; what is shipped is what it says it is."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+
+from res2net_zoo.catalog import Accuracy
+from res2net_zoo.data import decode, open_source
+from res2net_zoo.evaluate import evaluate
+from res2net_zoo.folder import model_card, write_model_folder
+from res2net_zoo.labels import match_classes
+from res2net_zoo.pretrained import create_model, published_accuracies
+from res2net_zoo.program import markdown_table, write_atomically
+from tests.conftest import ROOT, SHIPPED_DATA, SHIPPED_MODEL, spread
+
+
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
+    path = tmp_path / "file.txt"
+    write_atomically(path, lambda new: new.write_text("old"))
+
+    def fail(new):
+        new.write_text("half of it")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, fail)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+    (tmp_path / "ordinary").touch()
+    assert path.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+def test_a_model_folder_is_the_old_one_or_the_new_one(tmp_path):
+    folder = tmp_path / "model"
+    model = spread(timm.create_model("res2net_tiny", num_classes=3))
+    write_model_folder(folder, model, model_card("one", "# one", None))
+    (folder / "metrics.csv").write_text("kept")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    class BadCard:
+        def save(self, path):
+            path.write_text("half a card")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_model_folder(folder, spread(model, 1), BadCard())  # type: ignore[arg-type]
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    write_model_folder(folder, spread(model, 1), model_card("two", "# two", None))
+    after = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert after.keys() == before.keys() and after["metrics.csv"] == b"kept"
+    assert after["model.safetensors"] != before["model.safetensors"] and b"# two" in after["README.md"]
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_killed_at_any_moment_a_model_folder_is_whole(tmp_path):
+    """kill -9 while a folder is written over and over: it can always be read, weights and card of one time."""
+    folder = tmp_path / "model"
+    code = f"""
+import sys, timm, torch, res2net_zoo
+from pathlib import Path
+from res2net_zoo.folder import model_card, write_model_folder
+model = timm.create_model("res2net_tiny", num_classes=3)
+for i in range(10_000):
+    torch.nn.init.constant_(model.fc.bias, i)
+    write_model_folder(Path({str(folder)!r}), model, model_card("m", f"# {{i}}", None))
+    print(i, flush=True)
+"""
+    for kill_after in (1, 3, 5):
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        for _ in range(kill_after):
+            assert process.stdout.readline()
+        process.kill()
+        process.wait()
+        if not folder.exists():  # between the two renames: the old one stands beside its place
+            folder = next(tmp_path.glob(".model-old-*"))
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            number = int(file.get_tensor("fc.bias")[0])
+            assert file.metadata() == {"format": "pt"}
+        assert (folder / "README.md").read_text().endswith(f"# {number}")
+        shutil.rmtree(tmp_path)
+        folder = tmp_path / "model"
+
+
+def test_what_timm_writes_and_reads(tmp_path):
+    """Our folder loads by timm alone, weights and labels; published accuracies come back from the card."""
+    accuracies = [Accuracy(dataset="digits", split="validation", top1=12.345, top5=67.8, source="here")]
+    model = spread(timm.create_model("res2net_tiny", num_classes=3, in_chans=1)).eval()
+    write_model_folder(tmp_path / "m", model, model_card("m", "# m", "mit", accuracies), ["x", "y", "z"])
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True).eval()
+    image = torch.randn(1, 1, 64, 64)
+    assert torch.equal(loaded(image), model(image))
+    assert loaded.pretrained_cfg["label_names"] == ["x", "y", "z"]
+    published = published_accuracies(f"local-dir:{tmp_path / 'm'}")
+    assert [(a.dataset, a.split, a.top1, a.top5) for a in published] == [("digits", "validation", 12.345, 67.8)]
+    assert timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True, num_classes=5, in_chans=3) is not None
+
+
+def test_published_accuracies_of_the_catalogue():
+    assert published_accuracies("res2net50d")[0].top1 == 80.28
+    assert published_accuracies("res2net50d.in1k") == published_accuracies("res2net50d")
+    assert published_accuracies("resnet50") == []
+
+
+def test_tables_align():
+    table = markdown_table(("name", "n"), [("a", "1.5"), ("long name", "-")])
+    assert table.splitlines() == [
+        "| name      |   n |",
+        "| --------- | --: |",
+        "| a         | 1.5 |",
+        "| long name |   - |",
+    ]
+
+
+# What the repository ships
+
+
+def test_shipped_digits_are_scikit_learns():
+    """Every image is there once, pixel for pixel, and the split keeps the share of each digit."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    expected = Counter(
+        (np.rint(pixels * (255 / 16)).astype(np.uint8).tobytes(), int(label))
+        for pixels, label in zip(digits.images, digits.target, strict=True)
+    )
+    found: Counter = Counter()
+    shares = {}
+    for split in ("train", "validation"):
+        rows = open_source(str(SHIPPED_DATA), split).rows
+        found += Counter((decode(row["image"], "L").tobytes(), row["label"]) for row in rows)
+        shares[split] = np.bincount(rows["label"], minlength=10)
+    assert found == expected
+    assert (shares["train"].sum(), shares["validation"].sum()) == (1437, 360)
+    assert np.abs(shares["validation"] - 0.2 * (shares["train"] + shares["validation"])).max() < 1
+    # No image of one part is in the other as well.
+    assert max(found.values()) == 1
+
+
+def test_make_digits_makes_them_again(tmp_path):
+    subprocess.run([sys.executable, "hub/datasets/make_digits.py", "--output", tmp_path], cwd=ROOT, check=True)
+    for split in ("train", "validation"):
+        made, shipped = (open_source(str(folder), split).rows for folder in (tmp_path, SHIPPED_DATA))
+        assert made[:] == shipped[:]
+
+
+def test_shipped_model_has_the_accuracy_that_its_card_publishes():
+    model = create_model(f"local-dir:{SHIPPED_MODEL}")
+    assert sum(p.numel() for p in model.parameters()) < 1_000_000
+    assert model.pretrained_cfg["label_names"] == [str(i) for i in range(10)]
+    source = open_source(str(SHIPPED_DATA))
+    counts = evaluate(model, source, match_classes(source.class_names, 10), Accelerator(cpu=True))
+    (published,) = published_accuracies(f"local-dir:{SHIPPED_MODEL}")
+    assert (counts.percent(counts.top1), counts.percent(counts.top5)) == (published.top1, published.top5)
+    assert published.top1 >= 98.5
+
+
+def test_shipped_model_card_says_how_it_was_made():
+    card = (SHIPPED_MODEL / "README.md").read_text()
+    assert "accelerate launch scripts/finetune.py --output hub/models/res2net_tiny.digits" in card
+    assert "| seed " in card and "license: apache-2.0" in card
+    assert json.loads((SHIPPED_MODEL / "config.json").read_text())["architecture"] == "res2net_tiny"
+    assert datasets.load_dataset_builder(str(SHIPPED_DATA)).config.data_files.keys() == {"train", "validation"}
+    for path in (*SHIPPED_MODEL.iterdir(), *SHIPPED_DATA.rglob("*.md")):
+        assert b"/work/" not in path.read_bytes() and b"/root/" not in path.read_bytes()

@@ -1,0 +1,333 @@
+"""scripts/validate.py, run as a user runs it: figures, comparison, bad input, many models, interruption."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+
+from res2net_zoo.folder import model_card, write_model_folder
+from res2net_zoo.labels import imagenet_synsets, real_labels, subset_synsets
+from tests.conftest import ROOT, SHIPPED_DATA, SHIPPED_MODEL, input_error, save_images, spread
+from tests.hub_server import serve
+
+VALIDATE = "scripts/validate.py"
+SHIPPED = f"local-dir:{SHIPPED_MODEL}"
+
+
+def table(result: subprocess.CompletedProcess) -> list[list[str]]:
+    """Return the cells of the rows that a run printed."""
+    lines = [line for line in result.stdout.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def results(path: Path) -> list[dict]:
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def imagenet_folder(tmp_path_factory) -> Path:
+    """A folder of res2net_tiny with ImageNet's 1000 classes and random weights."""
+    folder = tmp_path_factory.mktemp("models") / "tiny1000"
+    write_model_folder(folder, spread(timm.create_model("res2net_tiny")), model_card("tiny1000", "# tiny", None))
+    return folder
+
+
+def test_what_the_readme_says_first(program, tmp_path):
+    """One and two processes measure the shipped model alike, and find what its card publishes."""
+    rows, files = [], []
+    for processes in (1, 2):
+        result = program(VALIDATE, "--check", "--output", tmp_path / f"{processes}.json", processes=processes)
+        assert result.returncode == 0, result.stderr
+        rows.append(table(result))
+        files.append(results(tmp_path / f"{processes}.json")[0])
+    assert rows[0][0][:8] == rows[1][0][:8] and len(rows[0]) == 1
+    one, two = files
+    assert (one["num_processes"], two["num_processes"]) == (1, 2)
+    assert one["samples"] == two["samples"] == 360
+    assert (one["correct1"], one["correct5"]) == (two["correct1"], two["correct5"])
+    assert one["top1"] == one["published_top1"] >= 98.5 and one["top5"] == one["published_top5"]
+    assert one["passed"] is True and "model card" in one["published_source"]
+    assert one["images_per_second"] > 0
+    assert {"model", "data", "split", "samples", "top1", "top5", "published_top1", "published_top5"} <= one.keys()
+    assert {"published_source", "passed", "images_per_second", "num_processes"} <= one.keys()
+
+
+def test_streamed_and_in_bf16(in_process, tmp_path):
+    for args in (["--streaming"], ["--mixed-precision", "bf16"], ["--batch-size", "7", "--workers", "0"]):
+        result = in_process(VALIDATE, "--check", "--output", tmp_path / "r.json", *args)
+        assert result.returncode == 0, result.stderr
+    assert results(tmp_path / "r.json")[0]["samples"] == 360
+
+
+def copy_with_card(tmp_path: Path, top1: float) -> Path:
+    """Copy the shipped model with a card that claims another top-1."""
+    folder = shutil.copytree(SHIPPED_MODEL, tmp_path / f"claims_{top1}")
+    card = (folder / "README.md").read_text()
+    changed = re.sub(r"(type: accuracy\n\s+value: )[\d.]+", rf"\g<1>{top1}", card)
+    assert changed != card
+    (folder / "README.md").write_text(changed)
+    return folder
+
+
+def test_check_fails_where_the_published_accuracy_is_another(in_process, tmp_path):
+    measured = json.loads((in_process(VALIDATE, "--output", tmp_path / "r.json"), (tmp_path / "r.json").read_text())[1])
+    claim = measured[0]["top1"] - 0.2
+    model = f"local-dir:{copy_with_card(tmp_path, claim)}"
+    result = in_process(VALIDATE, "--model", model, "--check")
+    assert result.returncode == 1
+    assert table(result)[0][-1] == "FAILED" and f"{claim:.3f}" in table(result)[0]
+    assert in_process(VALIDATE, "--model", model).returncode == 0  # not asked to check
+    assert in_process(VALIDATE, "--model", model, "--check", "--tolerance", "0.25").returncode == 0
+
+
+def test_nothing_published_cannot_pass_a_check(in_process, tiny_folder, tmp_path):
+    result = in_process(VALIDATE, "--model", f"local-dir:{tiny_folder}", "--check", "--output", tmp_path / "r.json")
+    assert "nothing is published" in input_error(result)
+    assert results(tmp_path / "r.json")[0]["passed"] is None
+
+
+class TestBadInput:
+    """One line that says what is wrong and what to do, exit code 2, and no result."""
+
+    def refused(self, run, tmp_path, *args) -> str:
+        output = tmp_path / "results.json"
+        line = input_error(run(VALIDATE, *args, "--output", output))
+        assert not output.exists()
+        return line
+
+    def test_unknown_model(self, program, tmp_path):
+        line = self.refused(program, tmp_path, "--model", "res2net50_26w_5s")
+        assert "did you mean" in line and "res2net50_26w_4s" in line
+
+    def test_unknown_tag_and_model_without_weights(self, in_process, tmp_path):
+        line = self.refused(in_process, tmp_path, "--model", "res2net50_26w_4s.in22k")
+        assert "there are res2net50_26w_4s.in1k" in line
+        assert "no published weights" in self.refused(in_process, tmp_path, "--model", "res2net_tiny")
+
+    def test_name_that_is_a_path(self, in_process, tmp_path):
+        assert "local-dir:" in self.refused(in_process, tmp_path, "--model", "hub/models/res2net_tiny.digits")
+
+    def test_missing_folders(self, in_process, tmp_path):
+        assert "no model folder" in self.refused(in_process, tmp_path, "--model", f"local-dir:{tmp_path / 'gone'}")
+        assert "there is no data" in self.refused(in_process, tmp_path, "--data", tmp_path / "gone" / "away")
+        line = input_error(in_process(VALIDATE, "--output", tmp_path / "gone" / "r.json"))
+        assert "does not exist; make it first" in line
+
+    def test_missing_split(self, in_process, tmp_path):
+        line = self.refused(in_process, tmp_path, "--split", "dev_test")
+        assert "no split dev_test; it has train, validation" in line
+
+    def test_fewer_classes_than_labels(self, in_process, tmp_path):
+        images = save_images(tmp_path / "images", [f"class {c}" for c in "abcdefghijk"], 1)
+        line = self.refused(in_process, tmp_path, "--data", images)
+        assert "11 classes and the model only 10" in line
+
+    def test_label_out_of_range(self, in_process, tmp_path):
+        import datasets
+
+        rows = datasets.load_dataset("parquet", data_files=str(SHIPPED_DATA / "data/validation-*"), split="train")
+        labels = [*rows["label"][:9], 10]
+        rows = rows.select(range(10)).remove_columns("label").add_column("label", labels)
+        rows.to_parquet(tmp_path / "val.parquet")
+        line = self.refused(in_process, tmp_path, "--data", tmp_path / "val.parquet")
+        assert "image 9" in line and "label 10 is out of range" in line
+
+    def test_corrupt_image(self, in_process, tmp_path):
+        images = save_images(tmp_path / "images", ["0", "1"], 3)
+        (images / "1" / "0.jpg").write_bytes((images / "1" / "0.jpg").read_bytes()[:300])
+        line = self.refused(in_process, tmp_path, "--data", images)
+        assert "image 3 (" in line and "1/0.jpg" in line and "--skip-corrupt" in line
+
+    def test_truncated_and_foreign_weights(self, in_process, tmp_path):
+        folder = shutil.copytree(SHIPPED_MODEL, tmp_path / "cut")
+        weights = folder / "model.safetensors"
+        content = weights.read_bytes()
+        weights.write_bytes(content[: len(content) // 2])
+        assert "no whole safetensors" in self.refused(in_process, tmp_path, "--model", f"local-dir:{folder}")
+        weights.write_bytes(b"not safetensors at all")
+        assert "no whole safetensors" in self.refused(in_process, tmp_path, "--model", f"local-dir:{folder}")
+        weights.write_bytes(content)
+        config = (folder / "config.json").read_text().replace("res2net_tiny", "res2net50_26w_4s")
+        (folder / "config.json").write_text(config)
+        assert "cannot load" in self.refused(in_process, tmp_path, "--model", f"local-dir:{folder}")
+        (folder / "config.json").write_text("{")
+        assert "cannot load" in self.refused(in_process, tmp_path, "--model", f"local-dir:{folder}")
+
+    def test_pickles_run_no_code(self, in_process, tmp_path):
+        import pickle
+
+        class Attack:
+            def __reduce__(self):
+                return (Path.touch, (tmp_path / "was_here",))
+
+        folder = shutil.copytree(SHIPPED_MODEL, tmp_path / "pickled")
+        (folder / "model.safetensors").unlink()
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Attack()}))
+        assert "cannot load" in self.refused(in_process, tmp_path, "--model", f"local-dir:{folder}")
+        assert not (tmp_path / "was_here").exists()
+
+    def test_no_network(self, in_process, tmp_path):
+        """Offline mode stands in for a dead network: the same error without its five retries."""
+        line = self.refused(in_process, tmp_path, "--model", "res2net50_26w_4s")
+        assert "out of reach" in line and "`hf download timm/res2net50_26w_4s.in1k`" in line
+        assert "out of reach" in self.refused(in_process, tmp_path, "--model", "hf-hub:some/model")
+        assert "reach" in self.refused(in_process, tmp_path, "--data", "some/data")
+
+    def test_no_server_behind_the_hubs_address(self, program, tmp_path):
+        env = dict(HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")
+        assert "out of reach" in input_error(program(VALIDATE, "--model", "hf-hub:some/model", **env))
+
+    def test_file_that_breaks_off_while_it_is_streamed(self, in_process, tmp_path):
+        """A Parquet file whose end is whole and whose middle is not: found out half-way through."""
+        import datasets
+
+        rows = datasets.load_dataset("parquet", data_files=str(SHIPPED_DATA / "data/validation-*"), split="train")
+        path = tmp_path / "val.parquet"
+        rows.to_parquet(path, batch_size=60)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2 : len(content) // 2 + 4000] = b"\xff" * 4000
+        path.write_bytes(content)
+        line = self.refused(in_process, tmp_path, "--data", path, "--streaming")
+        assert "stream" in line
+
+    def test_wrong_options(self, in_process, tmp_path):
+        assert "needs --output" in input_error(in_process(VALIDATE, "--resume"))
+        assert "--batch-size" in input_error(in_process(VALIDATE, "--batch-size", "0"))
+        (tmp_path / "r.json").write_text('{"not": "results"}')
+        line = input_error(in_process(VALIDATE, "--resume", "--output", tmp_path / "r.json"))
+        assert "no results of this program" in line
+        assert (tmp_path / "r.json").read_text() == '{"not": "results"}'
+
+    def test_in_two_processes_one_line_all_the_same(self, program, tmp_path):
+        """An image that only the second process reads; both stop, and one line says why."""
+        images = save_images(tmp_path / "images", ["0", "1"], 3)
+        (images / "1" / "0.jpg").write_bytes(b"")
+        result = program(VALIDATE, "--data", images, processes=2)
+        lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+        assert result.returncode != 0
+        assert len(lines) == 1 and "image 3 (" in lines[0]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_corrupt_images_can_be_left_out(in_process, tmp_path, streaming):
+    images = save_images(tmp_path / "images", ["0", "1"], 5)
+    for name in ("0/1.jpg", "1/3.jpg"):
+        (images / name).write_bytes(b"\xff\xd8 broken")
+    args = ["--data", images, "--skip-corrupt", "--output", tmp_path / "r.json"]
+    result = in_process(VALIDATE, *args, *(["--streaming"] if streaming else []))
+    assert result.returncode == 1
+    measured = results(tmp_path / "r.json")[0]
+    assert (measured["samples"], measured["skipped"]) == (8, 2)
+    assert "2 corrupt images left out" in result.stderr and "0/1.jpg" in result.stderr and "1/3.jpg" in result.stderr
+
+
+def test_one_model_that_fails_costs_the_others_nothing(in_process, tmp_path):
+    output = tmp_path / "r.json"
+    args = ["--model", SHIPPED, "res2net_nonsense", f"local-dir:{copy_with_card(tmp_path, 50.0)}", "--output", output]
+    result = in_process(VALIDATE, *args)
+    assert "res2net_nonsense" in input_error(result)
+    assert [r["passed"] for r in results(output)] == [True, False]
+    again = in_process(VALIDATE, *args, "--resume")
+    assert again.returncode == 2 and again.stdout.count("is done already") == 2
+    assert len(results(output)) == 2
+
+
+def test_killed_and_resumed(tmp_path):
+    """kill -9 between two models loses nothing that was measured, and nothing is measured twice."""
+    images = save_images(tmp_path / "images", [str(i) for i in range(10)], 40)
+    slow = shutil.copytree(SHIPPED_MODEL, tmp_path / "slow")
+    output = tmp_path / "r.json"
+    args = [
+        "--model",
+        SHIPPED,
+        f"local-dir:{slow}",
+        "--data",
+        str(images),
+        "--batch-size",
+        "1",
+        "--output",
+        str(output),
+    ]
+    process = subprocess.Popen([sys.executable, VALIDATE, *args], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not output.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = results(output)
+    assert len(before) == 1
+    again = subprocess.run([sys.executable, VALIDATE, *args, "--resume"], cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("is done already") == 1
+    assert results(output)[0] == before[0] and len(results(output)) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"images", "slow", "r.json"}
+
+
+class TestImageNet:
+    """The benchmarks' labels from end to end, on made images of the true structure."""
+
+    def test_imagenet_a_chooses_among_its_200_classes(self, in_process, imagenet_folder, tmp_path):
+        images = save_images(tmp_path / "imagenet-a", subset_synsets("imagenet-a"), 1)
+        args = ["--model", f"local-dir:{imagenet_folder}", "--data", images, "--output"]
+        in_process(VALIDATE, *args, tmp_path / "a.json")
+        measured = results(tmp_path / "a.json")[0]
+        assert (measured["benchmark"], measured["samples"]) == ("imagenet-a", 200)
+        # With another folder more it is no ImageNet-A, and all 1000 classes stand for choice.
+        save_images(images, [next(s for s in imagenet_synsets() if s not in subset_synsets("imagenet-a"))], 1)
+        in_process(VALIDATE, *args, tmp_path / "b.json")
+        other = results(tmp_path / "b.json")[0]
+        assert (other["benchmark"], other["samples"]) == (None, 201)
+        assert measured["correct5"] > other["correct5"]  # of 200 rather than of 1000
+
+    def test_imagenet_v2_counts_its_folders_as_numbers(self, in_process, imagenet_folder, tmp_path):
+        images = save_images(tmp_path / "v2", [str(i) for i in range(1000)], 1)
+        args = ["--model", f"local-dir:{imagenet_folder}", "--data", images, "--batch-size", "100"]
+        result = in_process(VALIDATE, *args, "--benchmark", "imagenet-v2", "--output", tmp_path / "r.json")
+        assert result.returncode == 0, result.stderr
+        assert results(tmp_path / "r.json")[0]["samples"] == 1000
+
+    def test_imagenet_real_takes_its_labels_by_name(self, in_process, imagenet_folder, tmp_path):
+        images = save_images(tmp_path / "all" / "val", ["n01440764"], 30)
+        for i, path in enumerate(sorted((images / "n01440764").iterdir()), start=1):
+            path.rename(path.with_name(f"ILSVRC2012_val_{i:08d}.JPEG"))
+        args = ["--model", f"local-dir:{imagenet_folder}", "--data", images, "--benchmark", "imagenet-real"]
+        result = in_process(VALIDATE, *args, "--output", tmp_path / "r.json")
+        assert result.returncode == 0, result.stderr
+        labelled = [name for name in list(real_labels())[:30] if real_labels()[name]]
+        assert results(tmp_path / "r.json")[0]["samples"] == len(labelled) < 30
+
+    def test_benchmark_needs_a_model_of_1000_classes(self, in_process):
+        line = input_error(in_process(VALIDATE, "--benchmark", "imagenet-1k"))
+        assert "imagenet-1k needs a model of ImageNet's 1000 classes, and this one has 10" in line
+
+
+def test_from_the_hub_and_back(program, tmp_path):
+    """Model and data by their Hub ids, through the real clients, over HTTP."""
+    repositories = {"models/zoo/digits-model": SHIPPED_MODEL, "datasets/zoo/digits": SHIPPED_DATA}
+    with serve(repositories) as (endpoint, requests):
+        env = dict(HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hf"))
+        args = ["--model", "hf-hub:zoo/digits-model", "--data", "zoo/digits", "--check"]
+        result = program(VALIDATE, *args, "--output", tmp_path / "r.json", **env)
+        assert result.returncode == 0, result.stderr
+        assert results(tmp_path / "r.json")[0]["samples"] == 360
+        assert not any("train-00000" in request for request in requests)
+        line = input_error(program(VALIDATE, "--model", "hf-hub:zoo/nothing", **env))
+        assert "there is no model zoo/nothing on the Hub" in line
+
+
+@pytest.mark.parametrize("path", ["scripts/validate.py", "scripts/finetune.py"])
+def test_help_and_wrong_arguments_answer_at_once(path):
+    for args, code in ((["--help"], 0), (["--frobnicate"], 2)):
+        start = time.perf_counter()
+        result = subprocess.run([sys.executable, path, *args], cwd=ROOT, capture_output=True, text=True)
+        assert time.perf_counter() - start < 1
+        assert result.returncode == code
+    assert len(result.stderr.splitlines()) == 1 and "--frobnicate" in result.stderr
