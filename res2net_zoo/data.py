@@ -82,11 +82,16 @@ def open_source(
 def _find(src: str) -> tuple[list[str], Callable[[str, bool], Any]]:
     """Return the splits of `src`, and what loads one of them."""
     path = Path(src)
+    options: dict[str, Any] = {}
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return _find_saved(path)
         folders = _class_folders(path)
-        builder = _builder("imagefolder", data_files=folders) if folders else _builder(str(path))
+        if folders:
+            builder = _builder("imagefolder", data_files=folders)
+            options = {"drop_labels": False}  # else a single class would have no label
+        else:
+            builder = _builder(str(path))
     elif matches := sorted(glob.glob(src)):
         kinds = {FILE_FORMATS.get(Path(match).suffix) for match in matches}
         kind = kinds.pop()
@@ -104,7 +109,6 @@ def _find(src: str) -> tuple[list[str], Callable[[str, bool], Any]]:
         for file in data_files[split]:
             _check_whole(Path(file))
         # Only this split's files are named, or `datasets` would fetch and convert all splits.
-        options = {"drop_labels": False} if builder.name == "imagefolder" else {}
         return datasets.load_dataset(
             builder.name,
             data_files={split: list(data_files[split])},
@@ -161,8 +165,8 @@ def _class_folders(path: Path) -> dict[str, list[str]] | None:
         SPLITS[f.name.lower()]: f for f in folders if f.name.lower() in SPLITS and any(p.is_dir() for p in f.iterdir())
     }
     if splits:
-        return {split: [str(folder / "**")] for split, folder in splits.items()}
-    return {_split_in(path.name) or "train": [str(path / "**")]}
+        return {split: [str(folder / "*" / "**")] for split, folder in splits.items()}
+    return {_split_in(path.name) or "train": [str(path / "*" / "**")]}
 
 
 def _holds_only(folder: Path, suffixes: Any) -> bool:

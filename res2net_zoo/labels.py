@@ -174,9 +174,9 @@ def match_classes(
                 f"the data has {len(numbers)} numbered classes, the model {num_classes}; number i is taken for class i"
             )
             return Classes(num_classes, numbers, subset, warning=warning)
-    if len(class_names) < num_classes:
+    if len(class_names) < num_classes or model_labels:
         warning = (
-            f"the data's {len(class_names)} class names ({', '.join(class_names[:3])}, ...) are unknown to the model, "
-            f"which has {num_classes} classes; label i is taken for class i"
+            f"the data's {len(class_names)} class names ({', '.join(class_names[:3])}, ...) are not among those of the "
+            f"model's {num_classes} classes; label i is taken for class i"
         )
     return Classes(num_classes, subset=subset, warning=warning)

@@ -144,8 +144,10 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
 
 def share_of_cores() -> int:
     """Return how many of the machine's cores each of its processes can have to itself."""
+    from accelerate.utils import get_int_from_env
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores // get_int_from_env(("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE"), 1))
 
 
 def use_all_cores(threads: int | None = None) -> None:

@@ -168,6 +168,10 @@ def main(args: argparse.Namespace) -> int:
             f"{args.data} has nothing but {train.split}; a second split is needed to choose the best epoch"
         )
     names = train.class_names or [str(i) for i in range(1 + max(train.rows["label"]))]
+    if strange := sorted(set(valid.class_names or ()) - set(names)):
+        raise InputError(
+            f"{args.data} has classes in {valid.split} that {train.split} has not: {', '.join(strange[:5])}"
+        )
     batch = args.batch_size * accelerator.num_processes
     if len(train.rows) < batch:
         raise InputError(f"{args.data} has {len(train.rows)} images to train on, less than a batch of {batch}")
@@ -314,8 +318,8 @@ def write_card(
     text = f"""
 # {args.output.resolve().name}
 
-{cfg["architecture"]} with {model.num_classes} classes and {parameters:,} parameters, trained from {started} on `{args.data}`
-by the Res2Net Zoo. Res2Net: Gao et al., TPAMI 2021, arXiv 1904.01169.
+{cfg["architecture"]} with {model.num_classes} classes and {parameters:,} parameters, trained from {started} on
+`{args.data}` by the Res2Net Zoo. Res2Net: Gao et al., TPAMI 2021, arXiv 1904.01169.
 
 ## Use
 

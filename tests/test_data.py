@@ -103,6 +103,14 @@ def test_reads_class_folders_whatever_their_names(tmp_path, streaming):
     assert open_source(str(tmp_path / "one")).class_names == ["only"]
 
 
+def test_images_without_class_folders_have_no_labels(tmp_path):
+    save_images(tmp_path, ["flat"], 3)
+    with pytest.raises(InputError, match="no column of labels"):
+        open_source(str(tmp_path / "flat"))
+    shutil.copy(tmp_path / "flat" / "0.jpg", tmp_path / "stray.jpg")
+    assert open_source(str(tmp_path)).class_names == ["flat"]
+
+
 def test_reads_splits_of_class_folders(tmp_path):
     save_images(tmp_path / "train", ["a", "b"], 3)
     save_images(tmp_path / "val", ["a", "b"], 1)

@@ -92,6 +92,8 @@ def test_bad_input(in_process, tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == ["0", "1"]
     images = save_images(tmp_path / "images" / "train", ["a", "b"], 3)
     save_images(tmp_path / "images" / "val", ["a", "b"], 1)
+    save_images(tmp_path / "images" / "test", ["a", "c"], 1)
+    assert "classes in test that train has not: c" in refused("--data", tmp_path / "images", "--eval-split", "test")
     (images / "b" / "1.jpg").write_bytes(b"no image")
     args = ("--data", tmp_path / "images", "--batch-size", "2", "--workers", "0")
     assert "b/1.jpg" in refused(*args)

@@ -46,6 +46,7 @@ def test_the_models_own_names_go_first():
 
 def test_unknown_names_are_taken_in_order_and_doubtful_ones_warned_of():
     assert match_classes(["cat", "dog"], 2).warning is None
+    assert "label i is taken for class i" in match_classes(["cat", "dog"], 2, ["cat", "eel"]).warning
     classes = match_classes(["cat", "dog"], 5)
     assert classes.targets(1, None) == [1] and "label i is taken for class i" in classes.warning
 

@@ -323,7 +323,7 @@ def test_from_the_hub_and_back(program, tmp_path):
         assert "there is no model zoo/nothing on the Hub" in line
 
 
-@pytest.mark.parametrize("path", ["scripts/validate.py", "scripts/finetune.py"])
+@pytest.mark.parametrize("path", ["scripts/validate.py", "scripts/finetune.py", "hub/datasets/make_digits.py"])
 def test_help_and_wrong_arguments_answer_at_once(path):
     for args, code in ((["--help"], 0), (["--frobnicate"], 2)):
         start = time.perf_counter()

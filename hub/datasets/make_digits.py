@@ -6,10 +6,18 @@ Needs scikit-learn, which carries the images: pip install -e '.[test]'
 
 import argparse
 from pathlib import Path
+from typing import Any
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a wrong argument in one line; --help has the usage."""
+
+    def print_usage(self, file: Any = None) -> None:
+        """Print nothing."""
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "digits", help="folder to write into")
     return parser.parse_args()
 
