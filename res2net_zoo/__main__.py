@@ -14,18 +14,14 @@ from res2net_zoo.program import InputError, markdown_table, nearest, run, write_
 MARKS = ("<!-- models: python -m res2net_zoo list --update README.md -->", "<!-- end of models -->")
 
 
-class Parser(argparse.ArgumentParser):
-    """Tells a wrong argument in one line; --help has the usage."""
-
-    def print_usage(self, file: Any = None) -> None:
-        """Print nothing."""
-
-
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser(prog="python -m res2net_zoo", description="What the zoo has, and where each weight is from.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    listing = commands.add_parser("list", help="a table of all models and checkpoints")
+    quiet: dict[str, Any] = {"usage": argparse.SUPPRESS}  # so that a wrong argument is told in one line
+    parser = argparse.ArgumentParser(
+        prog="python -m res2net_zoo", description="What the zoo has, and where each weight is from.", **quiet
+    )
+    commands = parser.add_subparsers(dest="command", required=True, prog="python -m res2net_zoo")
+    listing = commands.add_parser("list", help="a table of all models and checkpoints", **quiet)
     listing.add_argument("pattern", nargs="*", help="names to list, such as 'res2net50*' or '*.in1k'")
     listing.add_argument("--pretrained", action="store_true", help="only what has weights")
     listing.add_argument("--license", metavar="TEXT", help="only weights whose licence has TEXT in it")
@@ -34,7 +30,7 @@ def parse_args() -> argparse.Namespace:
     listing.add_argument("--max-gmacs", type=float, metavar="G", help="at most G GMACs an image")
     listing.add_argument("--min-top1", type=float, metavar="P", help="at least P percent top-1 on ImageNet")
     listing.add_argument("--update", type=Path, metavar="FILE", help="put the table into FILE, between its marks")
-    show = commands.add_parser("show", help="all that is known of a model or checkpoint")
+    show = commands.add_parser("show", help="all that is known of a model or checkpoint", **quiet)
     show.add_argument("name", metavar="NAME", help="such as res2net50_26w_4s or res2net50_26w_4s.in1k")
     return parser.parse_args()
 

@@ -150,15 +150,37 @@ def share_of_cores() -> int:
     return max(1, cores // get_int_from_env(("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE"), 1))
 
 
-def use_all_cores(threads: int | None = None) -> None:
-    """Share the machine's cores among its processes; `accelerate launch` leaves each a single one.
+def start_processes(threads: int | None = None, mixed_precision: str | None = None) -> "Accelerator":
+    """Start Accelerate as every program of the zoo does.
+
+    All cores are used, shared among the processes of the machine, where `accelerate launch` leaves
+    each process a single one. The progress of `datasets` is shown to a person, once.
 
     Args:
         threads: Threads for this process, or None for its share of the cores.
+        mixed_precision: `no`, `bf16` or `fp16`, or None for what `accelerate config` says.
+
+    Returns:
+        The processes.
+
+    Raises:
+        InputError: This machine has no such precision.
     """
+    import datasets
     import torch
+    from accelerate import Accelerator
 
     torch.set_num_threads(threads or share_of_cores())
+    try:
+        accelerator = Accelerator(mixed_precision=mixed_precision)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if not accelerator.is_main_process or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    if "DATASETS_VERBOSITY" not in os.environ:
+        # It logs errors that it raises as well; what it raises becomes the one line for the user.
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    return accelerator
 
 
 def default_workers(device: "torch.device") -> int:

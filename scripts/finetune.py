@@ -38,15 +38,12 @@ SHIPPED_DATA = ROOT / "hub" / "datasets" / "digits"
 RECIPES = ROOT / "scripts" / "recipes"
 
 
-class Parser(argparse.ArgumentParser):
-    """Tells a wrong argument in one line; --help has the usage."""
-
-    def print_usage(self, file: Any = None) -> None:
-        """Print nothing."""
-
-
-def build_parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,  # so that a wrong argument is told in one line
+    )
     add = parser.add_argument
     # What to train, and on what
     add("--model", default="res2net_tiny", help="what timm.create_model takes (%(default)s)")
@@ -123,9 +120,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    import datasets
     import torch
-    from accelerate import Accelerator
     from accelerate.utils import set_seed
     from timm.data import Mixup, create_transform, resolve_model_data_config
     from timm.loss import SoftTargetCrossEntropy
@@ -146,16 +141,10 @@ def main(args: argparse.Namespace) -> int:
         default_workers,
         main_first,
         progress_bar,
-        use_all_cores,
+        start_processes,
     )
 
-    use_all_cores(args.threads)
-    try:
-        accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    if not accelerator.is_main_process or not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    accelerator = start_processes(args.threads, args.mixed_precision)
     set_seed(args.seed)
 
     # Data: labels and preprocessing as in validate.py, with timm's augmentation for training.

@@ -43,15 +43,12 @@ def count(text: str) -> int:
     return number
 
 
-class Parser(argparse.ArgumentParser):
-    """Tells a wrong argument in one line; --help has the usage."""
-
-    def print_usage(self, file: Any = None) -> None:
-        """Print nothing."""
-
-
 def parse_args() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,  # so that a wrong argument is told in one line
+    )
     what = parser.add_argument_group("what to measure")
     what.add_argument(
         "--model",
@@ -108,20 +105,11 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    import datasets
-    from accelerate import Accelerator
-
     from res2net_zoo import catalog
     from res2net_zoo.data import open_source
-    from res2net_zoo.program import InputError, main_first, markdown_table, report, use_all_cores, write_atomically
+    from res2net_zoo.program import InputError, main_first, markdown_table, report, start_processes, write_atomically
 
-    use_all_cores(args.threads)
-    try:
-        accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    if not accelerator.is_main_process or not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    accelerator = start_processes(args.threads, args.mixed_precision)
     names = list(catalog.load().checkpoints) if args.model == ["all"] else args.model
     results = read_results(args.output) if args.resume and args.output.exists() else []
     if args.output is not None and not args.output.resolve().parent.is_dir():

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import timm
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_model_data_config
 
 from res2net_zoo.data import open_source
 from res2net_zoo.evaluate import evaluate
 from res2net_zoo.labels import match_classes
-from res2net_zoo.program import default_workers, use_all_cores
+from res2net_zoo.program import default_workers, start_processes
 
 NAME, BATCH, ROUNDS = "res2net50_26w_4s", 32, 5
 
@@ -59,8 +58,7 @@ def timms_loop(model: torch.nn.Module, folder: Path, memory_format: torch.memory
 
 @pytest.mark.slow
 def test_faster_than_timms_loader_and_loop(photographs):
-    use_all_cores()
-    accelerator = Accelerator(cpu=True)
+    accelerator = start_processes()
     theirs = timm.create_model(NAME).eval()
     ours = timm.create_model(NAME)
     ours.load_state_dict(theirs.state_dict())

@@ -6,18 +6,14 @@ Needs scikit-learn, which carries the images: pip install -e '.[test]'
 
 import argparse
 from pathlib import Path
-from typing import Any
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells a wrong argument in one line; --help has the usage."""
-
-    def print_usage(self, file: Any = None) -> None:
-        """Print nothing."""
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,  # so that a wrong argument is told in one line
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "digits", help="folder to write into")
     return parser.parse_args()
 
