@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import torch
 from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from res2net_zoo.program import InputError
 
@@ -46,7 +48,12 @@ class Source:
 
 
 def open_source(
-    src: str, split: str | None = None, *, streaming: bool = False, label_column: str | None = None
+    src: str,
+    split: str | None = None,
+    *,
+    streaming: bool = False,
+    label_column: str | None = None,
+    labelled: bool = True,
 ) -> Source:
     """Open one split of labelled images.
 
@@ -58,6 +65,7 @@ def open_source(
         streaming: Whether to read the images in order as they come, converting nothing into the
             local cache first.
         label_column: Name of the column with the labels, where it is not plain.
+        labelled: Whether the images must have labels; where they need none, they may have some.
 
     Returns:
         The split. Its images are not decoded yet: bytes or paths.
@@ -68,7 +76,7 @@ def open_source(
     try:
         splits, load = _find(src)
         split = _choose_split(src, splits, split)
-        rows = load(split, streaming)
+        return _describe(src, split, load(split, streaming), label_column, labelled)
     except InputError:
         raise
     except Exception as error:
@@ -76,30 +84,26 @@ def open_source(
         # system) in types of its own; all that a user can do is in the innermost message.
         cause = error.__cause__ or error
         raise InputError(f"cannot read the data {src}: {str(cause).strip() or type(cause).__name__}") from error
-    return _describe(src, split, rows, label_column)
 
 
 def _find(src: str) -> tuple[list[str], Callable[[str, bool], Any]]:
     """Return the splits of `src`, and what loads one of them."""
     path = Path(src)
-    options: dict[str, Any] = {}
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return _find_saved(path)
-        folders = _class_folders(path)
-        if folders:
-            builder = _builder("imagefolder", data_files=folders)
-            options = {"drop_labels": False}  # else a single class would have no label
-        else:
-            builder = _builder(str(path))
+        if folders := _class_folders(path):
+            return list(folders), lambda split, streaming: _load_class_folders(folders[split], streaming)
+        builder = datasets.load_dataset_builder(str(path))
     elif matches := sorted(glob.glob(src)):
         kinds = {FILE_FORMATS.get(Path(match).suffix) for match in matches}
         kind = kinds.pop()
         if kinds or kind is None:
             raise InputError(f"{src} is no {', no '.join(FILE_FORMATS)} file; name one kind of those, or a folder")
-        builder = _builder(kind, data_files={_split_in(path.name) or "train": matches})
-    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", src) and not path.suffix:
-        builder = _builder(src)
+        files = {_split_in(path.name) or "train": [glob.escape(match) for match in matches]}
+        builder = datasets.load_dataset_builder(kind, data_files=files)
+    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", src) and path.suffix not in FILE_FORMATS:
+        builder = datasets.load_dataset_builder(src)
     else:
         raise InputError(f"there is no data {src}: no such folder or file, and no Hub dataset id ORG/NAME")
 
@@ -108,21 +112,14 @@ def _find(src: str) -> tuple[list[str], Callable[[str, bool], Any]]:
     def load(split: str, streaming: bool) -> Any:
         for file in data_files[split]:
             _check_whole(Path(file))
-        # Only this split's files are named, or `datasets` would fetch and convert all splits.
+        # Only this split's files are named, or `datasets` would fetch and convert all splits. It
+        # takes names for patterns.
+        files = {split: [glob.escape(file) for file in data_files[split]]}
         return datasets.load_dataset(
-            builder.name,
-            data_files={split: list(data_files[split])},
-            split=split,
-            features=builder.info.features,
-            streaming=streaming,
-            **options,
+            builder.name, data_files=files, split=split, features=builder.info.features, streaming=streaming
         )
 
     return list(data_files), load
-
-
-def _builder(path: str, **kwargs: Any) -> datasets.DatasetBuilder:
-    return datasets.load_dataset_builder(path, **kwargs)
 
 
 def _check_whole(path: Path) -> None:
@@ -149,28 +146,36 @@ def _find_saved(path: Path) -> tuple[list[str], Callable[[str, bool], Any]]:
     return list(saved), lambda split, streaming: saved[split].to_iterable_dataset() if streaming else saved[split]
 
 
-def _class_folders(path: Path) -> dict[str, list[str]] | None:
-    """Return the files of each split if `path` holds class folders, or splits of class folders.
+def _class_folders(path: Path) -> dict[str, Path] | None:
+    """Return the folder of each split if `path` holds class folders, or splits of class folders.
 
-    `datasets` finds splits by words anywhere in a path, and would take a class called `test tube`
-    for a test split; so the files are named to it one split at a time.
+    `datasets` has a builder for them, which takes a class called `test tube` for a test split, a
+    name with a bracket for a pattern, gives a single class no label and does not follow links.
     """
-    folders = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    folders = _folders(path)
     files = [p for p in path.iterdir() if p.is_file()]
-    if not folders or any(file.suffix in FILE_FORMATS or file.name == "README.md" for file in files):
+    configured = any(file.name == "README.md" and "\nconfigs:" in file.read_text(errors="replace") for file in files)
+    if not folders or configured or any(file.suffix in FILE_FORMATS for file in files):
         return None
-    if all(_holds_only(folder, FILE_FORMATS) for folder in folders):
+    if all(file.suffix in FILE_FORMATS for folder in folders for file in folder.iterdir()):
         return None
-    splits = {
-        SPLITS[f.name.lower()]: f for f in folders if f.name.lower() in SPLITS and any(p.is_dir() for p in f.iterdir())
-    }
-    if splits:
-        return {split: [str(folder / "*" / "**")] for split, folder in splits.items()}
-    return {_split_in(path.name) or "train": [str(path / "*" / "**")]}
+    splits = {SPLITS[f.name.lower()]: f for f in folders if f.name.lower() in SPLITS and _folders(f)}
+    return splits or {_split_in(path.name) or "train": path}
 
 
-def _holds_only(folder: Path, suffixes: Any) -> bool:
-    return all(file.suffix in suffixes for file in folder.iterdir())
+def _folders(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _load_class_folders(path: Path, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
+    names = [folder.name for folder in _folders(path)]
+    files = make_dataset(path, {name: i for i, name in enumerate(names)}, IMG_EXTENSIONS, allow_empty=True)
+    if not files:
+        raise InputError(f"{path} has no image in its class folders")
+    features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=names)})
+    images = [{"bytes": None, "path": file} for file, _ in files]
+    rows = datasets.Dataset.from_dict({"image": images, "label": [label for _, label in files]}, features=features)
+    return rows.to_iterable_dataset(num_shards=min(len(rows), 64)) if streaming else rows
 
 
 def _split_in(name: str) -> str | None:
@@ -192,29 +197,30 @@ def _choose_split(src: str, splits: list[str], wanted: str | None) -> str:
     raise InputError(f"{src} has no split {wanted}; it has {', '.join(splits)}")
 
 
-def _describe(src: str, split: str, rows: Any, label_column: str | None) -> Source:
+def _describe(src: str, split: str, rows: Any, label_column: str | None, labelled: bool) -> Source:
     features = rows.features
     if features is None:
         raise InputError(f"{src} does not say what its columns are; read it without --streaming")
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    images += [name for name in IMAGE_COLUMNS if name in features]
+    images += [name for name in IMAGE_COLUMNS if name in features and _may_be_images(features[name])]
     if not images:
         raise InputError(f"{src} has no column of images; its columns are {', '.join(features)}")
     if label_column is not None and label_column not in features:
         raise InputError(f"{src} has no column {label_column}; its columns are {', '.join(features)}")
     labels = [label_column] if label_column else [name for name in LABEL_COLUMNS if name in features]
     labels += [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    if not labels:
+    if not labels and labelled:
         raise InputError(f"{src} has no column of labels; name one with --label-column: {', '.join(features)}")
-    label = features[labels[0]]
-    if not (isinstance(label, datasets.ClassLabel) or (isinstance(label, datasets.Value) and "int" in label.dtype)):
+    label = features[labels[0]] if labels else None
+    if label is not None and not isinstance(label, datasets.ClassLabel) and "int" not in getattr(label, "dtype", ""):
         raise InputError(f"column {labels[0]} of {src} holds no class numbers; name another with --label-column")
     # Decoding is ours: `datasets` would turn images by their EXIF orientation, which timm does not,
     # and one corrupt image would end a whole stream. First of all, for a stream decodes its rows
     # as soon as they are mapped to others, as renaming does.
     rows = rows.cast_column(images[0], datasets.Image(decode=False))
-    rows = rows.select_columns([images[0], labels[0]])
-    rows = rows.rename_columns({a: b for a, b in ((images[0], "image"), (labels[0], "label")) if a != b})
+    columns = {images[0]: "image"} | ({labels[0]: "label"} if labels else {})
+    rows = rows.select_columns(list(columns))
+    rows = rows.rename_columns({old: new for old, new in columns.items() if old != new})
     return Source(
         name=src if not Path(src).exists() and not glob.has_magic(src) else Path(src).resolve().name,
         split=split,
@@ -222,6 +228,21 @@ def _describe(src: str, split: str, rows: Any, label_column: str | None) -> Sour
         class_names=list(label.names) if isinstance(label, datasets.ClassLabel) else None,
         num_rows=len(rows) if isinstance(rows, datasets.Dataset) else None,
     )
+
+
+def _may_be_images(feature: Any) -> bool:
+    """Tell whether a column that is not declared as images can hold them: bytes, paths, or both."""
+    return isinstance(feature, dict) or getattr(feature, "dtype", "").removeprefix("large_") in ("binary", "string")
+
+
+def read(image: dict[str, Any]) -> bytes:
+    """Read the content of an image that `datasets` has not decoded: its bytes, or those of its path."""
+    if image["bytes"] is not None:
+        return image["bytes"]
+    if "://" not in image["path"]:
+        return Path(image["path"]).read_bytes()
+    with fsspec.open(image["path"]) as file:  # an image file that is streamed from the Hub
+        return file.read()
 
 
 def decode(image: dict[str, Any], mode: str) -> Image.Image:
@@ -235,10 +256,9 @@ def decode(image: dict[str, Any], mode: str) -> Image.Image:
         The decoded image.
 
     Raises:
-        Exception: Whatever PIL or the operating system raise for a corrupt or missing image.
+        Exception: Whatever PIL or the file system raise for a corrupt or missing image.
     """
-    content = image["bytes"]
-    with Image.open(io.BytesIO(content) if content is not None else image["path"]) as opened:
+    with Image.open(io.BytesIO(read(image))) as opened:
         return opened.convert(mode)
 
 
@@ -287,15 +307,21 @@ class Samples:
         path = image["path"]
         sample = Sample(f"{place} ({path})" if path else place)
         try:
-            sample.target = self.target(row["label"], path)
+            sample.target = self.target(row.get("label"), path)
         except InputError as error:
             sample.fatal = str(error)
             return sample
         try:
+            image = {"bytes": read(image), "path": path}
             sample.image = self.transform(decode(image, self.mode))
         except Exception as error:
             # A damaged file makes PIL raise nearly anything: OSError, SyntaxError, struct.error, ...
-            sample.corrupt = str(error) or type(error).__name__
+            # What cannot be read over the network is not therefore damaged.
+            reason = str(error) or type(error).__name__
+            if image["bytes"] is None and "://" in (path or ""):
+                sample.fatal = f"cannot be read: {reason}"
+            else:
+                sample.corrupt = reason
         return sample
 
 
@@ -316,17 +342,28 @@ class MapSamples(torch.utils.data.Dataset):
 
 
 class StreamSamples(torch.utils.data.IterableDataset):
-    """Samples of an iterable dataset, in order; `datasets` shares its files among the workers."""
+    """Samples of an iterable dataset, in order; `datasets` shares its files among the workers.
 
-    def __init__(self, rows: datasets.IterableDataset, samples: Samples) -> None:
+    Args:
+        rows: The rows.
+        samples: Makes samples of them.
+        name: What to call these rows in a message; their place in the whole is not known.
+    """
+
+    def __init__(self, rows: datasets.IterableDataset, samples: Samples, name: str) -> None:
         self.rows = rows
         self.samples = samples
+        self.name = name
 
     def __iter__(self) -> Iterator[Sample]:
-        i = 0
+        worker = torch.utils.data.get_worker_info()
+        name = self.name if worker is None or worker.num_workers == 1 else f"{self.name}, worker {worker.id}"
+        read = 0
         try:
-            for i, row in enumerate(self.rows, start=1):
-                yield self.samples(f"image {i} of a stream", row)
+            for row in self.rows:
+                yield self.samples(f"image {read} of {name}", row)
+                read += 1
         except Exception as error:
             # A file that ends too early or is none of its kind; `datasets` has no one type for it.
-            yield Sample(f"the stream after {i} images", fatal=f"cannot read on: {str(error) or type(error).__name__}")
+            fatal = f"cannot read on after {read} images: {str(error) or type(error).__name__}"
+            yield Sample(name, fatal=fatal)

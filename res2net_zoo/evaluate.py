@@ -120,7 +120,7 @@ def create_loader(
     else:
         rows = split_dataset_by_node(source.rows, rank, world)
         workers = min(workers, rows.num_shards)
-        dataset = StreamSamples(rows, samples)
+        dataset = StreamSamples(rows, samples, "the stream" if world == 1 else f"process {rank}'s share of the stream")
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -232,7 +232,6 @@ def evaluate(
         unit_scale=accelerator.num_processes,  # all processes go at about the same pace
     ) as progress:
         counts = all_or_none(
-            accelerator,
             lambda: count_correct(model, loader, accelerator, classes.subset, skip_corrupt, progress),
         )
     shares: list[dict[str, Any]] = gather_object([asdict(counts)])

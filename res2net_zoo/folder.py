@@ -3,7 +3,7 @@
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -61,7 +61,6 @@ def model_card(
     text: str,
     license: str | None,
     accuracies: Sequence[Accuracy] = (),
-    dataset_names: Mapping[str, str] | None = None,
 ) -> ModelCard:
     """Make a model card whose evaluation results `published_accuracies` reads back.
 
@@ -70,7 +69,6 @@ def model_card(
         text: The card's Markdown.
         license: Its licence, in the Hub's spelling; None where nobody has said.
         accuracies: Its accuracies.
-        dataset_names: Name of a dataset in words, where it has one.
 
     Returns:
         The card.
@@ -79,7 +77,7 @@ def model_card(
         EvalResult(
             task_type="image-classification",
             dataset_type=accuracy.dataset,
-            dataset_name=(dataset_names or {}).get(accuracy.dataset, accuracy.dataset),
+            dataset_name=accuracy.dataset,
             dataset_split=accuracy.split,
             metric_type=metric,
             metric_name=title,

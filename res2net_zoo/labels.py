@@ -8,7 +8,7 @@ published figures choose among those 200 only.
 
 import pkgutil
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -18,7 +18,6 @@ from res2net_zoo.program import InputError
 
 # Hub ids whose images are known without looking at them.
 HUB_BENCHMARKS = {"ILSVRC/imagenet-1k": "imagenet-1k", "timm/imagenet-1k-wds": "imagenet-1k"}
-BENCHMARKS = ("imagenet-1k", "imagenet-real", "imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch")
 SUBSETS = {"imagenet-a": "imagenet_a_synsets.txt", "imagenet-r": "imagenet_r_synsets.txt"}
 NUM_VALIDATION_IMAGES = 50_000
 
@@ -54,7 +53,7 @@ def recognise(name: str, split: str, class_names: Sequence[str] | None, num_rows
         num_rows: Its number of images, where it is known.
 
     Returns:
-        One of `BENCHMARKS`, or None where it is none of them or cannot be told.
+        `imagenet-1k`, `-v2`, `-a`, `-r` or `-sketch`, or None where it is none of them or cannot be told.
     """
     if name in HUB_BENCHMARKS:
         return HUB_BENCHMARKS[name] if split == "validation" else None
@@ -146,15 +145,17 @@ def match_classes(
         raise InputError(f"{benchmark} needs a model of ImageNet's 1000 classes, and this one has {num_classes}")
     if benchmark == "imagenet-real":
         return Classes(num_classes, real=True)
-    subset = None
     if benchmark in SUBSETS:
         synsets = subset_synsets(benchmark)
         subset = [imagenet_synsets().index(synset) for synset in synsets]
-        if class_names is None or (len(class_names) == len(synsets) and set(class_names) != set(synsets)):
-            # Labels without ids are numbers in the order of the ids, as these data sets are made.
-            return Classes(num_classes, of_label=subset, subset=subset)
+        if class_names is not None and set(class_names) <= set(synsets):
+            return Classes(num_classes, [imagenet_synsets().index(name) for name in class_names], subset)
+        if class_names is not None and len(class_names) != len(synsets):
+            raise InputError(f"{benchmark} has {len(synsets)} classes, named by WordNet id; this data has others")
+        # Labels without ids are numbers in the order of the ids, as these data sets are made.
+        return Classes(num_classes, [subset[i] for i in numeric_order(class_names or range(len(subset)))], subset)
     if class_names is None:
-        return Classes(num_classes, subset=subset)
+        return Classes(num_classes)
     if len(class_names) > num_classes:
         raise InputError(
             f"the data has {len(class_names)} classes and the model only {num_classes}; choose another model"
@@ -162,21 +163,29 @@ def match_classes(
     for known in (model_labels, imagenet_synsets() if num_classes == 1000 else None):
         if known and set(class_names) <= set(known):
             index = {name: i for i, name in enumerate(known)}
-            return Classes(num_classes, [index[name] for name in class_names], subset)
+            return Classes(num_classes, [index[name] for name in class_names])
     warning = None
     if all(name.isdecimal() for name in class_names):
+        if len(class_names) == num_classes:
+            return Classes(num_classes, numeric_order(class_names))
         numbers = [int(name) for name in class_names]
-        if len(numbers) == num_classes:
-            rank = {number: i for i, number in enumerate(sorted(numbers))}
-            return Classes(num_classes, [rank[number] for number in numbers], subset)
         if max(numbers) < num_classes:
             warning = (
                 f"the data has {len(numbers)} numbered classes, the model {num_classes}; number i is taken for class i"
             )
-            return Classes(num_classes, numbers, subset, warning=warning)
+            return Classes(num_classes, numbers, warning=warning)
     if len(class_names) < num_classes or model_labels:
         warning = (
             f"the data's {len(class_names)} class names ({', '.join(class_names[:3])}, ...) are not among those of the "
             f"model's {num_classes} classes; label i is taken for class i"
         )
-    return Classes(num_classes, subset=subset, warning=warning)
+    return Classes(num_classes, warning=warning)
+
+
+def numeric_order(names: Iterable[str | int]) -> list[int]:
+    """Return the place of each name in numeric order, or as it stands where one is no whole number."""
+    texts = [str(name) for name in names]
+    if not all(text.isdecimal() for text in texts):
+        return list(range(len(texts)))
+    place = {text: i for i, text in enumerate(sorted(texts, key=int))}
+    return [place[text] for text in texts]

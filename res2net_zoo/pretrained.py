@@ -1,20 +1,26 @@
 """From a model's name to the model, with its weights, and to the accuracies published for it."""
 
-import logging
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import timm
-from huggingface_hub import ModelCard
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError
+from timm.data import create_transform, resolve_model_data_config
 from timm.models import get_arch_name, parse_model_name
 from torch import nn
 
 from res2net_zoo import catalog
 from res2net_zoo.catalog import Accuracy
 from res2net_zoo.program import InputError, nearest
-
-_logger = logging.getLogger(__name__)
 
 
 def create_model(name: str, pretrained: bool = True, **kwargs) -> nn.Module:
@@ -42,12 +48,14 @@ def create_model(name: str, pretrained: bool = True, **kwargs) -> nn.Module:
     elif source == "local-dir" and not Path(identifier).is_dir():
         raise InputError(f"there is no model folder {identifier}")
     try:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
+        model = timm.create_model(name, pretrained=pretrained, **kwargs)
+        _check_config(model)
+        return model
     except LocalEntryNotFoundError as error:
         where = identifier if source else timm.get_pretrained_cfg_value(name, "hf_hub_id")
+        command = f"hf download {where}".replace("@", " --revision ")
         raise InputError(
-            f"the Hub is out of reach and {where} is not in its cache; where there is a network, "
-            f"`hf download {where}` fetches it"
+            f"the Hub is out of reach and {where} is not in its cache; where there is a network, `{command}` fetches it"
         ) from error
     except RepositoryNotFoundError as error:
         raise InputError(
@@ -61,7 +69,8 @@ def create_model(name: str, pretrained: bool = True, **kwargs) -> nn.Module:
         ) from error
     except Exception as error:
         # A wrong config, foreign tensors or a missing file: timm and torch have no one type for it.
-        reason = str(error).strip() or type(error).__name__
+        plain = isinstance(error, OSError | RuntimeError | ValueError) and str(error).strip()
+        reason = plain or repr(error)
         raise InputError(f"cannot load {name}: {reason[:500]}{' ...' if len(reason) > 500 else ''}") from error
 
 
@@ -74,6 +83,17 @@ def _check_registered(name: str, pretrained: bool) -> None:
         raise InputError(f"{architecture} has no weights {name}; there are {', '.join(weights) or 'none'}")
     if pretrained and not weights:
         raise InputError(f"{architecture} has no published weights; train some, or name a folder as local-dir:DIR")
+
+
+def _check_config(model: Any) -> None:
+    """Try out what a config says of preprocessing and labels, which building a model does not read."""
+    config = resolve_model_data_config(model)
+    create_transform(**config)
+    if not len(config["mean"]) == len(config["std"]) == config["input_size"][0]:
+        raise ValueError("its config has not one mean and std for each of input_size's channels")
+    names = model.pretrained_cfg.get("label_names") or []
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ValueError("label_names of its config are no list of names")
 
 
 def published_accuracies(name: str) -> list[Accuracy]:
@@ -91,18 +111,23 @@ def published_accuracies(name: str) -> list[Accuracy]:
         checkpoint = catalog.load().checkpoint(name)
         return list(checkpoint.accuracies) if checkpoint else []
     try:
-        card = ModelCard.load(Path(identifier) / "README.md" if source == "local-dir" else identifier.split("@")[0])
-    except (OSError, ValueError, HfHubHTTPError):
-        return []  # a model without a card has published nothing
+        if source == "local-dir":
+            path = Path(identifier) / "README.md"
+        else:
+            repository, _, revision = identifier.partition("@")
+            path = Path(hf_hub_download(repository, "README.md", revision=revision or None))
+        results = ModelCard.load(path).data.eval_results or []
+    except Exception:
+        return []  # without a card, or with one that nobody can read, nothing is published
     figures: dict[tuple[str, str], dict[str, float]] = {}
-    for result in card.data.eval_results or []:
-        if result.metric_type in ("accuracy", "top-5-accuracy"):
-            values = figures.setdefault((result.dataset_type, result.dataset_split or ""), {})
-            values["top1" if result.metric_type == "accuracy" else "top5"] = float(result.metric_value)
-    return [
-        Accuracy(
-            dataset=dataset, split=split, top1=values["top1"], top5=values["top5"], source=f"model card of {identifier}"
-        )
-        for (dataset, split), values in figures.items()
-        if len(values) == 2
-    ]
+    for result in results:
+        key = {"accuracy": "top1", "top-5-accuracy": "top5"}.get(result.metric_type)
+        if key and isinstance(result.metric_value, int | float):
+            figures.setdefault((result.dataset_type, result.dataset_split or ""), {}).setdefault(
+                key, float(result.metric_value)
+            )
+    accuracies = []
+    for (dataset, split), values in figures.items():
+        with contextlib.suppress(StrictDataclassError, TypeError):  # cards say less, or stranger things, than ours
+            accuracies.append(Accuracy(dataset=dataset, split=split, source=f"model card of {identifier}", **values))
+    return accuracies

@@ -1,10 +1,12 @@
 """What every program of the zoo shares: one clear line for bad input, exit codes, threads, files."""
 
+import logging
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,18 +29,24 @@ def run(main: Callable[[], int]) -> int:
         main: The program; returns its exit code, 0 for done or 1 for a check that failed.
 
     Returns:
-        The exit code: what `main` returns, or 2 for bad input.
+        The exit code: what `main` returns, 2 for bad input, 130 for an interruption.
     """
-    from huggingface_hub.utils import logging
+    from huggingface_hub.utils.logging import set_verbosity_error
 
     if "HF_HUB_VERBOSITY" not in os.environ:
         # The Hub's client logs each of its retries; the one line below says all that in the end.
-        logging.set_verbosity_error()
+        set_verbosity_error()
+    # Theirs say in a line of their own what they also raise, and what becomes the one line for the user.
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # read when it is imported, later than this
+    logging.getLogger("timm").setLevel(logging.CRITICAL)
     try:
         return main()
     except InputError as error:
         report(error)
         return 2
+    except KeyboardInterrupt:
+        report("interrupted")
+        return 130  # as shells say it: 128 and the number of SIGINT
 
 
 def report(error: object) -> None:
@@ -54,13 +62,12 @@ def report(error: object) -> None:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
-def all_or_none(accelerator: "Accelerator", work: Callable[[], T]) -> T:
+def all_or_none(work: Callable[[], T]) -> T:
     """Do some work in every process, and fail in all of them if it fails in one.
 
     A process that failed alone would leave the others waiting for it.
 
     Args:
-        accelerator: The processes.
         work: What to do; must not itself wait for other processes.
 
     Returns:
@@ -102,8 +109,8 @@ def main_first(accelerator: "Accelerator", work: Callable[[], T]) -> T:
     Returns:
         What `work` returned in this process.
     """
-    first = all_or_none(accelerator, lambda: [work()] if accelerator.is_local_main_process else [])
-    return all_or_none(accelerator, lambda: first[0] if first else work())
+    first = all_or_none(lambda: [work()] if accelerator.is_local_main_process else [])
+    return all_or_none(lambda: first[0] if first else work())
 
 
 def progress_bar(accelerator: "Accelerator", iterable: Iterable | None = None, **kwargs: Any) -> "tqdm":
@@ -169,17 +176,18 @@ def start_processes(threads: int | None = None, mixed_precision: str | None = No
     import datasets
     import torch
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     torch.set_num_threads(threads or share_of_cores())
+    # Processes wait while one fetches and converts the data, which takes hours for ImageNet. One
+    # that has died ends them all the same: the launcher sees to that.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
     try:
-        accelerator = Accelerator(mixed_precision=mixed_precision)
+        accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[patience])
     except ValueError as error:
         raise InputError(str(error)) from error
     if not accelerator.is_main_process or not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    if "DATASETS_VERBOSITY" not in os.environ:
-        # It logs errors that it raises as well; what it raises becomes the one line for the user.
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     return accelerator
 
 
@@ -213,6 +221,19 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Find out before any work is done whether its result can be written.
+
+    Raises:
+        InputError: There is no such folder, or nothing can be written there.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write into {folder}: {error.strerror}; make it first, or name another") from error
 
 
 def make_readable(path: Path) -> None:

@@ -5,7 +5,7 @@ Usage: accelerate launch scripts/finetune.py [--model NAME] [--pretrained] [--da
 With neither --model nor --data it trains the small model that the repository ships, on the digits
 that the repository ships, as hub/models/res2net_tiny.digits was made.
 
-A recipe is a file of scripts/recipes/ (or the path of one) with a value for any of the settings
+A recipe is a file of scripts/recipes/ (or the path of one) with values for any of the settings
 below; what stands on the command line goes before it. The folder that is written holds the model
 of the epoch with the best top-1 on the evaluation split (of several, the last), its card with all
 settings, metrics.csv and learning_curve.png; timm reads it as local-dir:DIR.
@@ -22,6 +22,7 @@ import shlex
 import sys
 import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,18 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED_DATA = ROOT / "hub" / "datasets" / "digits"
 RECIPES = ROOT / "scripts" / "recipes"
+
+
+def within(kind: Callable[[str], float], low: float, high: float = math.inf) -> Callable[[str], float]:
+    """Return an argument type: an int or float from `low` to `high`."""
+
+    def parse(text: str) -> float:
+        if not low <= (number := kind(text)) <= high:  # so that not-a-number is refused as well
+            raise argparse.ArgumentTypeError(f"{text} is not {low} or more" + (f", up to {high}" * (high < math.inf)))
+        return number
+
+    parse.__name__ = kind.__name__  # argparse names it when the text is no number at all
+    return parse
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,36 +66,42 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval-split", help="default validation, else test")
     add("--label-column", help="column of the labels, where it is not plain")
     add("--output", type=Path, default=Path("outputs/finetune"), help="model folder to write (%(default)s)")
-    add("--recipe", help="name in scripts/recipes, or a .toml file (digits for the digits that the repository ships)")
+    add("--recipe", help="name in scripts/recipes, or a .toml file (digits where neither --model nor --data is given)")
     add("--license", help="licence of the result, for its card (default that of the pretrained weights)")
     # How long, and how much at once
-    add("--epochs", type=int, default=20, help="(%(default)s)")
-    add("--batch-size", type=int, default=64, help="images a step and process (%(default)s)")
-    add("--seed", type=int, default=0, help="(%(default)s)")
-    add("--workers", type=int, help="loader processes for each process (default by the machine)")
-    add("--threads", type=int, help="CPU threads for each process (default its share of the cores)")
+    add("--epochs", type=within(int, 1), default=20, help="(%(default)s)")
+    add("--batch-size", type=within(int, 1), default=64, help="images a step and process (%(default)s)")
+    add("--seed", type=within(int, 0), default=0, help="(%(default)s)")
+    add("--workers", type=within(int, 0), help="loader processes for each process (default by the machine)")
+    add("--threads", type=within(int, 1), help="CPU threads for each process (default its share of the cores)")
     add("--mixed-precision", choices=("no", "bf16", "fp16"), help="default as `accelerate config` says, else no")
     # Optimizer and schedule, by timm's names
     add("--opt", default="adamw", help="(%(default)s)")
-    add("--lr", type=float, default=5e-4, help="highest learning rate (%(default)s)")
-    add("--momentum", type=float, default=0.9, help="(%(default)s)")
-    add("--weight-decay", type=float, default=0.05, help="(%(default)s)")
+    add("--lr", type=within(float, 0), default=5e-4, help="highest learning rate (%(default)s)")
+    add("--momentum", type=within(float, 0, 1), default=0.9, help="(%(default)s)")
+    add("--weight-decay", type=within(float, 0), default=0.05, help="(%(default)s)")
     add("--sched", default="cosine", help="(%(default)s)")
-    add("--warmup-epochs", type=int, default=1, help="(%(default)s)")
-    add("--min-lr", type=float, default=0.0, help="learning rate at the end (%(default)s)")
-    add("--clip-grad", type=float, help="largest norm of the gradient")
+    add("--warmup-epochs", type=within(int, 0), default=1, help="(%(default)s)")
+    add("--min-lr", type=within(float, 0), default=0.0, help="learning rate at the end (%(default)s)")
+    add("--clip-grad", type=within(float, 0), help="largest norm of the gradient")
     # Regularization
-    add("--smoothing", type=float, default=0.1, help="label smoothing (%(default)s)")
-    add("--drop-path", type=float, default=0.0, help="stochastic depth (%(default)s)")
+    add("--smoothing", type=within(float, 0, 1), default=0.1, help="label smoothing (%(default)s)")
+    add("--drop-path", type=within(float, 0, 0.99), default=0.0, help="stochastic depth (%(default)s)")
     # Augmentation, by timm's names
-    add("--scale", type=float, nargs=2, default=(0.35, 1.0), help="share of the image that a random crop keeps")
-    add("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="aspect ratio of a random crop")
-    add("--hflip", type=float, default=0.5, help="probability of a horizontal flip (%(default)s)")
-    add("--color-jitter", type=float, default=0.0, help="(%(default)s)")
+    add(
+        "--scale",
+        type=within(float, 0.01, 1),
+        nargs=2,
+        default=(0.35, 1.0),
+        help="share of the image that a random crop keeps",
+    )
+    add("--ratio", type=within(float, 0.1, 10), nargs=2, default=(3 / 4, 4 / 3), help="aspect ratio of a random crop")
+    add("--hflip", type=within(float, 0, 1), default=0.5, help="probability of a horizontal flip (%(default)s)")
+    add("--color-jitter", type=within(float, 0), default=0.0, help="(%(default)s)")
     add("--auto-augment", help="such as rand-m9-mstd0.5")
-    add("--reprob", type=float, default=0.0, help="probability of random erasing (%(default)s)")
-    add("--mixup", type=float, default=0.0, help="mixup alpha (%(default)s)")
-    add("--cutmix", type=float, default=0.0, help="CutMix alpha (%(default)s)")
+    add("--reprob", type=within(float, 0, 1), default=0.0, help="probability of random erasing (%(default)s)")
+    add("--mixup", type=within(float, 0), default=0.0, help="mixup alpha (%(default)s)")
+    add("--cutmix", type=within(float, 0), default=0.0, help="CutMix alpha (%(default)s)")
     return parser
 
 
@@ -90,7 +109,7 @@ def parse_args() -> argparse.Namespace:
     """Parse the command line over the recipe's settings over the defaults."""
     parser = build_parser()
     args = parser.parse_args()
-    if args.recipe is None and Path(args.data).resolve() == SHIPPED_DATA:
+    if args.recipe is None and args.model == parser.get_default("model") and args.data == parser.get_default("data"):
         args.recipe = "digits"
     if args.recipe is not None:
         path = Path(args.recipe) if args.recipe.endswith(".toml") else RECIPES / f"{args.recipe}.toml"
@@ -105,15 +124,16 @@ def parse_args() -> argparse.Namespace:
         if unknown := sorted(settings.keys() - vars(args).keys()):
             parser.error(f"recipe {path} sets {', '.join(unknown)}, which is no setting; --help lists them")
         # Written as options before the real ones, a recipe's values are checked just as those are.
-        options = [f"--{key.replace('_', '-')}" for key in settings]
-        values = [value if isinstance(value, list) else [value] for value in settings.values()]
-        recipe = [str(word) for option, value in zip(options, values, strict=True) for word in (option, *value)]
-        args = parser.parse_args([*recipe, "--recipe", args.recipe, *sys.argv[1:]])
-    for key in ("epochs", "batch_size"):
-        if getattr(args, key) < 1:
-            parser.error(f"--{key.replace('_', '-')} {getattr(args, key)} is not 1 or more")
+        words = []
+        for key, value in settings.items():
+            if value is not False:
+                words.append(f"--{key.replace('_', '-')}")
+                words += map(str, value if isinstance(value, list) else [] if value is True else [value])
+        args = parser.parse_args([*words, "--recipe", args.recipe, *sys.argv[1:]])
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         parser.error(f"mixup and CutMix pair the images of a batch; --batch-size {args.batch_size} is odd")
+    if args.output.exists() and not args.output.is_dir():
+        parser.error(f"--output {args.output} is a file; name a folder")
     if args.output.exists() and not (args.output / "config.json").is_file() and any(args.output.iterdir()):
         parser.error(f"--output {args.output} holds other things than a model; name another folder")
     return args
@@ -138,6 +158,7 @@ def main(args: argparse.Namespace) -> int:
     from res2net_zoo.program import (
         InputError,
         all_or_none,
+        check_writable,
         default_workers,
         main_first,
         progress_bar,
@@ -146,6 +167,9 @@ def main(args: argparse.Namespace) -> int:
 
     accelerator = start_processes(args.threads, args.mixed_precision)
     set_seed(args.seed)
+    if accelerator.is_main_process:
+        existing = next(folder for folder in args.output.resolve().parents if folder.exists())
+        check_writable(existing)
 
     # Data: labels and preprocessing as in validate.py, with timm's augmentation for training.
     def open_split(split: str | None) -> "Source":
@@ -156,7 +180,7 @@ def main(args: argparse.Namespace) -> int:
         raise InputError(
             f"{args.data} has nothing but {train.split}; a second split is needed to choose the best epoch"
         )
-    names = train.class_names or [str(i) for i in range(1 + max(train.rows["label"]))]
+    names = train.class_names or [str(i) for i in range(1 + max(label or 0 for label in train.rows["label"]))]
     if strange := sorted(set(valid.class_names or ()) - set(names)):
         raise InputError(
             f"{args.data} has classes in {valid.split} that {train.split} has not: {', '.join(strange[:5])}"
@@ -165,20 +189,22 @@ def main(args: argparse.Namespace) -> int:
     if len(train.rows) < batch:
         raise InputError(f"{args.data} has {len(train.rows)} images to train on, less than a batch of {batch}")
     options = {"drop_path_rate": args.drop_path} if args.drop_path else {}
-    model = all_or_none(
-        accelerator, lambda: create_model(args.model, args.pretrained, num_classes=len(names), **options)
-    )
+    model = all_or_none(lambda: create_model(args.model, args.pretrained, num_classes=len(names), **options))
+    set_seed(args.seed, device_specific=True)  # the same weights in all processes, but augmentation of their own
     config = resolve_model_data_config(model)
-    transform = create_transform(
-        **config,
-        is_training=True,
-        scale=args.scale,
-        ratio=args.ratio,
-        hflip=args.hflip,
-        color_jitter=args.color_jitter,
-        auto_augment=args.auto_augment,
-        re_prob=args.reprob,
-    )
+    try:
+        transform = create_transform(
+            **config,
+            is_training=True,
+            scale=args.scale,
+            ratio=args.ratio,
+            hflip=args.hflip,
+            color_jitter=args.color_jitter,
+            auto_augment=args.auto_augment,
+            re_prob=args.reprob,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise InputError(f"timm knows no such augmentation: --auto-augment {args.auto_augment} ({error!r})") from error
     samples = Samples(
         transform, "L" if config["input_size"][0] == 1 else "RGB", match_classes(names, len(names), names).targets
     )
@@ -311,6 +337,8 @@ def write_card(
 `{args.data}` by the Res2Net Zoo. Res2Net: Gao et al., TPAMI 2021, arXiv 1904.01169.
 
 ## Use
+
+In the folder that holds this one:
 
 ```python
 import timm

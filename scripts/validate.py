@@ -15,8 +15,10 @@ left images out; 2 bad input. `accelerate launch` turns every failure into 1.
 
 import argparse
 import json
+import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,16 +33,16 @@ SHIPPED_MODEL = ROOT / "hub" / "models" / "res2net_tiny.digits"
 SHIPPED_DATA = ROOT / "hub" / "datasets" / "digits"
 
 
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
-    return number
+def within(kind: Callable[[str], float], low: float, high: float = math.inf) -> Callable[[str], float]:
+    """Return an argument type: an int or float from `low` to `high`."""
 
+    def parse(text: str) -> float:
+        if not low <= (number := kind(text)) <= high:  # so that not-a-number is refused as well
+            raise argparse.ArgumentTypeError(f"{text} is not {low} or more" + (f", up to {high}" * (high < math.inf)))
+        return number
 
-def count(text: str) -> int:
-    if (number := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{number} is not 0 or more")
-    return number
+    parse.__name__ = kind.__name__  # argparse names it when the text is no number at all
+    return parse
 
 
 def parse_args() -> argparse.Namespace:
@@ -68,13 +70,16 @@ def parse_args() -> argparse.Namespace:
     )
     how = parser.add_argument_group("how")
     how.add_argument(
-        "--batch-size", type=positive, default=64, metavar="N", help="images a batch and process (%(default)s)"
+        "--batch-size", type=within(int, 1), default=64, metavar="N", help="images a batch and process (%(default)s)"
     )
     how.add_argument(
-        "--workers", type=count, metavar="N", help="loader processes for each process (default by the machine)"
+        "--workers", type=within(int, 0), metavar="N", help="loader processes for each process (default by the machine)"
     )
     how.add_argument(
-        "--threads", type=positive, metavar="N", help="CPU threads for each process (default its share of the cores)"
+        "--threads",
+        type=within(int, 1),
+        metavar="N",
+        help="CPU threads for each process (default its share of the cores)",
     )
     how.add_argument(
         "--mixed-precision",
@@ -89,7 +94,7 @@ def parse_args() -> argparse.Namespace:
     result.add_argument("--check", action="store_true", help="fail if a top-1 or top-5 is not the published one")
     result.add_argument(
         "--tolerance",
-        type=float,
+        type=within(float, 0),
         default=0.1,
         metavar="P",
         help="percentage points that still count as the same (%(default)s)",
@@ -105,49 +110,83 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
+    from accelerate.utils import broadcast_object_list
+
     from res2net_zoo import catalog
     from res2net_zoo.data import open_source
-    from res2net_zoo.program import InputError, main_first, markdown_table, report, start_processes, write_atomically
+    from res2net_zoo.program import (
+        InputError,
+        all_or_none,
+        check_writable,
+        main_first,
+        markdown_table,
+        report,
+        start_processes,
+        write_atomically,
+    )
 
     accelerator = start_processes(args.threads, args.mixed_precision)
-    names = list(catalog.load().checkpoints) if args.model == ["all"] else args.model
-    results = read_results(args.output) if args.resume and args.output.exists() else []
-    if args.output is not None and not args.output.resolve().parent.is_dir():
-        raise InputError(f"the folder of --output {args.output} does not exist; make it first")
+
+    def read_old() -> list[dict]:
+        if args.output is None or not accelerator.is_main_process:
+            return []
+        if args.output.is_dir():
+            raise InputError(f"--output {args.output} is a folder; name a file")
+        check_writable(args.output.resolve().parent)
+        return read_results(args.output) if args.resume and args.output.exists() else []
+
+    (results,) = broadcast_object_list([all_or_none(read_old)])
     source = main_first(
         accelerator,
-        lambda: open_source(args.data, args.split, streaming=args.streaming, label_column=args.label_column),
+        lambda: open_source(
+            args.data,
+            args.split,
+            streaming=args.streaming,
+            label_column=args.label_column,
+            labelled=args.benchmark != "imagenet-real",
+        ),
     )
 
     exit_code = 0
-    for name in names:
-        run = {"model": name, "data": args.data, "split": source.split, "precision": accelerator.mixed_precision}
-        if any(run.items() <= result.items() for result in results):
+    rows = []  # the results of this run's models, in their order
+    for name in list(catalog.load().checkpoints) if args.model == ["all"] else args.model:
+        run = {
+            "model": name,
+            "data": args.data,
+            "split": source.split,
+            "precision": accelerator.mixed_precision,
+            "options": {key: getattr(args, key) for key in ("benchmark", "label_column", "skip_corrupt")},
+        }
+        result = next((result for result in results if run.items() <= result.items()), None)
+        if result is not None:
             accelerator.print(f"{name} is done already")
-            continue
-        try:
-            results.append(run | measure(name, source, args, accelerator))
-        except Exception as error:
-            if len(names) == 1:
-                raise
-            # One model that fails must not cost the others of a long run their turn.
-            exit_code = 2 if isinstance(error, InputError) else max(exit_code, 1)
-            if accelerator.is_main_process:
-                report(f"{name}: {error or type(error).__name__}")
-            continue
+        else:
+            try:
+                result = run | measure(name, source, args, accelerator)
+            except Exception as error:
+                if len(args.model) == 1 and args.model != ["all"]:
+                    raise
+                # One model that fails must not cost the others of a long run their turn.
+                exit_code = max(exit_code, 2 if isinstance(error, InputError) else 1)
+                if accelerator.is_main_process:
+                    report(f"{name}: {str(error) or type(error).__name__}")
+                continue
+            results.append(result)
+        result["passed"] = compare(result, args.tolerance)
+        rows.append(result)
         if args.output is not None and accelerator.is_main_process:
             write_atomically(args.output, lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
 
-    if accelerator.is_main_process and results:
+    if accelerator.is_main_process and rows:
         header = ("model", "data", "split", "images", "top-1", "published", "top-5", "published", "images/s", "check")
-        print(markdown_table(header, [row(result) for result in results]))
+        print(markdown_table(header, [table_row(result) for result in rows]))
     accelerator.end_training()
-    if args.check and (unpublished := [result["model"] for result in results if result["passed"] is None]):
+    if args.check and (unpublished := [result["model"] for result in rows if result["passed"] is None]):
         raise InputError(
             f"nothing is published for {', '.join(unpublished)} on this data, so there is nothing to --check; "
             "where it is an ImageNet benchmark, --benchmark says which"
         )
-    if any((args.check and not result["passed"]) or result["skipped"] for result in results):
+    if any((args.check and not result["passed"]) or result["skipped"] for result in rows):
         exit_code = max(exit_code, 1)
     return exit_code
 
@@ -162,7 +201,7 @@ def measure(name: str, source: "Source", args: argparse.Namespace, accelerator: 
     from res2net_zoo.pretrained import create_model, published_accuracies
     from res2net_zoo.program import InputError, all_or_none, default_workers
 
-    model = all_or_none(accelerator, lambda: create_model(name).to(accelerator.device))
+    model = all_or_none(lambda: create_model(name).to(accelerator.device))
     model = model.to(memory_format=torch.channels_last)  # 1.4 times the images per second on a CPU
     cfg: Any = model.pretrained_cfg
     num_classes = int(model.num_classes)  # type: ignore[arg-type]
@@ -174,6 +213,7 @@ def measure(name: str, source: "Source", args: argparse.Namespace, accelerator: 
     classes = match_classes(source.class_names, num_classes, cfg.get("label_names"), benchmark)
     if classes.warning and accelerator.is_main_process:
         print(f"warning: {name}: {classes.warning}", file=sys.stderr)
+    accuracies = published_accuracies(name)
     counts = evaluate(
         model,
         source,
@@ -190,7 +230,7 @@ def measure(name: str, source: "Source", args: argparse.Namespace, accelerator: 
         print(f"warning: {len(counts.corrupt)} corrupt images left out: {'; '.join(counts.corrupt)}", file=sys.stderr)
     if benchmark is None and num_classes == 1000:  # the size of a stream is known only now
         benchmark = recognise(source.name, source.split, source.class_names, counts.num_rows)
-    published = find_published(published_accuracies(name), benchmark, source)
+    published = find_published(accuracies, benchmark, source)
     top1, top5 = counts.percent(counts.top1), counts.percent(counts.top5)
     return {
         "benchmark": benchmark,
@@ -202,7 +242,6 @@ def measure(name: str, source: "Source", args: argparse.Namespace, accelerator: 
         "published_top1": published.top1 if published else None,
         "published_top5": published.top5 if published else None,
         "published_source": published.source if published else None,
-        "passed": max(abs(top1 - published.top1), abs(top5 - published.top5)) <= args.tolerance if published else None,
         "skipped": len(counts.corrupt),
         "images_per_second": round(counts.num_rows / counts.seconds, 1),
         "num_processes": accelerator.num_processes,
@@ -226,19 +265,30 @@ def find_published(accuracies: "list[Accuracy]", benchmark: str | None, source: 
     return None
 
 
+def compare(result: dict, tolerance: float) -> bool | None:
+    """Tell whether the measured accuracies are the published ones; None where none is published."""
+    if result["published_top1"] is None:
+        return None
+    # Percentages have three decimals; their difference in binary has stray ones far behind.
+    return all(round(abs(result[key] - result[f"published_{key}"]), 3) <= tolerance for key in ("top1", "top5"))
+
+
 def read_results(path: Path) -> list[dict]:
+    """Read the results of an earlier run."""
     from res2net_zoo.program import InputError
 
+    needed = {"model", "data", "split", "precision", "options", "benchmark", "samples", "skipped", "images_per_second"}
+    needed |= {"top1", "top5", "published_top1", "published_top5"}
     try:
         results = json.loads(path.read_text())
-        if all(result.keys() >= {"model", "data", "split", "precision", "passed", "skipped"} for result in results):
+        if isinstance(results, list) and all(result.keys() >= needed for result in results):
             return results
-    except (ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError):
         pass
     raise InputError(f"{path} holds no results of this program to go on from; name another --output")
 
 
-def row(result: dict) -> list[str]:
+def table_row(result: dict) -> list[str]:
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{value:.3f}"
 

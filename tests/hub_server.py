@@ -6,6 +6,7 @@ import http.server
 import json
 import re
 import threading
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,7 +38,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         self.requests.append(f"POST {path}")
         if match := re.fullmatch(r"/api/((?:models|datasets)/[^/]+/[^/]+)/paths-info/[^/]+", path):
-            names = json.loads(body)["paths"] if body.startswith("{") else re.findall(r"paths=([^&]+)", body)
+            names = json.loads(body)["paths"] if body.startswith("{") else urllib.parse.parse_qs(body)["paths"]
             folder = self.repositories.get(match[1])
             found = [self.entry(folder, folder / name) for name in names if folder and (folder / name).exists()]
             return self.send_json(200, found)
@@ -53,7 +54,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_tree(self, repository: str, under: str) -> None:
         if (folder := self.repositories.get(repository)) is None or not (folder / under).is_dir():
             return self.missing("Entry" if folder else "Repo")
-        paths = sorted((folder / under).rglob("*") if "recursive=True" in self.path else (folder / under).iterdir())
+        paths = sorted(
+            (folder / under).rglob("*") if "recursive=true" in self.path.lower() else (folder / under).iterdir()
+        )
         self.send_json(200, [self.entry(folder, path) for path in paths])
 
     def send_info(self, repository: str) -> None:

@@ -111,6 +111,55 @@ def test_images_without_class_folders_have_no_labels(tmp_path):
     assert open_source(str(tmp_path)).class_names == ["flat"]
 
 
+def tree(folder: Path, *names: str) -> Path:
+    """Make images at these places below a folder; each is told by its grey value, its number here."""
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(png(i))
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_names_are_no_patterns(tmp_path, streaming):
+    """Brackets in names of folders and files: `datasets` takes a name that it is given for a pattern."""
+    folder = tree(tmp_path / "d[1]", "a[1]/1.png", "a[1]/x1.png", "a[1]/x[1].png", "b/*.png", "c/0?.png")
+    source = open_source(str(folder), streaming=streaming)
+    assert source.class_names == ["a[1]", "b", "c"]
+    assert sorted(greys(source)) == [(0, 0), (1, 0), (2, 0), (3, 1), (4, 2)]
+    (tmp_path / "p").mkdir()
+    for name in ("val1.parquet", "val[1].parquet"):
+        dataset(7 if "[" in name else 2).to_parquet(tmp_path / "p" / name)
+    both = open_source(str(tmp_path / "p" / "val*.parquet"), streaming=streaming)
+    assert greys(both) == [(0, 0), (1, 1), *EXPECTED]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_follows_links(tmp_path, streaming):
+    tree(tmp_path / "elsewhere", "real_c/2.png")
+    folder = tree(tmp_path / "data", "a/0.png", "b/1.png")
+    (folder / "c").symlink_to(tmp_path / "elsewhere" / "real_c")
+    (folder / "b" / "9.png").symlink_to(folder / "a" / "0.png")
+    source = open_source(str(folder), streaming=streaming)
+    assert source.class_names == ["a", "b", "c"]
+    assert [label for _, label in greys(source)] == [0, 1, 1, 2]
+
+
+def test_a_readme_beside_class_folders_changes_nothing(tmp_path):
+    tree(tmp_path, "only/0.png")
+    (tmp_path / "README.md").write_text("# My images")
+    assert open_source(str(tmp_path)).class_names == ["only"]
+
+
+def test_images_that_need_no_labels(tmp_path):
+    """ImageNet's own val folder is flat; ImageNet-ReaL has its labels by file name."""
+    tree(tmp_path / "val", "ILSVRC2012_val_00000001.JPEG", "ILSVRC2012_val_00000002.JPEG")
+    for streaming in (False, True):
+        source = open_source(str(tmp_path / "val"), labelled=False, streaming=streaming)
+        made = [Samples(lambda image: image, "L", lambda label, path: label)("here", row) for row in source.rows]
+        assert [sample.target for sample in made] == [None, None]
+        assert all("ILSVRC2012_val_0000000" in sample.place and sample.image is not None for sample in made)
+
+
 def test_reads_splits_of_class_folders(tmp_path):
     save_images(tmp_path / "train", ["a", "b"], 3)
     save_images(tmp_path / "val", ["a", "b"], 1)
@@ -209,6 +258,16 @@ def test_several_splits_and_none_to_evaluate_on(tmp_path):
     datasets.DatasetDict({"train": dataset(3), "more": dataset(3)}).save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(InputError, match="choose one with --split: train, more"):
         open_source(str(tmp_path / "saved"))
+
+
+def test_columns_of_other_types(tmp_path):
+    datasets.Dataset.from_dict({"image": [1, 2], "label": [0, 1]}).to_parquet(tmp_path / "numbers.parquet")
+    for streaming in (False, True):
+        with pytest.raises(InputError, match="no column of images"):
+            open_source(str(tmp_path / "numbers.parquet"), streaming=streaming)
+    bare = datasets.Dataset.from_dict({"image": [png(3), png(4)], "label": [0, 1]})
+    bare.to_parquet(tmp_path / "bare.parquet")
+    assert greys(open_source(str(tmp_path / "bare.parquet"))) == [(3, 0), (4, 1)]
 
 
 def test_a_corrupt_image_is_told_and_not_raised(tmp_path):

@@ -167,7 +167,7 @@ def test_shipped_model_has_the_accuracy_that_its_card_publishes():
 
 def test_shipped_model_card_says_how_it_was_made():
     card = (SHIPPED_MODEL / "README.md").read_text()
-    assert "accelerate launch scripts/finetune.py --output hub/models/res2net_tiny.digits" in card
+    assert "accelerate launch scripts/finetune.py --license apache-2.0 --output hub/models/res2net_tiny.digits" in card
     assert "| seed " in card and "license: apache-2.0" in card
     assert json.loads((SHIPPED_MODEL / "config.json").read_text())["architecture"] == "res2net_tiny"
     assert datasets.load_dataset_builder(str(SHIPPED_DATA)).config.data_files.keys() == {"train", "validation"}

@@ -1,7 +1,9 @@
 """scripts/finetune.py: a short real training and what it leaves, bad input; the shipped model's training by hand."""
 
 import csv
+import json
 import re
+import shutil
 
 import pytest
 from PIL import Image
@@ -43,6 +45,7 @@ def test_fine_tunes_a_folder_of_images_from_given_weights(in_process, tmp_path):
     result = in_process(FINETUNE, *args)
     assert result.returncode == 0, result.stderr
     assert '"cat",' in (folder / "config.json").read_text()
+    assert "license:" not in (folder / "README.md").read_text()  # nobody has said what it is
     # So small a learning rate leaves the weights where they started, but for the new classifier.
     start, end = (load_file(f / "model.safetensors") for f in (SHIPPED_MODEL, folder))
     assert (end["layer1.0.conv1.weight"] - start["layer1.0.conv1.weight"]).abs().max() < 1e-6
@@ -57,6 +60,21 @@ def test_a_recipes_values_stand_behind_the_command_lines(in_process, tmp_path):
     card = (tmp_path / "model" / "README.md").read_text()
     for setting, value in (("lr", "0.01"), ("epochs", "1"), ("scale", "[0.9, 1.0]"), ("batch_size", "32")):
         assert re.search(rf"^\| {setting} +\| {re.escape(value)} +\|$", card, re.M), setting
+
+
+def test_the_card_has_the_licence_of_the_weights_it_started_from(in_process, tmp_path):
+    """Whatever the recipe; only the command line can say another."""
+    start = shutil.copytree(SHIPPED_MODEL, tmp_path / "start")
+    config = json.loads((start / "config.json").read_text())
+    config["pretrained_cfg"]["license"] = "cc-by-nc-sa-4.0"
+    (start / "config.json").write_text(json.dumps(config))
+    (tmp_path / "short.toml").write_text("epochs = 1\nworkers = 0\nbatch_size = 128\npretrained = true\n")
+    args = ["--model", f"local-dir:{start}", "--recipe", tmp_path / "short.toml", "--output"]
+    for license, options in (("cc-by-nc-sa-4.0", []), ("mit", ["--license", "mit"])):
+        result = in_process(FINETUNE, *args, tmp_path / license, *options)
+        assert result.returncode == 0, result.stderr
+        card = (tmp_path / license / "README.md").read_text()
+        assert f"license: {license}\n" in card and "trained from its published weights" in card
 
 
 @pytest.mark.parametrize(
@@ -85,6 +103,18 @@ def test_bad_input(in_process, tmp_path):
     assert "nothing but train" in refused("--eval-split", "train")
     assert "less than a batch of 5000" in refused("--batch-size", "5000")
     assert "timm makes no optimizer nonsense" in refused("--opt", "nonsense")
+    for option, value in (
+        ("--drop-path", "2"),
+        ("--smoothing", "5"),
+        ("--workers", "-1"),
+        ("--seed", "-1"),
+        ("--lr", "nan"),
+    ):
+        assert f"argument {option}: {value} is not" in refused(option, value)
+    assert "--auto-augment nonsense" in refused("--auto-augment", "nonsense")
+    (tmp_path / "file").touch()
+    assert "is a file" in input_error(in_process(FINETUNE, "--output", tmp_path / "file"))
+    assert "cannot write into" in input_error(in_process(FINETUNE, "--output", "/proc/model"))
     assert "is odd" in refused("--mixup", "0.2", "--batch-size", "31")
     folder = tmp_path / "photos"
     save_images(folder, ["0", "1"], 1)
@@ -107,7 +137,7 @@ def test_a_loss_that_is_no_number_stops_it(in_process, tmp_path):
 @pytest.mark.slow
 def test_the_shipped_models_command_makes_it_again(program, tmp_path):
     """By hand, 2 minutes: the same weights to the bit on the same machine and versions, elsewhere as good."""
-    result = program(FINETUNE, "--output", tmp_path / "again", processes=1, timeout=1800)
+    result = program(FINETUNE, "--license", "apache-2.0", "--output", tmp_path / "again", processes=1, timeout=1800)
     assert result.returncode == 0, result.stderr
     rows = list(csv.DictReader((tmp_path / "again" / "metrics.csv").open()))
     assert max(float(row["top1"]) for row in rows) >= 98.5

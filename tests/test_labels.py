@@ -61,6 +61,11 @@ def test_subsets_choose_among_their_own_classes(benchmark):
     ):
         assert [imagenet_synsets()[i] for i in classes.subset] == names
         assert [classes.targets(label, None) for label in range(200)] == [[i] for i in range(200)]
+    # Folders 0 to 199 come sorted as text: 0, 1, 10, 100, ...
+    numbered = match_classes(sorted(str(i) for i in range(200)), 1000, benchmark=benchmark)
+    assert [numbered.targets(label, None) for label in range(4)] == [[0], [1], [10], [100]]
+    with pytest.raises(InputError, match="has 200 classes, named by WordNet id"):
+        match_classes([*names[1:], "n01440764"][50:], 1000, benchmark=benchmark)
     reversed_names = match_classes(names[::-1], 1000, benchmark=benchmark)
     assert reversed_names.targets(0, None) == [199]
 

@@ -14,8 +14,9 @@ import timm
 
 from res2net_zoo.folder import model_card, write_model_folder
 from res2net_zoo.labels import imagenet_synsets, real_labels, subset_synsets
+from res2net_zoo.pretrained import published_accuracies
 from tests.conftest import ROOT, SHIPPED_DATA, SHIPPED_MODEL, input_error, save_images, spread
-from tests.hub_server import serve
+from tests.hub_server import COMMIT, serve
 
 VALIDATE = "scripts/validate.py"
 SHIPPED = f"local-dir:{SHIPPED_MODEL}"
@@ -87,6 +88,36 @@ def test_check_fails_where_the_published_accuracy_is_another(in_process, tmp_pat
     assert in_process(VALIDATE, "--model", model, "--check", "--tolerance", "0.25").returncode == 0
 
 
+def test_the_tolerance_itself_is_within_the_tolerance(in_process, tmp_path):
+    """Though in binary 100 - 99.9 is more than 0.1."""
+    top1 = published_accuracies(SHIPPED)[0].top1
+    for claim, code in ((round(top1 - 0.1, 3), 0), (round(top1 - 0.101, 3), 1)):
+        folder = copy_with_card(tmp_path, claim)
+        assert in_process(VALIDATE, "--model", f"local-dir:{folder}", "--check").returncode == code
+
+
+@pytest.mark.parametrize(
+    "front_matter",
+    ["model-index: {", "model-index: 7", "license: 3", "model-index:\n- name: x\n  results:\n  - task: {type: t}"],
+)
+def test_a_card_that_nobody_can_read_publishes_nothing(in_process, tmp_path, front_matter):
+    folder = shutil.copytree(SHIPPED_MODEL, tmp_path / "model")
+    (folder / "README.md").write_text(f"---\n{front_matter}\n---\n# A model")
+    result = in_process(VALIDATE, "--model", f"local-dir:{folder}")
+    assert result.returncode == 0, result.stderr
+    assert table(result)[0][-1] == "nothing published"
+
+
+def test_strange_figures_on_a_card_are_not_published(tmp_path):
+    folder = shutil.copytree(SHIPPED_MODEL, tmp_path / "model")
+    card = (folder / "README.md").read_text()
+    for value in ("null", "'99 %'", "150", "[1]"):
+        (folder / "README.md").write_text(re.sub(r"value: [\d.]+", f"value: {value}", card))
+        assert published_accuracies(f"local-dir:{folder}") == []
+    (folder / "README.md").unlink()
+    assert published_accuracies(f"local-dir:{folder}") == []
+
+
 def test_nothing_published_cannot_pass_a_check(in_process, tiny_folder, tmp_path):
     result = in_process(VALIDATE, "--model", f"local-dir:{tiny_folder}", "--check", "--output", tmp_path / "r.json")
     assert "nothing is published" in input_error(result)
@@ -118,7 +149,7 @@ class TestBadInput:
         assert "no model folder" in self.refused(in_process, tmp_path, "--model", f"local-dir:{tmp_path / 'gone'}")
         assert "there is no data" in self.refused(in_process, tmp_path, "--data", tmp_path / "gone" / "away")
         line = input_error(in_process(VALIDATE, "--output", tmp_path / "gone" / "r.json"))
-        assert "does not exist; make it first" in line
+        assert "make it first" in line
 
     def test_missing_split(self, in_process, tmp_path):
         line = self.refused(in_process, tmp_path, "--split", "dev_test")
@@ -160,6 +191,39 @@ class TestBadInput:
         (folder / "config.json").write_text("{")
         assert "cannot load" in self.refused(in_process, tmp_path, "--model", f"local-dir:{folder}")
 
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [("input_size", "abc"), ("mean", "abc"), ("mean", [0.5] * 4), ("crop_pct", "x"), ("interpolation", "wild")],
+    )
+    def test_config_with_wrong_values(self, in_process, tmp_path, key, value):
+        folder = shutil.copytree(SHIPPED_MODEL, tmp_path / "model")
+        config = json.loads((folder / "config.json").read_text())
+        config["pretrained_cfg"][key] = value
+        (folder / "config.json").write_text(json.dumps(config))
+        assert "cannot load" in self.refused(in_process, tmp_path, "--model", f"local-dir:{folder}")
+
+    def test_label_names_that_are_none(self, in_process, tmp_path):
+        folder = shutil.copytree(SHIPPED_MODEL, tmp_path / "model")
+        config = json.loads((folder / "config.json").read_text())
+        for value in ([["a"]], "abc"):
+            (folder / "config.json").write_text(json.dumps(config | {"label_names": value}))
+            assert "label_names" in self.refused(in_process, tmp_path, "--model", f"local-dir:{folder}")
+
+    def test_files_that_are_something_else(self, program, tmp_path):
+        """Two libraries log what they also raise; that must not make a second line."""
+        pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+        (tmp_path / "val.parquet").write_text(pointer)
+        assert "val.parquet" in self.refused(program, tmp_path, "--data", tmp_path / "val.parquet")
+        folder = shutil.copytree(SHIPPED_MODEL, tmp_path / "model")
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors").mkdir()
+        assert "cannot load" in self.refused(program, tmp_path, "--model", f"local-dir:{folder}")
+
+    def test_output_that_cannot_be_written_is_refused_before_any_work(self, in_process, tmp_path):
+        assert "is a folder" in input_error(in_process(VALIDATE, "--output", tmp_path))
+        assert "is a folder" in input_error(in_process(VALIDATE, "--output", ""))
+        assert "cannot write into /proc" in input_error(in_process(VALIDATE, "--output", "/proc/results.json"))
+
     def test_pickles_run_no_code(self, in_process, tmp_path):
         import pickle
 
@@ -200,10 +264,13 @@ class TestBadInput:
     def test_wrong_options(self, in_process, tmp_path):
         assert "needs --output" in input_error(in_process(VALIDATE, "--resume"))
         assert "--batch-size" in input_error(in_process(VALIDATE, "--batch-size", "0"))
-        (tmp_path / "r.json").write_text('{"not": "results"}')
-        line = input_error(in_process(VALIDATE, "--resume", "--output", tmp_path / "r.json"))
-        assert "no results of this program" in line
-        assert (tmp_path / "r.json").read_text() == '{"not": "results"}'
+        for tolerance in ("-1", "nan"):
+            assert "is not 0 or more" in input_error(in_process(VALIDATE, "--tolerance", tolerance))
+        for content in ('{"not": "results"}', "{}", "[1]", '[{"model": "x"}]', "half of"):
+            (tmp_path / "r.json").write_text(content)
+            line = input_error(in_process(VALIDATE, "--resume", "--output", tmp_path / "r.json"))
+            assert "no results of this program" in line
+            assert (tmp_path / "r.json").read_text() == content
 
     def test_in_two_processes_one_line_all_the_same(self, program, tmp_path):
         """An image that only the second process reads; both stop, and one line says why."""
@@ -237,6 +304,38 @@ def test_one_model_that_fails_costs_the_others_nothing(in_process, tmp_path):
     again = in_process(VALIDATE, *args, "--resume")
     assert again.returncode == 2 and again.stdout.count("is done already") == 2
     assert len(results(output)) == 2
+
+
+def test_what_changes_the_result_is_measured_again(in_process, tmp_path):
+    """Resuming keeps a figure only for the same question, and judges only the models that are asked for."""
+    images = save_images(tmp_path / "images", ["0", "1"], 2)
+    wrong = f"local-dir:{copy_with_card(tmp_path, 99.5)}"
+    args = ["--output", tmp_path / "r.json", "--resume"]
+    assert in_process(VALIDATE, "--model", wrong, *args, "--check", "--tolerance", "1").returncode == 0
+    stricter = in_process(VALIDATE, "--model", wrong, *args, "--check")
+    assert "is done already" in stricter.stdout and stricter.returncode == 1
+    assert results(tmp_path / "r.json")[0]["passed"] is False
+    shipped = in_process(VALIDATE, *args, "--check")
+    assert shipped.returncode == 0 and len(table(shipped)) == 1
+    other = in_process(VALIDATE, "--data", images, *args)
+    assert "is done already" not in other.stdout
+    skipping = in_process(VALIDATE, "--data", images, *args, "--skip-corrupt")
+    assert "is done already" not in skipping.stdout
+    assert len(results(tmp_path / "r.json")) == 4
+
+
+def test_interrupted_by_the_keyboard(tmp_path):
+    images = save_images(tmp_path / "images", [str(i) for i in range(10)], 60)
+    args = [VALIDATE, "--model", SHIPPED, "local-dir:hub/models/res2net_tiny.digits", "--data", str(images)]
+    args += ["--batch-size", "1", "--workers", "0", "--output", str(tmp_path / "r.json")]
+    process = subprocess.Popen([sys.executable, *args], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "r.json").exists():  # the first model is done, the second under way
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.strip().splitlines() == ["error: interrupted"]
 
 
 def test_killed_and_resumed(tmp_path):
@@ -314,13 +413,28 @@ def test_from_the_hub_and_back(program, tmp_path):
     repositories = {"models/zoo/digits-model": SHIPPED_MODEL, "datasets/zoo/digits": SHIPPED_DATA}
     with serve(repositories) as (endpoint, requests):
         env = dict(HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hf"))
-        args = ["--model", "hf-hub:zoo/digits-model", "--data", "zoo/digits", "--check"]
+        args = ["--model", "hf-hub:zoo/digits-model@v1.0", "--data", "zoo/digits", "--check"]
         result = program(VALIDATE, *args, "--output", tmp_path / "r.json", **env)
         assert result.returncode == 0, result.stderr
         assert results(tmp_path / "r.json")[0]["samples"] == 360
         assert not any("train-00000" in request for request in requests)
+        # Weights, config and the card with the published figures are those of the revision.
+        files = [r for r in requests if "digits-model/resolve" in r]
+        assert files and all("resolve/v1.0/" in r or COMMIT in r for r in files), files
         line = input_error(program(VALIDATE, "--model", "hf-hub:zoo/nothing", **env))
         assert "there is no model zoo/nothing on the Hub" in line
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_image_files_from_the_hub(program, tmp_path, streaming):
+    """A dataset of plain image files, with a dot in its name: streamed, each is read over the network."""
+    save_images(tmp_path / "repository" / "validation", ["0", "1"], 4)
+    with serve({"datasets/zoo/images.v2": tmp_path / "repository"}) as (endpoint, _):
+        env = dict(HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hf"))
+        args = ["--data", "zoo/images.v2", "--output", tmp_path / "r.json", *(["--streaming"] if streaming else [])]
+        result = program(VALIDATE, *args, **env)
+        assert result.returncode == 0, result.stderr
+        assert results(tmp_path / "r.json")[0]["samples"] == 8
 
 
 @pytest.mark.parametrize("path", ["scripts/validate.py", "scripts/finetune.py", "hub/datasets/make_digits.py"])
