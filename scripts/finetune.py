@@ -15,6 +15,7 @@ Exit codes: 0 done; 2 bad input. `accelerate launch` turns every failure into 1.
 
 import argparse
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -328,6 +329,7 @@ def write_card(
     where = f"{processes} {accelerator.device.type} process{'es' if processes > 1 else ''}"
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "license")}
     cfg: Any = model.pretrained_cfg
+    picture = "\n![Learning curve](learning_curve.png)\n" if importlib.util.find_spec("matplotlib") else ""
     parameters = sum(p.numel() for p in model.parameters())
     started = "its published weights" if args.pretrained else "random weights"
     text = f"""
@@ -353,9 +355,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 Top-1 {accuracy.top1:.3f}, top-5 {accuracy.top5:.3f} percent on the {samples} images of the split `{accuracy.split}`,
 which training never saw. This is epoch {epoch} of {args.epochs}, the best on that same split (of several, the last), so
 expect a little less on new images. `python scripts/validate.py --check` measures it again.
-
-![Learning curve](learning_curve.png)
-
+{picture}
 ## Training
 
 Made by

@@ -83,6 +83,17 @@ def test_output_and_gradients_equal_timms(name):
         assert relative_error(parameter.grad, gradients[key].grad) < 1e-5, key
 
 
+@pytest.mark.parametrize("output_stride", [8, 16])
+@pytest.mark.parametrize("name", ["res2net50_26w_4s", "res2net50d", "res2next50"])
+def test_dilated_output_equals_timms(name, output_stride):
+    theirs = spread(timm_model(name, output_stride=output_stride)).eval()
+    ours = timm.create_model(name, output_stride=output_stride).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.randn(1, 3, 97, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert relative_error(ours.forward_features(x), theirs.forward_features(x)) < 1e-6
+
+
 @pytest.mark.parametrize("name", TIMM_NAMES)
 def test_pretrained_cfg_is_timms_with_its_gaps_filled(name):
     ours, theirs = timm.get_pretrained_cfg(name).to_dict(), timm_res2net.default_cfgs[name].default.to_dict()
