@@ -2,6 +2,7 @@
 
 import glob
 import io
+import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import datasets
 import fsspec
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from res2net_zoo.program import InputError
@@ -89,6 +90,8 @@ def open_source(
 def _find(src: str) -> tuple[list[str], Callable[[str, bool], Any]]:
     """Return the splits of `src`, and what loads one of them."""
     path = Path(src)
+    if not src:
+        raise InputError("the data's name is empty; name a folder, a file or a Hub dataset id ORG/NAME")
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return _find_saved(path)
@@ -100,7 +103,10 @@ def _find(src: str) -> tuple[list[str], Callable[[str, bool], Any]]:
         kind = kinds.pop()
         if kinds or kind is None:
             raise InputError(f"{src} is no {', no '.join(FILE_FORMATS)} file; name one kind of those, or a folder")
-        files = {_split_in(path.name) or "train": [glob.escape(match) for match in matches]}
+        files: dict[str, list[str]] = {}
+        for match in map(Path, matches):
+            split = _split_in(match.name) or _split_in(match.absolute().parent.name) or "train"
+            files.setdefault(split, []).append(glob.escape(str(match)))
         builder = datasets.load_dataset_builder(kind, data_files=files)
     elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", src) and path.suffix not in FILE_FORMATS:
         builder = datasets.load_dataset_builder(src)
@@ -154,10 +160,12 @@ def _class_folders(path: Path) -> dict[str, Path] | None:
     """
     folders = _folders(path)
     files = [p for p in path.iterdir() if p.is_file()]
+    # Where something else than the folders' names says what is what, `datasets` shall read that.
     configured = any(file.name == "README.md" and "\nconfigs:" in file.read_text(errors="replace") for file in files)
-    if not folders or configured or any(file.suffix in FILE_FORMATS for file in files):
+    described = any(any(folder.glob("metadata.*")) for folder in (path, *folders))
+    if configured or described or any(file.suffix in FILE_FORMATS for file in files):
         return None
-    if all(file.suffix in FILE_FORMATS for folder in folders for file in folder.iterdir()):
+    if not any(_has_image(folder) for folder in folders):
         return None
     splits = {SPLITS[f.name.lower()]: f for f in folders if f.name.lower() in SPLITS and _folders(f)}
     return splits or {_split_in(path.name) or "train": path}
@@ -165,6 +173,10 @@ def _class_folders(path: Path) -> dict[str, Path] | None:
 
 def _folders(path: Path) -> list[Path]:
     return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _has_image(path: Path) -> bool:
+    return any(f.lower().endswith(IMG_EXTENSIONS) for _, _, fs in os.walk(path, followlinks=True) for f in fs)
 
 
 def _load_class_folders(path: Path, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
@@ -201,8 +213,8 @@ def _describe(src: str, split: str, rows: Any, label_column: str | None, labelle
     features = rows.features
     if features is None:
         raise InputError(f"{src} does not say what its columns are; read it without --streaming")
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    images += [name for name in IMAGE_COLUMNS if name in features and _may_be_images(features[name])]
+    images = [name for name in IMAGE_COLUMNS if name in features and _may_be_images(features[name])]
+    images += [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if not images:
         raise InputError(f"{src} has no column of images; its columns are {', '.join(features)}")
     if label_column is not None and label_column not in features:
@@ -231,8 +243,11 @@ def _describe(src: str, split: str, rows: Any, label_column: str | None, labelle
 
 
 def _may_be_images(feature: Any) -> bool:
-    """Tell whether a column that is not declared as images can hold them: bytes, paths, or both."""
-    return isinstance(feature, dict) or getattr(feature, "dtype", "").removeprefix("large_") in ("binary", "string")
+    """Tell whether a column holds images, or bytes or paths or both that can be some."""
+    return isinstance(feature, datasets.Image | dict) or getattr(feature, "dtype", "").removeprefix("large_") in (
+        "binary",
+        "string",
+    )
 
 
 def read(image: dict[str, Any]) -> bytes:
@@ -318,6 +333,8 @@ class Samples:
             # A damaged file makes PIL raise nearly anything: OSError, SyntaxError, struct.error, ...
             # What cannot be read over the network is not therefore damaged.
             reason = str(error) or type(error).__name__
+            if isinstance(error, UnidentifiedImageError):
+                reason = "no image that Pillow can read"  # its own words name an object in memory
             if image["bytes"] is None and "://" in (path or ""):
                 sample.fatal = f"cannot be read: {reason}"
             else:

@@ -168,7 +168,8 @@ def count_correct(
             if sample.fatal is not None:
                 raise InputError(f"{sample.place}: {sample.fatal}")
             if not skip_corrupt:
-                raise InputError(f"{sample.place} is corrupt ({sample.corrupt}); --skip-corrupt leaves such images out")
+                hint = "take it out, or validate.py --skip-corrupt leaves it out"
+                raise InputError(f"{sample.place} is corrupt ({sample.corrupt}); {hint}")
             counts.corrupt.append(sample.place)
         if images is not None:
             images = images.to(device, non_blocking=True)

@@ -94,6 +94,8 @@ def _check_config(model: Any) -> None:
     names = model.pretrained_cfg.get("label_names") or []
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise ValueError("label_names of its config are no list of names")
+    if names and not len(names) == len(set(names)) == model.pretrained_cfg["num_classes"]:
+        raise ValueError("label_names of its config are not one name for each of its classes")
 
 
 def published_accuracies(name: str) -> list[Accuracy]:

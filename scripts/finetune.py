@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     # How long, and how much at once
     add("--epochs", type=within(int, 1), default=20, help="(%(default)s)")
     add("--batch-size", type=within(int, 1), default=64, help="images a step and process (%(default)s)")
-    add("--seed", type=within(int, 0), default=0, help="(%(default)s)")
+    add("--seed", type=within(int, 0, 2**31), default=0, help="(%(default)s)")
     add("--workers", type=within(int, 0), help="loader processes for each process (default by the machine)")
     add("--threads", type=within(int, 1), help="CPU threads for each process (default its share of the cores)")
     add("--mixed-precision", choices=("no", "bf16", "fp16"), help="default as `accelerate config` says, else no")
@@ -179,7 +179,8 @@ def main(args: argparse.Namespace) -> int:
     train, valid = open_split(args.train_split), open_split(args.eval_split)
     if train.split == valid.split:
         raise InputError(
-            f"{args.data} has nothing but {train.split}; a second split is needed to choose the best epoch"
+            f"training and evaluation would both be on {train.split} of {args.data}; "
+            "name another split with --train-split or --eval-split"
         )
     names = train.class_names or [str(i) for i in range(1 + max(label or 0 for label in train.rows["label"]))]
     if strange := sorted(set(valid.class_names or ()) - set(names)):
@@ -269,7 +270,8 @@ def main(args: argparse.Namespace) -> int:
                 accelerator.clip_grad_norm_(model.parameters(), args.clip_grad)
             optimizer.step()
             optimizer.zero_grad()
-            scheduler.step_update(epoch * steps + step + 1)
+            if scheduler is not None:  # --sched none
+                scheduler.step_update(epoch * steps + step + 1)
             total += loss.detach()
         train_loss = accelerator.reduce(total, "mean").item() / steps
         seconds = time.perf_counter() - start

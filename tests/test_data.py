@@ -178,6 +178,46 @@ def test_the_shipped_digits_by_either_way():
         assert sum(1 for _ in source.rows) == 360
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("images", ["", "images"])
+@pytest.mark.parametrize("split", ["", "validation"])
+def test_folders_with_metadata_are_what_it_says(tmp_path, streaming, images, split):
+    """Not class folders, though there are folders in them."""
+    for part in (split, "train") if split else ("",):
+        names = [str(Path(images) / f"{i}.png") for i in range(3)]
+        tree(tmp_path / "data" / part, *names)
+        rows = "\n".join(f"{name},{(i + 1) % 3}" for i, name in enumerate(names))
+        (tmp_path / "data" / part / "metadata.csv").write_text(f"file_name,label\n{rows}\n")
+    source = open_source(str(tmp_path / "data"), streaming=streaming)
+    assert source.split == (split or "train")
+    assert sorted(greys(source)) == [(0, 1), (1, 2), (2, 0)]
+
+
+@pytest.mark.parametrize("stray", [False, True])
+def test_parquet_deep_in_folders_or_beside_other_files(tmp_path, stray):
+    for split, n in (("train", 3), ("validation", 7)):
+        folder = tmp_path / split if stray else tmp_path / "default" / split
+        folder.mkdir(parents=True)
+        dataset(n).to_parquet(folder / "0000.parquet")
+        if stray:
+            (folder / "_SUCCESS").touch()
+    assert greys(open_source(str(tmp_path))) == EXPECTED
+
+
+def test_a_pattern_keeps_splits_apart(tmp_path):
+    for name, n in (("train-0", 3), ("validation-0", 7)):
+        dataset(n).to_parquet(tmp_path / f"{name}.parquet")
+    assert greys(open_source(str(tmp_path / "*.parquet"))) == EXPECTED
+    assert len(open_source(str(tmp_path / "*.parquet"), "train").rows) == 3
+
+
+def test_the_column_called_image_is_the_image(tmp_path):
+    rows = dataset(7).rename_column("image", "mask").add_column("image", [png(i + 100) for i in range(7)])
+    rows = rows.cast_column("image", datasets.Image()).select_columns(["mask", "image", "label"])
+    rows.to_parquet(tmp_path / "val.parquet")
+    assert greys(open_source(str(tmp_path / "val.parquet"))) == [(i + 100, i % 3) for i in range(7)]
+
+
 def test_label_column_can_be_chosen(tmp_path):
     rows = dataset(4).rename_column("label", "species").add_column("coarse", [1, 1, 0, 0])
     rows.to_parquet(tmp_path / "test.parquet")
@@ -201,6 +241,7 @@ def test_images_are_left_as_they_are_stored(tmp_path, streaming):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
+        ("", "name is empty"),
         ("no/such/folder/at/all", "there is no data"),
         ("missing.parquet", "there is no data"),
         ("some_org/some_dataset", "cannot read the data some_org/some_dataset: .*reach"),

@@ -100,7 +100,7 @@ def test_bad_input(in_process, tmp_path):
     assert "no recipe nonsense; there are digits" in refused("--recipe", "nonsense")
     assert "did you mean" in refused("--model", "res2net_tinny")
     assert "no split holdout" in refused("--eval-split", "holdout")
-    assert "nothing but train" in refused("--eval-split", "train")
+    assert "would both be on train" in refused("--eval-split", "train")
     assert "less than a batch of 5000" in refused("--batch-size", "5000")
     assert "timm makes no optimizer nonsense" in refused("--opt", "nonsense")
     for option, value in (
@@ -108,6 +108,7 @@ def test_bad_input(in_process, tmp_path):
         ("--smoothing", "5"),
         ("--workers", "-1"),
         ("--seed", "-1"),
+        ("--seed", "5000000000"),
         ("--lr", "nan"),
     ):
         assert f"argument {option}: {value} is not" in refused(option, value)
@@ -127,6 +128,14 @@ def test_bad_input(in_process, tmp_path):
     (images / "b" / "1.jpg").write_bytes(b"no image")
     args = ("--data", tmp_path / "images", "--batch-size", "2", "--workers", "0")
     assert "b/1.jpg" in refused(*args)
+
+
+def test_a_constant_learning_rate(in_process, tmp_path):
+    args = ["--sched", "none", "--lr", "1e-3", "--epochs", 2, "--batch-size", 256, "--workers", 0]
+    result = in_process(FINETUNE, *args, "--output", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader((tmp_path / "out" / "metrics.csv").open()))
+    assert [float(row["lr"]) for row in rows] == [1e-3, 1e-3]
 
 
 def test_a_loss_that_is_no_number_stops_it(in_process, tmp_path):

@@ -205,7 +205,8 @@ class TestBadInput:
     def test_label_names_that_are_none(self, in_process, tmp_path):
         folder = shutil.copytree(SHIPPED_MODEL, tmp_path / "model")
         config = json.loads((folder / "config.json").read_text())
-        for value in ([["a"]], "abc"):
+        names = config["label_names"]
+        for value in ([["a"]], "abc", ["one more", *names], names[1:], [*names[1:], names[1]]):
             (folder / "config.json").write_text(json.dumps(config | {"label_names": value}))
             assert "label_names" in self.refused(in_process, tmp_path, "--model", f"local-dir:{folder}")
 
