@@ -375,12 +375,12 @@ class StreamSamples(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[Sample]:
         worker = torch.utils.data.get_worker_info()
         name = self.name if worker is None or worker.num_workers == 1 else f"{self.name}, worker {worker.id}"
-        read = 0
+        done = 0
         try:
             for row in self.rows:
-                yield self.samples(f"image {read} of {name}", row)
-                read += 1
+                yield self.samples(f"image {done} of {name}", row)
+                done += 1
         except Exception as error:
             # A file that ends too early or is none of its kind; `datasets` has no one type for it.
-            fatal = f"cannot read on after {read} images: {str(error) or type(error).__name__}"
+            fatal = f"cannot read on after {done} images: {str(error) or type(error).__name__}"
             yield Sample(name, fatal=fatal)

@@ -24,8 +24,9 @@ def write_model_folder(
     """Write a model as a folder that `timm.create_model("local-dir:FOLDER")` reads.
 
     The folder is made beside its place and then renamed, so that it is the old one or the new one,
-    whole, and never holds a new weight with an old card. Files of an old folder that are none of
-    these three move along.
+    whole, and never holds a new weight with an old card. Killed in the instant between the two
+    renames it leaves the old one as `.FOLDER-old-*`. Files of an old folder that are none of these
+    three move along.
 
     Args:
         folder: Where to write it.

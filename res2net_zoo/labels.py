@@ -150,7 +150,7 @@ def match_classes(
         subset = [imagenet_synsets().index(synset) for synset in synsets]
         if class_names is not None and set(class_names) <= set(synsets):
             return Classes(num_classes, [imagenet_synsets().index(name) for name in class_names], subset)
-        if class_names is not None and len(class_names) != len(synsets):
+        if class_names is not None and (len(class_names) != len(synsets) or set(class_names) & set(imagenet_synsets())):
             raise InputError(f"{benchmark} has {len(synsets)} classes, named by WordNet id; this data has others")
         # Labels without ids are numbers in the order of the ids, as these data sets are made.
         return Classes(num_classes, [subset[i] for i in numeric_order(class_names or range(len(subset)))], subset)
@@ -164,7 +164,7 @@ def match_classes(
         if known and set(class_names) <= set(known):
             index = {name: i for i, name in enumerate(known)}
             return Classes(num_classes, [index[name] for name in class_names])
-    warning = None
+    warning: str | None = None
     if all(name.isdecimal() for name in class_names):
         if len(class_names) == num_classes:
             return Classes(num_classes, numeric_order(class_names))

@@ -66,6 +66,8 @@ def test_subsets_choose_among_their_own_classes(benchmark):
     assert [numbered.targets(label, None) for label in range(4)] == [[0], [1], [10], [100]]
     with pytest.raises(InputError, match="has 200 classes, named by WordNet id"):
         match_classes([*names[1:], "n01440764"][50:], 1000, benchmark=benchmark)
+    with pytest.raises(InputError, match="has 200 classes, named by WordNet id"):  # as many, but not the same
+        match_classes([*names[1:], next(s for s in imagenet_synsets() if s not in names)], 1000, benchmark=benchmark)
     reversed_names = match_classes(names[::-1], 1000, benchmark=benchmark)
     assert reversed_names.targets(0, None) == [199]
 
