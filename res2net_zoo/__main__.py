@@ -1,4 +1,4 @@
-"""The catalogue on the command line: `python -m res2net_zoo list` and `show NAME`."""
+"""The catalogue on the command line: `python -m res2net_zoo list`, `show NAME`, `sizes` and `ablate`."""
 
 import argparse
 import fnmatch
@@ -7,11 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from res2net_zoo import catalog
-from res2net_zoo.catalog import Architecture, Checkpoint
+from res2net_zoo import ablate, catalog
+from res2net_zoo.catalog import Architecture, Checkpoint, Printed
 from res2net_zoo.program import InputError, markdown_table, nearest, run, write_atomically
 
-MARKS = ("<!-- models: python -m res2net_zoo list --update README.md -->", "<!-- end of models -->")
+# Between these two lines a file has the table of a command.
+MARKS = {
+    "list": ("<!-- models: python -m res2net_zoo list --update README.md -->", "<!-- end of models -->"),
+    "sizes": ("<!-- sizes: python -m res2net_zoo sizes --update docs/models.md -->", "<!-- end of sizes -->"),
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,27 +33,57 @@ def parse_args() -> argparse.Namespace:
     listing.add_argument("--max-params", type=float, metavar="M", help="at most M million parameters")
     listing.add_argument("--max-gmacs", type=float, metavar="G", help="at most G GMACs an image")
     listing.add_argument("--min-top1", type=float, metavar="P", help="at least P percent top-1 on ImageNet")
-    listing.add_argument("--update", type=Path, metavar="FILE", help="put the table into FILE, between its marks")
     show = commands.add_parser("show", help="all that is known of a model or checkpoint", **quiet)
     show.add_argument("name", metavar="NAME", help="such as res2net50_26w_4s or res2net50_26w_4s.in1k")
+    sizes = commands.add_parser("sizes", help="parameters and GMACs, and what publications print of them", **quiet)
+    for command in (listing, sizes):
+        command.add_argument("--update", type=Path, metavar="FILE", help="put the table into FILE, between its marks")
+    ablation = commands.add_parser("ablate", help="what scale, width, cardinality and depth cost and bring", **quiet)
+    ablate.add_arguments(ablation)
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> int:
     """Run a command; return its exit code."""
+    if args.command == "ablate":
+        return ablate.main(args)
     if args.command == "show":
         print(show(args.name))
         return 0
-    rows = [row(*entry) for entry in entries() if wanted(*entry, args)]
-    header = ("name", "params (M)", "GMACs", "top-1", "licence", "from")
-    table = markdown_table(header, rows)
-    if any("*" in entry[4] for entry in rows):
-        table += "\n\n\\* So the release licenses its code; what it says of the weights, `show NAME` tells."
+    table = listing(args) if args.command == "list" else sizes()
     if args.update is None:
-        print(table if rows else "nothing fits")
+        print(table)
     else:
-        update(args.update, table)
+        update(args.update, table, MARKS[args.command])
     return 0
+
+
+def listing(args: argparse.Namespace) -> str:
+    """Return the table of `list`."""
+    rows = [row(*entry) for entry in entries() if wanted(*entry, args)]
+    table = markdown_table(("name", "params (M)", "GMACs", "at", "top-1", "licence", "from"), rows)
+    if any("*" in entry[5] for entry in rows):
+        table += "\n\n\\* So the release licenses its code; what it says of the weights, `show NAME` tells."
+    return table if rows else "nothing fits"
+
+
+def sizes() -> str:
+    """Return the table of `sizes`: every model's, beside what publications print, and why that differs."""
+    rows = []
+    reasons: list[str] = []
+    for a in catalog.load().architectures.values():
+        sources = dict.fromkeys(p.source for p in a.printed if p.parameters or p.gmacs)
+        printed = [
+            " / ".join(dict.fromkeys(getattr(p, name) for p in a.printed if getattr(p, name))) or "-"
+            for name in ("parameters", "gmacs")
+        ]
+        if a.difference and a.difference not in reasons:
+            reasons.append(a.difference)
+        differs = f"yes ({1 + reasons.index(a.difference)})" if a.difference else "no" if sources else "-"
+        size = [f"{a.parameters / 1e6:.3f}", f"{a.macs / 1e9:.3f}", str(a.input_size[1])]
+        rows.append([a.name, a.title, *size, *printed, "; ".join(sources) or "-", differs])
+    header = ("name", "what", "params (M)", "GMACs", "at", "printed params", "printed GMACs", "printed in", "differs")
+    return "\n".join([markdown_table(header, rows), "", *(f"{i}. {text}." for i, text in enumerate(reasons, 1))])
 
 
 def entries() -> Iterator[tuple[Architecture, Checkpoint | None]]:
@@ -91,11 +125,12 @@ def row(architecture: Architecture, checkpoint: Checkpoint | None) -> list[str]:
         checkpoint.name if checkpoint else architecture.name,
         f"{architecture.parameters / 1e6:.3f}",
         f"{architecture.macs / 1e9:.2f}",
+        str(architecture.input_size[1]),
         f"{top1:.3f}" if top1 is not None else "-",
         (checkpoint.license + ("*" if checkpoint.license_note else "")) if checkpoint else "-",
         (f"{checkpoint.released_by}; Hub {checkpoint.hub_id}" if checkpoint.hub_id else checkpoint.released_by)
         if checkpoint
-        else "no weights",
+        else "no weights here",
     ]
 
 
@@ -121,8 +156,10 @@ def show(name: str) -> str:
         ("parameters", f"{architecture.parameters:,}"),
         ("GMACs", f"{architecture.macs / 1e9:.3f} at {'x'.join(map(str, architecture.input_size))}"),
     ]
+    facts += [("printed", f"{describe(p)} ({p.source})") for p in architecture.printed]
+    facts += [("difference", architecture.difference)] if architecture.difference else []
     if checkpoint is None:
-        return "\n".join(f"{key:14}{value}" for key, value in [*facts, ("weights", "none published")])
+        return "\n".join(f"{key:14}{value}" for key, value in [*facts, ("weights", "none in the catalogue")])
     others = [
         c.name for c in everything.checkpoints.values() if c.architecture == architecture.name and c is not checkpoint
     ]
@@ -151,21 +188,32 @@ def show(name: str) -> str:
     return "\n".join(f"{key:14}{value}" for key, value in facts) + f"\n\n{table}"
 
 
-def update(path: Path, table: str) -> None:
+def describe(printed: Printed) -> str:
+    """Return what a publication prints of a model, in words."""
+    units = {
+        "parameters": "{} M parameters",
+        "gmacs": "{} GMACs",
+        "runtime_ms": "{} ms",
+        "top1_error": "{} % top-1 error",
+    }
+    return ", ".join(unit.format(text) for name, unit in units.items() if (text := getattr(printed, name)))
+
+
+def update(path: Path, table: str, marks: tuple[str, str]) -> None:
     """Put a table into a file, between its marks.
 
     Raises:
         InputError: The file cannot be read or has no marks.
     """
     try:
-        before, rest = path.read_text(encoding="utf-8").split(MARKS[0])
-        _, after = rest.split(MARKS[1])
+        before, rest = path.read_text(encoding="utf-8").split(marks[0])
+        _, after = rest.split(marks[1])
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise InputError(f"{path} does not have these two lines once each: {MARKS[0]} {MARKS[1]}") from error
+        raise InputError(f"{path} does not have these two lines once each: {marks[0]} {marks[1]}") from error
     write_atomically(
-        path, lambda new: new.write_text(f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}", encoding="utf-8")
+        path, lambda new: new.write_text(f"{before}{marks[0]}\n{table}\n{marks[1]}{after}", encoding="utf-8")
     )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
-from timm.layers import create_aa, create_attn
+from timm.layers import DropPath, create_aa, create_attn
 from timm.layers.typing import LayerType
 from torch import nn
 
@@ -183,6 +183,7 @@ class Bottle2neck(Res2NetModule):
         scale: Number of groups.
         reduce_first: Must be 1; timm's `ResNet` passes it to every block.
         drop_path: Stochastic depth of the residual branch, or None.
+        last_act: Whether an activation follows the residual addition.
         **kwargs: As for `Res2NetModule`.
 
     Raises:
@@ -202,6 +203,7 @@ class Bottle2neck(Res2NetModule):
         scale: int = 4,
         reduce_first: int = 1,
         drop_path: nn.Module | None = None,
+        last_act: bool = True,
         **kwargs,
     ) -> None:
         if reduce_first != 1:
@@ -220,6 +222,7 @@ class Bottle2neck(Res2NetModule):
         )
         self.downsample = downsample
         self.drop_path = drop_path
+        self.last_act = last_act
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the block.
@@ -235,4 +238,32 @@ class Bottle2neck(Res2NetModule):
         if self.drop_path is not None:
             x = self.drop_path(x)
         x += shortcut
-        return self.act(x)
+        return self.act(x) if self.last_act else x
+
+
+def set_drop_path(model: nn.Module, rate: float) -> None:
+    """Give a model stochastic depth, growing linearly from 0 in its first Res2Net block to `rate` in its last.
+
+    For backbones that do not build their blocks one after the other, as timm's `ResNet` does.
+
+    Args:
+        model: The model; its blocks have a `drop_path`.
+        rate: Probability of dropping the last block's branch.
+    """
+    blocks: list[Any] = [module for module in model.modules() if isinstance(module, Res2NetModule)]
+    for i, block in enumerate(blocks):
+        block.drop_path = DropPath(rate * i / (len(blocks) - 1)) if rate and i else None
+
+
+def merge_args(model_args: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return a variant's arguments with a caller's over them.
+
+    A caller's `block_args` add to the variant's: in their place, they would take its scale and wiring
+    away, and the weights would load and compute something else.
+
+    Args:
+        model_args: What makes the variant.
+        kwargs: What the caller of `timm.create_model` gave.
+    """
+    block_args = {**model_args.get("block_args", {}), **(kwargs.get("block_args") or {})}
+    return {**model_args, **kwargs, "block_args": block_args}

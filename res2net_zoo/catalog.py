@@ -25,12 +25,12 @@ class CatalogError(ValueError):
     """A wrong or missing field in the catalogue; names the entry and the field."""
 
 
-def _check(accept: Callable[[Any], bool], wanted: str) -> Any:
+def _check(accept: Callable[[Any], bool], wanted: str, **kwargs: Any) -> Any:
     def validate(value: Any) -> None:
         if not accept(value):
             raise ValueError(f"{value!r} is not {wanted}")
 
-    return validated_field(validate)
+    return validated_field(validate, **kwargs)
 
 
 def _shape(value: list[int]) -> bool:
@@ -43,6 +43,14 @@ def _channels(value: list[float]) -> bool:
 
 def _percent(value: float) -> bool:
     return 0 <= value <= 100
+
+
+def _decimal(value: str) -> bool:
+    return bool(re.fullmatch(r"(\d+(\.\d+)?)?", value))
+
+
+def _arxiv(value: str) -> bool:
+    return bool(re.fullmatch(r"arXiv:\d{4}\.\d{5}", value))
 
 
 def _filled(value: str) -> bool:
@@ -71,6 +79,26 @@ class Accuracy:
 
 @strict
 @dataclass(kw_only=True)
+class Printed:
+    """What a publication prints of a model, digit for digit; `""` where it prints nothing.
+
+    Attributes:
+        parameters: Millions of parameters.
+        gmacs: Billions of multiply-accumulates.
+        runtime_ms: Milliseconds an image.
+        top1_error: Top-1 error in percent, where no checkpoint has it as an accuracy.
+        source: Who published it, and where.
+    """
+
+    parameters: str = _check(_decimal, "a number as printed", default="")
+    gmacs: str = _check(_decimal, "a number as printed", default="")
+    runtime_ms: str = _check(_decimal, "a number as printed", default="")
+    top1_error: str = _check(_decimal, "a number as printed", default="")
+    source: str = _check(_filled, "a source")
+
+
+@strict
+@dataclass(kw_only=True)
 class Architecture:
     """One registered model.
 
@@ -80,8 +108,15 @@ class Architecture:
         parameters: Number of parameters with `num_classes` classes.
         macs: Multiply-accumulates of one image of `input_size`.
         input_size: (channels, height, width) of the default input.
+        reduction: Stride of the last features.
         num_classes: Default number of classes.
         first_conv: Name of the module that takes the image, for timm to adapt to other channels.
+        papers: Where it is from, beside the Res2Net paper.
+        printed: What publications print of it.
+        difference: Why a printed size is not ours, where it is not.
+        crop_pct: Share of the resized image that the centre crop keeps, where it is not timm's default.
+        mean: Mean of each channel, likewise.
+        std: Standard deviation of each channel, likewise.
     """
 
     name: str = _check(_filled, "a name")
@@ -89,8 +124,22 @@ class Architecture:
     parameters: int = _check(lambda n: n > 0, "a number of parameters")
     macs: int = _check(lambda n: n > 0, "a number of multiply-accumulates")
     input_size: list[int] = _check(_shape, "channels, height and width")
+    reduction: int = _check(lambda n: n > 0, "a stride")
     num_classes: int = _check(lambda n: n > 0, "a number of classes")
     first_conv: str = _check(_filled, "a module's name")
+    papers: list[str] = _check(lambda ids: all(map(_arxiv, ids)), "arXiv ids", default_factory=list)
+    printed: tuple[Printed, ...] = ()
+    difference: str = ""
+    crop_pct: float | None = _check(lambda x: x is None or 0 < x <= 1, "a share in (0, 1]", default=None)
+    mean: list[float] | None = _check(lambda x: x is None or _channels(x), "a value in [0, 1] a channel", default=None)
+    std: list[float] | None = _check(lambda x: x is None or _channels(x), "a value in [0, 1] a channel", default=None)
+
+    @property
+    def misprinted(self) -> list[str]:
+        """The printed sizes that ours, rounded as they are, does not give."""
+        pairs = [(p.parameters, self.parameters / 1e6) for p in self.printed]
+        pairs += [(p.gmacs, self.macs / 1e9) for p in self.printed]
+        return [text for text, ours in pairs if text and f"{ours:.{len(text.partition('.')[2])}f}" != text]
 
 
 @strict
@@ -183,10 +232,19 @@ def parse(text: str) -> Catalog:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise CatalogError(f"the catalogue is no TOML: {error}") from error
-    architectures = {
-        name: _record(Architecture, f"architectures.{name}", {"name": name, **fields})
-        for name, fields in data.get("architectures", {}).items()
-    }
+    architectures: dict[str, Architecture] = {}
+    for name, fields in data.get("architectures", {}).items():
+        entry = f"architectures.{name}"
+        printed = tuple(
+            _record(Printed, f"{entry} printed {j}", row) for j, row in enumerate(fields.get("printed", []), 1)
+        )
+        architecture = _record(Architecture, entry, {**fields, "name": name, "printed": printed})
+        if bool(architecture.misprinted) != bool(architecture.difference):
+            raise CatalogError(
+                f"catalogue entry {entry}: difference must say why, of what is printed, "
+                f"{', '.join(architecture.misprinted) or 'nothing'} is not what parameters and macs round to"
+            )
+        architectures[name] = architecture
     checkpoints: dict[str, Checkpoint] = {}
     for i, fields in enumerate(data.get("checkpoints", []), start=1):
         entry = ".".join(filter(None, (fields.get("architecture"), fields.get("tag")))) or f"checkpoint {i}"
@@ -240,6 +298,9 @@ def pretrained_cfgs() -> dict[str, Any]:
                 "input_size": tuple(a.input_size),
                 "interpolation": "bilinear",
                 "num_classes": a.num_classes,
+                **({"crop_pct": a.crop_pct} if a.crop_pct else {}),
+                **({"mean": tuple(a.mean)} if a.mean else {}),
+                **({"std": tuple(a.std)} if a.std else {}),
                 **_architecture_cfg(a, a.input_size),
             }
     return cfgs
@@ -247,8 +308,8 @@ def pretrained_cfgs() -> dict[str, Any]:
 
 def _architecture_cfg(architecture: Architecture, input_size: list[int]) -> dict[str, Any]:
     return {
-        "pool_size": tuple(size // 32 for size in input_size[1:]),
+        "pool_size": tuple(size // architecture.reduction for size in input_size[1:]),
         "first_conv": architecture.first_conv,
         "classifier": "fc",
-        "paper_ids": "arXiv:1904.01169",
+        "paper_ids": ["arXiv:1904.01169", *architecture.papers] if architecture.papers else "arXiv:1904.01169",
     }

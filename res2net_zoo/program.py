@@ -113,11 +113,11 @@ def main_first(accelerator: "Accelerator", work: Callable[[], T]) -> T:
     return all_or_none(lambda: first[0] if first else work())
 
 
-def progress_bar(accelerator: "Accelerator", iterable: Iterable | None = None, **kwargs: Any) -> "tqdm":
+def progress_bar(accelerator: "Accelerator | None", iterable: Iterable | None = None, **kwargs: Any) -> "tqdm":
     """Return a progress bar with an ETA, on the main process only.
 
     Args:
-        accelerator: The processes.
+        accelerator: The processes, or None for a program of a single one.
         iterable: What to go through, or None to call `update`.
         **kwargs: As for tqdm.
     """
@@ -125,9 +125,8 @@ def progress_bar(accelerator: "Accelerator", iterable: Iterable | None = None, *
 
     # In a log file every update is a line of its own; what is done at once needs no bar at all.
     interval, delay = (0.1, 1) if sys.stderr.isatty() else (10, 10)
-    return tqdm(
-        iterable, disable=not accelerator.is_main_process, leave=False, mininterval=interval, delay=delay, **kwargs
-    )
+    silent = accelerator is not None and not accelerator.is_main_process
+    return tqdm(iterable, disable=silent, leave=False, mininterval=interval, delay=delay, **kwargs)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
