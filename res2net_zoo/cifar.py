@@ -132,8 +132,9 @@ def cifar_res2next(
         base_width=width,
         block_args=dict(scale=scale, attn_layer="se" if se else None),
     )
-    # A point that is not registered has no cfg of its own; all have the same but for the name.
-    kwargs.setdefault("pretrained_cfg", default_cfgs["res2next29_6c_24w_4s"].default.to_dict())
+    # A point that is not registered has no cfg of its own, and none would be another.
+    cfg = default_cfgs.get(variant, default_cfgs[cifar_name(29, 6, 24, 4, se)])
+    kwargs.setdefault("pretrained_cfg", cfg.default.to_dict())
     return _create_cifar(variant, **merge_args(model_args, kwargs))
 
 

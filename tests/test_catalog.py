@@ -195,3 +195,19 @@ def test_package_data_and_metadata_agree():
     assert project["version"] == res2net_zoo.__version__
     assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text()
     assert f"version: {project['version']}" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_contributing_shows_how_a_model_is_added():
+    import textwrap
+
+    from res2net_zoo import res2net
+    from res2net_zoo.measure import count
+
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    code, entry = (
+        textwrap.dedent(re.search(rf"   ```{kind}\n(.*?)   ```", text, re.S)[1]) for kind in ("python", "toml")
+    )
+    facts = catalog.parse(TEXT + "\n" + entry).architectures["res2net50_32w_3s"]
+    names = {**vars(res2net), "register_model": lambda entrypoint: entrypoint}
+    exec(code, names)
+    assert count(names["res2net50_32w_3s"], tuple(facts.input_size)) == (facts.parameters, facts.macs)

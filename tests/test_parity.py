@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 import timm
 import torch
 
+from res2net_zoo import catalog
 from tests.conftest import relative_error
 
 PARITY = Path(__file__).parent / "parity"
@@ -121,6 +123,16 @@ def test_the_official_wiring_does_not_compute_what_paddle_does(case, name):
     with torch.no_grad():
         ours = model(images(224, 224))[:, :16]
     assert 0.005 < relative_error(ours, torch.tensor(logits["224x224"])) < 0.2
+
+
+def test_what_the_originals_dla_has_and_nothing_reads_is_the_difference_in_its_printed_size():
+    reference = json.loads(gzip.decompress((PARITY / "official-res2net_dla60.json.gz").read_bytes()))
+    learnt = [p for p in reference["parameters"] if p["kind"] not in ("mean", "var")]
+    surplus = sum(math.prod(p["shape"]) for p in learnt if from_dla(p["name"]) is None)
+    assert surplus == 297_472
+    facts = catalog.load().architectures["dla60_res2net"]
+    assert sum(math.prod(p["shape"]) for p in learnt) == facts.parameters + surplus
+    assert f"{(facts.parameters + surplus) / 1e6:.2f}" == facts.printed[0].parameters == "21.15"
 
 
 def test_every_reference_is_tested():

@@ -6,6 +6,7 @@ One model of each shape is tested in every run; the others, which differ from it
 
 import math
 
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -259,7 +260,6 @@ def test_export_with_dynamic_batch(name):
 
 @every_name
 def test_onnx_with_dynamic_batch(name, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
     model, x = spread(make(name, num_classes=6)), images(name, 3)
     path = tmp_path / "model.onnx"
     torch.onnx.export(model, (x,), path, dynamo=True, dynamic_shapes=({0: torch.export.Dim("n")},), verbose=False)
