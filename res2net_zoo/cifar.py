@@ -70,9 +70,9 @@ class CifarResNet(ChainedFeatures, ResNet):
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return self.forward_checkpointed(x)
         x = self.act1(self.bn1(self.conv1(x)))
-        x = self.layer1(x)  # type: ignore[operator]  # timm adds the stages by name
-        x = self.layer2(x)  # type: ignore[operator]
-        return self.layer3(x)  # type: ignore[operator]
+        x = self.layer1(x)
+        x = self.layer2(x)
+        return self.layer3(x)
 
 
 def _create_cifar(variant: str, pretrained: bool = False, **kwargs) -> CifarResNet:
