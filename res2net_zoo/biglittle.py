@@ -52,11 +52,12 @@ class BigLittleStem(nn.Module):
             ConvNorm(little, chs, 1, 1, norm_layer, None, dd),
         )
         self.act = act_layer(inplace=True)
-        self.fuse = ConvNorm(chs, chs, 1, 1, norm_layer, act_layer, dd)
+        # Not "fuse": timm.utils.reparameterize_model takes that for a method.
+        self.merge = ConvNorm(chs, chs, 1, 1, norm_layer, act_layer, dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (N, chs, H, W) to (N, chs, ceil(H / 2), ceil(W / 2))."""
-        return self.fuse(self.act(self.big(x) + self.little(x)))
+        return self.merge(self.act(self.big(x) + self.little(x)))
 
 
 class BigLittleStage(nn.Module):
@@ -160,7 +161,8 @@ class BigLittleNet(ChainedFeatures, nn.Module):
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: Another output stride, or an argument that no Res2Net block can have.
+        ValueError: Another output stride, stages that cannot be divided so, or an argument that no
+            Res2Net block can have.
     """
 
     def __init__(
@@ -187,6 +189,12 @@ class BigLittleNet(ChainedFeatures, nn.Module):
         super().__init__()
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride is {output_stride}; Big-Little Net has 8, 16 and 32")
+        if not len(layers) == len(channels) == 4 or min(layers[:3]) < 2:
+            raise ValueError(
+                f"layers are {layers}; there are four stages, of which the first three have 2 blocks or more"
+            )
+        if any(planes % alpha for planes in channels[:3]):
+            raise ValueError(f"alpha is {alpha}; it must divide the channels of the first three stages, {channels[:3]}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         act: Any = get_act_layer(act_layer)
         norm: Any = get_norm_layer(norm_layer)
@@ -246,12 +254,21 @@ class BigLittleNet(ChainedFeatures, nn.Module):
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
+        self.init_weights(zero_init_last)
+        set_drop_path(self, drop_path_rate)
+
+    @torch.jit.ignore
+    def init_weights(self, zero_init_last: bool = True) -> None:
+        """Initialize the weights.
+
+        Args:
+            zero_init_last: Whether each block starts as its shortcut alone.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, Bottle2neck) and zero_init_last:
                 module.zero_init_last()
-        set_drop_path(self, drop_path_rate)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

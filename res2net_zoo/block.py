@@ -134,7 +134,7 @@ class Res2NetModule(nn.Module):
         self.conv3 = nn.Conv2d(width * scale, out_chs, kernel_size=1, bias=False, **dd)
         self.bn3 = norm_layer(out_chs, **dd)
         self.se = create_attn(attn_layer, out_chs, **dd) if attn_layer else None
-        self.act = act_layer(inplace=True)
+        self.relu = act_layer(inplace=True)  # timm's name, under which an activation's parameters stand
 
     def zero_init_last(self) -> None:
         """Make the block start as its shortcut alone, where the last norm has a weight."""
@@ -151,14 +151,14 @@ class Res2NetModule(nn.Module):
         Returns:
             (N, out_chs, ceil(H / stride), ceil(W / stride)), before the residual addition.
         """
-        x = self.act(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn1(self.conv1(x)))
         groups = torch.chunk(x, self.scale, dim=1)
         y = groups[0]
         scales: list[torch.Tensor] = []
         for i, (conv, bn) in enumerate(zip(self.convs, self.bns, strict=True)):
             if i > 0:
                 y = y + groups[i] if self.hierarchical else groups[i]
-            y = self.aa(self.act(bn(conv(y))))
+            y = self.aa(self.relu(bn(conv(y))))
             scales.append(y)
         if self.scale > 1:
             scales.append(self.pool(groups[-1]))
@@ -238,7 +238,7 @@ class Bottle2neck(Res2NetModule):
         if self.drop_path is not None:
             x = self.drop_path(x)
         x += shortcut
-        return self.act(x) if self.last_act else x
+        return self.relu(x) if self.last_act else x
 
 
 def set_drop_path(model: nn.Module, rate: float) -> None:

@@ -7,7 +7,7 @@ Section 5.3). A model has 9n + 2 layers with n blocks a stage. With scale 1 it i
 from typing import Any
 
 import torch
-from timm.models import ResNet, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import ResNet, build_model_with_cfg, create_model, generate_default_cfgs, is_model, register_model
 from torch import nn
 
 from res2net_zoo.block import Bottle2neck, merge_args
@@ -24,10 +24,12 @@ class CifarResNet(ChainedFeatures, ResNet):
         layers: Blocks of each of the three stages.
         channels: Base width of each stage.
         output_stride: Must be 32, timm's default, or 4, which is what it always is.
+        stem_type: Must be "", as there is one stem.
+        replace_stem_pool: Must be False, as there is no pooling to replace.
         **kwargs: As for timm's ResNet.
 
     Raises:
-        ValueError: Another output stride, or another number of stages.
+        ValueError: Another output stride, stem or number of stages.
     """
 
     def __init__(
@@ -35,12 +37,18 @@ class CifarResNet(ChainedFeatures, ResNet):
         layers: tuple[int, ...],
         channels: tuple[int, ...] = (64, 128, 256),
         output_stride: int = 32,
+        stem_type: str = "",
+        replace_stem_pool: bool = False,
         **kwargs,
     ) -> None:
         if output_stride not in (4, 32):
             raise ValueError(f"output_stride is {output_stride}; a CIFAR model's is 4 and cannot be changed")
         if not len(layers) == len(channels) == 3:
             raise ValueError(f"a CIFAR model has three stages, not {len(layers)} of {len(channels)} widths")
+        if stem_type or replace_stem_pool:
+            raise ValueError(
+                "a CIFAR model's stem is one 3x3 convolution; stem_type and replace_stem_pool have no place"
+            )
         super().__init__(layers=layers, channels=channels, **kwargs)
         stem: Any = self.conv1
         conv1 = nn.Conv2d(
@@ -95,9 +103,9 @@ def cifar_layers(depth: int) -> tuple[int, int, int]:
     """
     n, rest = divmod(depth - 2, 9)
     if n < 1 or rest:
-        near = [9 * m + 2 for m in (n, n + 1) if m >= 1]
+        near = [int(9 * m + 2) for m in (n, n + 1) if m >= 1]
         raise ValueError(f"a CIFAR model has 9n + 2 layers, so {' or '.join(map(str, near))}, not {depth}")
-    return (n, n, n)
+    return (int(n),) * 3
 
 
 def cifar_name(depth: int, cardinality: int, width: int, scale: int, se: bool = False) -> str:
@@ -111,6 +119,9 @@ def cifar_res2next(
 ) -> CifarResNet:
     """Build any point of the paper's Figure 5 from its numbers.
 
+    A point that has no name of its own is a registered one with other arguments, so that it can be
+    written to a model folder and read back.
+
     Args:
         depth: Number of layers, L: 9n + 2 with n blocks a stage, so 29, 38, 47 and so on.
         cardinality: Groups of each 3x3 convolution, c.
@@ -120,22 +131,20 @@ def cifar_res2next(
         **kwargs: As for `timm.create_model`.
 
     Returns:
-        The model, without trained weights; for the registered names' numbers the same as theirs.
+        The model, without trained weights.
 
     Raises:
         ValueError: A depth that is not 9n + 2, or numbers that make no Res2Net block.
     """
-    variant = cifar_name(depth, cardinality, width, scale, se)
-    model_args = dict(
-        layers=cifar_layers(depth),
-        cardinality=cardinality,
-        base_width=width,
-        block_args=dict(scale=scale, attn_layer="se" if se else None),
-    )
-    # A point that is not registered has no cfg of its own, and none would be another.
-    cfg = default_cfgs.get(variant, default_cfgs[cifar_name(29, 6, 24, 4, se)])
-    kwargs.setdefault("pretrained_cfg", cfg.default.to_dict())
-    return _create_cifar(variant, **merge_args(model_args, kwargs))
+    layers = cifar_layers(depth)
+    name = cifar_name(depth, cardinality, width, scale, se)
+    if kwargs.get("block_args") or not is_model(name):
+        kwargs["block_args"] = {**(kwargs.get("block_args") or {}), "scale": scale}
+    if not is_model(name):
+        name = cifar_name(29, 6, 24, 4, se)
+        kwargs |= dict(layers=layers, cardinality=cardinality, base_width=width)
+    model: Any = create_model(name, **kwargs)
+    return model
 
 
 @register_model

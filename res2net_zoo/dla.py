@@ -107,7 +107,7 @@ class DlaBottle2neck(Res2NetModule):
         if self.drop_path is not None:
             x = self.drop_path(x)
         x += shortcut
-        return self.act(x)
+        return self.relu(x)
 
 
 class DLA(ChainedFeatures, timm_dla.DLA):
@@ -165,13 +165,23 @@ class DLA(ChainedFeatures, timm_dla.DLA):
         return self.level5(x)
 
 
+def drop_unread(state_dict: dict[str, torch.Tensor], model: nn.Module | None = None) -> dict[str, torch.Tensor]:
+    """Leave out what the authors' weights have and nothing reads: the projections of trees of trees.
+
+    Args:
+        state_dict: The authors' state dict, or timm's, which has none of them.
+        model: Unused; timm gives it to such a filter.
+    """
+    unread = ("level3.project.", "level4.project.", "level4.tree1.project.")
+    return {name: tensor for name, tensor in state_dict.items() if not name.startswith(unread)}
+
+
 def _create_dla(variant: str, pretrained: bool = False, **kwargs) -> DLA:
     return build_model_with_cfg(
         DLA,
         variant,
         pretrained,
-        # The released weights have projections in the upper trees that nothing reads.
-        pretrained_strict=False,
+        pretrained_filter_fn=drop_unread,
         feature_cfg=dict(out_indices=(1, 2, 3, 4, 5)),
         **kwargs,
     )

@@ -39,12 +39,12 @@ class ChainedFeatures:
             yield name, child
 
     def _forward_child(self, child: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        # A single layer has nothing to gain, and an activation in place must not be run again. The
-        # image needs no gradient, without which nothing can be recomputed.
-        if not self.grad_checkpointing or not x.requires_grad or not any(True for _ in child.children()):
+        # A single layer has nothing to gain, and an activation in place must not be run again.
+        if not self.grad_checkpointing or not any(True for _ in child.children()):
             return child(x)
         is_blocks = isinstance(child, nn.Sequential) and isinstance(child[0], Res2NetModule)
-        return checkpoint_seq(child if is_blocks else [child], x)
+        # Re-entrant checkpointing would give the first stage no gradient, as the image needs none.
+        return checkpoint_seq(child if is_blocks else [child], x, use_reentrant=False)
 
     def forward_checkpointed(self, x: torch.Tensor) -> torch.Tensor:
         """Do as `forward_features` does, with gradient checkpointing.

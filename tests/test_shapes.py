@@ -1,5 +1,7 @@
 """What is special to DLA, Big-Little Net and the CIFAR models."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
@@ -10,6 +12,7 @@ from torch.nn import functional as F
 from res2net_zoo import cifar_res2next
 from res2net_zoo.block import Bottle2neck
 from res2net_zoo.cifar import cifar_name
+from res2net_zoo.folder import model_card, write_model_folder
 from tests.conftest import relative_error, spread
 
 
@@ -51,6 +54,17 @@ def test_dla_features_ask_only_for_the_multiple_that_they_need():
             timm.create_model("dla60_res2net").eval().forward_intermediates(images(96, 100))
 
 
+def test_dla_refuses_weights_that_are_not_whole():
+    whole = timm.create_model("dla60_res2next").state_dict()
+    unread = {f"{tree}.project.0.weight": torch.zeros(1) for tree in ("level3", "level4", "level4.tree1")}
+    create = partial(timm.create_model, "dla60_res2next", pretrained=True)
+    create(pretrained_cfg_overlay=dict(state_dict={**whole, **unread}), num_classes=3, in_chans=1)
+    cut = {name: tensor for name, tensor in whole.items() if not name.startswith("level4.")}
+    for wrong in (cut, {**whole, "level6.weight": torch.zeros(1)}):
+        with pytest.raises(RuntimeError, match=r"level[46]\."):
+            create(pretrained_cfg_overlay=dict(state_dict=wrong))
+
+
 def test_dla_takes_block_args():
     with torch.device("meta"):
         model = timm.create_model("dla60_res2net", block_args=dict(scale=2, attn_layer="se"))
@@ -81,6 +95,14 @@ def test_big_little_stages(name):
     assert torch.equal(model.layer4(x), model.forward_features(images(64, 96)))
 
 
+def test_big_little_initializes_its_weights():
+    with torch.device("meta"):
+        model = timm.create_model("blres2net50", num_classes=2)
+    model.to_empty(device="cpu").init_weights()
+    assert torch.isfinite(model.layer1.big[0].conv1.weight).all()
+    assert not model.layer1.big[0].bn3.weight.any()
+
+
 def test_big_little_takes_other_alpha_and_beta():
     with torch.device("meta"):
         model = timm.create_model("blres2net50", alpha=4, beta=2)
@@ -102,8 +124,7 @@ def test_cifar_builder_gives_what_the_registered_names_give(name):
     built.load_state_dict(registered.state_dict(), strict=True)
     with torch.no_grad():
         assert torch.equal(built(images(32, 32)), registered(images(32, 32)))
-    cfgs = [{**m.pretrained_cfg, "architecture": "", "tag": ""} for m in (built, registered)]
-    assert built.pretrained_cfg["architecture"] == name and cfgs[0] == cfgs[1]
+    assert built.pretrained_cfg == registered.pretrained_cfg
 
 
 @pytest.mark.parametrize(
@@ -125,6 +146,21 @@ def test_every_point_of_figure_5_can_be_built(numbers):
     assert convs + 1 == numbers.get("depth", 29)
     assert {conv.groups for block in blocks for conv in block.convs} == {numbers.get("cardinality", 6)}
     assert {block.scale for block in blocks} == {numbers["scale"]}
+
+
+def test_a_point_without_a_name_comes_back_from_a_model_folder(tmp_path):
+    model = spread(cifar_res2next(38, 4, 16, 3, se=True, num_classes=5)).eval()
+    write_model_folder(tmp_path / "point", model, model_card("point", "# point", None))
+    back = timm.create_model(f"local-dir:{tmp_path / 'point'}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(back(images(32, 32)), model(images(32, 32)))
+
+
+def test_the_numbers_of_a_point_go_before_block_args():
+    with torch.device("meta"):
+        for depth in (29, 38):
+            model = cifar_res2next(depth, scale=4, block_args=dict(scale=2, attn_layer="eca"))
+            assert model.layer1[0].scale == 4 and model.layer1[0].se is not None
 
 
 @pytest.mark.parametrize("depth", [2, 11.5, 30, 28, -7])
@@ -161,7 +197,12 @@ def test_scale_1_is_a_plain_resnext():
         ("resnext29_8c_64w", dict(output_stride=8), "output_stride is 8"),
         ("resnext29_8c_64w", dict(layers=(1, 1, 1, 1)), "three stages"),
         ("dla60_res2net", dict(output_stride=16), "cannot be dilated"),
+        ("resnext29_8c_64w", dict(stem_type="deep"), "stem is one 3x3 convolution"),
+        ("resnext29_8c_64w", dict(replace_stem_pool=True), "stem is one 3x3 convolution"),
         ("blres2net50", dict(output_stride=4), "has 8, 16 and 32"),
+        ("blres2net50", dict(alpha=3), "alpha is 3"),
+        ("blres2net50", dict(layers=(1, 4, 6, 3)), "2 blocks or more"),
+        ("blres2net50", dict(layers=(3, 4, 6, 3, 3)), "four stages"),
         ("blres2net50", dict(block_args=dict(wiring="mine")), "official, paddle"),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 from timm.layers import BlurPool2d
 from timm.models import FeatureInfo
 from timm.optim import param_groups_layer_decay
+from timm.utils import freeze, reparameterize_model
 
 from res2net_zoo import catalog
 from tests.conftest import relative_error, spread
@@ -172,7 +173,9 @@ def gradients_and_saved_bytes(model: torch.nn.Module, x: torch.Tensor) -> tuple[
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = model(x)
     out.square().mean().backward()
-    return [p.grad for p in model.parameters()], sum(n for key, n in kept.items() if key not in weights)
+    return [p.grad for p in model.parameters() if p.requires_grad], sum(
+        n for key, n in kept.items() if key not in weights
+    )
 
 
 @every_name
@@ -186,6 +189,30 @@ def test_gradient_checkpointing_saves_memory_and_changes_no_gradient(name):
     for a, b in zip(plain, checkpointed, strict=True):
         assert relative_error(a, b) < 1e-4
     assert checkpointed_bytes < 0.6 * plain_bytes
+
+
+@every_name
+def test_gradient_checkpointing_behind_a_frozen_stem(name):
+    """What is frozen keeps nothing anyway; the stages behind it are to be recomputed all the same."""
+    results = []
+    for enable in (False, True):
+        model = spread(make(name, num_classes=5)).train()
+        trained = model.feature_info[1]["module"]
+        names = [key for key, _ in model.named_children()]
+        freeze(model, names[: names.index(trained)])
+        model.set_grad_checkpointing(enable)
+        results.append(gradients_and_saved_bytes(model, images(name)))
+    assert results[1][1] < 0.5 * results[0][1]
+    with torch.no_grad():
+        assert torch.fx.symbolic_trace(model.eval())(images(name)).shape == (2, 5)
+
+
+@every_name
+def test_reparameterization_changes_no_output(name):
+    """timm's own preparation for inference runs over every model and changes nothing it computes."""
+    model, x = spread(make(name, num_classes=5)), images(name)
+    with torch.no_grad():
+        assert relative_error(reparameterize_model(model)(x), model(x)) < 1e-6
 
 
 @every_name
