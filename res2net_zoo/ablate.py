@@ -41,6 +41,7 @@ FIGURE5: dict[str, tuple[int, ...]] = dict(
 )
 IMAGENET_LAYERS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 12, 48, 3)}
 SECTIONS = {"table3": "Table 3 (ImageNet)", "table4": "Table 4 (CIFAR-100)", "figure5": "Figure 5", "grid": "Grid"}
+NEEDS_MATPLOTLIB = "drawing needs matplotlib; pip install 'res2net-zoo[train]'"
 PAPER = ("table3", "table4", "figure5")
 
 
@@ -84,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=partial(_integer, least=0), default=5, help="timings of each; 0 for none")
     parser.add_argument("--batch-size", type=whole, default=1, metavar="N", help="images a timing")
     parser.add_argument("--device", default="cpu", help="where to time, such as cuda")
-    parser.add_argument("--figure", type=Path, default=Path("ablation.png"), metavar="FILE", help="the picture")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="the picture; ablation.png by default")
     parser.add_argument("--output", type=Path, metavar="FILE", help="all figures as JSON")
 
 
@@ -99,14 +100,8 @@ def main(args: argparse.Namespace) -> int:
     grid = {key: getattr(args, key) for key in BASE if getattr(args, key)}
     if grid and args.only:
         raise InputError(f"--only names the paper's own points; leave it out, or --{next(iter(grid))}")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("drawing needs matplotlib; pip install 'res2net-zoo[train]'") from error
-    formats = Figure().canvas.get_supported_filetypes()
-    if args.figure.suffix.removeprefix(".") not in formats:
-        raise InputError(f"--figure {args.figure}: a picture's name ends in .{', .'.join(sorted(formats))}")
-    for path in filter(None, (args.figure, args.output)):
+    picture = find_picture(args.figure)
+    for path in filter(None, (picture, args.output)):
         check_writable(path.parent)
     device = find_device(args.device)
 
@@ -124,12 +119,32 @@ def main(args: argparse.Namespace) -> int:
     if "figure5" in sections:
         points = sections["figure5"]
         key = "varied alone, from\n" + ",\n".join(f"{name} {value}" for name, value in BASE.items())
-    write_atomically(args.figure, lambda path: draw(points, path, args.batch_size, key))
-    print(f"figure: {args.figure}")
+    if picture:
+        write_atomically(picture, lambda path: draw(points, path, args.batch_size, key))
+    print(f"figure: {picture}" if picture else f"no figure: {NEEDS_MATPLOTLIB}")
     if args.output:
         write_atomically(args.output, lambda path: path.write_text(as_json(sections, args) + "\n"))
         print(f"as JSON: {args.output}")
     return 0
+
+
+def find_picture(asked: Path | None) -> Path | None:
+    """Return where to draw, before minutes of measuring; None where nothing can be drawn and nobody asked for it.
+
+    Raises:
+        InputError: It cannot be drawn there.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        if asked:
+            raise InputError(NEEDS_MATPLOTLIB) from error
+        return None
+    picture = asked or Path("ablation.png")
+    formats = Figure().canvas.get_supported_filetypes()
+    if picture.suffix.removeprefix(".") not in formats:
+        raise InputError(f"--figure {picture}: a picture's name ends in .{', .'.join(sorted(formats))}")
+    return picture
 
 
 def paper(sections: Sequence[str]) -> dict[str, list[Point]]:

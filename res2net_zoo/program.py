@@ -29,7 +29,8 @@ def run(main: Callable[[], int]) -> int:
         main: The program; returns its exit code, 0 for done or 1 for a check that failed.
 
     Returns:
-        The exit code: what `main` returns, 2 for bad input, 130 for an interruption.
+        The exit code: what `main` returns, 2 for bad input, 130 for an interruption, 141 where
+        nobody reads the output any more.
     """
     from huggingface_hub.utils.logging import set_verbosity_error
 
@@ -40,13 +41,20 @@ def run(main: Callable[[], int]) -> int:
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # read when it is imported, later than this
     logging.getLogger("timm").setLevel(logging.CRITICAL)
     try:
-        return main()
+        code = main()
+        sys.stdout.flush()
+        return code
     except InputError as error:
         report(error)
         return 2
     except KeyboardInterrupt:
         report("interrupted")
         return 130  # as shells say it: 128 and the number of SIGINT
+    except BrokenPipeError:
+        # Whoever read the output, such as `head`, has seen enough; what is left to be written, at
+        # the end of Python too, goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 and the number of SIGPIPE
 
 
 def report(error: object) -> None:

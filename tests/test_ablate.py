@@ -1,6 +1,8 @@
 """Counting, receptive fields, latency, and `python -m res2net_zoo ablate`."""
 
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -124,6 +126,23 @@ def test_ablation_of_a_grid_is_measured(in_process, tmp_path):
     assert points[5]["receptive_field"] == receptive_field(model)
     assert all(p["latency_ms"] > 0 and p["batch_size"] == 3 for p in points)
     assert "width 8" in (tmp_path / "a.svg").read_text() or (tmp_path / "a.svg").stat().st_size > 5000
+
+
+def test_without_matplotlib_there_are_tables_and_a_hint(in_process, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    numbers = ["--depth", 11, "--width", 4, "--rounds", 0]
+    result = ablate(in_process, *numbers)
+    assert result.returncode == 0 and "resnext11_6c_4w" in result.stdout
+    assert "no figure: drawing needs matplotlib; pip install" in result.stdout
+    assert "drawing needs matplotlib" in input_error(ablate(in_process, *numbers, "--figure", tmp_path / "a.png"))
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly():
+    script = "import res2net_zoo.program as p; p.sys.exit(p.run(lambda: print('a line\\n' * 100_000) or 0))"
+    run = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f'"{sys.executable}" -c "{script}" | head -1'], capture_output=True, text=True
+    )
+    assert run.stdout == "a line\n" and run.stderr == "" and run.returncode == 141
 
 
 @pytest.mark.parametrize(
