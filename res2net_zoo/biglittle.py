@@ -210,7 +210,7 @@ class BigLittleNet(ChainedFeatures, nn.Module):
         self.stem = BigLittleStem(stem_chs, alpha, norm, act, dd)
         self.feature_info = [dict(num_chs=stem_chs, reduction=2, module="act1")]
 
-        # Of each stage: its stride, the dilation of its first block and of the rest, and its reduction.
+        # Of each stage's last block, which takes its stride: that, its dilation, and that of what stands before it.
         plan = []
         reduction, dilation = 4, 1
         for stride in (2, 2, 1, 2):
@@ -277,6 +277,7 @@ class BigLittleNet(ChainedFeatures, nn.Module):
         Args:
             coarse: Whether a group is a stage rather than a block.
         """
+        # Both branches go side by side; 98 and 99 put their merging and the fusing block behind their last blocks.
         fine = [
             (r"^layer(\d+)\.big\.(\d+)", None),
             (r"^layer(\d+)\.little\.0\.(\d+)", None),
