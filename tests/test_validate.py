@@ -16,7 +16,7 @@ from res2net_zoo.folder import model_card, write_model_folder
 from res2net_zoo.labels import imagenet_synsets, real_labels, subset_synsets
 from res2net_zoo.pretrained import published_accuracies
 from tests.conftest import ROOT, SHIPPED_DATA, SHIPPED_MODEL, input_error, save_images, spread
-from tests.hub_server import COMMIT, serve
+from tests.hub_server import serve
 
 VALIDATE = "scripts/validate.py"
 SHIPPED = f"local-dir:{SHIPPED_MODEL}"
@@ -412,8 +412,10 @@ class TestImageNet:
 def test_from_the_hub_and_back(program, tmp_path):
     """Model and data by their Hub ids, through the real clients, over HTTP."""
     repositories = {"models/zoo/digits-model": SHIPPED_MODEL, "datasets/zoo/digits": SHIPPED_DATA}
-    with serve(repositories) as (endpoint, requests):
-        env = dict(HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hf"))
+    with serve(repositories) as hub:
+        hub.tag("models/zoo/digits-model", "v1.0")
+        requests = hub.requests
+        env = dict(HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hf"))
         args = ["--model", "hf-hub:zoo/digits-model@v1.0", "--data", "zoo/digits", "--check"]
         result = program(VALIDATE, *args, "--output", tmp_path / "r.json", **env)
         assert result.returncode == 0, result.stderr
@@ -421,7 +423,7 @@ def test_from_the_hub_and_back(program, tmp_path):
         assert not any("train-00000" in request for request in requests)
         # Weights, config and the card with the published figures are those of the revision.
         files = [r for r in requests if "digits-model/resolve" in r]
-        assert files and all("resolve/v1.0/" in r or COMMIT in r for r in files), files
+        assert files and all("resolve/v1.0/" in r or hub.sha("models/zoo/digits-model") in r for r in files), files
         line = input_error(program(VALIDATE, "--model", "hf-hub:zoo/nothing", **env))
         assert "there is no model zoo/nothing on the Hub" in line
 
@@ -430,8 +432,8 @@ def test_from_the_hub_and_back(program, tmp_path):
 def test_image_files_from_the_hub(program, tmp_path, streaming):
     """A dataset of plain image files, with a dot in its name: streamed, each is read over the network."""
     save_images(tmp_path / "repository" / "validation", ["0", "1"], 4)
-    with serve({"datasets/zoo/images.v2": tmp_path / "repository"}) as (endpoint, _):
-        env = dict(HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hf"))
+    with serve({"datasets/zoo/images.v2": tmp_path / "repository"}) as hub:
+        env = dict(HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hf"))
         args = ["--data", "zoo/images.v2", "--output", tmp_path / "r.json", *(["--streaming"] if streaming else [])]
         result = program(VALIDATE, *args, **env)
         assert result.returncode == 0, result.stderr
