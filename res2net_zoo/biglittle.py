@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from timm.layers import create_classifier, get_act_layer, get_device_dtype, get_norm_layer
 from timm.layers.typing import LayerType
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 from torch.nn import functional as F
 
 from res2net_zoo.block import Bottle2neck, merge_args, set_drop_path
+from res2net_zoo.builder import build_model
 from res2net_zoo.catalog import pretrained_cfgs
 from res2net_zoo.features import ChainedFeatures
 
@@ -353,7 +354,7 @@ class BigLittleNet(ChainedFeatures, nn.Module):
 
 
 def _create_biglittle(variant: str, pretrained: bool = False, **kwargs) -> BigLittleNet:
-    return build_model_with_cfg(BigLittleNet, variant, pretrained, **kwargs)
+    return build_model(BigLittleNet, variant, pretrained, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(pretrained_cfgs())

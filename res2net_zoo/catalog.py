@@ -151,7 +151,7 @@ class Checkpoint:
         architecture: Name of its architecture.
         tag: Which of the architecture's checkpoints it is, timm's pretrained tag.
         released_by: Who trained and released it.
-        url: Where the original file is.
+        url: Where the original file is, `""` where it is no direct download.
         sha256: Start of the original file's SHA-256, as far as its release gives it, else `""`.
         format: What kind of file the original is.
         hub_id: Repository on the Hub that has it as safetensors, else `""`.
@@ -170,7 +170,7 @@ class Checkpoint:
     architecture: str = _check(_filled, "an architecture's name")
     tag: str = _check(lambda tag: bool(re.fullmatch(r"[a-z0-9_]+", tag)), "a tag")
     released_by: str = _check(_filled, "a name")
-    url: str = _check(lambda url: url.startswith("https://"), "an https URL")
+    url: str = _check(lambda url: url == "" or url.startswith("https://"), "an https URL")
     sha256: str = _check(lambda text: bool(re.fullmatch(r"[0-9a-f]{0,64}", text)), "the start of a SHA-256")
     format: str = _check(FORMATS.__contains__, f"one of {', '.join(FORMATS)}")
     hub_id: str = _check(lambda text: bool(re.fullmatch(r"([\w.-]+/[\w.-]+)?", text)), "a repository id ORG/NAME")
@@ -281,7 +281,9 @@ def pretrained_cfgs() -> dict[str, Any]:
     for c in catalog.checkpoints.values():
         cfgs[c.name] = {
             "hf_hub_id": c.hub_id or None,
-            # Where the Hub has the weights timm needs no url, and would unpickle what it finds there.
+            # timm would unpickle what it finds at a url. It never gets there: builder.py sees to that
+            # where the Hub has no such weight; the url is how timm knows that there is one.
+            "url": "" if c.hub_id else c.url,
             "origin_url": c.url,
             "license": c.license.lower(),
             "input_size": tuple(c.input_size),

@@ -7,10 +7,11 @@ Section 5.3). A model has 9n + 2 layers with n blocks a stage. With scale 1 it i
 from typing import Any
 
 import torch
-from timm.models import ResNet, build_model_with_cfg, create_model, generate_default_cfgs, is_model, register_model
+from timm.models import ResNet, create_model, generate_default_cfgs, is_model, register_model
 from torch import nn
 
 from res2net_zoo.block import Bottle2neck, merge_args
+from res2net_zoo.builder import build_model
 from res2net_zoo.catalog import pretrained_cfgs
 from res2net_zoo.features import ChainedFeatures
 
@@ -84,7 +85,7 @@ class CifarResNet(ChainedFeatures, ResNet):
 
 
 def _create_cifar(variant: str, pretrained: bool = False, **kwargs) -> CifarResNet:
-    return build_model_with_cfg(
+    return build_model(
         CifarResNet, variant, pretrained, block=Bottle2neck, feature_cfg=dict(out_indices=(0, 1, 2, 3)), **kwargs
     )
 

@@ -4,11 +4,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_model_deprecations
 from timm.models import dla as timm_dla
+from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 from torch import nn
 
 from res2net_zoo.block import Res2NetModule, merge_args, set_drop_path
+from res2net_zoo.builder import build_model
 from res2net_zoo.catalog import pretrained_cfgs
 from res2net_zoo.features import ChainedFeatures
 
@@ -177,7 +178,7 @@ def drop_unread(state_dict: dict[str, torch.Tensor], model: nn.Module | None = N
 
 
 def _create_dla(variant: str, pretrained: bool = False, **kwargs) -> DLA:
-    return build_model_with_cfg(
+    return build_model(
         DLA,
         variant,
         pretrained,

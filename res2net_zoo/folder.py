@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from res2net_zoo.catalog import Accuracy
 from res2net_zoo.program import make_readable
+from res2net_zoo.weights import WEIGHTS, save_weights
 
 
 def write_model_folder(
@@ -20,6 +20,7 @@ def write_model_folder(
     model: nn.Module,
     card: ModelCard,
     label_names: Sequence[str] | None = None,
+    metadata: dict[str, str] | None = None,
 ) -> None:
     """Write a model as a folder that `timm.create_model("local-dir:FOLDER")` reads.
 
@@ -33,6 +34,7 @@ def write_model_folder(
         model: A model that `timm.create_model` made.
         card: Its card.
         label_names: Name of each class.
+        metadata: What the weights' file is to say of itself.
     """
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +42,7 @@ def write_model_folder(
     old = new.with_name(new.name.replace("-new-", "-old-"))
     try:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+        save_weights(tensors, new / WEIGHTS, metadata or {})
         save_config_for_hf(model, str(new / "config.json"), model_config={"label_names": list(label_names or [])})
         card.save(new / "README.md")
         for path in (new, *new.iterdir()):

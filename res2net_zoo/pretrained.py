@@ -51,6 +51,8 @@ def create_model(name: str, pretrained: bool = True, **kwargs) -> nn.Module:
         model = timm.create_model(name, pretrained=pretrained, **kwargs)
         _check_config(model)
         return model
+    except InputError:
+        raise
     except LocalEntryNotFoundError as error:
         where = identifier if source else timm.get_pretrained_cfg_value(name, "hf_hub_id")
         command = f"hf download {where}".replace("@", " --revision ")

@@ -2,20 +2,20 @@
 
 from timm.models import (
     ResNet,
-    build_model_with_cfg,
     generate_default_cfgs,
     register_model,
     register_model_deprecations,
 )
 
 from res2net_zoo.block import Bottle2neck, merge_args
+from res2net_zoo.builder import build_model
 from res2net_zoo.catalog import pretrained_cfgs
 
 __all__: list[str] = []
 
 
 def _create_res2net(variant: str, pretrained: bool = False, **kwargs) -> ResNet:
-    return build_model_with_cfg(ResNet, variant, pretrained, block=Bottle2neck, **kwargs)
+    return build_model(ResNet, variant, pretrained, block=Bottle2neck, **kwargs)
 
 
 # The deep stem of three 3x3 convolutions and the average pooling in the shortcut ("Bag of Tricks",

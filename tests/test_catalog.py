@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from dataclasses import MISSING, fields
 from importlib import resources
 
@@ -114,8 +115,10 @@ def test_other_mistakes():
 
 def test_what_is_in_it():
     everything = catalog.load()
-    assert len(everything.checkpoints) == 11
-    for name, checkpoint in everything.checkpoints.items():
+    assert len(everything.checkpoints) == 28
+    on_the_hub = {name: c for name, c in everything.checkpoints.items() if c.hub_id}
+    assert len(on_the_hub) == 11
+    for name, checkpoint in on_the_hub.items():
         assert checkpoint.hub_id == f"timm/{name}"
         assert checkpoint.sha256 in checkpoint.url and len(checkpoint.sha256) == 8
         assert checkpoint.license == "CC-BY-NC-SA-4.0" and "nothing of the weights" in checkpoint.license_note
@@ -125,6 +128,21 @@ def test_what_is_in_it():
     eight = everything.checkpoint("res2net50_26w_8s")
     assert [a.top1 for a in eight.accuracies[:2]] == [78.95, 79.2] and "two top-1 figures" in eight.notes
     assert everything.checkpoint("res2net_tiny") is None
+
+
+def test_the_other_checkpoints():
+    everything = catalog.load().checkpoints
+    tags = Counter(c.tag for c in everything.values())
+    assert tags == dict(in1k=12, pd_in1k=5, ssld_in1k=3, mindcv_in1k=4, mmpretrain_in1k=3, holocron_imagenette=1)
+    ssld = {a: everything[f"res2net{a}_vd_26w_4s.ssld_in1k"].accuracies[0].top1 for a in (50, 101, 200)}
+    assert ssld == {50: 83.1, 101: 83.9, 200: 85.13}
+    assert catalog.load().checkpoint("res2net200_vd_26w_4s").tag == "ssld_in1k"  # the best one is the default
+    assert [name for name, c in everything.items() if not c.url] == ["res2net152d.in1k"]
+    assert len(everything["res2net50_26w_4s.holocron_imagenette"].sha256) == 64
+    for name, checkpoint in everything.items():
+        assert checkpoint.license == ("CC-BY-NC-SA-4.0" if checkpoint.tag == "in1k" else "Apache-2.0"), name
+        formats = dict(pd="paddle", ssld="paddle", mindcv="mindspore", mmpretrain="mmengine", holocron="holocron")
+        assert checkpoint.format == formats.get(checkpoint.tag.split("_")[0], "torch")
 
 
 def cli(*args: str) -> subprocess.CompletedProcess:
@@ -140,14 +158,22 @@ def test_list_and_its_filters(in_process):
     everything = catalog.load()
     with_weights = {c.architecture for c in everything.checkpoints.values()}
     assert set(names()) == {*everything.checkpoints, *(set(everything.architectures) - with_weights)}
-    assert len(names()) == 31
-    assert names("res2net101*") == ["res2net101_26w_4s.in1k", "res2net101d.in1k", "res2net101_vd_26w_4s"]
-    assert names("res2net50d", "*next50") == ["res2next50.in1k", "res2net50d.in1k"]
-    assert names("--min-top1", "80") == ["res2net50d.in1k", "res2net101d.in1k"]
+    assert len(names()) == 28 + 31 - len(with_weights)
+    assert names("res2net101*") == [
+        *("res2net101_26w_4s.in1k", "res2net101_26w_4s.mindcv_in1k", "res2net101_26w_4s.mmpretrain_in1k"),
+        *("res2net101d.in1k", "res2net101d.mindcv_in1k"),
+        *("res2net101_vd_26w_4s.ssld_in1k", "res2net101_vd_26w_4s.pd_in1k"),
+    ]
+    assert names("res2net50d", "*next50") == [
+        "res2next50.in1k",
+        "res2net50d.in1k",
+        "res2net50d.mindcv_in1k",
+    ]
+    assert names("--min-top1", "83") == [f"res2net{depth}_vd_26w_4s.ssld_in1k" for depth in (50, 101, 200)]
     assert names("--max-params", "18") == ["dla60_res2next.in1k", "res2net_tiny"]
     assert names("res2ne*", "--max-gmacs", "4.17", "--pretrained") == ["res2net50_48w_2s.in1k"]
-    assert names("--license", "apache") == []
-    assert len(names("--license", "cc-by-nc", "--released-by", "authors")) == 11
+    assert len(names("--license", "apache")) == 16
+    assert len(names("--license", "cc-by-nc", "--released-by", "authors")) == 12
 
 
 def test_show_tells_every_fact():
