@@ -42,11 +42,11 @@ def main(args: argparse.Namespace) -> int:
     args.output.resolve().parent.mkdir(parents=True, exist_ok=True)
     check_writable(args.output.resolve().parent)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(source)
+        path, url = Path(source), None
         if source.startswith(("https://", "http://")):
-            path = Path(folder) / source.rpartition("/")[2]
+            path, url = Path(folder) / source.rpartition("/")[2], source
             weights.download(source, path)
-        state, metadata = weights.read_original(path, checkpoint)
+        state, metadata = weights.read_original(path, checkpoint, url)
     model: Any = timm.create_model(checkpoint.architecture, num_classes=checkpoint.num_classes)
     model.load_state_dict(state, strict=True)
     cfg: Any = timm.get_pretrained_cfg(checkpoint.name)

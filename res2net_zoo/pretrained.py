@@ -83,7 +83,7 @@ def _check_registered(name: str, pretrained: bool) -> None:
     weights = timm.list_pretrained(f"{architecture}.*")
     if "." in name and name not in timm.list_models(f"{architecture}*", include_tags=True):
         raise InputError(f"{architecture} has no weights {name}; there are {', '.join(weights) or 'none'}")
-    if pretrained and not weights:
+    if pretrained and not weights and not catalog.load().checkpoint(name):
         raise InputError(f"{architecture} has no published weights; train some, or name a folder as local-dir:DIR")
 
 

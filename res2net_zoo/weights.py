@@ -47,12 +47,15 @@ def save_weights(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
         file.write(text.ljust(size))
 
 
-def read_original(path: Path, checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_original(
+    path: Path, checkpoint: Checkpoint, source: str | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Check and convert an original's file.
 
     Args:
         path: The file.
         checkpoint: Which of the catalogue's it is.
+        source: The URL that it came from, None for a file that somebody had.
 
     Returns:
         The state dict, and what its safetensors file is to say of itself.
@@ -77,7 +80,9 @@ def read_original(path: Path, checkpoint: Checkpoint) -> tuple[dict[str, torch.T
     is_dla = checkpoint.architecture.startswith("dla")
     nothing = torch.empty(0)
     state = convert.convert(path, checkpoint.format, target, lambda name: is_dla and not drop_unread({name: nothing}))
-    metadata = {"source": checkpoint.url or path.name, "source_sha256": digest, "converter": convert.VERSION}
+    if source is None:  # only its hash can tell that it is what is found at the catalogue's URL
+        source = checkpoint.url if checkpoint.sha256 and checkpoint.url else f"a file called {path.name}"
+    metadata = {"source": source, "source_sha256": digest, "converter": convert.VERSION}
     return state, metadata
 
 
@@ -155,7 +160,7 @@ def fetch(checkpoint: Checkpoint, folder: Path) -> None:
     original = folder / "original.part"
     download(checkpoint.url, original)
     try:
-        state, metadata = read_original(original, checkpoint)
+        state, metadata = read_original(original, checkpoint, checkpoint.url)
         if not checkpoint.sha256:
             warnings.warn(
                 f"no hash of {checkpoint.url} was ever published, so it could not be checked; "

@@ -208,6 +208,9 @@ class TestConvertCommand:
         config = json.loads((folder / "config.json").read_text())
         assert config["architecture"] == "res2net50_vd_26w_4s" and config["pretrained_cfg"]["tag"] == "ssld_in1k"
         card = (folder / "README.md").read_text()
+        assert (
+            "a file called original.pdparams" in card and "bcebos" not in card
+        )  # nobody can tell that it is from there
         assert "license: apache-2.0" in card and "83.1" in card and "import res2net_zoo" in card
 
     @pytest.mark.parametrize(
