@@ -138,8 +138,8 @@ class TestBadInput:
         assert "did you mean" in line and "res2net50_26w_4s" in line
 
     def test_unknown_tag_and_model_without_weights(self, in_process, tmp_path):
-        line = self.refused(in_process, tmp_path, "--model", "res2net50_26w_4s.in22k")
-        assert "there are res2net50_26w_4s.in1k" in line
+        line = self.refused(in_process, tmp_path, "--model", "res2net50_48w_2s.in22k")
+        assert "there are res2net50_48w_2s.in1k" in line
         assert "no published weights" in self.refused(in_process, tmp_path, "--model", "res2net_tiny")
 
     def test_name_that_is_a_path(self, in_process, tmp_path):
