@@ -50,12 +50,20 @@ def main(args: argparse.Namespace) -> int:
     if args.command == "show":
         print(show(args.name))
         return 0
+    if args.update and args.command == "list" and filtered(args):
+        raise InputError("--update writes the whole table; leave the filters out")
     table = listing(args) if args.command == "list" else sizes()
     if args.update is None:
         print(table)
     else:
         update(args.update, table, MARKS[args.command])
     return 0
+
+
+def filtered(args: argparse.Namespace) -> bool:
+    """Tell whether `list` is asked for a part of its table."""
+    filters = (args.pattern, args.pretrained, args.license, args.released_by)
+    return any(filters) or any(limit is not None for limit in (args.max_params, args.max_gmacs, args.min_top1))
 
 
 def listing(args: argparse.Namespace) -> str:

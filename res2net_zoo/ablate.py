@@ -30,7 +30,7 @@ TABLE4 = (
     "seres2next29_8c_25w_4s",
     "seres2next29_6c_24w_6s",
 )
-# Figure 5: one dimension at a time from 29 layers, 6 groups and scale 1, each up to about six times
+# Figure 5: one dimension at a time from 29 layers, 6 groups and scale 1, each up to four to six times
 # the parameters. Width is ours; the paper leaves it out, as less effective than cardinality.
 BASE = dict(depth=29, cardinality=6, width=24, scale=1)
 FIGURE5: dict[str, tuple[int, ...]] = dict(
@@ -101,8 +101,12 @@ def main(args: argparse.Namespace) -> int:
     if grid and args.only:
         raise InputError(f"--only names the paper's own points; leave it out, or --{next(iter(grid))}")
     picture = find_picture(args.figure)
+    if picture and args.output and picture.resolve() == args.output.resolve():
+        raise InputError(f"--figure and --output are both {args.output}; name two files")
     for path in filter(None, (picture, args.output)):
         check_writable(path.parent)
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; name a file")
     device = find_device(args.device)
 
     # Of a grid, a line of the figure runs along the dimension with the most values.

@@ -155,6 +155,8 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly():
         (["--rounds", "-1"], "at least 0"),
         (["--only", "table5"], "table5"),
         (["--device", "abacus"], "--device abacus"),
+        (["--figure", "same.svg", "--output", "same.svg"], "are both same.svg; name two files"),
+        (["--output", "docs"], "docs is a folder; name a file"),
         (["--figure", "a.docx"], "a picture's name ends in"),
         (["--figure", "no/such/folder/a.png"], "cannot write into no/such/folder"),
         (["--output", "no/such/folder/a.json"], "cannot write into no/such/folder"),
