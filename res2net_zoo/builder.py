@@ -6,11 +6,15 @@ from typing import Any
 from timm.models import build_model_with_cfg
 from timm.models._builder import resolve_pretrained_cfg
 
+from res2net_zoo import catalog
+from res2net_zoo.program import WEIGHTS
+
 
 def build_model(model_cls: Any, variant: str, pretrained: bool, **kwargs) -> Any:
     """Do as timm's `build_model_with_cfg`; a weight that no Hub has is fetched and converted first.
 
-    timm then loads the converted file by its usual path, so that `num_classes`, `in_chans`,
+    One that timm took from the Hub is held against its hash before the model is given away. timm
+    then loads the converted file by its usual path, so that `num_classes`, `in_chans`,
     `features_only` and the like behave as with any weight.
 
     Args:
@@ -22,14 +26,26 @@ def build_model(model_cls: Any, variant: str, pretrained: bool, **kwargs) -> Any
     Raises:
         InputError: The weight cannot be fetched or is not the right one.
     """
+    hub_id, filename, tag = "", "", None
     if pretrained:
         overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
+        tag = cfg.tag
         given = cfg.file or cfg.state_dict or overlay.get("url") or overlay.get("hf_hub_id")
         if not given and (not cfg.hf_hub_id or os.environ.get("RES2NET_ZOO_MIRROR")):
             from res2net_zoo.weights import converted
 
-            file = converted(f"{variant}.{cfg.tag}" if cfg.tag else variant, kwargs.get("cache_dir"))
+            file = converted(f"{variant}.{tag}" if tag else variant, kwargs.get("cache_dir"))
             if file:
                 kwargs["pretrained_cfg_overlay"] = {**overlay, "file": str(file)}
-    return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
+        elif cfg.hf_hub_id and (cfg.source == "hf-hub" or not (cfg.file or cfg.state_dict)):
+            hub_id, filename = cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS
+    try:
+        return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
+    finally:  # also where timm stumbled over a wrong byte
+        if hub_id:
+            from res2net_zoo.hub import check_cached
+
+            checkpoint = catalog.load().checkpoints.get(f"{variant}.{tag}")
+            known = checkpoint.hub_sha256 if checkpoint and checkpoint.hub_id == hub_id else ""
+            check_cached(hub_id, filename, kwargs.get("cache_dir"), known)

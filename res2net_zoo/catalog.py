@@ -6,14 +6,17 @@ timm's pretrained cfgs, `python -m res2net_zoo list`, the model cards and the ac
 
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub.dataclasses import strict, validated_field
 from huggingface_hub.errors import StrictDataclassError
+
+from res2net_zoo.program import InputError, nearest, write_atomically
 
 INTERPOLATIONS = ("bilinear", "bicubic")
 FORMATS = ("torch", "paddle", "mindspore", "mmengine", "holocron")
@@ -51,6 +54,10 @@ def _decimal(value: str) -> bool:
 
 def _arxiv(value: str) -> bool:
     return bool(re.fullmatch(r"arXiv:\d{4}\.\d{5}", value))
+
+
+def _is_repository(value: str) -> bool:
+    return bool(re.fullmatch(r"([\w.-]+/[\w.-]+)?", value))
 
 
 def _filled(value: str) -> bool:
@@ -155,6 +162,8 @@ class Checkpoint:
         sha256: Start of the original file's SHA-256, as far as its release gives it, else `""`.
         format: What kind of file the original is.
         hub_id: Repository on the Hub that has it as safetensors, else `""`.
+        hub_sha256: SHA-256 of `model.safetensors` there, `""` where nobody has recorded it.
+        base_model: Repository on the Hub of the weight that it derives from, else `""`.
         license: SPDX identifier of the licence that its release states.
         license_note: What that statement covers, where it does not plainly cover the weights.
         input_size: (channels, height, width) of the evaluation's input.
@@ -173,7 +182,9 @@ class Checkpoint:
     url: str = _check(lambda url: url == "" or url.startswith("https://"), "an https URL")
     sha256: str = _check(lambda text: bool(re.fullmatch(r"[0-9a-f]{0,64}", text)), "the start of a SHA-256")
     format: str = _check(FORMATS.__contains__, f"one of {', '.join(FORMATS)}")
-    hub_id: str = _check(lambda text: bool(re.fullmatch(r"([\w.-]+/[\w.-]+)?", text)), "a repository id ORG/NAME")
+    hub_id: str = _check(_is_repository, "a repository id ORG/NAME")
+    hub_sha256: str = _check(lambda text: bool(re.fullmatch(r"([0-9a-f]{64})?", text)), "a SHA-256")
+    base_model: str = _check(_is_repository, "a repository id ORG/NAME", default="")
     license: str = _check(_filled, "an SPDX identifier")
     license_note: str
     input_size: list[int] = _check(_shape, "channels, height and width")
@@ -193,16 +204,21 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Catalog:
-    """All architectures and checkpoints, by name, in the catalogue's order."""
+    """All architectures and checkpoints, by name, in the catalogue's order; and where its sources are to be read."""
 
     architectures: dict[str, Architecture]
     checkpoints: dict[str, Checkpoint]
+    sources: dict[str, str]
 
     def checkpoint(self, name: str) -> Checkpoint | None:
         """Return the checkpoint called `arch.tag`, or the default one of `arch`, if there is one."""
         if "." in name:
             return self.checkpoints.get(name)
         return next((c for c in self.checkpoints.values() if c.architecture == name), None)
+
+    def url_of(self, source: str) -> str | None:
+        """Return where an accuracy's source is to be read, as the catalogue's table `sources` has it."""
+        return next((url for start, url in self.sources.items() if source.startswith(start)), None)
 
 
 def _record(cls: type[Record], entry: str, fields: Mapping[str, Any]) -> Record:
@@ -261,13 +277,73 @@ def parse(text: str) -> Catalog:
                 f"catalogue entry {entry}: mean and std need one value for each of input_size's channels"
             )
         checkpoints[checkpoint.name] = checkpoint
-    return Catalog(architectures, checkpoints)
+    sources = data.get("sources", {})
+    for checkpoint in checkpoints.values():
+        for accuracy in checkpoint.accuracies:
+            if not any(accuracy.source.startswith(start) for start in sources):
+                raise CatalogError(
+                    f"catalogue entry {checkpoint.name}: source {accuracy.source!r} begins with no key of sources"
+                )
+    return Catalog(architectures, checkpoints, sources)
+
+
+def path() -> Path:
+    """Return where the package's own catalogue is."""
+    return Path(str(resources.files("res2net_zoo").joinpath("catalog.toml")))
 
 
 @cache
 def load() -> Catalog:
     """Read the package's own catalogue, once."""
-    return parse(resources.files("res2net_zoo").joinpath("catalog.toml").read_text(encoding="utf-8"))
+    return parse(path().read_text(encoding="utf-8"))
+
+
+def record(name: str, **fields: str) -> None:
+    """Write fields of a checkpoint into the package's own catalogue, leaving all else of the file as it is.
+
+    Args:
+        name: `arch.tag`.
+        **fields: The fields and their new values.
+
+    Raises:
+        CatalogError: A value is not what the field takes; then nothing is written.
+        InputError: The file cannot be written.
+    """
+    import tomlkit
+
+    text = path().read_text(encoding="utf-8")
+    document = tomlkit.parse(text)
+    for entry in document["checkpoints"]:
+        if f"{entry['architecture']}.{entry['tag']}" == name:
+            entry.update(fields)
+    new = tomlkit.dumps(document)
+    if new != text:
+        parse(new)
+        try:
+            write_atomically(path(), lambda file: file.write_text(new, encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"cannot record {name} in {path()}: {error.strerror or error}") from error
+        load.cache_clear()
+
+
+def choose(names: Sequence[str] | None) -> list[Checkpoint]:
+    """Return checkpoints by name.
+
+    Args:
+        names: Each `arch.tag`, or `arch` for its default; None for all.
+
+    Raises:
+        InputError: There is no such checkpoint.
+    """
+    catalog = load()
+    if names is None:
+        return list(catalog.checkpoints.values())
+    chosen: dict[str, Checkpoint] = {}
+    for name in names:
+        if (checkpoint := catalog.checkpoint(name)) is None:
+            raise InputError(f"the catalogue has no checkpoint {name}; {nearest(name, list(catalog.checkpoints))}")
+        chosen[checkpoint.name] = checkpoint
+    return list(chosen.values())
 
 
 def pretrained_cfgs() -> dict[str, Any]:

@@ -1,18 +1,25 @@
-"""A model folder: model.safetensors, config.json and README.md, as timm reads and the Hub keeps it."""
+"""A model folder: weights, config, card and fingerprint, as timm reads and the Hub keeps it."""
 
-import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import timm
+import torch
+from huggingface_hub import EvalResultEntry, ModelCard, eval_result_entries_to_yaml
+from huggingface_hub.utils import yaml_dump
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from res2net_zoo.catalog import Accuracy
-from res2net_zoo.program import make_readable
-from res2net_zoo.weights import WEIGHTS, save_weights
+from res2net_zoo import card as cards
+from res2net_zoo import fingerprint
+from res2net_zoo.catalog import Checkpoint
+from res2net_zoo.program import WEIGHTS, InputError, make_readable
+from res2net_zoo.weights import save_weights
+
+EVAL_RESULTS = ".eval_results"
 
 
 def write_model_folder(
@@ -21,13 +28,13 @@ def write_model_folder(
     card: ModelCard,
     label_names: Sequence[str] | None = None,
     metadata: dict[str, str] | None = None,
+    eval_results: Mapping[str, Sequence[EvalResultEntry]] | None = None,
 ) -> None:
     """Write a model as a folder that `timm.create_model("local-dir:FOLDER")` reads.
 
     The folder is made beside its place and then renamed, so that it is the old one or the new one,
     whole, and never holds a new weight with an old card. Killed in the instant between the two
-    renames it leaves the old one as `.FOLDER-old-*`. Files of an old folder that are none of these
-    three move along.
+    renames it leaves the old one as `.FOLDER-old-*`. Other files of an old folder move along.
 
     Args:
         folder: Where to write it.
@@ -35,6 +42,7 @@ def write_model_folder(
         card: Its card.
         label_names: Name of each class.
         metadata: What the weights' file is to say of itself.
+        eval_results: Files of the folder `.eval_results`, by name.
     """
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -45,11 +53,15 @@ def write_model_folder(
         save_weights(tensors, new / WEIGHTS, metadata or {})
         save_config_for_hf(model, str(new / "config.json"), model_config={"label_names": list(label_names or [])})
         card.save(new / "README.md")
-        for path in (new, *new.iterdir()):
+        for name, entries in (eval_results or {}).items():
+            (new / EVAL_RESULTS).mkdir(exist_ok=True)
+            (new / EVAL_RESULTS / name).write_text(yaml_dump(eval_result_entries_to_yaml(list(entries))))
+        fingerprint.write(new)
+        for path in (new, *new.rglob("*")):
             make_readable(path)
         if folder.exists():
             for path in folder.iterdir():
-                if not (new / path.name).exists():
+                if not (new / path.name).exists() and path.name != EVAL_RESULTS:
                     (shutil.copytree if path.is_dir() else shutil.copy2)(path, new / path.name)
             folder.rename(old)
         new.rename(folder)
@@ -59,45 +71,27 @@ def write_model_folder(
             shutil.rmtree(old, ignore_errors=True)
 
 
-def model_card(
-    name: str,
-    text: str,
-    license: str | None,
-    accuracies: Sequence[Accuracy] = (),
-) -> ModelCard:
-    """Make a model card whose evaluation results `published_accuracies` reads back.
+def write_converted(
+    folder: Path, checkpoint: Checkpoint, state: dict[str, torch.Tensor], metadata: dict[str, str]
+) -> None:
+    """Write a converted checkpoint as a model folder.
 
     Args:
-        name: The model's name.
-        text: The card's Markdown.
-        license: Its licence, in the Hub's spelling; None where nobody has said.
-        accuracies: Its accuracies.
+        folder: Where to write it.
+        checkpoint: Which of the catalogue's it is.
+        state: Its state dict.
+        metadata: What its weights' file is to say of itself.
 
-    Returns:
-        The card.
+    Raises:
+        InputError: The folder cannot be written.
     """
-    results = [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type=accuracy.dataset,
-            dataset_name=accuracy.dataset,
-            dataset_split=accuracy.split,
-            metric_type=metric,
-            metric_name=title,
-            metric_value=value,
-        )
-        for accuracy in accuracies
-        for metric, title, value in (
-            ("accuracy", "Top-1 accuracy", accuracy.top1),
-            ("top-5-accuracy", "Top-5 accuracy", accuracy.top5),
-        )
-    ]
-    data = ModelCardData(
-        model_name=re.sub(r"[^\w.-]", "_", name),
-        library_name="timm",
-        license=license,
-        tags=["image-classification", "timm", "res2net"],
-        pipeline_tag="image-classification",
-        eval_results=results or None,
-    )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+    with torch.device("meta"):
+        model: Any = timm.create_model(checkpoint.architecture, num_classes=checkpoint.num_classes)
+    model.load_state_dict(state, strict=True, assign=True)
+    cfg: Any = timm.get_pretrained_cfg(checkpoint.name)
+    model.pretrained_cfg = {**cfg.to_dict(), "architecture": checkpoint.architecture, "tag": checkpoint.tag}
+    card = cards.checkpoint_card(checkpoint, metadata)
+    try:
+        write_model_folder(folder, model, card, metadata=metadata, eval_results=cards.eval_results(checkpoint))
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error

@@ -1,5 +1,6 @@
 """What every program of the zoo shares: one clear line for bad input, exit codes, threads, files."""
 
+import hashlib
 import logging
 import os
 import sys
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 T = TypeVar("T")
+
+WEIGHTS = "model.safetensors"  # of a model folder
 
 
 class InputError(Exception):
@@ -230,6 +233,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def sha256_of(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def check_writable(folder: Path) -> None:
     """Find out before any work is done whether its result can be written.
 
@@ -241,6 +250,17 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise InputError(f"cannot write into {folder}: {error.strerror}; make it first, or name another") from error
+
+
+def check_can_make(folder: Path) -> None:
+    """Find out before any work is done whether a folder can be made, or written into if it is there.
+
+    Raises:
+        InputError: It is a file, or nothing can be written there.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; name a folder")
+    check_writable(next(path for path in folder.absolute().parents if path.exists()))
 
 
 def make_readable(path: Path) -> None:

@@ -5,25 +5,21 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from huggingface_hub import cached_assets_path, constants
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from res2net_zoo import catalog, convert
 from res2net_zoo.catalog import Checkpoint
-from res2net_zoo.program import InputError, write_atomically
-
-WEIGHTS = "model.safetensors"
-
-
-def sha256_of(path: Path) -> str:
-    """Return a file's SHA-256 in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+from res2net_zoo.hub import one_line, patiently
+from res2net_zoo.program import WEIGHTS, InputError, sha256_of, write_atomically
 
 
 def save_weights(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -34,7 +30,10 @@ def save_weights(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
         path: The file.
         metadata: What the file is to say of itself.
     """
-    save_file(tensors, path, metadata={"format": "pt", **metadata})
+    try:
+        save_file(tensors, path, metadata={"format": "pt", **metadata})
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error  # a full disk, say
     with path.open("r+b") as file:
         # safetensors writes the metadata in an order that changes from run to run.
         size = int.from_bytes(file.read(8), "little")
@@ -73,7 +72,8 @@ def read_original(
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     if not digest.startswith(checkpoint.sha256):
         raise InputError(
-            f"{path} is not the released {checkpoint.name}: its SHA-256 is {digest}, not {checkpoint.sha256}..."
+            f"{source or path} is not the released {checkpoint.name}: "
+            f"its SHA-256 is {digest}, not {checkpoint.sha256}..."
         )
     with torch.device("meta"):
         target = timm.create_model(checkpoint.architecture, num_classes=checkpoint.num_classes).state_dict()
@@ -86,26 +86,70 @@ def read_original(
     return state, metadata
 
 
-def download(url: str, path: Path) -> None:
-    """Download a file, going on where an earlier call was interrupted.
+def download(url: str, path: Path, headers: dict[str, str] | None = None, size: int | None = None) -> None:
+    """Download a file, going on where a connection, or an earlier call, broke off.
 
     Args:
         url: Where it is.
         path: Where to put it; what is there already is taken for its beginning.
+        headers: What else to tell the server.
+        size: How many bytes there should be, if known.
 
     Raises:
         InputError: It cannot be had.
     """
-    size = path.stat().st_size if path.exists() else 0
-    try:
+
+    def go_on() -> None:
+        done = path.stat().st_size if path.exists() else 0
+        name = url.rpartition("/")[2]
         with path.open("ab") as file:
-            http_get(url, file, resume_size=size, displayed_filename=url.rpartition("/")[2])
-    except Exception as error:
-        # The client's network errors have no common type.
-        if getattr(getattr(error, "response", None), "status_code", None) == 416:
-            return  # nothing is left to be fetched
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"cannot download {url}: {reason[:300]}; run it again to go on") from error
+            try:
+                http_get(url, file, resume_size=done, headers=headers, expected_size=size, displayed_filename=name)
+            except HfHubHTTPError as error:
+                if error.response.status_code != 416:  # nothing is left to be fetched
+                    raise
+
+    try:
+        patiently(go_on)
+    except OfflineModeIsEnabled as error:
+        raise InputError(f"cannot download {url}: HF_HUB_OFFLINE is set; unset it") from error
+    except HTTPError as error:
+        raise InputError(f"cannot download {url}: {one_line(error)}; run it again to go on") from error
+    except OSError as error:
+        if error.errno is not None:
+            reason = error.strerror or error
+            raise InputError(f"cannot write {path}: {reason}; make room and run it again to go on") from error
+        # The client's own: there are fewer bytes than there should be, or more.
+        path.unlink(missing_ok=True)
+        raise InputError(f"what came from {url} has not the size that it should have; run it again") from error
+
+
+@contextlib.contextmanager
+def original(url: str, cache_dir: str | Path | None = None) -> Iterator[Path]:
+    """Download an original's file, for as long as it is needed, in one process at a time.
+
+    A download that breaks off is kept in the cache, and the next call goes on with it.
+
+    Args:
+        url: Where it is.
+        cache_dir: Where the cache is, if not in its usual place.
+
+    Yields:
+        The file.
+
+    Raises:
+        InputError: It cannot be had.
+    """
+    key = hashlib.sha256(url.encode()).hexdigest()[:16]
+    folder = cached_assets_path("res2net_zoo", "originals", key, assets_dir=cache_dir)
+    path = folder / "original.part"
+    with WeakFileLock(folder / ".lock"):
+        download(url, path)
+        try:
+            yield path
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def converted(name: str, cache_dir: str | Path | None = None) -> Path | None:
@@ -147,29 +191,25 @@ def converted(name: str, cache_dir: str | Path | None = None) -> Path | None:
         )
     with WeakFileLock(folder / ".lock"):
         if not file.exists():
-            fetch(checkpoint, folder)
+            fetch(checkpoint, folder, cache_dir)
     return file
 
 
-def fetch(checkpoint: Checkpoint, folder: Path) -> None:
+def fetch(checkpoint: Checkpoint, folder: Path, cache_dir: str | Path | None = None) -> None:
     """Download a checkpoint's original and leave it as safetensors in a folder.
 
     Raises:
         InputError: It cannot be had or is not the right one; then nothing wrong is left.
     """
-    original = folder / "original.part"
-    download(checkpoint.url, original)
+    with original(checkpoint.url, cache_dir) as path:
+        state, metadata = read_original(path, checkpoint, checkpoint.url)
     try:
-        state, metadata = read_original(original, checkpoint, checkpoint.url)
-        if not checkpoint.sha256:
-            warnings.warn(
-                f"no hash of {checkpoint.url} was ever published, so it could not be checked; "
-                f"the SHA-256 of what came is {metadata['source_sha256']}, recorded in {folder / WEIGHTS}",
-                stacklevel=2,
-            )
         write_atomically(folder / WEIGHTS, lambda path: save_weights(state, path, metadata))
     except OSError as error:
         raise InputError(f"cannot write into {folder}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            original.unlink()
+    if not checkpoint.sha256:
+        warnings.warn(
+            f"no hash of {checkpoint.url} was ever published, so it could not be checked; "
+            f"the SHA-256 of what came is {metadata['source_sha256']}, recorded in {folder / WEIGHTS}",
+            stacklevel=2,
+        )

@@ -159,7 +159,7 @@ def main(args: argparse.Namespace) -> int:
     from res2net_zoo.program import (
         InputError,
         all_or_none,
-        check_writable,
+        check_can_make,
         default_workers,
         main_first,
         progress_bar,
@@ -169,8 +169,7 @@ def main(args: argparse.Namespace) -> int:
     accelerator = start_processes(args.threads, args.mixed_precision)
     set_seed(args.seed)
     if accelerator.is_main_process:
-        existing = next(folder for folder in args.output.resolve().parents if folder.exists())
-        check_writable(existing)
+        check_can_make(args.output)
 
     # Data: labels and preprocessing as in validate.py, with timm's augmentation for training.
     def open_split(split: str | None) -> "Source":
@@ -191,7 +190,9 @@ def main(args: argparse.Namespace) -> int:
     if len(train.rows) < batch:
         raise InputError(f"{args.data} has {len(train.rows)} images to train on, less than a batch of {batch}")
     options = {"drop_path_rate": args.drop_path} if args.drop_path else {}
-    model = all_or_none(lambda: create_model(args.model, args.pretrained, num_classes=len(names), **options))
+    model: Any = all_or_none(lambda: create_model(args.model, args.pretrained, num_classes=len(names), **options))
+    base_model = model.pretrained_cfg.get("hf_hub_id") if args.pretrained else None
+    model.pretrained_cfg["tag"] = None  # what comes out is no longer that checkpoint
     set_seed(args.seed, device_specific=True)  # the same weights in all processes, but augmentation of their own
     config = resolve_model_data_config(model)
     try:
@@ -299,7 +300,7 @@ def main(args: argparse.Namespace) -> int:
                 accuracy = Accuracy(
                     dataset=valid.name, split=valid.split, top1=top1, top5=top5, source="scripts/finetune.py"
                 )
-                card = write_card(args, bare, accuracy, epoch + 1, counts.samples, accelerator)
+                card = write_card(args, bare, base_model, accuracy, epoch + 1, counts.samples, accelerator)
                 write_model_folder(args.output, bare, card, names)
             write_metrics(args.output, metrics)
     if accelerator.is_main_process:
@@ -312,6 +313,7 @@ def main(args: argparse.Namespace) -> int:
 def write_card(
     args: argparse.Namespace,
     model: "torch.nn.Module",
+    base_model: str | None,
     accuracy: "Accuracy",
     epoch: int,
     samples: int,
@@ -321,7 +323,7 @@ def write_card(
     import timm
     import torch
 
-    from res2net_zoo.folder import model_card
+    from res2net_zoo.card import model_card
     from res2net_zoo.program import markdown_table
 
     processes = accelerator.num_processes
@@ -346,7 +348,7 @@ In the folder that holds this one:
 
 ```python
 import timm
-import res2net_zoo
+import res2net_zoo  # registers the model with timm
 
 model = timm.create_model("local-dir:{args.output.name}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
@@ -371,7 +373,7 @@ with torch {torch.__version__.split("+")[0]} and timm {timm.__version__}, on {wh
 {markdown_table(("setting", "value"), [(key, json.dumps(value, default=str)) for key, value in settings.items()])}
 """
     license = args.license or (cfg.get("license") if args.pretrained else None)
-    return model_card(args.output.resolve().name, text, license, [accuracy])
+    return model_card(args.output.resolve().name, text, license, [accuracy], base_model=base_model)
 
 
 def write_metrics(folder: Path, metrics: list[dict[str, float]]) -> None:

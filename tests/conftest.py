@@ -22,7 +22,8 @@ import torch
 from PIL import Image
 
 import res2net_zoo  # noqa: F401  registers the models
-from res2net_zoo.folder import model_card, write_model_folder
+from res2net_zoo.card import model_card
+from res2net_zoo.folder import write_model_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED_MODEL = ROOT / "hub" / "models" / "res2net_tiny.digits"
@@ -51,6 +52,11 @@ def spread(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
                 fan_in = tensor[0].numel()
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * (2 / fan_in) ** 0.5)
     return model
+
+
+def read_tree(folder: Path) -> dict[str, bytes]:
+    """Return the content of every file in a folder, and in the folders in it, by its path."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -128,7 +134,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) ->
 def input_error(result: subprocess.CompletedProcess) -> str:
     """Check that a program refused its input in one line with exit code 2, and return the line."""
     # Work that takes long, as on a busy machine, shows its progress before it fails.
-    lines = [line for line in result.stderr.splitlines() if line.strip() and not re.search(r"\d+%\|.*/\d+ \[", line)]
+    lines = [line for line in result.stderr.splitlines() if line.strip() and not re.search(r"(\d+%\||\dit \[)", line)]
     assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
     assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
     return lines[0]

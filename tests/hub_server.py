@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 # Who may write: this one to the namespaces "zoo" and "zoo-org", the other to "other", the third nowhere.
@@ -726,6 +726,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return {}
 
 
+def hasten(monkeypatch: Any) -> None:
+    """Have nobody wait between two tries, in the client or in the zoo."""
+    hasty = SimpleNamespace(**vars(time))
+    hasty.sleep = lambda seconds: None
+    for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download", "res2net_zoo.hub"):
+        monkeypatch.setattr(f"{module}.time", hasty)
+
+
 @contextlib.contextmanager
 def serve(repositories: Mapping[str, Path | Mapping[str, bytes | str]] | None = None) -> Iterator[Hub]:
     """Serve folders, or mappings, as repositories; yield the hub. Subprocesses need HF_ENDPOINT=hub.endpoint."""
@@ -746,3 +754,9 @@ def serve(repositories: Mapping[str, Path | Mapping[str, bytes | str]] | None = 
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
     assert not hub.errors, hub.errors
+
+
+if __name__ == "__main__":  # for trying things out by hand: `python -m tests.hub_server`
+    with serve() as started, contextlib.suppress(KeyboardInterrupt):
+        print(f"export HF_ENDPOINT={started.endpoint} HF_TOKEN={TOKEN} HF_HUB_DISABLE_XET=1", flush=True)
+        threading.Event().wait()

@@ -15,10 +15,11 @@ import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 
+from res2net_zoo.card import model_card
 from res2net_zoo.catalog import Accuracy
 from res2net_zoo.data import decode, open_source
 from res2net_zoo.evaluate import evaluate
-from res2net_zoo.folder import model_card, write_model_folder
+from res2net_zoo.folder import write_model_folder
 from res2net_zoo.labels import match_classes
 from res2net_zoo.pretrained import create_model, published_accuracies
 from res2net_zoo.program import markdown_table, write_atomically
@@ -69,7 +70,8 @@ def test_killed_at_any_moment_a_model_folder_is_whole(tmp_path):
     code = f"""
 import sys, timm, torch, res2net_zoo
 from pathlib import Path
-from res2net_zoo.folder import model_card, write_model_folder
+from res2net_zoo.card import model_card
+from res2net_zoo.folder import write_model_folder
 model = timm.create_model("res2net_tiny", num_classes=3)
 for i in range(10_000):
     torch.nn.init.constant_(model.fc.bias, i)

@@ -6,10 +6,8 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, snapshot_download
@@ -23,7 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from tests.hub_server import OTHER_TOKEN, READ_TOKEN, TOKEN, Hub, serve
+from tests.hub_server import OTHER_TOKEN, READ_TOKEN, TOKEN, Hub, hasten, serve
 
 HTTPError = HfHubHTTPError.__mro__[1]  # of httpx2: also what a broken connection raises
 KEY, NAME = "models/zoo/net", "zoo/net"
@@ -42,10 +40,7 @@ def online_without_xet(monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """No waiting between retries: for tests that count them."""
-    hasty = SimpleNamespace(**vars(time))
-    hasty.sleep = lambda seconds: None
-    monkeypatch.setattr("huggingface_hub.utils._http.time", hasty)
-    monkeypatch.setattr("huggingface_hub.file_download.time", hasty)
+    hasten(monkeypatch)
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import timm
 
-from res2net_zoo.folder import model_card, write_model_folder
+from res2net_zoo.card import model_card
+from res2net_zoo.folder import write_model_folder
 from res2net_zoo.labels import imagenet_synsets, real_labels, subset_synsets
 from res2net_zoo.pretrained import published_accuracies
 from tests.conftest import ROOT, SHIPPED_DATA, SHIPPED_MODEL, input_error, save_images, spread

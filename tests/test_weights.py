@@ -14,9 +14,10 @@ import torch
 from safetensors import safe_open
 
 from res2net_zoo import catalog, weights
+from res2net_zoo.hub import TRIES
 from res2net_zoo.program import InputError
-from tests.conftest import ROOT, input_error, spread
-from tests.hub_server import Hub, serve
+from tests.conftest import ROOT, input_error, read_tree, spread
+from tests.hub_server import Hub, hasten, serve
 from tests.test_convert import write
 
 NAME = "res2net50_vd_26w_4s.ssld_in1k"
@@ -48,7 +49,7 @@ def hub(original, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    hasten(monkeypatch)
     with serve({"models/files/originals": {"original.pdparams": original.read_bytes()}}) as server:
         point_to(monkeypatch, server)
         yield server
@@ -102,11 +103,21 @@ def test_another_cache_dir(hub, tmp_path, recwarn):
 
 def test_a_cut_connection_is_taken_up_again_by_the_next_call(hub, original, recwarn):
     hub.cut("original.pdparams", at_byte=60_000_000, reset=True)
+    hub.cut("original.pdparams", at_byte=1_000_000, reset=True, times=TRIES - 1)
     with pytest.raises(InputError, match=r"cannot download .*; run it again to go on"):
         timm.create_model(NAME, pretrained=True)
-    assert left_over() == ["original.part"]
+    assert left_over() == ["original.part"] and hub.faults == []
+    hub.requests.clear()
+    timm.create_model(NAME, pretrained=True)  # one request, and where that one leads to
+    assert downloads(hub) == 2 and left_over() == ["model.safetensors"]
+    with safe_open(converted_file(), "pt") as file:
+        assert file.metadata()["source_sha256"] == weights.sha256_of(original)
+
+
+@pytest.mark.parametrize("fault", [dict(status=503, times=2), dict(at_byte=60_000_000, reset=True)])
+def test_what_passes_is_waited_for(hub, original, recwarn, fault):
+    (hub.fail if "status" in fault else hub.cut)("original.pdparams", **fault)
     timm.create_model(NAME, pretrained=True)
-    assert left_over() == ["model.safetensors"]
     with safe_open(converted_file(), "pt") as file:
         assert file.metadata()["source_sha256"] == weights.sha256_of(original)
 
@@ -199,8 +210,12 @@ class TestConvertCommand:
             result = in_process("hub/convert.py", *args)
             assert result.returncode == 0, result.stderr
             assert weights.sha256_of(original) in result.stdout
-            contents.append({path.name: path.read_bytes() for path in sorted(folder.iterdir())})
-        assert contents[0] == contents[1] and list(contents[0]) == ["README.md", "config.json", "model.safetensors"]
+            contents.append(read_tree(folder))
+        weights_and_more = ["README.md", "config.json", "fingerprint.json", "model.safetensors"]
+        assert contents[0] == contents[1] and sorted(contents[0]) == [
+            ".eval_results/imagenet-1k.yaml",
+            *weights_and_more,
+        ]
         ours = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         x = torch.randn(1, 3, 64, 64)
         with torch.no_grad():

@@ -1,0 +1,123 @@
+"""Publish model folders on the Hub, each in one commit; run it again after an interruption.
+
+python hub/publish.py DIR --repo-id ORG/NAME [--dry-run]
+python hub/publish.py --all --org ORG      (the catalogue, and its repositories are recorded in it)
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def parse_args() -> argparse.Namespace:
+    quiet: dict[str, Any] = {"usage": argparse.SUPPRESS}  # so that a wrong argument is told in one line
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "", **quiet)
+    add = parser.add_argument
+    add("folder", nargs="?", type=Path, metavar="DIR", help="the model folder")
+    add("--repo-id", metavar="ORG/NAME", help="where to publish it")
+    add("--all", action="store_true", help="publish the catalogue's checkpoints that no other owner has on the Hub")
+    add("--org", help="with --all: the owner, a user or an organization")
+    add("--model", nargs="+", metavar="NAME", help="with --all: these checkpoints only, whoever has them already")
+    add(
+        "--mirror",
+        type=Path,
+        metavar="DIR",
+        help="with --all: where hub/mirror.py puts model folders; the cache by default",
+    )
+    add("--private", action="store_true", help="make repositories private")
+    add("--revision", default="main", help="branch, made if it is not there (%(default)s)")
+    add("--create-pr", action="store_true", help="open a pull request in place of committing")
+    add("--dry-run", action="store_true", help="show what would go, and send nothing")
+    add("--force", action="store_true", help="overwrite a different weight")
+    add("--despite-license", action="store_true", help="make public what its licence does not plainly allow to be")
+    add("--collection", default="Res2Net Zoo", help="add it to this collection of its owner; '' for none (%(default)s)")
+    args = parser.parse_args()
+    if args.all and (args.folder or args.repo_id or not args.org):
+        parser.error("--all takes --org ORG, and no DIR or --repo-id")
+    if not args.all and not (args.folder and args.repo_id):
+        parser.error("name a model folder and --repo-id ORG/NAME, or --all --org ORG")
+    if not args.all and (args.org or args.model or args.mirror):
+        parser.error("--org, --model and --mirror go with --all")
+    return args
+
+
+def main(args: argparse.Namespace) -> int:
+    import res2net_zoo  # noqa: F401  registers the models
+
+    return publish_all(args) if args.all else publish_one(args, args.folder, args.repo_id)
+
+
+def publish_one(args: argparse.Namespace, folder: Path, repo_id: str) -> int:
+    """Publish a folder, or show what would go."""
+    from res2net_zoo import publish
+    from res2net_zoo.program import InputError, markdown_table
+
+    publish.check_folder(folder)
+    plan = publish.make_plan(folder, repo_id, args.revision, args.private)
+    if args.private and not plan.private:
+        raise InputError(f"{repo_id} is public already, which --private does not change")
+    if not plan.private and not args.despite_license:
+        publish.check_license(folder)
+    if not args.create_pr:
+        publish.check_weights(plan, args.force)
+    rows = [(u.path, f"{u.size:,}", u.sha256[:16], u.state) for u in plan.uploads]
+    print(markdown_table(("file", "bytes", "SHA-256", "state"), rows))
+    kind = "private" if plan.private else "public"
+    what = f"{len(plan.sent)} of {len(plan.uploads)} files to the {'new ' if plan.creates else ''}{kind} {repo_id}"
+    if args.dry_run:
+        way = "a pull request" if args.create_pr else f"one commit to {args.revision}"
+        print(f"would send {what} in {way}" if plan.sent else f"{repo_id} has it all already", end="")
+        print(f", and add it to the collection {args.collection!r}" if args.collection and not args.create_pr else "")
+        return 0
+    print(publish.publish(folder, plan, args.create_pr, args.force))
+    if args.collection and not args.create_pr:
+        slug = publish.add_to_collection(repo_id, args.collection, plan.private)
+        print(f"in the collection {slug}")
+    return 0
+
+
+def publish_all(args: argparse.Namespace) -> int:
+    """Publish the catalogue's checkpoints, and record where they are."""
+    from huggingface_hub import cached_assets_path
+
+    from res2net_zoo import catalog
+    from res2net_zoo.mirror import mirror
+    from res2net_zoo.program import WEIGHTS, InputError, check_can_make, report, sha256_of
+    from res2net_zoo.publish import LicenseError
+
+    root = args.mirror or cached_assets_path("res2net_zoo", "mirror")
+    check_can_make(root)
+    root.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for checkpoint in catalog.choose(args.model):
+        name, folder, repo_id = checkpoint.name, root / checkpoint.name, f"{args.org}/{checkpoint.name}"
+        if not args.model and checkpoint.hub_id.partition("/")[0] not in ("", args.org):
+            print(f"{name}: left alone, since {checkpoint.hub_id} has it (--model {name} publishes it all the same)")
+            continue
+        if not args.model and not (checkpoint.url or checkpoint.hub_id or folder.is_dir()):
+            print(f"{name}: left out, since it is no direct download ({checkpoint.notes})")
+            continue
+        print(f"{name}: to {repo_id}", flush=True)
+        try:
+            mirror(checkpoint, root)
+            publish_one(args, folder, repo_id)
+            if not args.dry_run and not args.create_pr and args.revision == "main":
+                catalog.record(name, hub_id=repo_id, hub_sha256=sha256_of(folder / WEIGHTS))
+        except LicenseError as error:
+            print(f"{name}: left out; {error}")
+        except InputError as error:
+            report(f"{name}: {error}")
+            failed.append(name)
+    if failed:
+        raise InputError(f"{len(failed)} are not published ({', '.join(failed)}), for the reasons above")
+    if not args.dry_run:
+        print(f"recorded in {catalog.path()}; `python -m res2net_zoo list --update README.md` tells it to the README")
+    return 0
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    from res2net_zoo.program import run
+
+    sys.exit(run(lambda: main(arguments)))

@@ -1,0 +1,96 @@
+"""A model's fingerprint: the hash of its weights, and its logits for an input that is the same everywhere."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from res2net_zoo.program import WEIGHTS, sha256_of, write_atomically
+
+NAME = "fingerprint.json"
+
+# Of the largest logit. Other kernels and orders of summation give some 1e-6; the wrong wiring of the
+# block, wrong statistics or a wrong padding give 1e-3 and more.
+TOLERANCE = 1e-4
+
+
+def synthetic_image(input_size: tuple[int, int, int]) -> torch.Tensor:
+    """Return an image of waves of many lengths, made without a random number generator.
+
+    Args:
+        input_size: (channels, height, width).
+
+    Returns:
+        A tensor (1, channels, height, width), its values as large as a normalised image's.
+    """
+    channels, height, width = input_size
+    y, x = np.arange(height) / height, np.arange(width) / width
+    image = np.zeros(input_size)
+    for channel in range(channels):
+        for waves in (1, 3, 7, 17, 41):
+            rows, columns = np.cos(2 * math.pi * waves * y + waves), np.sin(2 * math.pi * (waves * x + channel / 3))
+            image[channel] += rows[:, None] * columns[None, :]
+    return torch.from_numpy(image).float().unsqueeze(0)
+
+
+def logits(model: nn.Module, input_size: tuple[int, int, int]) -> list[float]:
+    """Return a model's logits for the synthetic image, in float32 on the CPU.
+
+    Args:
+        model: The model, on the CPU; put into evaluation mode.
+        input_size: (channels, height, width) of the image.
+
+    Returns:
+        A logit for each class, to seven digits.
+    """
+    with torch.no_grad():
+        output = model.eval()(synthetic_image(input_size))
+    return [float(f"{value:.7g}") for value in output[0].tolist()]
+
+
+def difference(ours: list[float], theirs: list[float]) -> float:
+    """Return the largest difference of two lists of logits relative to the largest; infinite where none can be told."""
+    if len(ours) != len(theirs) or not all(map(math.isfinite, [*ours, *theirs])):
+        return math.inf
+    largest = max(map(abs, theirs))
+    return max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) / largest if largest else math.inf
+
+
+def load(folder: Path) -> nn.Module:
+    """Load a model folder's model on the CPU, strictly, leaving torch's random numbers as they are."""
+    import timm
+
+    with torch.random.fork_rng(devices=[]):  # a model is made with random weights first
+        return timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+def of(folder: Path) -> dict[str, Any]:
+    """Return the fingerprint of a model folder, from its files.
+
+    Args:
+        folder: The folder, with its weights and its config.
+
+    Returns:
+        The input's size, the logits for it, the SHA-256 of the weights, and the libraries' versions.
+    """
+    import timm
+    from timm.data import resolve_model_data_config
+
+    model = load(folder)
+    size = resolve_model_data_config(model)["input_size"]
+    return {
+        "input_size": list(size),
+        "logits": logits(model, size),
+        "sha256": {WEIGHTS: sha256_of(folder / WEIGHTS)},
+        "made_with": {"timm": timm.__version__, "torch": torch.__version__.partition("+")[0]},
+    }
+
+
+def write(folder: Path) -> None:
+    """Write the fingerprint of a model folder into it."""
+    content = json.dumps(of(folder)) + "\n"
+    write_atomically(folder / NAME, lambda path: path.write_text(content))

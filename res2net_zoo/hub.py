@@ -1,0 +1,241 @@
+"""Talking to the Hub: patience where its client has none, plain words for what goes wrong, and hashes."""
+
+import contextlib
+import hashlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import (
+    HfApi,
+    ModelInfo,
+    cached_assets_path,
+    constants,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers, filter_repo_objects
+from huggingface_hub.utils.sha import git_hash
+
+from res2net_zoo.program import InputError, sha256_of, write_atomically
+
+T = TypeVar("T")
+
+TRIES = 4
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an error says, on one line of bearable length."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+
+
+def status_of(error: BaseException) -> int | None:
+    """Return the HTTP status of an error, None where there was no answer."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """Call the Hub, and again where it is busy or its answer is lost; its client does so in some calls only.
+
+    Args:
+        call: What to do; must be right to do twice.
+
+    Returns:
+        What it returned.
+
+    Raises:
+        HTTPError: It failed for good, or every time.
+    """
+    for attempt in range(TRIES):
+        try:
+            return call()
+        except HTTPError as error:
+            status = status_of(error)
+            temporary = status is None or status in (408, 429) or status >= 500
+            if attempt == TRIES - 1 or not temporary:
+                raise
+            wait = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
+            time.sleep(min(int(wait), 60) if wait.isdigit() else 2**attempt)
+    raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def plainly(repo_id: str) -> Iterator[None]:
+    """Turn what can go wrong with a repository into one line that says what to do.
+
+    Args:
+        repo_id: The repository, as ORG/NAME.
+
+    Raises:
+        InputError: In place of an error of the client or the connection.
+    """
+    try:
+        yield
+    except GatedRepoError as error:
+        raise InputError(f"{repo_id} is gated: ask for access on its page, and log in by `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"there is no model {repo_id} on the Hub, or it is private and you are not logged in (`hf auth login`)"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise InputError(f"{repo_id} has no such revision: {one_line(error)}") from error
+    except HFValidationError as error:
+        raise InputError(f"{repo_id!r} is no repository id ORG/NAME: {one_line(error)}") from error
+    except OfflineModeIsEnabled as error:
+        raise InputError(f"HF_HUB_OFFLINE is set, so {repo_id} cannot be reached; unset it") from error
+    except HTTPError as error:
+        reasons = {
+            401: "the Hub does not know you; log in by `hf auth login`, or set HF_TOKEN",
+            403: "your token may not do this there; log in by one that may (`hf auth login`)",
+            429: "the Hub asks for patience (too many requests); run it again in some minutes",
+        }
+        status = status_of(error)
+        if status is None:
+            reason = f"cannot reach {constants.ENDPOINT}: {one_line(error)}; run it again to go on"
+        elif status >= 500:
+            reason = f"the Hub is out of order (status {status}); run it again later to go on"
+        else:
+            reason = f"the Hub refused {repo_id}: {reasons.get(status) or one_line(error)}"
+        raise InputError(reason) from error
+
+
+def check_cached(hub_id: str, filename: str, cache_dir: str | Path | None = None, sha256: str = "") -> None:
+    """Hold a weight that lies in the Hub's cache against its hash, once; remove it if it is another.
+
+    The client checks only its size. The Hub's cache names such a file by its SHA-256.
+
+    Args:
+        hub_id: The repository, as ORG/NAME or ORG/NAME@REVISION.
+        filename: The file's name there.
+        cache_dir: Where the cache is, if not in its usual place.
+        sha256: What its hash must be, "" where only the Hub's own word counts.
+
+    Raises:
+        InputError: Its bytes are not those that they should be; then it is no longer in the cache.
+    """
+    repo_id, _, revision = hub_id.partition("@")
+    link = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision or None)
+    if not isinstance(link, str):
+        return
+    blob = Path(link).resolve()
+    named = blob.name if re.fullmatch(r"[0-9a-f]{64}", blob.name) else ""  # not where a file system has no links
+    stat = blob.stat()
+    stamp = f"{stat.st_size} {stat.st_mtime_ns}"
+    mark = cached_assets_path("res2net_zoo", "checked", hashlib.sha256(str(blob).encode()).hexdigest()[:32]) / "sha256"
+    try:
+        digest, seen = mark.read_text().split(" ", 1)
+    except (OSError, ValueError):
+        digest, seen = "", ""
+    if seen != stamp:
+        digest = sha256_of(blob)
+        with contextlib.suppress(OSError):  # a cache that cannot be written is checked every time
+            write_atomically(mark, lambda path: path.write_text(f"{digest} {stamp}"))
+    if named and digest != named:
+        forget(Path(link))
+        raise InputError(
+            f"what came as {filename} of {hub_id} has the SHA-256 {digest}, not the Hub's {named}; "
+            "it is removed from the cache: run it again"
+        )
+    if sha256 and digest != sha256:
+        raise InputError(
+            f"{filename} of {hub_id} has the SHA-256 {digest}, the catalogue records {sha256}: somebody has changed "
+            "it there; name an earlier revision as hf-hub:ORG/NAME@REVISION"
+        )
+
+
+# Of a repository only what a model folder needs: nothing that is a pickle.
+UNWANTED = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.onnx", "*.msgpack", ".gitattributes")
+
+
+def describe(repo_id: str, revision: str | None = None) -> ModelInfo:
+    """Ask the Hub what a repository is, and which commit a revision of it.
+
+    Raises:
+        InputError: It cannot be asked, or has no such repository or revision.
+    """
+    with plainly(repo_id):
+        return patiently(lambda: HfApi().model_info(repo_id, revision=revision))
+
+
+def snapshot(repo_id: str, revision: str | None = None) -> Path:
+    """Fetch a repository's files into the Hub's cache, and hold them against the Hub's hashes.
+
+    Args:
+        repo_id: The repository, as ORG/NAME.
+        revision: Branch, tag or commit; main by default.
+
+    Returns:
+        The folder in the cache, named by its commit.
+
+    Raises:
+        InputError: It cannot be had, or came with wrong bytes; what is wrong does not stay in the cache.
+    """
+    sha = describe(repo_id, revision).sha  # a name could lead to another commit a moment later
+    with plainly(repo_id):
+        folder = Path(patiently(lambda: snapshot_download(repo_id, revision=sha, ignore_patterns=list(UNWANTED))))
+        report = patiently(lambda: HfApi().verify_repo_checksums(repo_id, revision=sha, cache_dir=folder.parents[2]))
+    for mismatch in report.mismatches:
+        forget(folder / mismatch["path"])
+    if report.mismatches:
+        first = report.mismatches[0]
+        raise InputError(
+            f"{first['path']} of {repo_id} came with the hash {first['actual']}, not the Hub's {first['expected']}; "
+            "it is removed from the cache: run it again"
+        )
+    return folder
+
+
+def forget(link: Path) -> None:
+    """Remove a file from the Hub's cache: its name in a snapshot, and its content."""
+    for path in (link.resolve(), link):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def fetch_repository(repo_id: str, sha: str, folder: Path) -> None:
+    """Fetch a repository's files into a folder, going on where an earlier call broke off.
+
+    Args:
+        repo_id: The repository, as ORG/NAME.
+        sha: Commit.
+        folder: Where to put them; whole files that are there already are not fetched again.
+
+    Raises:
+        InputError: One cannot be had, or came with wrong bytes; then that one is not there.
+    """
+    from res2net_zoo.weights import download
+
+    with plainly(repo_id):
+        entries = patiently(lambda: list(HfApi().list_repo_tree(repo_id, revision=sha, recursive=True)))
+    files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+    for name in filter_repo_objects(files, ignore_patterns=list(UNWANTED)):
+        entry, path = files[name], folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{repo_id} has a file {name!r}, which lies outside of it; do not trust it")
+        expected = entry.lfs.sha256 if entry.lfs else entry.blob_id
+        if path.is_file() and hash_of(path, bool(entry.lfs)) == expected:
+            continue
+        part = path.with_name(f"{path.name}.{expected[:16]}.part")  # of other content it would not be the beginning
+        part.parent.mkdir(parents=True, exist_ok=True)
+        download(hf_hub_url(repo_id, name, revision=sha), part, build_hf_headers(), entry.size)
+        if (digest := hash_of(part, bool(entry.lfs))) != expected:
+            part.unlink()
+            raise InputError(f"{name} of {repo_id} came with the hash {digest}, not the Hub's {expected}; run it again")
+        part.replace(path)
+
+
+def hash_of(path: Path, lfs: bool) -> str:
+    """Return the hash by which the Hub knows a file: its SHA-256 in LFS, else the id of git's object."""
+    return sha256_of(path) if lfs else git_hash(path.read_bytes())

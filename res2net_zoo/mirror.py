@@ -1,0 +1,75 @@
+"""Mirrors: the catalogue's checkpoints as model folders, for a network that is closed."""
+
+import contextlib
+import shutil
+from pathlib import Path
+
+from res2net_zoo import fingerprint, hub, weights
+from res2net_zoo.catalog import Checkpoint
+from res2net_zoo.folder import write_converted
+from res2net_zoo.program import WEIGHTS, InputError
+from res2net_zoo.verify import Check, verify
+
+PARTIAL = ".partial"
+
+
+def mirror(checkpoint: Checkpoint, root: Path) -> str:
+    """Put a checkpoint into a mirror, as the folder ROOT/ARCH.TAG that `RES2NET_ZOO_MIRROR=ROOT` reads.
+
+    From its repository on the Hub where it has one, else from its release. A download that broke
+    off is gone on with. The folder appears whole or not at all.
+
+    Args:
+        checkpoint: Which.
+        root: The mirror.
+
+    Returns:
+        Where it came from, in words.
+
+    Raises:
+        InputError: It cannot be had, is not the right one, or cannot be written.
+    """
+    folder = root / checkpoint.name
+    if folder.is_dir():
+        if failed := _damages(folder):
+            raise InputError(f"{folder} is damaged ({failed[0].what}: {failed[0].found}); remove it and run this again")
+        return "here already"
+    try:
+        if checkpoint.hub_id:
+            return _from_hub(checkpoint, root)
+        if not checkpoint.url:
+            raise InputError(
+                f"{checkpoint.name} is no direct download: {checkpoint.notes}; convert its file: `python "
+                f"hub/convert.py --model {checkpoint.name} --checkpoint FILE --output {folder}`"
+            )
+        with weights.original(checkpoint.url) as path:
+            state, metadata = weights.read_original(path, checkpoint, checkpoint.url)
+        write_converted(folder, checkpoint, state, metadata)
+    except OSError as error:
+        raise InputError(f"cannot write into {root}: {error.strerror or error}; run it again to go on") from error
+    return f"converted from {checkpoint.released_by}"
+
+
+def _from_hub(checkpoint: Checkpoint, root: Path) -> str:
+    sha = hub.describe(checkpoint.hub_id).sha or ""
+    partial = root / PARTIAL / checkpoint.name
+    hub.fetch_repository(checkpoint.hub_id, sha, partial)
+    for unfinished in partial.rglob("*.part"):  # of an earlier commit
+        unfinished.unlink()
+    if not (partial / WEIGHTS).is_file():
+        raise InputError(f"{checkpoint.hub_id} has no {WEIGHTS} on the Hub")
+    if not (partial / fingerprint.NAME).exists():
+        fingerprint.write(partial)  # what came is what the Hub has, so it can vouch for the copy later
+    if failed := _damages(partial):
+        what, found, expected, _ = failed[0]
+        shutil.rmtree(partial)
+        raise InputError(f"{checkpoint.hub_id} is not {checkpoint.name}: {what} is {found}, not {expected}")
+    partial.rename(root / checkpoint.name)
+    with contextlib.suppress(OSError):  # others are still on their way
+        partial.parent.rmdir()
+    return f"Hub {checkpoint.hub_id} at {sha[:12]}"
+
+
+def _damages(folder: Path) -> list[Check]:
+    """Return the checks that a folder fails, but for preprocessing, which the catalogue has and a mirror need not."""
+    return [check for check in verify(folder) if check.passed is False and check.what != "preprocessing"]

@@ -1,0 +1,291 @@
+"""Putting a model folder on the Hub: in one commit, again without harm, never over a different weight."""
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
+
+from res2net_zoo import hub, verify
+from res2net_zoo.hub import hash_of, one_line, patiently, plainly, status_of
+from res2net_zoo.program import WEIGHTS, InputError, sha256_of
+
+COLLECTION = "Res2Net Zoo"
+TRIES = 4
+
+# Licences of the Hub's list that let anybody pass on what they cover. Others forbid it, or are
+# texts of their own that somebody has to read first.
+REDISTRIBUTABLE = (
+    r"apache-2.0|mit|isc|zlib|unlicense|bsd|bsd-2-clause|bsd-3-clause(-clear)?|cc0-1.0|cc"
+    r"|cc-by(-nc)?(-sa)?-[234].[05]|[al]?gpl(-[23].[01])?|mpl-2.0|epl-[12].0|afl-3.0|artistic-2.0|openrail(\+\+)?"
+).replace(".", r"\.")
+
+
+class LicenseError(InputError):
+    """A weight that may not plainly be passed on."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file of the folder and what the Hub has in its place.
+
+    Attributes:
+        path: Its path in the folder.
+        size: Its bytes.
+        sha256: Its SHA-256.
+        state: `new`, `changed` or `unchanged`.
+    """
+
+    path: str
+    size: int
+    sha256: str
+    state: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What publishing a folder would do.
+
+    Attributes:
+        repo_id: The repository.
+        revision: Branch of it.
+        creates: Whether the repository has to be made.
+        branches: Whether the branch has to be made.
+        private: Whether it is private, or will be.
+        head: Commit on which to put ours; None where there is none yet.
+        uploads: The folder's files.
+    """
+
+    repo_id: str
+    revision: str
+    creates: bool
+    branches: bool
+    private: bool
+    head: str | None
+    uploads: list[Upload]
+
+    @property
+    def sent(self) -> list[Upload]:
+        """What differs from the Hub's."""
+        return [upload for upload in self.uploads if upload.state != "unchanged"]
+
+
+def files_of(folder: Path) -> list[str]:
+    """Return the paths of a model folder's files, without those that tools leave there."""
+    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    ignored = [*DEFAULT_IGNORE_PATTERNS, ".cache/*", "*.part", ".DS_Store", "**/.DS_Store"]
+    return list(filter_repo_objects(paths, ignore_patterns=ignored))
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that does not verify, or whose card the Hub would refuse.
+
+    Raises:
+        InputError: It is no model folder, or something of it is wrong.
+    """
+    if failed := [check for check in verify.verify(folder) if check.passed is False]:
+        what, found, expected, _ = failed[0]
+        raise InputError(f"{folder} does not verify: {what}: {found}, not {expected}; nothing was sent")
+    if not (folder / "README.md").is_file():
+        raise InputError(f"{folder} has no README.md, the model card; nothing was sent")
+
+
+def check_license(folder: Path) -> None:
+    """Refuse a weight that may not plainly be passed on.
+
+    Raises:
+        LicenseError: Its licence is unknown, forbids it, or covers the weights only perhaps.
+    """
+    advice = "publish it --private, or say --despite-license if you may"
+    checkpoint = verify.identify(folder)[1]
+    if checkpoint and checkpoint.license_note:
+        raise LicenseError(
+            f"the licence of {checkpoint.name} is not plainly that of its weights ({checkpoint.license}: "
+            f"{checkpoint.license_note}); {advice}"
+        )
+    try:
+        license = ModelCard.load(folder / "README.md").data.get("license")
+    except Exception as error:
+        # Whatever huggingface_hub's parser of YAML stumbles over.
+        raise InputError(f"{folder / 'README.md'} is no model card: {one_line(error)}") from error
+    if not license:
+        raise LicenseError(f"the card of {folder} states no licence; add `license:` to its metadata, or {advice}")
+    if not isinstance(license, str) or not re.fullmatch(REDISTRIBUTABLE, license):
+        raise LicenseError(f"the licence {license} of {folder} forbids passing it on, or is unknown; {advice}")
+
+
+def make_plan(folder: Path, repo_id: str, revision: str = "main", private: bool = False) -> Plan:
+    """Find out what publishing a folder would do.
+
+    Args:
+        folder: The model folder.
+        repo_id: Where to publish it, as ORG/NAME.
+        revision: Branch.
+        private: Whether a repository that has to be made is to be private.
+
+    Returns:
+        The plan.
+
+    Raises:
+        InputError: The Hub cannot be asked.
+    """
+    api, branches = HfApi(), False
+    with plainly(repo_id):
+        try:
+            info = patiently(lambda: api.model_info(repo_id, revision=revision, files_metadata=True))
+        except RevisionNotFoundError:  # a branch that starts from main
+            info, branches = patiently(lambda: api.model_info(repo_id, files_metadata=True)), True
+        except RepositoryNotFoundError:
+            info, branches = None, revision != "main"
+    there = {file.rfilename: file for file in (info.siblings or [] if info else [])}
+    uploads = []
+    for name in files_of(folder):
+        path, state = folder / name, "new"
+        if file := there.get(name):
+            known = file.lfs.sha256 if file.lfs else file.blob_id
+            state = "unchanged" if hash_of(path, bool(file.lfs)) == known else "changed"
+        uploads.append(Upload(name, path.stat().st_size, sha256_of(path), state))
+    is_private = bool(info.private) if info else private
+    return Plan(repo_id, revision, info is None, branches, is_private, info.sha if info else None, uploads)
+
+
+def check_weights(plan: Plan, force: bool) -> None:
+    """Refuse to put a weight in the place of a different one.
+
+    Raises:
+        InputError: That would happen, and nobody has said `--force`.
+    """
+    if not (force or plan.branches) and any(
+        upload.path == WEIGHTS and upload.state == "changed" for upload in plan.uploads
+    ):
+        raise InputError(
+            f"{plan.repo_id} has another {WEIGHTS} at {plan.revision}, which would be overwritten; "
+            "publish to another repository, propose it by --create-pr, or say --force"
+        )
+
+
+def publish(
+    folder: Path,
+    plan: Plan,
+    create_pr: bool = False,
+    force: bool = False,
+    again: Callable[[], Plan] | None = None,
+) -> str:
+    """Publish a folder, in one commit.
+
+    An answer that is lost on the way is no harm: before anything is repeated, the Hub is asked
+    whether it has happened.
+
+    Args:
+        folder: The model folder.
+        plan: What `make_plan` found.
+        create_pr: Propose it as a pull request.
+        force: Overwrite a different weight.
+        again: Makes the plan again, after somebody else's commit or a lost answer.
+
+    Returns:
+        What was done, in words with a URL.
+
+    Raises:
+        InputError: It cannot be done.
+    """
+    again = again or (lambda: make_plan(folder, plan.repo_id, plan.revision, plan.private))
+    repo_id, api = plan.repo_id, HfApi()
+    if plan.creates and create_pr:
+        raise InputError(f"there is no model {repo_id} on the Hub to open a pull request on")
+    with plainly(repo_id):
+        if plan.creates:
+            patiently(lambda: api.create_repo(repo_id, private=plan.private, exist_ok=True))
+            plan = again()  # it starts with a commit of its own, and somebody may have been quicker
+        if plan.branches and not create_pr:
+            patiently(lambda: api.create_branch(repo_id, branch=plan.revision, exist_ok=True))
+        for attempt in range(TRIES):
+            if not create_pr:
+                check_weights(plan, force)
+            if not plan.sent:
+                return f"published: {repo_id}" if attempt else f"{repo_id} has it all already"
+            title = _title(folder, plan)
+            if create_pr and (url := _pull_request(repo_id, title)):
+                return f"proposed already: {url}"
+            try:
+                done = _commit(api, folder, plan, title, create_pr)
+            except HTTPError as error:
+                status = status_of(error)
+                temporary = status is None or status in (408, 412, 429) or status >= 500
+                if attempt == TRIES - 1 or not temporary:
+                    raise
+                hub.time.sleep(2**attempt)
+                plan = again()
+                continue
+            return f"proposed: {done.pr_url}" if create_pr else f"published: {done.commit_url}"
+    raise AssertionError("unreachable")
+
+
+def _title(folder: Path, plan: Plan) -> str:
+    """Return the commit's title, which tells by a few digits of a hash what it is that is uploaded."""
+    content = "".join(f"{upload.path} {upload.sha256}\n" for upload in plan.sent)
+    files = f"{len(plan.sent)} file{'s' if len(plan.sent) > 1 else ''}"
+    return f"Upload {folder.resolve().name}, {files} ({hashlib.sha256(content.encode()).hexdigest()[:10]})"
+
+
+def _commit(api: HfApi, folder: Path, plan: Plan, title: str, create_pr: bool) -> CommitInfo:
+    operations = [CommitOperationAdd(upload.path, folder / upload.path) for upload in plan.sent]
+    try:
+        return api.create_commit(
+            plan.repo_id,
+            operations,
+            commit_message=title,
+            revision=None if create_pr else plan.revision,
+            create_pr=create_pr,
+            parent_commit=plan.head,
+        )
+    except ValueError as error:
+        raise InputError(f"the Hub refuses the card of {folder}: {one_line(error)}") from error
+    except RuntimeError as error:  # what the client makes of an upload to LFS that failed, after its own retries
+        cause = error.__cause__
+        if isinstance(cause, HfHubHTTPError | HTTPError):
+            raise cause from error
+        raise InputError(f"cannot upload {folder}: {one_line(error)}; run it again to go on") from error
+
+
+def _pull_request(repo_id: str, title: str) -> str | None:
+    """Return the URL of an open pull request of that title, if there is one."""
+    found = patiently(lambda: list(HfApi().get_repo_discussions(repo_id, discussion_type="pull_request")))
+    return next((d.url for d in found if d.title == title and d.status in ("open", "draft")), None)
+
+
+def add_to_collection(repo_id: str, title: str = COLLECTION, private: bool = False) -> str:
+    """Add a repository to the collection of the family, which is made if there is none.
+
+    Args:
+        repo_id: The repository; the collection is its owner's.
+        title: The collection's title.
+        private: Whether a collection that has to be made is to be private. A public repository
+            makes a private one public.
+
+    Returns:
+        The collection's slug.
+
+    Raises:
+        InputError: The Hub refuses it.
+    """
+    owner, api = repo_id.partition("/")[0], HfApi()
+    with plainly(repo_id):
+        found = [c for c in patiently(lambda: list(api.list_collections(owner=owner))) if c.title == title]
+        collection = found[0] if found else None
+        if collection is None:
+            description = "Res2Net models (arXiv:1904.01169) with provenance, licence and published accuracies."
+            collection = patiently(
+                lambda: api.create_collection(
+                    title, namespace=owner, description=description, private=private, exists_ok=True
+                )
+            )
+        slug = collection.slug
+        if collection.private and not private:
+            patiently(lambda: api.update_collection_metadata(slug, private=False))
+        patiently(lambda: api.add_collection_item(slug, repo_id, "model", exists_ok=True))
+    return slug
