@@ -167,7 +167,7 @@ def show(name: str) -> str:
     facts += [("printed", f"{describe(p)} ({p.source})") for p in architecture.printed]
     facts += [("difference", architecture.difference)] if architecture.difference else []
     if checkpoint is None:
-        return "\n".join(f"{key:14}{value}" for key, value in [*facts, ("weights", "none in the catalogue")])
+        return "\n".join(f"{key:15}{value}" for key, value in [*facts, ("weights", "none in the catalogue")])
     others = [
         c.name for c in everything.checkpoints.values() if c.architecture == architecture.name and c is not checkpoint
     ]
@@ -176,9 +176,9 @@ def show(name: str) -> str:
         sha256 += " ... (as far as its release gives it)"
     facts += [
         ("released by", checkpoint.released_by),
-        ("original", f"{checkpoint.url} ({checkpoint.format})"),
+        ("original", f"{checkpoint.url or 'no direct download'} ({checkpoint.format})"),
         ("SHA-256", sha256),
-        ("Hub", checkpoint.hub_id or "-"),
+        ("Hub", checkpoint.hub_id + (f", SHA-256 {checkpoint.hub_sha256}" if checkpoint.hub_sha256 else "") or "-"),
         ("licence", checkpoint.license + (f" ({checkpoint.license_note})" if checkpoint.license_note else "")),
         (
             "preprocessing",
@@ -187,13 +187,14 @@ def show(name: str) -> str:
         ),
         ("classes", str(checkpoint.num_classes)),
     ]
+    facts += [("derives from", checkpoint.base_model)] if checkpoint.base_model else []
     facts += [("notes", checkpoint.notes)] if checkpoint.notes else []
     facts += [("also", ", ".join(others))] if others else []
     table = markdown_table(
         ("measured on", "split", "top-1", "top-5", "source"),
         [(a.dataset, a.split, f"{a.top1:.3f}", f"{a.top5:.3f}", a.source) for a in checkpoint.accuracies],
     )
-    return "\n".join(f"{key:14}{value}" for key, value in facts) + f"\n\n{table}"
+    return "\n".join(f"{key:15}{value}" for key, value in facts) + f"\n\n{table}"
 
 
 def describe(printed: Printed) -> str:

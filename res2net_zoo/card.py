@@ -17,7 +17,8 @@ CITATION = """\
 ```bibtex
 @article{gao2019res2net,
   title   = {Res2Net: A New Multi-scale Backbone Architecture},
-  author  = {Gao, Shang-Hua and Cheng, Ming-Ming and Zhao, Kai and Zhang, Xin-Yu and Yang, Ming-Hsuan and Torr, Philip},
+  author  = {Gao, Shang-Hua and Cheng, Ming-Ming and Zhao, Kai and Zhang, Xin-Yu and
+             Yang, Ming-Hsuan and Torr, Philip},
   journal = {IEEE Transactions on Pattern Analysis and Machine Intelligence},
   year    = {2021},
   doi     = {10.1109/TPAMI.2019.2938758}
@@ -190,7 +191,8 @@ def _usage(checkpoint: Checkpoint) -> str:
     first = (
         f"timm alone does not have this {lacking}: `import res2net_zoo` comes first. In a clone of the Res2Net Zoo:"
         if lacking == "model" or not checkpoint.hub_id.startswith("timm/")
-        else "timm has this model. With the Res2Net Zoo come its provenance, and its accuracy as a target to check:"
+        else "timm loads this model by itself. The Res2Net Zoo adds its provenance, and its accuracy as a target to "
+        "check. In a clone of it:"
     )
     return f"""{first}
 

@@ -191,7 +191,7 @@ def main(args: argparse.Namespace) -> int:
         raise InputError(f"{args.data} has {len(train.rows)} images to train on, less than a batch of {batch}")
     options = {"drop_path_rate": args.drop_path} if args.drop_path else {}
     model: Any = all_or_none(lambda: create_model(args.model, args.pretrained, num_classes=len(names), **options))
-    base_model = model.pretrained_cfg.get("hf_hub_id") if args.pretrained else None
+    base_model = ((args.pretrained and model.pretrained_cfg.get("hf_hub_id")) or "").partition("@")[0] or None
     model.pretrained_cfg["tag"] = None  # what comes out is no longer that checkpoint
     set_seed(args.seed, device_specific=True)  # the same weights in all processes, but augmentation of their own
     config = resolve_model_data_config(model)

@@ -9,10 +9,12 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="res2net-zoo-test-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
 
+import contextlib
 import re
+import resource
 import runpy
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +54,17 @@ def spread(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
                 fan_in = tensor[0].numel()
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * (2 / fan_in) ** 0.5)
     return model
+
+
+@contextlib.contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Have every write fail that would make a file larger than so many bytes, as one on a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def read_tree(folder: Path) -> dict[str, bytes]:

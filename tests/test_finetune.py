@@ -20,7 +20,7 @@ def test_trains_in_two_processes_and_leaves_a_model_folder(program, in_process, 
     result = program(FINETUNE, *args, processes=2)
     assert result.returncode == 0, result.stderr
     assert {p.name for p in folder.iterdir()} == {
-        "model.safetensors", "config.json", "README.md", "metrics.csv", "learning_curve.png"
+        "model.safetensors", "config.json", "README.md", "fingerprint.json", "metrics.csv", "learning_curve.png"
     }  # fmt: skip
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2"]
@@ -66,7 +66,7 @@ def test_the_card_has_the_licence_of_the_weights_it_started_from(in_process, tmp
     """Whatever the recipe; only the command line can say another."""
     start = shutil.copytree(SHIPPED_MODEL, tmp_path / "start")
     config = json.loads((start / "config.json").read_text())
-    config["pretrained_cfg"]["license"] = "cc-by-nc-sa-4.0"
+    config["pretrained_cfg"] |= dict(license="cc-by-nc-sa-4.0", tag="in1k", hf_hub_id="zoo/base")
     (start / "config.json").write_text(json.dumps(config))
     (tmp_path / "short.toml").write_text("epochs = 1\nworkers = 0\nbatch_size = 128\npretrained = true\n")
     args = ["--model", f"local-dir:{start}", "--recipe", tmp_path / "short.toml", "--output"]
@@ -75,6 +75,10 @@ def test_the_card_has_the_licence_of_the_weights_it_started_from(in_process, tmp
         assert result.returncode == 0, result.stderr
         card = (tmp_path / license / "README.md").read_text()
         assert f"license: {license}\n" in card and "trained from its published weights" in card
+        assert "base_model: zoo/base\n" in card
+        # It is no longer the checkpoint of that tag, for `hub/verify.py` among others.
+        assert "tag" not in json.loads((tmp_path / license / "config.json").read_text())["pretrained_cfg"]
+        assert in_process("hub/verify.py", tmp_path / license).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from res2net_zoo import catalog, fingerprint
 from res2net_zoo import publish as publishing
 from res2net_zoo.program import InputError, sha256_of
 from res2net_zoo.weights import save_weights
-from tests.conftest import ROOT, SHIPPED_MODEL, input_error, read_tree
+from tests.conftest import ROOT, SHIPPED_MODEL, full_disk, input_error, read_tree
 from tests.hub_server import OTHER_TOKEN, READ_TOKEN, TOKEN, Hub, hasten, serve
 from tests.test_weights import NAME, model, original  # noqa: F401  fixtures
 
@@ -565,6 +565,13 @@ class TestMirror:
         assert "model.safetensors of timm/dla60_res2next.in1k came with the hash" in line
         assert not list((tmp_path / "mirror").rglob("model.safetensors*"))
         assert in_process("hub/mirror.py", "--to", tmp_path / "mirror", "--model", entry).returncode == 0
+
+    def test_a_full_disk(self, hub, in_process, entry, tmp_path):
+        root = tmp_path / "mirror"
+        with full_disk(30_000_000):
+            line = input_error(in_process("hub/mirror.py", "--to", root, "--model", entry))
+        assert "cannot write" in line and "make room" in line and not (root / entry).exists()
+        assert in_process("hub/mirror.py", "--to", root, "--model", entry).returncode == 0
 
     def test_a_damaged_mirror_is_told(self, hub, in_process, entry, tmp_path):
         root = tmp_path / "mirror"

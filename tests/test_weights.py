@@ -2,8 +2,11 @@
 
 import copy
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -16,7 +19,7 @@ from safetensors import safe_open
 from res2net_zoo import catalog, weights
 from res2net_zoo.hub import TRIES
 from res2net_zoo.program import InputError
-from tests.conftest import ROOT, input_error, read_tree, spread
+from tests.conftest import ROOT, full_disk, input_error, read_tree, spread
 from tests.hub_server import Hub, hasten, serve
 from tests.test_convert import write
 
@@ -140,6 +143,15 @@ def test_a_server_that_refuses(hub, status):
     hub.faults.clear()
 
 
+@pytest.mark.parametrize("size", [30_000_000, 103_155_000])  # in the original, and in what is made of it
+def test_a_full_disk(hub, original, size, recwarn):
+    with full_disk(size), pytest.raises(InputError, match=r"cannot write .*(File too large|os error 27)"):
+        timm.create_model(NAME, pretrained=True)
+    assert left_over() == (["original.part"] if size < original.stat().st_size else [])
+    timm.create_model(NAME, pretrained=True)
+    assert left_over() == ["model.safetensors"]
+
+
 def test_offline_says_which_command_fetches_it(hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=f"python hub/convert.py --model {NAME} --output DIR"):
@@ -173,12 +185,10 @@ def test_processes_that_start_at_once_download_once(hub, tmp_path):
         f"object.__setattr__(checkpoint, 'url', '{hub.endpoint}/{FILE}')\n"
         f"print(weights.sha256_of(weights.converted('{NAME}', '{tmp_path / 'cache'}')))\n"
     )
-    import os
-
     env = {**os.environ, "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
-    runs = [subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=env) for _ in range(4)]
+    runs = [subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=env) for _ in range(8)]
     said = {run.communicate(timeout=200)[0] for run in runs}
-    assert [run.returncode for run in runs] == [0] * 4 and len(said) == 1 and said != {""}
+    assert [run.returncode for run in runs] == [0] * 8 and len(said) == 1 and said != {""}
     assert sum(request.startswith("GET") and request.endswith(FILE) for request in hub.requests) == 1
 
 
@@ -241,6 +251,45 @@ class TestConvertCommand:
     def test_bad_input_in_one_line_and_nothing_written(self, in_process, args, words, tmp_path):
         assert words in input_error(in_process("hub/convert.py", *args, "--output", tmp_path / "out"))
         assert not (tmp_path / "out").exists()
+
+    def test_from_a_url_on_a_full_disk_and_then_on(self, hub, in_process, original, tmp_path):
+        url, out = f"{hub.endpoint}/{FILE}", tmp_path / "out" / "model"
+        args = ["--model", NAME, "--checkpoint", url, "--output", out]
+        with full_disk(30_000_000):
+            assert "make room and run it again to go on" in input_error(in_process("hub/convert.py", *args))
+        with full_disk(103_155_000):
+            line = input_error(in_process("hub/convert.py", *args))
+        assert f"cannot write {out}" in line and not list((tmp_path / "out").iterdir())
+        assert in_process("hub/convert.py", *args).returncode == 0
+        with safe_open(out / "model.safetensors", "pt") as file:
+            said = file.metadata()
+        assert said == {"converter": "1", "format": "pt", "source": url, "source_sha256": weights.sha256_of(original)}
+        # An old folder stays as it is where there is no room for the new one.
+        before = read_tree(out)
+        with full_disk(50_000_000):
+            input_error(in_process("hub/convert.py", "--model", NAME, "--checkpoint", original, "--output", out))
+        assert read_tree(out) == before
+
+    def test_from_a_url_goes_on_after_a_kill(self, hub, original, tmp_path):
+        """A download that a kill -9 ends in its middle is not lost."""
+        env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ASSETS_CACHE": str(tmp_path / "assets")}
+        url = f"{hub.endpoint}/{FILE}"
+        command = [sys.executable, "hub/convert.py", "--model", NAME, "--checkpoint", url, "--output"]
+        hub.cut("original.pdparams", at_byte=70_000_000)  # after which the client waits a second before it goes on
+        run = subprocess.Popen([*command, tmp_path / "out"], cwd=ROOT, env=env)
+        parts: list[Path] = []
+        while not (parts and parts[0].stat().st_size > 50_000_000):
+            assert run.poll() is None
+            parts = list((tmp_path / "assets").rglob("original.part"))
+            time.sleep(0.005)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        done = parts[0].stat().st_size
+        assert not (tmp_path / "out").exists() and done < original.stat().st_size
+        hub.faults.clear()
+        hub.cut("original.pdparams", at_byte=original.stat().st_size - 40_000_000)  # due if all were sent again
+        subprocess.run([*command, tmp_path / "out"], cwd=ROOT, env=env, check=True, timeout=100)
+        assert hub.faults and (tmp_path / "out" / "model.safetensors").exists()
 
     def test_help_answers_at_once(self):
         run = subprocess.run(
