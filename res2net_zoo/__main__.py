@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from res2net_zoo import ablate, catalog
+from res2net_zoo import ablate, catalog, dla, res2net
 from res2net_zoo.catalog import Architecture, Checkpoint, Printed
 from res2net_zoo.program import InputError, markdown_table, nearest, run, write_atomically
 
@@ -146,12 +146,13 @@ def show(name: str) -> str:
     """Return all that is known of a model or checkpoint.
 
     Args:
-        name: `arch` or `arch.tag`.
+        name: `arch` or `arch.tag`; for `arch` the authors' own names will do too.
 
     Raises:
         InputError: The catalogue has no such entry.
     """
     everything = catalog.load()
+    name = {**res2net.AUTHORS_NAMES, **dla.AUTHORS_NAMES}.get(name, name)
     architecture = everything.architectures.get(name.split(".")[0])
     checkpoint = everything.checkpoint(name)
     if architecture is None or ("." in name and checkpoint is None):

@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     whole = partial(_integer, least=1)
     whole.__name__ = "whole number"  # type: ignore[attr-defined]  # which argparse calls it by
     parser.add_argument("--only", nargs="+", choices=PAPER, help="not all of the paper's")
-    parser.add_argument("--frame", choices=("cifar", "imagenet"), default="cifar", help="of a grid of your own")
+    parser.add_argument("--frame", choices=("cifar", "imagenet"), help="of a grid of your own; cifar by default")
     parser.add_argument("--depth", nargs="+", type=whole, metavar="L", help="a grid of your own: layers")
     parser.add_argument("--cardinality", nargs="+", type=whole, metavar="C", help="groups of each 3x3 convolution")
     parser.add_argument("--width", nargs="+", type=whole, metavar="W", help="channels of each of them")
@@ -98,6 +98,8 @@ def _integer(text: str, least: int) -> int:
 def main(args: argparse.Namespace) -> int:
     """Run the ablation; return its exit code."""
     grid = {key: getattr(args, key) for key in BASE if getattr(args, key)}
+    if args.frame and not grid:
+        raise InputError("--frame is of a grid of your own; give one, such as --scale 2 4")
     if grid and args.only:
         raise InputError(f"--only names the paper's own points; leave it out, or --{next(iter(grid))}")
     picture = find_picture(args.figure)
@@ -111,7 +113,7 @@ def main(args: argparse.Namespace) -> int:
 
     # Of a grid, a line of the figure runs along the dimension with the most values.
     along = max(reversed(list(grid)), key=lambda name: len(grid[name])) if grid else ""
-    sections = {"grid": list(of_grid(grid, along, args.frame))} if grid else paper(args.only or PAPER)
+    sections = {"grid": list(of_grid(grid, along, args.frame or "cifar"))} if grid else paper(args.only or PAPER)
     points = [point for section in sections.values() for point in section]
     size_up(points)
     for section in sections.values() if args.rounds else ():
@@ -268,9 +270,10 @@ def find_device(name: str) -> Any:
 
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        if not torch.ones(1, device=device).item():  # not on the device "meta", which computes nothing
+            raise RuntimeError("it gives wrong results")
+    except (RuntimeError, AssertionError, NotImplementedError, AttributeError, ImportError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0].partition('. ')[0]}") from error
     return device
 
 

@@ -206,4 +206,5 @@ def dla60_res2next(pretrained: bool = False, **kwargs) -> DLA:
 
 
 # The authors' own names.
-register_model_deprecations(__name__, {"res2net_dla60": "dla60_res2net", "res2next_dla60": "dla60_res2next"})
+AUTHORS_NAMES = {"res2net_dla60": "dla60_res2net", "res2next_dla60": "dla60_res2next"}
+register_model_deprecations(__name__, AUTHORS_NAMES)

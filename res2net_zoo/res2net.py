@@ -167,11 +167,9 @@ def res2net_tiny(pretrained: bool = False, **kwargs) -> ResNet:
 
 
 # The authors' own names.
-register_model_deprecations(
-    __name__,
-    {
-        "res2net50_v1b_26w_4s": "res2net50d",
-        "res2net101_v1b_26w_4s": "res2net101d",
-        "res2net152_v1b_26w_4s": "res2net152d",
-    },
-)
+AUTHORS_NAMES = {
+    "res2net50_v1b_26w_4s": "res2net50d",
+    "res2net101_v1b_26w_4s": "res2net101d",
+    "res2net152_v1b_26w_4s": "res2net152d",
+}
+register_model_deprecations(__name__, AUTHORS_NAMES)

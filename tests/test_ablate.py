@@ -125,7 +125,7 @@ def test_ablation_of_a_grid_is_measured(in_process, tmp_path):
     assert points[5]["parameters"] == sum(p.numel() for p in model.parameters())
     assert points[5]["receptive_field"] == receptive_field(model)
     assert all(p["latency_ms"] > 0 and p["batch_size"] == 3 for p in points)
-    assert "width 8" in (tmp_path / "a.svg").read_text() or (tmp_path / "a.svg").stat().st_size > 5000
+    assert (tmp_path / "a.svg").stat().st_size > 5000
 
 
 def test_without_matplotlib_there_are_tables_and_a_hint(in_process, tmp_path, monkeypatch):
@@ -155,6 +155,10 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly():
         (["--rounds", "-1"], "at least 0"),
         (["--only", "table5"], "table5"),
         (["--device", "abacus"], "--device abacus"),
+        (["--device", "meta"], "--device meta"),
+        (["--device", "mps"], "--device mps"),
+        (["--device", "hpu"], "--device hpu"),
+        (["--frame", "imagenet"], "--frame is of a grid of your own"),
         (["--figure", "same.svg", "--output", "same.svg"], "are both same.svg; name two files"),
         (["--output", "docs"], "docs is a folder; name a file"),
         (["--figure", "a.docx"], "a picture's name ends in"),

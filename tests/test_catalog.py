@@ -202,6 +202,8 @@ def test_show_tells_what_is_printed_of_a_model_and_why_ours_differs(in_process):
     assert "17.33 M parameters, 3.6 GMACs (official release table)" in out and "nothing reads" in out
     out = in_process("res2net_zoo/__main__.py", "show", "res2net50_18w_4s").stdout
     assert "22.92 % top-1 error (paper (TPAMI 2021) Table 3)" in out and "none in the catalogue" in out
+    for authors, ours in (("res2net50_v1b_26w_4s", "res2net50d.in1k"), ("res2next_dla60", "dla60_res2next.in1k")):
+        assert f" {ours}\n" in in_process("res2net_zoo/__main__.py", "show", authors).stdout
 
 
 @pytest.mark.parametrize(("command", "file"), [("list", "README.md"), ("sizes", "docs/models.md")])
