@@ -207,4 +207,4 @@ def dla60_res2next(pretrained: bool = False, **kwargs) -> DLA:
 
 # The authors' own names.
 AUTHORS_NAMES = {"res2net_dla60": "dla60_res2net", "res2next_dla60": "dla60_res2next"}
-register_model_deprecations(__name__, AUTHORS_NAMES)
+register_model_deprecations(__name__, dict(AUTHORS_NAMES))

@@ -172,4 +172,4 @@ AUTHORS_NAMES = {
     "res2net101_v1b_26w_4s": "res2net101d",
     "res2net152_v1b_26w_4s": "res2net152d",
 }
-register_model_deprecations(__name__, AUTHORS_NAMES)
+register_model_deprecations(__name__, dict(AUTHORS_NAMES))

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -246,6 +247,63 @@ class TestPublish:
     )
     def test_bad_arguments(self, publish, hub, args, words):
         assert words in input_error(publish(*args)) and not writes(hub)
+
+
+class TestPublishAll:
+    @pytest.fixture
+    def catalogue(self, tmp_path, monkeypatch) -> Iterator[Path]:
+        """A catalogue of four checkpoints that may be written to; two of them have folders in tmp_path / "mirror"."""
+        from res2net_zoo.folder import write_converted
+
+        wanted = ("res2net101d.in1k", "res2net152d.in1k", self.PADDLE, self.HOLOCRON)
+        first, *entries = re.split(r"^(?=\[\[checkpoints\]\])", catalog.path().read_text(), flags=re.M)
+        names = [".".join(re.findall(r'^(?:architecture|tag) = "(.*)"', entry, re.M)) for entry in entries]
+        kept = [entry for name, entry in zip(names, entries, strict=True) if name in wanted]
+        file = tmp_path / "catalog.toml"
+        file.write_text(first + "".join(kept))
+        with monkeypatch.context() as patch:
+            patch.setattr(catalog, "path", lambda: file)
+            catalog.load.cache_clear()
+            assert sorted(catalog.load().checkpoints) == sorted(wanted)
+            for name in (self.PADDLE, self.HOLOCRON):
+                checkpoint = catalog.load().checkpoints[name]
+                state = timm.create_model(checkpoint.architecture, num_classes=checkpoint.num_classes).state_dict()
+                metadata = {"source": "here", "source_sha256": checkpoint.sha256, "converter": "1"}
+                write_converted(tmp_path / "mirror" / name, checkpoint, state, metadata)
+            yield file
+        catalog.load.cache_clear()
+
+    PADDLE, HOLOCRON = "res2net50_pd_14w_8s.pd_in1k", "res2net50_26w_4s.holocron_imagenette"
+
+    def test_what_no_hub_has_goes_and_is_recorded(self, hub, publish, catalogue, tmp_path):
+        before = catalogue.read_text()
+        args = ["--all", "--org", "zoo-org", "--mirror", tmp_path / "mirror"]
+        assert publish(*args, "--dry-run").returncode == 0 and not writes(hub) and catalogue.read_text() == before
+        result = publish(*args)
+        assert result.returncode == 0, result.stderr
+        assert "res2net101d.in1k: left alone, since timm/res2net101d.in1k has it" in result.stdout
+        assert "res2net152d.in1k: left out, since it is no direct download" in result.stdout
+        assert f"{self.HOLOCRON}: left out; the licence" in result.stdout
+        assert list(hub.repositories) == [f"models/zoo-org/{self.PADDLE}"]
+        digest = sha256_of(tmp_path / "mirror" / self.PADDLE / "model.safetensors")
+        (entry,) = [e for e in tomllib.loads(catalogue.read_text())["checkpoints"] if e["hub_id"].startswith("zoo-org")]
+        assert (entry["hub_id"], entry["hub_sha256"]) == (f"zoo-org/{self.PADDLE}", digest)
+        assert len(set(before.splitlines()) ^ set(catalogue.read_text().splitlines())) == 2
+        result = publish(*args, "--despite-license")
+        assert result.returncode == 0 and f"models/zoo-org/{self.HOLOCRON}" in hub.repositories
+        assert len(hub.commits(f"models/zoo-org/{self.PADDLE}")) == 2
+        (collection,) = hub.collections.values()
+        assert [item["id"].split("/")[1] for item in collection["items"]] == [self.PADDLE, self.HOLOCRON]
+
+    def test_one_that_fails_does_not_keep_the_others_back(self, hub, publish, catalogue, tmp_path):
+        hub.add(f"models/zoo-org/{self.PADDLE}", {"model.safetensors": b"another"})
+        result = publish("--all", "--org", "zoo-org", "--mirror", tmp_path / "mirror", "--despite-license")
+        errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert result.returncode == 2 and len(errors) == 2 and "another model.safetensors" in errors[0]
+        assert f"1 are not published ({self.PADDLE})" in errors[1]
+        assert f"models/zoo-org/{self.HOLOCRON}" in hub.repositories
+        recorded = {e["hub_id"] for e in tomllib.loads(catalogue.read_text())["checkpoints"]}
+        assert f"zoo-org/{self.HOLOCRON}" in recorded and f"zoo-org/{self.PADDLE}" not in recorded
 
 
 CALLS = (
