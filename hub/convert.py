@@ -25,19 +25,23 @@ def main(args: argparse.Namespace) -> int:
     import res2net_zoo  # noqa: F401  registers the models
     from res2net_zoo import catalog, weights
     from res2net_zoo.folder import write_converted
-    from res2net_zoo.program import InputError, check_can_make
+    from res2net_zoo.program import WEIGHTS, InputError, check_can_make
 
     (checkpoint,) = catalog.choose([args.model])
-    source = args.checkpoint or checkpoint.url
+    source = checkpoint.url if args.checkpoint is None else args.checkpoint
     if not source:
         raise InputError(f"{checkpoint.name} is no direct download: {checkpoint.notes}; give its file by --checkpoint")
     check_can_make(args.output)
+    is_model = all((args.output / name).is_file() for name in ("config.json", WEIGHTS))
+    if args.output.is_dir() and any(args.output.iterdir()) and not is_model:
+        raise InputError(f"--output {args.output} holds something else than a model; name a new folder")
     if source.startswith(("https://", "http://")):
         with weights.original(source) as path:
             state, metadata = weights.read_original(path, checkpoint, source)
+            write_converted(args.output, checkpoint, state, metadata)
     else:
         state, metadata = weights.read_original(Path(source), checkpoint)
-    write_converted(args.output, checkpoint, state, metadata)
+        write_converted(args.output, checkpoint, state, metadata)
     checked = "the released one" if checkpoint.sha256 else "and none was ever published"
     print(f"{checkpoint.name} in {args.output}: SHA-256 of the original {metadata['source_sha256']}, {checked}")
     return 0

@@ -25,39 +25,31 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    import filelock
-    from huggingface_hub.utils import WeakFileLock
-
     import res2net_zoo  # noqa: F401  registers the models
     from res2net_zoo import catalog
-    from res2net_zoo.mirror import mirror
-    from res2net_zoo.program import WEIGHTS, InputError, check_can_make, markdown_table, progress_bar, report
+    from res2net_zoo.mirror import locked, mirror
+    from res2net_zoo.program import WEIGHTS, InputError, markdown_table, progress_bar, report
 
     checkpoints = catalog.choose(args.model)
     if not args.model:
         for checkpoint in [c for c in checkpoints if not c.url and not c.hub_id and not (args.to / c.name).is_dir()]:
             checkpoints.remove(checkpoint)
             print(f"{checkpoint.name} is left out: {checkpoint.notes}")
-    check_can_make(args.to)
-    args.to.mkdir(parents=True, exist_ok=True)
     rows, failed = [], []
-    try:
-        with WeakFileLock(args.to / ".lock", timeout=1):
-            for checkpoint in progress_bar(None, checkpoints, desc="mirror"):
-                try:
-                    origin = mirror(checkpoint, args.to)
-                except InputError as error:
-                    if not args.model or len(args.model) > 1:
-                        report(error)
-                    failed.append((checkpoint.name, error))
-                    continue
-                size = (args.to / checkpoint.name / WEIGHTS).stat().st_size
-                rows.append((checkpoint.name, f"{size / 1e6:.1f}", checkpoint.license, origin))
-    except filelock.Timeout as error:
-        raise InputError(f"another mirror.py is writing into {args.to}; wait for it") from error
+    with locked(args.to):
+        for checkpoint in progress_bar(None, checkpoints, desc="mirror"):
+            try:
+                origin = mirror(checkpoint, args.to)
+            except InputError as error:
+                if len(checkpoints) > 1:
+                    report(error)
+                failed.append((checkpoint.name, error))
+                continue
+            size = (args.to / checkpoint.name / WEIGHTS).stat().st_size
+            rows.append((checkpoint.name, f"{size / 1e6:.1f}", checkpoint.license, origin))
     if rows:
         print(markdown_table(("checkpoint", "MB", "licence", "from"), rows))
-    if len(failed) == 1:
+    if failed and len(checkpoints) == 1:
         raise failed[0][1]
     if failed:
         names = ", ".join(name for name, _ in failed)

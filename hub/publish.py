@@ -7,7 +7,10 @@ python hub/publish.py --all --org ORG      (the catalogue, and its repositories 
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from res2net_zoo import publish
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,22 +42,32 @@ def parse_args() -> argparse.Namespace:
         parser.error("name a model folder and --repo-id ORG/NAME, or --all --org ORG")
     if not args.all and (args.org or args.model or args.mirror):
         parser.error("--org, --model and --mirror go with --all")
+    if args.create_pr and args.revision != "main":
+        parser.error("--create-pr is to main; leave --revision out")
+    if len(args.collection) > 60:
+        parser.error(f"--collection has {len(args.collection)} letters; the Hub takes 60")
     return args
 
 
 def main(args: argparse.Namespace) -> int:
     import res2net_zoo  # noqa: F401  registers the models
 
-    return publish_all(args) if args.all else publish_one(args, args.folder, args.repo_id)
+    if args.all:
+        publish_all(args)
+    else:
+        publish_one(args, args.folder, args.repo_id)
+    return 0
 
 
-def publish_one(args: argparse.Namespace, folder: Path, repo_id: str) -> int:
+def publish_one(args: argparse.Namespace, folder: Path, repo_id: str) -> "publish.Plan":
     """Publish a folder, or show what would go."""
     from res2net_zoo import publish
     from res2net_zoo.program import InputError, markdown_table
 
     publish.check_folder(folder)
     plan = publish.make_plan(folder, repo_id, args.revision, args.private)
+    if plan.creates and args.create_pr:
+        raise InputError(f"there is no model {repo_id} on the Hub to open a pull request on")
     if args.private and not plan.private:
         raise InputError(f"{repo_id} is public already, which --private does not change")
     if not plan.private and not args.despite_license:
@@ -66,54 +79,60 @@ def publish_one(args: argparse.Namespace, folder: Path, repo_id: str) -> int:
     kind = "private" if plan.private else "public"
     what = f"{len(plan.sent)} of {len(plan.uploads)} files to the {'new ' if plan.creates else ''}{kind} {repo_id}"
     if args.dry_run:
-        way = "a pull request" if args.create_pr else f"one commit to {args.revision}"
+        branch = f"{'the new branch ' if plan.branches else ''}{args.revision}"
+        way = "a pull request" if args.create_pr else f"one commit to {branch}"
         print(f"would send {what} in {way}" if plan.sent else f"{repo_id} has it all already", end="")
         print(f", and add it to the collection {args.collection!r}" if args.collection and not args.create_pr else "")
-        return 0
+        return plan
     print(publish.publish(folder, plan, args.create_pr, args.force))
     if args.collection and not args.create_pr:
         slug = publish.add_to_collection(repo_id, args.collection, plan.private)
         print(f"in the collection {slug}")
-    return 0
+    return plan
 
 
-def publish_all(args: argparse.Namespace) -> int:
+def publish_all(args: argparse.Namespace) -> None:
     """Publish the catalogue's checkpoints, and record where they are."""
-    from huggingface_hub import cached_assets_path
-
     from res2net_zoo import catalog
-    from res2net_zoo.mirror import mirror
-    from res2net_zoo.program import WEIGHTS, InputError, check_can_make, report, sha256_of
+    from res2net_zoo.hub import assets
+    from res2net_zoo.mirror import locked, mirror
+    from res2net_zoo.program import WEIGHTS, InputError, check_writable, report, sha256_of
     from res2net_zoo.publish import LicenseError
 
-    root = args.mirror or cached_assets_path("res2net_zoo", "mirror")
-    check_can_make(root)
-    root.mkdir(parents=True, exist_ok=True)
-    failed = []
-    for checkpoint in catalog.choose(args.model):
-        name, folder, repo_id = checkpoint.name, root / checkpoint.name, f"{args.org}/{checkpoint.name}"
-        if not args.model and checkpoint.hub_id.partition("/")[0] not in ("", args.org):
-            print(f"{name}: left alone, since {checkpoint.hub_id} has it (--model {name} publishes it all the same)")
-            continue
-        if not args.model and not (checkpoint.url or checkpoint.hub_id or folder.is_dir()):
-            print(f"{name}: left out, since it is no direct download ({checkpoint.notes})")
-            continue
-        print(f"{name}: to {repo_id}", flush=True)
-        try:
-            mirror(checkpoint, root)
-            publish_one(args, folder, repo_id)
-            if not args.dry_run and not args.create_pr and args.revision == "main":
-                catalog.record(name, hub_id=repo_id, hub_sha256=sha256_of(folder / WEIGHTS))
-        except LicenseError as error:
-            print(f"{name}: left out; {error}")
-        except InputError as error:
-            report(f"{name}: {error}")
-            failed.append(name)
+    root = args.mirror or assets("mirror", "all")
+    records = not (args.dry_run or args.create_pr or args.revision != "main")
+    if records:
+        check_writable(catalog.path().parent)
+    failed, recorded = [], 0
+    with locked(root):
+        for checkpoint in catalog.choose(args.model):
+            name, folder, repo_id = checkpoint.name, root / checkpoint.name, f"{args.org}/{checkpoint.name}"
+            if not args.model and checkpoint.hub_id.partition("/")[0] not in ("", args.org):
+                print(
+                    f"{name}: left alone, since {checkpoint.hub_id} has it (--model {name} publishes it all the same)"
+                )
+                continue
+            if not args.model and not (checkpoint.url or checkpoint.hub_id or folder.is_dir()):
+                print(f"{name}: left out, since it is no direct download ({checkpoint.notes})")
+                continue
+            print(f"{name}: to {repo_id}", flush=True)
+            try:
+                mirror(checkpoint, root)
+                plan = publish_one(args, folder, repo_id)
+                if records and plan.private:
+                    print(f"{name}: not recorded in the catalogue, since not everybody may read {repo_id}")
+                elif records:
+                    catalog.record(name, hub_id=repo_id, hub_sha256=sha256_of(folder / WEIGHTS))
+                    recorded += 1
+            except LicenseError as error:
+                print(f"{name}: left out; {error}")
+            except InputError as error:
+                report(f"{name}: {error}")
+                failed.append(name)
+    if recorded:
+        print(f"recorded in {catalog.path()}; `python -m res2net_zoo list --update README.md` tells it to the README")
     if failed:
         raise InputError(f"{len(failed)} are not published ({', '.join(failed)}), for the reasons above")
-    if not args.dry_run:
-        print(f"recorded in {catalog.path()}; `python -m res2net_zoo list --update README.md` tells it to the README")
-    return 0
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     import res2net_zoo  # noqa: F401  registers the models
-    from res2net_zoo import hub, verify
+    from res2net_zoo import catalog, hub, verify
     from res2net_zoo.program import InputError, markdown_table
 
     folder, checks = Path(args.model), []
-    if folder.is_dir():
+    if args.model and folder.is_dir():
         if args.revision:
             raise InputError(f"{folder} is a folder, and has no --revision")
     elif args.model.count("/") != 1 or args.model.startswith((".", "/", "~")):
@@ -33,7 +33,9 @@ def main(args: argparse.Namespace) -> int:
     else:
         folder = hub.snapshot(args.model, args.revision)
         checks.append(verify.Check("files", f"those of commit {folder.name}", "as the Hub has them", True))
-    checks += verify.verify(folder)
+    # A repository that the catalogue names must have what it is named for.
+    known = [c for c in catalog.load().checkpoints.values() if c.hub_id == args.model]
+    checks += verify.verify(folder, known[0] if known else None)
     results = {True: "passed", False: "FAILED", None: "-"}
     # Sixteen digits of a hash say enough; fingerprint.json and the catalogue have them all.
     short = [[re.sub(r"\b([0-9a-f]{16})[0-9a-f]{24,}", r"\1...", text) for text in check[:3]] for check in checks]

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, get_pretrained_cfg
 from timm.models._builder import resolve_pretrained_cfg
 
 from res2net_zoo import catalog
@@ -26,26 +26,31 @@ def build_model(model_cls: Any, variant: str, pretrained: bool, **kwargs) -> Any
     Raises:
         InputError: The weight cannot be fetched or is not the right one.
     """
-    hub_id, filename, tag = "", "", None
+    hub_id, filename, known = "", WEIGHTS, ""
     if pretrained:
         overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
-        tag = cfg.tag
-        given = cfg.file or cfg.state_dict or overlay.get("url") or overlay.get("hf_hub_id")
-        if not given and (not cfg.hf_hub_id or os.environ.get("RES2NET_ZOO_MIRROR")):
+        name = f"{variant}.{cfg.tag}" if cfg.tag else variant
+        checkpoint = catalog.load().checkpoint(name)
+        # Somebody may name another weight, by a repository, a folder or a cfg of their own: that is timm's to load.
+        ours = not (cfg.source or cfg.file or cfg.state_dict or overlay.keys() & {"url", "hf_hub_id"})
+        if ours and checkpoint:
+            registered = get_pretrained_cfg(checkpoint.name)
+            ours = registered is not None and (cfg.url, cfg.hf_hub_id) == (registered.url, registered.hf_hub_id)
+        if ours and checkpoint and (not cfg.hf_hub_id or os.environ.get("RES2NET_ZOO_MIRROR")):
             from res2net_zoo.weights import converted
 
-            file = converted(f"{variant}.{tag}" if tag else variant, kwargs.get("cache_dir"))
-            if file:
-                kwargs["pretrained_cfg_overlay"] = {**overlay, "file": str(file)}
-        elif cfg.hf_hub_id and (cfg.source == "hf-hub" or not (cfg.file or cfg.state_dict)):
+            file = converted(checkpoint, kwargs.get("cache_dir"))
+            kwargs["pretrained_cfg_overlay"] = {**overlay, "file": str(file)}
+        elif cfg.hf_hub_id and (cfg.source == "hf-hub" or not (cfg.source or cfg.file or cfg.state_dict)):
             hub_id, filename = cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS
+            known = checkpoint.hub_sha256 if checkpoint and checkpoint.hub_id == hub_id else ""
     try:
         return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
     finally:  # also where timm stumbled over a wrong byte
         if hub_id:
             from res2net_zoo.hub import check_cached
 
-            checkpoint = catalog.load().checkpoints.get(f"{variant}.{tag}")
-            known = checkpoint.hub_sha256 if checkpoint and checkpoint.hub_id == hub_id else ""
             check_cached(hub_id, filename, kwargs.get("cache_dir"), known)
+            # Where a repository has none, timm takes this one.
+            check_cached(hub_id, "pytorch_model.bin", kwargs.get("cache_dir"))

@@ -4,8 +4,10 @@ No file is unpickled without restriction, and what a file declares is held again
 memory is taken for it.
 """
 
+import io
 import math
 import pickle
+import pickletools
 import re
 import zipfile
 import zlib
@@ -13,11 +15,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from res2net_zoo.program import InputError
 
@@ -28,6 +29,47 @@ Tensors = dict[str, torch.Tensor]
 
 class FormatError(ValueError):
     """A file that is not what it should be, or that would run code."""
+
+
+# ----------------------------------------------------------------------------------------- pickles
+
+MOST = 1_000_000  # steps of a pickle, or entries of a message; of res2net200 it is some 60,000
+
+# Steps that take memory or call something and that no state dict has.
+REFUSED = {"BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "EXT1", "EXT2", "EXT4", "INST", "OBJ"}
+
+
+class _Bounded:
+    """A file of which nothing is read beyond its end, so that no memory is taken for what is not there."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file, self.size = file, size
+
+    def read(self, n: int = -1) -> bytes:
+        if n > (left := self.size - self.file.tell()):
+            raise FormatError(f"it ends {n - left:,} bytes too early")
+        return self.file.read(n)
+
+    def readline(self) -> bytes:
+        return self.file.readline()
+
+
+class _Pickle(pickle.Unpickler):
+    """Reads one pickle after having gone through its steps, none of which may take memory by itself."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        bounded, start = _Bounded(file, size), file.tell()
+        for step, (opcode, argument, _) in enumerate(pickletools.genops(bounded)):  # type: ignore[arg-type]
+            if opcode.name in REFUSED:
+                raise FormatError(f"its pickle has a step {opcode.name}, which no state dict has")
+            if step >= MOST or (opcode.name.endswith("PUT") and int(argument or 0) >= MOST):
+                raise FormatError("its pickle is larger than any state dict's")
+        file.seek(start)
+        super().__init__(bounded, encoding="latin1")
+
+
+def _refuse(module: str, name: str) -> FormatError:
+    return FormatError(f"it would call {module}.{name}; only tensors in plain containers are read")
 
 
 # ---------------------------------------------------------------------------- PyTorch and mmengine
@@ -43,22 +85,40 @@ class _Ignored:
     def __setitem__(self, key: Any, value: Any) -> None: ...
 
 
+class _StorageType(NamedTuple):
+    """Stands for a type of storage."""
+
+    itemsize: int
+
+
 ITEMSIZES = dict(Double=8, Float=4, Half=2, BFloat16=2, Long=8, Int=4, Short=2, Char=1, Byte=1, Bool=1)
+TORCH_NAMES = {
+    "collections.OrderedDict",
+    "torch.Size",
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_tensor_v2",
+}
 
 
-class _StorageCounter(pickle.Unpickler):
+class _StorageCounter(_Pickle):
     """Adds up the storages that a torch pickle declares; makes none of them and imports nothing."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file)
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        super().__init__(file, size)
         self.bytes: dict[str, int] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        return ITEMSIZES.get(name.removesuffix("Storage"), 1) if module == "torch" else _Ignored
+        if module == "torch" and name.removesuffix("Storage") in ITEMSIZES:
+            return _StorageType(ITEMSIZES[name.removesuffix("Storage")])
+        if f"{module}.{name}" in TORCH_NAMES:
+            return _Ignored
+        raise _refuse(module, name)
 
     def persistent_load(self, pid: Any) -> Any:
-        _, itemsize, key, _, numel = pid[:5]
-        self.bytes[key] = numel * itemsize
+        _, kind, key, _, numel = pid[:5]
+        if not isinstance(kind, _StorageType) or type(numel) is not int or numel < 0 or not isinstance(key, str):
+            raise FormatError("it has a storage that is none of torch's")
+        self.bytes[key] = numel * kind.itemsize
         return _Ignored()
 
 
@@ -81,70 +141,94 @@ def read_torch(path: Path) -> Tensors:
                 # torch never packs; a small file that unpacks to a huge one is an attack.
                 if info.compress_type != zipfile.ZIP_STORED:
                     raise FormatError(f"its part {info.filename} is packed, as torch writes none")
-            name = next((name for name in archive.namelist() if name.endswith("/data.pkl")), "")
-            if not name:
+            names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            if len(names) != 1:  # of two, torch could take the other one
                 raise FormatError("it is a zip file, but none of torch's")
-            with archive.open(name) as file:
-                counter = _StorageCounter(file)  # type: ignore[arg-type]
-                counter.load()
+            with archive.open(names[0]) as file:
+                content = file.read()
+        counter = _StorageCounter(io.BytesIO(content), len(content))
+        counter.load()
     else:
         with path.open("rb") as file:
             for _ in range(3):  # magic number, protocol version and machine
-                _StorageCounter(file).load()
-            counter = _StorageCounter(file)
+                _StorageCounter(file, size).load()
+            counter = _StorageCounter(file, size)
             counter.load()
     if (declared := sum(counter.bytes.values())) > size:
         raise FormatError(f"it declares {declared:,} bytes of weights and has {size:,}: it is cut short")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        call = re.search(r"GLOBAL (\S+) was not", str(error))
-        if call is None:
-            raise
-        raise FormatError(f"it would call {call[1]}; only tensors in plain containers are read") from error
-    if isinstance(content, dict):
-        content = content.get("state_dict", content)
-    if not isinstance(content, dict) or not all(isinstance(t, torch.Tensor) for t in content.values()):
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise FormatError("it holds no state dict")
-    return {str(name): tensor for name, tensor in content.items()}
+    return {str(name): tensor for name, tensor in state.items()}
 
 
 # ------------------------------------------------------------------------------------ PaddlePaddle
 
 
-class _Bounded:
-    """A file of which nothing is read beyond its end, so that no memory is taken for what is not there."""
+class _Dtype:
+    """Stands for a NumPy type while a pickle is read: only numbers."""
+
+    def __init__(self, name: Any, *flags: Any) -> None:
+        if not isinstance(name, str) or not re.fullmatch(r"[fiu][1248]", name):
+            raise FormatError(f"it has an array of type {str(name)[:20]}, which no weight is")
+        self.name, self.order = name, "="
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = state[1] if state[1] in ("<", ">", "=", "|") else "="
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.order.replace("|", "=") + self.name)
+
+
+class _Array:
+    """Stands for a NumPy array, which is made only of bytes that are there."""
+
+    def __init__(self) -> None:
+        self.array: np.ndarray | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, kind, is_fortran, raw = state
+        raw = raw.encode("latin1") if isinstance(raw, str) else raw
+        if not isinstance(kind, _Dtype) or not isinstance(raw, bytes) or not isinstance(shape, tuple):
+            raise FormatError("it has an array that is none of numbers")
+        if not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) * kind.dtype.itemsize != len(raw):
+            raise FormatError(f"it has an array of shape {shape} with {len(raw):,} bytes")
+        self.array = np.frombuffer(raw, kind.dtype).reshape(shape, order="F" if is_fortran else "C")
+
+
+class _ArrayType:
+    """Stands for NumPy's type of arrays, which `_reconstruct` is told."""
+
+    def __init__(self, *args: Any) -> None:
+        raise FormatError("it has an array without its numbers")
+
+
+class _ArrayUnpickler(_Pickle):
+    """Admits NumPy arrays in plain containers, and nothing else; none of NumPy's own functions is called."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
-        self.file, self.left = file, size
-
-    def read(self, n: int = -1) -> bytes:
-        if n > self.left:
-            raise FormatError(f"it ends {n - self.left:,} bytes too early")
-        data = self.file.read(n)
-        self.left -= len(data)
-        return data
-
-    def readline(self) -> bytes:
-        data = self.file.readline()
-        self.left -= len(data)
-        return data
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Admits NumPy arrays in plain containers, and nothing else."""
+        super().__init__(file, size)
+        self.encoded = size
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy._core.multiarray", "numpy.core.multiarray") and name == "_reconstruct":
-            # NumPy's takes memory for whatever shape it is told; the real one follows with the data.
-            return lambda *args: np.ndarray.__new__(np.ndarray, (0,), "b")
+            return lambda *args: _Array()
         if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
+            return _ArrayType if name == "ndarray" else _Dtype
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if (module, name) == ("_codecs", "encode"):  # how protocol 2 writes bytes
-            return lambda text, encoding: text.encode("latin1")
-        raise FormatError(f"it would call {module}.{name}; only NumPy arrays in plain containers are read")
+            return self.encode
+        raise _refuse(module, name)
+
+    def encode(self, text: str, encoding: str) -> bytes:
+        self.encoded -= len(text)
+        if self.encoded < 0:
+            raise FormatError("it makes more bytes than it has")
+        return text.encode("latin1")
 
 
 def read_paddle(path: Path) -> Tensors:
@@ -160,17 +244,21 @@ def read_paddle(path: Path) -> Tensors:
         FormatError: It is cut short, holds something else, or would run code.
     """
     with path.open("rb") as file:
-        content = _ArrayUnpickler(_Bounded(file, path.stat().st_size), encoding="latin1").load()
+        content = _ArrayUnpickler(file, path.stat().st_size).load()
     if not isinstance(content, dict):
         raise FormatError("it holds no state dict")
     content.pop("StructuredToParameterName@@", None)  # of Paddle's own names, which nothing here asks for
-    arrays = {name: value for name, value in content.items() if not name.startswith("UnpackBigParamInfor@@")}
-    for name, part in content.get("UnpackBigParamInfor@@", {}).items():  # what protocol 2 cannot write whole
-        arrays[name] = np.concatenate([arrays.pop(key) for key in part["slices"]]).reshape(part["OriginShape"])
-    for name, array in arrays.items():
-        if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+    joined = content.pop("UnpackBigParamInfor@@", {})  # what protocol 2 cannot write whole
+    arrays: dict[str, np.ndarray] = {}
+    while content:
+        name, value = content.popitem()
+        if not isinstance(value, _Array) or value.array is None:
             raise FormatError(f"its entry {name} is no array of numbers")
-    return {str(name): torch.from_numpy(np.require(array, requirements=["C", "W"])) for name, array in arrays.items()}
+        arrays[str(name)], value.array = value.array, None  # so that one array under two names is noticed
+    for name, part in joined.items():
+        whole = np.concatenate([arrays.pop(key) for key in part["slices"]])
+        arrays[name] = whole.reshape(part["OriginShape"])
+    return {name: torch.from_numpy(np.require(arrays.pop(name), requirements=["C", "W"])) for name in list(arrays)}
 
 
 # --------------------------------------------------------------------------------------- MindSpore
@@ -214,6 +302,23 @@ def _checkpoint_message() -> Any:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("res2net_zoo.Checkpoint"))
 
 
+def _count_entries(data: bytes) -> None:
+    """Refuse a message of more entries than memory should be taken for, or of other fields than theirs."""
+    place = entries = 0
+    while place < len(data):
+        if data[place] != 0x0A:  # field 1, of bytes that follow their length
+            raise FormatError("it has something else than entries")
+        size, shift, place, entries = 0, 0, place + 1, entries + 1
+        while True:
+            byte, place = data[place], place + 1
+            size, shift = size | (byte & 0x7F) << shift, shift + 7
+            if byte < 0x80 or shift > 63:
+                break
+        place += size
+        if place > len(data) or entries > MOST // 10:
+            raise FormatError("it is cut short" if place > len(data) else "it has more entries than any state dict")
+
+
 def read_mindspore(path: Path) -> Tensors:
     """Read a MindSpore checkpoint, a protobuf message.
 
@@ -231,6 +336,7 @@ def read_mindspore(path: Path) -> Tensors:
         if zlib.crc32(data[:-17]) != int.from_bytes(data[-10:], "big"):
             raise FormatError("its checksum is not the one that it carries")
         data = data[:-17]
+    _count_entries(data)
     message = _checkpoint_message()()
     message.ParseFromString(data)
     del data
@@ -246,7 +352,10 @@ def read_mindspore(path: Path) -> Tensors:
         first = pieces[0]
         if first.tensor_type not in MINDSPORE_DTYPES:
             raise FormatError(f"its entry {name} is of type {first.tensor_type}, which no weight is")
-        dtype, shape = MINDSPORE_DTYPES[first.tensor_type], [d for d in first.dims if list(first.dims) != [0]]
+        if len(first.dims) > 8 or any(size < 0 for size in first.dims):
+            raise FormatError(f"its entry {name} has {len(first.dims)} dimensions, as no weight has")
+        # MindSpore writes a single 0 for a number that is no array.
+        dtype, shape = MINDSPORE_DTYPES[first.tensor_type], [] if list(first.dims) == [0] else list(first.dims)
         content = bytearray().join(piece.tensor_content for piece in pieces)
         if (
             any(list(piece.dims) != list(first.dims) for piece in pieces)
@@ -263,7 +372,6 @@ READERS: dict[str, Callable[[Path], Tensors]] = {
     "holocron": read_torch,
     "paddle": read_paddle,
     "mindspore": read_mindspore,
-    "safetensors": lambda path: load_file(path),
 }
 
 
@@ -340,7 +448,6 @@ def rename_paddle(name: str) -> str:
 
 RENAMERS: dict[str, Callable[[str], str]] = {
     "torch": rename_torch,
-    "safetensors": rename_torch,
     "mmengine": rename_mmengine,
     "holocron": rename_holocron,
     "paddle": rename_paddle,

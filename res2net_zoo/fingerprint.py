@@ -2,14 +2,15 @@
 
 import json
 import math
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from res2net_zoo.program import WEIGHTS, sha256_of, write_atomically
+from res2net_zoo.program import WEIGHTS, InputError, sha256_of, write_atomically
 
 NAME = "fingerprint.json"
 
@@ -56,8 +57,9 @@ def difference(ours: list[float], theirs: list[float]) -> float:
     """Return the largest difference of two lists of logits relative to the largest; infinite where none can be told."""
     if len(ours) != len(theirs) or not all(map(math.isfinite, [*ours, *theirs])):
         return math.inf
+    apart = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
     largest = max(map(abs, theirs))
-    return max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) / largest if largest else math.inf
+    return apart / largest if largest else math.inf if apart else 0.0
 
 
 def load(folder: Path) -> nn.Module:
@@ -88,6 +90,42 @@ def of(folder: Path) -> dict[str, Any]:
         "sha256": {WEIGHTS: sha256_of(folder / WEIGHTS)},
         "made_with": {"timm": timm.__version__, "torch": torch.__version__.partition("+")[0]},
     }
+
+
+class Stored(NamedTuple):
+    """What a fingerprint.json says.
+
+    Attributes:
+        sha256: SHA-256 of the weights.
+        input_size: (channels, height, width) of the synthetic image.
+        logits: A logit for each class.
+    """
+
+    sha256: str
+    input_size: tuple[int, int, int]
+    logits: list[float]
+
+
+def read(folder: Path) -> Stored | None:
+    """Read the fingerprint of a model folder; None if there is none.
+
+    Raises:
+        InputError: It is none that this module wrote.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        digest, size, values = content["sha256"][WEIGHTS], content["input_size"], content["logits"]
+        # Whoever wrote the file shall not say how much memory is taken.
+        fits = len(size) == 3 and all(type(n) is int and 0 < n <= 4096 for n in size) and math.prod(size) <= 3 * 2048**2
+        numbers = isinstance(values, list) and len(values) > 0 and all(type(x) is float for x in values)
+        if not (isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest) and fits and numbers):
+            raise ValueError("a hash, an input size or logits that cannot be")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} is no fingerprint: {' '.join(str(error).split())[:200]}") from error
+    return Stored(digest, tuple(size), values)
 
 
 def write(folder: Path) -> None:

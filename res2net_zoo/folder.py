@@ -62,7 +62,10 @@ def write_model_folder(
         if folder.exists():
             for path in folder.iterdir():
                 if not (new / path.name).exists() and path.name != EVAL_RESULTS:
-                    (shutil.copytree if path.is_dir() else shutil.copy2)(path, new / path.name)
+                    if path.is_dir() and not path.is_symlink():
+                        shutil.copytree(path, new / path.name, symlinks=True)
+                    else:
+                        shutil.copy2(path, new / path.name, follow_symlinks=False)
             folder.rename(old)
         new.rename(folder)
     finally:

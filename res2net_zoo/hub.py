@@ -1,9 +1,12 @@
 """Talking to the Hub: patience where its client has none, plain words for what goes wrong, and hashes."""
 
 import contextlib
+import errno
 import hashlib
+import os
 import re
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -19,17 +22,19 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     HTTPError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, filter_repo_objects
+from huggingface_hub.utils import build_hf_headers, filter_repo_objects, get_session
 from huggingface_hub.utils.sha import git_hash
 
-from res2net_zoo.program import InputError, sha256_of, write_atomically
+from res2net_zoo.program import WEIGHTS, InputError, sha256_of, write_atomically
 
 T = TypeVar("T")
 
@@ -71,6 +76,88 @@ def patiently(call: Callable[[], T]) -> T:
     raise AssertionError("unreachable")
 
 
+def download(url: str, path: Path, headers: dict[str, str] | None = None, size: int | None = None) -> None:
+    """Download a file, going on where a connection, or an earlier call, broke off.
+
+    Args:
+        url: Where it is.
+        path: Where to put it; what is there already is taken for its beginning.
+        headers: What else to tell the server.
+        size: How many bytes there should be, if known.
+
+    Raises:
+        InputError: It cannot be had.
+    """
+    name = shown(url)
+    if not urllib.parse.urlsplit(url).hostname:
+        raise InputError(f"{name} is no URL that can be downloaded")
+
+    def go_on() -> None:
+        done = path.stat().st_size if path.exists() else 0
+        with path.open("ab") as file:
+            try:
+                http_get(
+                    url,
+                    file,
+                    resume_size=done,
+                    headers=headers,
+                    expected_size=size,
+                    displayed_filename=name.rpartition("/")[2],
+                )
+            except HfHubHTTPError as error:
+                if error.response.status_code != 416:  # nothing is left to be fetched
+                    raise
+
+    try:
+        patiently(go_on)
+    except OfflineModeIsEnabled as error:
+        raise InputError(f"cannot download {name}: HF_HUB_OFFLINE is set; unset it") from error
+    except HTTPError as error:
+        status = status_of(error)
+        advice = "; run it again to go on" if status is None or status in (408, 429) or status >= 500 else ""
+        raise InputError(f"cannot download {name}: {one_line(error)}{advice}") from error
+    except OSError as error:
+        if error.errno is not None:
+            reason = error.strerror or error
+            raise InputError(f"cannot write {path}: {reason}; make room and run it again to go on") from error
+        # The client's own: there are fewer bytes than there should be, or more.
+        path.unlink(missing_ok=True)
+        raise InputError(f"what came from {name} has not the size that it should have; run it again") from error
+
+
+def shown(url: str) -> str:
+    """Return a URL without what may be a secret: user, password, query and fragment."""
+    parts = urllib.parse.urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return urllib.parse.urlunsplit((parts.scheme, host, parts.path, "", ""))
+
+
+def identity(url: str) -> str | None:
+    """Return some digits that stay the same as long as a server has the same file at a URL, None if it does not say."""
+    with contextlib.suppress(HTTPError, OfflineModeIsEnabled, ValueError):
+        response = get_session().head(url, follow_redirects=True)
+        known = [response.headers.get(name, "") for name in ("ETag", "Last-Modified", "Content-Length")]
+        if response.status_code == 200 and any(known[:2]):
+            return hashlib.sha256(" ".join(known).encode()).hexdigest()[:16]
+    return None
+
+
+def assets(namespace: str, name: str, cache_dir: str | Path | None = None) -> Path:
+    """Return a folder of ours in huggingface_hub's assets cache, made if it is not there.
+
+    Raises:
+        InputError: It cannot be made.
+    """
+    try:
+        folder = cached_assets_path("res2net_zoo", namespace, name, assets_dir=cache_dir)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return folder
+    except (OSError, ValueError) as error:
+        where = cache_dir or constants.HF_ASSETS_CACHE
+        raise InputError(f"cannot write into the cache {where}: {one_line(error)}; set HF_HOME to another") from error
+
+
 @contextlib.contextmanager
 def plainly(repo_id: str) -> Iterator[None]:
     """Turn what can go wrong with a repository into one line that says what to do.
@@ -109,6 +196,10 @@ def plainly(repo_id: str) -> Iterator[None]:
         else:
             reason = f"the Hub refused {repo_id}: {reasons.get(status) or one_line(error)}"
         raise InputError(reason) from error
+    except (OSError, ValueError) as error:
+        # A full disk, a cache that cannot be written; some of it the client wraps in a type of no meaning.
+        where = constants.HF_HUB_CACHE
+        raise InputError(f"cannot keep {repo_id} in the cache {where}: {one_line(error)}") from error
 
 
 def check_cached(hub_id: str, filename: str, cache_dir: str | Path | None = None, sha256: str = "") -> None:
@@ -133,7 +224,8 @@ def check_cached(hub_id: str, filename: str, cache_dir: str | Path | None = None
     named = blob.name if re.fullmatch(r"[0-9a-f]{64}", blob.name) else ""  # not where a file system has no links
     stat = blob.stat()
     stamp = f"{stat.st_size} {stat.st_mtime_ns}"
-    mark = cached_assets_path("res2net_zoo", "checked", hashlib.sha256(str(blob).encode()).hexdigest()[:32]) / "sha256"
+    key = hashlib.sha256(str(blob).encode()).hexdigest()[:32]
+    mark = Path(constants.HF_ASSETS_CACHE) / "res2net_zoo" / "checked" / key / "sha256"
     try:
         digest, seen = mark.read_text().split(" ", 1)
     except (OSError, ValueError):
@@ -155,8 +247,8 @@ def check_cached(hub_id: str, filename: str, cache_dir: str | Path | None = None
         )
 
 
-# Of a repository only what a model folder needs: nothing that is a pickle.
-UNWANTED = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.onnx", "*.msgpack", ".gitattributes")
+# Of a repository what a model folder has, and no pickles.
+WANTED = (WEIGHTS, "*.json", "*.md", "*.txt", "*.csv", "*.yaml", "*.toml", "*.png", "*.jpg", "LICENSE*", "NOTICE*")
 
 
 def describe(repo_id: str, revision: str | None = None) -> ModelInfo:
@@ -184,7 +276,7 @@ def snapshot(repo_id: str, revision: str | None = None) -> Path:
     """
     sha = describe(repo_id, revision).sha  # a name could lead to another commit a moment later
     with plainly(repo_id):
-        folder = Path(patiently(lambda: snapshot_download(repo_id, revision=sha, ignore_patterns=list(UNWANTED))))
+        folder = Path(patiently(lambda: snapshot_download(repo_id, revision=sha, allow_patterns=list(WANTED))))
         report = patiently(lambda: HfApi().verify_repo_checksums(repo_id, revision=sha, cache_dir=folder.parents[2]))
     for mismatch in report.mismatches:
         forget(folder / mismatch["path"])
@@ -215,12 +307,14 @@ def fetch_repository(repo_id: str, sha: str, folder: Path) -> None:
     Raises:
         InputError: One cannot be had, or came with wrong bytes; then that one is not there.
     """
-    from res2net_zoo.weights import download
-
     with plainly(repo_id):
         entries = patiently(lambda: list(HfApi().list_repo_tree(repo_id, revision=sha, recursive=True)))
     files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-    for name in filter_repo_objects(files, ignore_patterns=list(UNWANTED)):
+    files = {name: files[name] for name in filter_repo_objects(files, allow_patterns=list(WANTED))}
+    for path in [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".part"]:
+        if path.relative_to(folder).as_posix() not in files:
+            path.unlink()  # of an earlier commit
+    for name in files:
         entry, path = files[name], folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{repo_id} has a file {name!r}, which lies outside of it; do not trust it")

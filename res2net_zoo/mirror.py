@@ -2,12 +2,16 @@
 
 import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+import filelock
+from huggingface_hub.utils import WeakFileLock
 
 from res2net_zoo import fingerprint, hub, weights
 from res2net_zoo.catalog import Checkpoint
 from res2net_zoo.folder import write_converted
-from res2net_zoo.program import WEIGHTS, InputError
+from res2net_zoo.program import InputError, check_can_make
 from res2net_zoo.verify import Check, verify
 
 PARTIAL = ".partial"
@@ -31,7 +35,7 @@ def mirror(checkpoint: Checkpoint, root: Path) -> str:
     """
     folder = root / checkpoint.name
     if folder.is_dir():
-        if failed := _damages(folder):
+        if failed := _damages(folder, checkpoint):
             raise InputError(f"{folder} is damaged ({failed[0].what}: {failed[0].found}); remove it and run this again")
         return "here already"
     try:
@@ -44,7 +48,7 @@ def mirror(checkpoint: Checkpoint, root: Path) -> str:
             )
         with weights.original(checkpoint.url) as path:
             state, metadata = weights.read_original(path, checkpoint, checkpoint.url)
-        write_converted(folder, checkpoint, state, metadata)
+            write_converted(folder, checkpoint, state, metadata)
     except OSError as error:
         raise InputError(f"cannot write into {root}: {error.strerror or error}; run it again to go on") from error
     return f"converted from {checkpoint.released_by}"
@@ -56,20 +60,40 @@ def _from_hub(checkpoint: Checkpoint, root: Path) -> str:
     hub.fetch_repository(checkpoint.hub_id, sha, partial)
     for unfinished in partial.rglob("*.part"):  # of an earlier commit
         unfinished.unlink()
-    if not (partial / WEIGHTS).is_file():
-        raise InputError(f"{checkpoint.hub_id} has no {WEIGHTS} on the Hub")
-    if not (partial / fingerprint.NAME).exists():
-        fingerprint.write(partial)  # what came is what the Hub has, so it can vouch for the copy later
-    if failed := _damages(partial):
+    try:
+        failed = _damages(partial, checkpoint)
+    except InputError as error:
+        raise InputError(f"{checkpoint.hub_id} at {sha[:12]} is no {checkpoint.name}: {error}") from error
+    if failed:
         what, found, expected, _ = failed[0]
         shutil.rmtree(partial)
         raise InputError(f"{checkpoint.hub_id} is not {checkpoint.name}: {what} is {found}, not {expected}")
+    if not (partial / fingerprint.NAME).exists():
+        fingerprint.write(partial)  # what came is what the Hub has, so it can vouch for the copy later
     partial.rename(root / checkpoint.name)
     with contextlib.suppress(OSError):  # others are still on their way
         partial.parent.rmdir()
     return f"Hub {checkpoint.hub_id} at {sha[:12]}"
 
 
-def _damages(folder: Path) -> list[Check]:
+def _damages(folder: Path, checkpoint: Checkpoint) -> list[Check]:
     """Return the checks that a folder fails, but for preprocessing, which the catalogue has and a mirror need not."""
-    return [check for check in verify(folder) if check.passed is False and check.what != "preprocessing"]
+    return [c for c in verify(folder, checkpoint) if c.passed is False and c.what != "preprocessing"]
+
+
+@contextlib.contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Make a mirror if there is none, and keep other programs from writing into it.
+
+    Raises:
+        InputError: It cannot be made, or another program is at work on it.
+    """
+    check_can_make(root)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(root / ".lock", timeout=1):
+            yield
+    except filelock.Timeout as error:
+        raise InputError(f"another program is writing into {root}; wait for it") from error
+    except OSError as error:
+        raise InputError(f"cannot write into {root}: {error.strerror or error}") from error

@@ -1,12 +1,13 @@
 """What every program of the zoo shares: one clear line for bad input, exit codes, threads, files."""
 
+import contextlib
 import hashlib
 import logging
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -211,12 +212,14 @@ def default_workers(device: "torch.device") -> int:
     return 1 if device.type == "cpu" else min(16, share_of_cores())
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that at any moment it is the old one or the new one, whole.
+@contextlib.contextmanager
+def temporary_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write to, which takes the place of a file once it is whole.
+
+    At any moment the file is the old one or the new one; if the block fails, the old one.
 
     Args:
-        path: The file.
-        write: Writes the new content to the path that it is given.
+        path: The file; its folder is made if it is not there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Keeping the suffix lets writers that look at it (matplotlib) work.
@@ -224,13 +227,24 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     os.close(handle)
     temporary = Path(name)
     try:
-        write(temporary)
+        yield temporary
         make_readable(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file so that at any moment it is the old one or the new one, whole.
+
+    Args:
+        path: The file.
+        write: Writes the new content to the path that it is given.
+    """
+    with temporary_file(path) as temporary:
+        write(temporary)
 
 
 def sha256_of(path: Path) -> str:

@@ -2,25 +2,27 @@
 
 import hashlib
 import re
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, ModelInfo
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
-from res2net_zoo import hub, verify
+from res2net_zoo import verify
+from res2net_zoo.folder import EVAL_RESULTS
 from res2net_zoo.hub import hash_of, one_line, patiently, plainly, status_of
 from res2net_zoo.program import WEIGHTS, InputError, sha256_of
 
 COLLECTION = "Res2Net Zoo"
+PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle", ".pdparams", ".joblib", ".npy", ".npz")
 TRIES = 4
 
 # Licences of the Hub's list that let anybody pass on what they cover. Others forbid it, or are
 # texts of their own that somebody has to read first.
 REDISTRIBUTABLE = (
-    r"apache-2.0|mit|isc|zlib|unlicense|bsd|bsd-2-clause|bsd-3-clause(-clear)?|cc0-1.0|cc"
+    r"apache-2.0|mit|isc|zlib|unlicense|bsd|bsd-2-clause|bsd-3-clause(-clear)?|cc0-1.0"
     r"|cc-by(-nc)?(-sa)?-[234].[05]|[al]?gpl(-[23].[01])?|mpl-2.0|epl-[12].0|afl-3.0|artistic-2.0|openrail(\+\+)?"
 ).replace(".", r"\.")
 
@@ -75,14 +77,29 @@ class Plan:
 
 
 def files_of(folder: Path) -> list[str]:
-    """Return the paths of a model folder's files, without those that tools leave there."""
+    """Return the paths of a model folder's files, without those that tools leave there.
+
+    Raises:
+        InputError: One is nothing to publish: a pickle, or a link that leads elsewhere.
+    """
     paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    ignored = [*DEFAULT_IGNORE_PATTERNS, ".cache/*", "*.part", ".DS_Store", "**/.DS_Store"]
-    return list(filter_repo_objects(paths, ignore_patterns=ignored))
+    kept = []
+    for path in filter_repo_objects(paths, ignore_patterns=[*DEFAULT_IGNORE_PATTERNS, "*.part"]):
+        parts = path.split("/")
+        if any(part.startswith(".") and part not in (EVAL_RESULTS, ".gitattributes") for part in parts):
+            continue  # .cache, .DS_Store, .env
+        if path.endswith(PICKLES):
+            raise InputError(f"{folder / path} is a pickle, which nobody should load; take it out")
+        target = (folder / path).resolve()
+        # The Hub's own cache has links to its blobs.
+        if not target.is_relative_to(folder.resolve()) and target.parent.name != "blobs":
+            raise InputError(f"{folder / path} leads to a file outside of the folder; put the file itself there")
+        kept.append(path)
+    return kept
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that does not verify, or whose card the Hub would refuse.
+    """Refuse a folder that does not verify, or that has no card that can be read.
 
     Raises:
         InputError: It is no model folder, or something of it is wrong.
@@ -92,6 +109,22 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"{folder} does not verify: {what}: {found}, not {expected}; nothing was sent")
     if not (folder / "README.md").is_file():
         raise InputError(f"{folder} has no README.md, the model card; nothing was sent")
+    license_of(folder)
+    files_of(folder)
+
+
+def license_of(folder: Path) -> str | None:
+    """Return the licence that a model folder's card states, if it does.
+
+    Raises:
+        InputError: The card cannot be read.
+    """
+    try:
+        license = ModelCard.load(folder / "README.md").data.get("license")
+    except Exception as error:
+        # Whatever huggingface_hub's parser of YAML stumbles over.
+        raise InputError(f"{folder / 'README.md'} is no model card: {one_line(error)}") from error
+    return license if isinstance(license, str) else None
 
 
 def check_license(folder: Path) -> None:
@@ -101,20 +134,19 @@ def check_license(folder: Path) -> None:
         LicenseError: Its licence is unknown, forbids it, or covers the weights only perhaps.
     """
     advice = "publish it --private, or say --despite-license if you may"
-    checkpoint = verify.identify(folder)[1]
+    checkpoint, license = verify.identify(folder), license_of(folder)
     if checkpoint and checkpoint.license_note:
         raise LicenseError(
             f"the licence of {checkpoint.name} is not plainly that of its weights ({checkpoint.license}: "
             f"{checkpoint.license_note}); {advice}"
         )
-    try:
-        license = ModelCard.load(folder / "README.md").data.get("license")
-    except Exception as error:
-        # Whatever huggingface_hub's parser of YAML stumbles over.
-        raise InputError(f"{folder / 'README.md'} is no model card: {one_line(error)}") from error
     if not license:
         raise LicenseError(f"the card of {folder} states no licence; add `license:` to its metadata, or {advice}")
-    if not isinstance(license, str) or not re.fullmatch(REDISTRIBUTABLE, license):
+    if checkpoint and license != checkpoint.license.lower():
+        raise LicenseError(
+            f"the card of {folder} says {license}, the release {checkpoint.license}; mend it, or {advice}"
+        )
+    if not re.fullmatch(REDISTRIBUTABLE, license):
         raise LicenseError(f"the licence {license} of {folder} forbids passing it on, or is unknown; {advice}")
 
 
@@ -134,6 +166,7 @@ def make_plan(folder: Path, repo_id: str, revision: str = "main", private: bool 
         InputError: The Hub cannot be asked.
     """
     api, branches = HfApi(), False
+    info: ModelInfo | None
     with plainly(repo_id):
         try:
             info = patiently(lambda: api.model_info(repo_id, revision=revision, files_metadata=True))
@@ -173,7 +206,6 @@ def publish(
     plan: Plan,
     create_pr: bool = False,
     force: bool = False,
-    again: Callable[[], Plan] | None = None,
 ) -> str:
     """Publish a folder, in one commit.
 
@@ -185,7 +217,6 @@ def publish(
         plan: What `make_plan` found.
         create_pr: Propose it as a pull request.
         force: Overwrite a different weight.
-        again: Makes the plan again, after somebody else's commit or a lost answer.
 
     Returns:
         What was done, in words with a URL.
@@ -193,10 +224,14 @@ def publish(
     Raises:
         InputError: It cannot be done.
     """
-    again = again or (lambda: make_plan(folder, plan.repo_id, plan.revision, plan.private))
-    repo_id, api = plan.repo_id, HfApi()
-    if plan.creates and create_pr:
-        raise InputError(f"there is no model {repo_id} on the Hub to open a pull request on")
+    repo_id, revision, private, api = plan.repo_id, plan.revision, plan.private, HfApi()
+
+    def again() -> Plan:
+        new = make_plan(folder, repo_id, revision, private)
+        if private and not new.private:
+            raise InputError(f"{repo_id} has become public meanwhile; nothing was sent")
+        return new
+
     with plainly(repo_id):
         if plan.creates:
             patiently(lambda: api.create_repo(repo_id, private=plan.private, exist_ok=True))
@@ -218,7 +253,7 @@ def publish(
                 temporary = status is None or status in (408, 412, 429) or status >= 500
                 if attempt == TRIES - 1 or not temporary:
                     raise
-                hub.time.sleep(2**attempt)
+                time.sleep(2**attempt)
                 plan = again()
                 continue
             return f"proposed: {done.pr_url}" if create_pr else f"published: {done.commit_url}"
@@ -264,8 +299,8 @@ def add_to_collection(repo_id: str, title: str = COLLECTION, private: bool = Fal
     Args:
         repo_id: The repository; the collection is its owner's.
         title: The collection's title.
-        private: Whether a collection that has to be made is to be private. A public repository
-            makes a private one public.
+        private: Whether a collection that has to be made is to be private. One that is there stays
+            as it is: on the Hub a public one shows private repositories to those who may see them.
 
     Returns:
         The collection's slug.
@@ -285,7 +320,5 @@ def add_to_collection(repo_id: str, title: str = COLLECTION, private: bool = Fal
                 )
             )
         slug = collection.slug
-        if collection.private and not private:
-            patiently(lambda: api.update_collection_metadata(slug, private=False))
         patiently(lambda: api.add_collection_item(slug, repo_id, "model", exists_ok=True))
     return slug

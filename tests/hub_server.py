@@ -730,7 +730,12 @@ def hasten(monkeypatch: Any) -> None:
     """Have nobody wait between two tries, in the client or in the zoo."""
     hasty = SimpleNamespace(**vars(time))
     hasty.sleep = lambda seconds: None
-    for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download", "res2net_zoo.hub"):
+    for module in (
+        "huggingface_hub.utils._http",
+        "huggingface_hub.file_download",
+        "res2net_zoo.hub",
+        "res2net_zoo.publish",
+    ):
         monkeypatch.setattr(f"{module}.time", hasty)
 
 

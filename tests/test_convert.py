@@ -3,8 +3,10 @@
 import io
 import json
 import pickle
+import re
 import shutil
 import struct
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -234,6 +236,72 @@ def test_no_memory_is_taken_for_what_a_paddle_file_only_declares(tmp_path):
     array = pickle.dumps({"w": np.zeros(3, "f")}, 4).replace(b"K\x03\x85", b"J\xff\xff\xff\x7f\x85", 1)
     path.write_bytes(array)
     refuse(path, "paddle")
+
+
+def long_steps(path: Path, body: bytes) -> Path:
+    path.write_bytes(b"\x80\x02" + body)
+    return path
+
+
+PADDLE_ATTACKS = {
+    "an array without numbers": (
+        b"cnumpy\nndarray\nJ\x00\x00\x00\x40\x85cnumpy\ndtype\nU\x02f4\x85R\x86R.",
+        "without its numbers",
+    ),
+    "a memo of gigabytes": (b"Nr\x00\x00\x00\x0a.", "larger than any"),
+    "bytes of gigabytes": (b"\x96" + struct.pack("<Q", 2**40), "too early|no whole|BYTEARRAY8"),
+    "an extension": (b"\x82\x01.", "EXT1"),
+    "many steps": (b"}0" * 600_000 + b".", "larger than any"),
+}
+
+
+@pytest.mark.parametrize("attack", PADDLE_ATTACKS)
+@pytest.mark.parametrize("format", ["paddle", "torch"])
+def test_no_memory_is_taken_for_a_hostile_pickle(attack, format, tmp_path, monkeypatch):
+    body, words = PADDLE_ATTACKS[attack]
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("it was loaded"))
+    tracemalloc.start()
+    line = refuse(long_steps(tmp_path / "file", body), format)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100e6 and (re.search(words, line) or format == "torch"), line
+
+
+def test_a_paddle_file_that_has_the_same_bytes_many_times(tmp_path):
+    path, array = tmp_path / "file", np.zeros(1000, "f")
+    path.write_bytes(pickle.dumps({str(i): array for i in range(9)}, 4))
+    assert "no array of numbers" in refuse(path, "paddle")
+    slices = {f"w@@.{i}": array for i in range(9)}
+    info = {"UnpackBigParamInfor@@": {"w": {"OriginShape": (9000,), "slices": list(slices)}}}
+    path.write_bytes(pickle.dumps({**slices, **info}, 2))
+    assert "no array of numbers" in refuse(path, "paddle")
+    path.write_bytes(
+        b"\x80\x02}(c_codecs\nencode\nq\x00(X\xe8\x03\x00\x00" + b"a" * 1000 + b"X\x06\x00\x00\x00latin1tq\x01R"
+    )
+    with path.open("ab") as file:
+        file.write(b"h\x00h\x01R" * 50 + b"u.")
+    assert "more bytes than it has" in refuse(path, "paddle")
+
+
+def test_torch_storages_of_other_kinds_are_refused(tmp_path):
+    path = tmp_path / "file"
+    torch.save({"w": torch.zeros(3), "b": bytearray(9)}, path)
+    assert "it would call" in refuse(path, "torch")
+    other = tmp_path / "other"
+    torch.save({"w": torch.zeros(3)}, other)
+    with zipfile.ZipFile(other, "a") as archive:
+        archive.writestr("second/data.pkl", b"\x80\x02}.")
+    assert "none of torch's" in refuse(other, "torch")
+
+
+def test_hostile_mindspore_messages(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"\x0a\x00" * 200_000)
+    assert "more entries than any" in refuse(path, "mindspore")
+    path.write_bytes(b"\x12\x00" + mindspore_value("w", np.zeros(3, "f")))
+    assert "something else than entries" in refuse(path, "mindspore")
+    path.write_bytes(mindspore_value("w", np.zeros((1,) * 9, "f")))
+    assert "9 dimensions" in refuse(path, "mindspore")
 
 
 def test_mindspore_pieces_join_and_must_fill_their_shape(tmp_path):

@@ -122,7 +122,7 @@ class TestPublish:
         ]
 
     def test_what_tools_leave_does_not_go(self, hub, publish, folder):
-        for name in (".cache/huggingface/download/x.metadata", ".git/config", "model.safetensors.0123.part"):
+        for name in (".cache/huggingface/download/x.metadata", ".git/config", "model.safetensors.0123.part", ".env"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text("x")
         assert publish(folder, "--repo-id", REPO).returncode == 0
@@ -178,7 +178,7 @@ class TestPublish:
         assert hub.repositories[KEY].private and collection["private"]
         assert publish(folder, "--repo-id", REPO).returncode == 0 and hub.repositories[KEY].private
         assert publish(folder, "--repo-id", "zoo/open").returncode == 0
-        assert not hub.repositories["models/zoo/open"].private and not collection["private"]
+        assert not hub.repositories["models/zoo/open"].private and collection["private"]
         assert [item["id"] for item in collection["items"]] == [REPO, "zoo/open"]
         assert "is public already" in input_error(publish(folder, "--repo-id", "zoo/open", "--private"))
 
@@ -228,6 +228,8 @@ class TestPublish:
             (lambda f: (f / "README.md").write_text("---\n: [\n---\n"), "is no model card"),
             (lambda f: os.truncate(f / "model.safetensors", 99_999), "does not verify"),
             (lambda f: (f / "fingerprint.json").write_text("[]"), "is no fingerprint"),
+            (lambda f: (f / "optimizer.pt").write_text("x"), "optimizer.pt is a pickle"),
+            (lambda f: (f / "link.txt").symlink_to(ROOT / "LICENSE"), "leads to a file outside"),
         ],
     )
     def test_a_folder_that_is_not_right(self, hub, publish, folder, spoil, words):
@@ -243,6 +245,9 @@ class TestPublish:
             (["no/such/folder", "--repo-id", "zoo/x"], "no such folder"),
             ([SHIPPED_MODEL, "--repo-id", "a b/c"], "is no repository id"),
             (["--all", "--org", "zoo", "--model", "nothing"], "no checkpoint nothing"),
+            ([SHIPPED_MODEL, "--repo-id", "zoo/x", "--create-pr", "--revision", "v2"], "leave --revision out"),
+            ([SHIPPED_MODEL, "--repo-id", "zoo/x", "--create-pr", "--dry-run"], "no model zoo/x on the Hub"),
+            ([SHIPPED_MODEL, "--repo-id", "zoo/x", "--collection", "x" * 61], "has 61 letters"),
         ],
     )
     def test_bad_arguments(self, publish, hub, args, words):
@@ -268,7 +273,8 @@ class TestPublishAll:
             for name in (self.PADDLE, self.HOLOCRON):
                 checkpoint = catalog.load().checkpoints[name]
                 state = timm.create_model(checkpoint.architecture, num_classes=checkpoint.num_classes).state_dict()
-                metadata = {"source": "here", "source_sha256": checkpoint.sha256, "converter": "1"}
+                digest = checkpoint.sha256.ljust(64, "0")
+                metadata = {"source": checkpoint.url, "source_sha256": digest, "converter": "1"}
                 write_converted(tmp_path / "mirror" / name, checkpoint, state, metadata)
             yield file
         catalog.load.cache_clear()
@@ -294,6 +300,30 @@ class TestPublishAll:
         assert len(hub.commits(f"models/zoo-org/{self.PADDLE}")) == 2
         (collection,) = hub.collections.values()
         assert [item["id"].split("/")[1] for item in collection["items"]] == [self.PADDLE, self.HOLOCRON]
+
+    def test_private_repositories_are_not_recorded(self, hub, publish, catalogue, tmp_path):
+        before = catalogue.read_text()
+        result = publish("--all", "--org", "zoo-org", "--mirror", tmp_path / "mirror", "--private")
+        assert result.returncode == 0 and "not recorded" in result.stdout and str(catalogue) not in result.stdout
+        assert len(hub.repositories) == 2 and all(r.private for r in hub.repositories.values())
+        assert catalogue.read_text() == before
+
+    def test_a_weight_is_known_by_what_it_is_from(self, hub, publish, catalogue, tmp_path):
+        """Another tag and another licence on the card do not make another weight of it."""
+        folder = tmp_path / "mirror" / self.HOLOCRON
+        config = json.loads((folder / "config.json").read_text())
+        config["pretrained_cfg"]["tag"] = "mine"
+        (folder / "config.json").write_text(json.dumps(config))
+        checkpoint = catalog.load().checkpoints[self.HOLOCRON]
+        assert checkpoint.sha256 or checkpoint.url
+        line = input_error(publish(folder, "--repo-id", "zoo/mine"))
+        assert f"the licence of {self.HOLOCRON} is not plainly" in line and not hub.repositories
+        card = (tmp_path / "mirror" / self.PADDLE / "README.md").read_text()
+        (tmp_path / "mirror" / self.PADDLE / "README.md").write_text(
+            card.replace("license: apache-2.0", "license: mit")
+        )
+        line = input_error(publish(tmp_path / "mirror" / self.PADDLE, "--repo-id", "zoo/mine"))
+        assert "says mit, the release Apache-2.0" in line and not hub.repositories
 
     def test_one_that_fails_does_not_keep_the_others_back(self, hub, publish, catalogue, tmp_path):
         hub.add(f"models/zoo-org/{self.PADDLE}", {"model.safetensors": b"another"})
@@ -383,6 +413,42 @@ class TestFaults:
         with pytest.raises(InputError, match="removed from the cache"):
             timm.create_model(f"hf-hub:{REPO}", pretrained=True)
 
+    def test_a_wrong_byte_in_a_repository_without_safetensors(self, hub, folder):
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+        hub.add(KEY, folder)
+        hub.corrupt("pytorch_model.bin", at_byte=900_000)
+        with pytest.raises(InputError, match=r"what came as pytorch_model\.bin"):
+            timm.create_model(f"hf-hub:{REPO}", pretrained=True)
+        timm.create_model(f"hf-hub:{REPO}", pretrained=True)
+
+    def test_a_mirror_is_of_the_catalogue_alone(self, hub, folder, monkeypatch, tmp_path):
+        """Repositories and weights that somebody names otherwise are theirs."""
+        monkeypatch.setenv("RES2NET_ZOO_MIRROR", str(tmp_path / "empty"))
+        config = json.loads((folder / "config.json").read_text())
+        hub.add(KEY, folder)
+        config["pretrained_cfg"]["tag"] = "in1k"
+        hub.add("models/zoo/tagged", {"config.json": json.dumps(config)})
+        hub.commit("models/zoo/tagged", {"model.safetensors": (folder / "model.safetensors").read_bytes()})
+        for repo in (REPO, "zoo/tagged"):
+            hub.corrupt(f"cdn/models/{repo}", at_byte=900_000)
+            with pytest.raises(InputError, match="removed from the cache"):
+                timm.create_model(f"hf-hub:{repo}", pretrained=True)
+            timm.create_model(f"hf-hub:{repo}", pretrained=True)
+        other = timm.create_model("res2net50_26w_4s", num_classes=10)
+        torch.save(other.state_dict(), tmp_path / "own.pth")
+        own = dict(
+            timm.get_pretrained_cfg("res2net50_26w_4s").to_dict(), file=str(tmp_path / "own.pth"), num_classes=10
+        )
+        loaded = timm.create_model("res2net50_26w_4s", pretrained=True, pretrained_cfg=own, num_classes=10)
+        assert torch.equal(loaded.fc.weight, other.fc.weight)
+
+    def test_a_full_disk(self, hub, in_process, folder):
+        hub.add(KEY, folder)
+        with full_disk(500_000):
+            assert "cannot keep zoo/tiny in the cache" in input_error(in_process("hub/verify.py", REPO))
+        assert in_process("hub/verify.py", REPO).returncode == 0
+
     def test_a_hash_that_the_catalogue_records(self, hub, folder, monkeypatch):
         from res2net_zoo.hub import check_cached
 
@@ -456,6 +522,37 @@ class TestVerify:
         failed = [line for line in result.stdout.splitlines() if "| FAILED |" in line]
         assert len(failed) == 2 and "SHA-256 of the original" in failed[0] and "crop_pct 0.95" in failed[1]
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            dict(logits=[10**400]),
+            dict(logits=[]),
+            dict(logits=[True] * 10),
+            dict(sha256={"model.safetensors": 5}),
+            dict(sha256={"model.safetensors": "f"}),
+            dict(sha256=None),
+            dict(input_size=[3, 1000000, 1000000]),
+            dict(input_size=[3, -1, 4]),
+            dict(input_size=3),
+        ],
+        ids=str,
+    )
+    def test_a_fingerprint_that_cannot_be(self, in_process, folder, change):
+        content = json.loads((folder / "fingerprint.json").read_text())
+        (folder / "fingerprint.json").write_text(json.dumps(content | change))
+        assert "is no fingerprint" in input_error(in_process("hub/verify.py", folder))
+
+    @pytest.mark.parametrize("name", ["fingerprint.json", "config.json"])
+    def test_json_of_great_depth(self, in_process, folder, name):
+        (folder / name).write_text("[" * 100_000)
+        assert name.partition(".")[0] in input_error(in_process("hub/verify.py", folder)) or name == "config.json"
+
+    def test_a_new_classifier_of_zeros_has_a_fingerprint(self, in_process, folder):
+        tensors = load_file(folder / "model.safetensors")
+        save_weights({k: t * (not k.startswith("fc.")) for k, t in tensors.items()}, folder / "model.safetensors", {})
+        fingerprint.write(folder)
+        assert in_process("hub/verify.py", folder).returncode == 0
+
     def test_without_a_fingerprint_it_says_so(self, in_process, folder):
         (folder / "fingerprint.json").unlink()
         result = in_process("hub/verify.py", folder)
@@ -504,7 +601,6 @@ class TestCards:
     @pytest.mark.parametrize("name", list(catalog.load().checkpoints))
     def test_every_checkpoints_card(self, name):
         from res2net_zoo.card import checkpoint_card, eval_results, in_timm
-        from res2net_zoo.pretrained import published_accuracies  # noqa: F401  what reads it back, see below
 
         checkpoint = catalog.load().checkpoints[name]
         metadata = {"source": checkpoint.url or "a file", "source_sha256": "12" * 32, "converter": "1"}
@@ -651,6 +747,24 @@ class TestMirror:
             "is not dla60_res2next.in1k: SHA-256 of the original" in line and not (tmp_path / "mirror" / entry).exists()
         )
 
+    @pytest.mark.parametrize("config", [None, "{", '{"architecture": "resnet18"}', "tiny"])
+    def test_a_repository_that_holds_another_model(self, hub, in_process, entry, tmp_path, config):
+        key = f"models/timm/{entry}"
+        if config == "tiny":
+            hub.commit(key, read_tree(SHIPPED_MODEL))
+        else:
+            hub.commit(key, {"config.json": config} if config else {}, () if config else ["config.json"])
+        args = ["--to", tmp_path / "mirror", "--model", entry]
+        line = input_error(in_process("hub/mirror.py", *args))
+        assert f"is no {entry}" in line or f"is not {entry}" in line
+        assert not (tmp_path / "mirror" / entry).exists()
+        # Once the repository is mended, nothing of before is left.
+        before = hub.files(key, hub.commits(key)[1].sha)
+        hub.commit(key, before, hub.files(key).keys() - before.keys())
+        assert in_process("hub/mirror.py", *args).returncode == 0
+        mine = {name for name in read_tree(tmp_path / "mirror" / entry) if name != "fingerprint.json"}
+        assert mine <= hub.files(key).keys()
+
     def test_what_cannot_be_had_does_not_keep_the_others_back(self, hub, in_process, entry, tmp_path):
         root = tmp_path / "mirror"
         args = ["--to", root, "--model", "res2net101_26w_4s.in1k", entry, "res2net152d.in1k"]
@@ -666,7 +780,9 @@ class TestMirror:
         root = tmp_path / "mirror"
         root.mkdir()
         with WeakFileLock(root / ".lock"):
-            assert "another mirror.py" in input_error(in_process("hub/mirror.py", "--to", root, "--model", entry))
+            assert "another program is writing" in input_error(
+                in_process("hub/mirror.py", "--to", root, "--model", entry)
+            )
 
     @pytest.mark.parametrize(
         ("args", "words"),

@@ -1,8 +1,10 @@
 """Weights that no Hub has: fetched from their release over HTTP, checked, converted, loaded by timm; and mirrors."""
 
 import copy
+import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -76,7 +78,8 @@ def converted_file() -> Path:
 
 def left_over() -> list[str]:
     folder = Path(huggingface_hub.constants.HF_ASSETS_CACHE)
-    return [path.name for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    names = [path.name for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return [re.sub(r"original-[0-9a-f]{16}\.part", "original.part", name) for name in names]
 
 
 def test_pretrained_from_the_release_as_any_timm_model(hub, model, original):
@@ -125,6 +128,45 @@ def test_what_passes_is_waited_for(hub, original, recwarn, fault):
         assert file.metadata()["source_sha256"] == weights.sha256_of(original)
 
 
+def test_another_file_at_the_same_url_is_not_gone_on_with(hub, original, recwarn):
+    hub.cut("original.pdparams", at_byte=60_000_000, reset=True)
+    hub.cut("original.pdparams", at_byte=1_000_000, reset=True, times=TRIES - 1)
+    with pytest.raises(InputError, match="run it again"):
+        timm.create_model(NAME, pretrained=True)
+    content = bytearray(original.read_bytes())
+    content[-50:] = content[-50:]  # the tail of a pickle
+    place = content.index(b"fc.bias") if b"fc.bias" in content else 50_000_000
+    content[place + 5_000] ^= 1
+    hub.add("models/files/originals", {"original.pdparams": bytes(content)})
+    timm.create_model(NAME, pretrained=True)
+    with safe_open(converted_file(), "pt") as file:
+        assert file.metadata()["source_sha256"] == hashlib.sha256(content).hexdigest()
+
+
+def test_a_secret_in_a_url_is_neither_stored_nor_told(hub, in_process, original, tmp_path):
+    url = f"{hub.endpoint}/{FILE}?signature=hunter2"
+    args = ["--model", NAME, "--checkpoint", url, "--output", tmp_path / "out"]
+    result = in_process("hub/convert.py", *args)
+    assert result.returncode == 0 and "hunter2" not in result.stdout + result.stderr
+    assert not any(b"hunter2" in content for content in read_tree(tmp_path / "out").values())
+    for wrong in (url.replace("original.pd", "none.pd"), url.replace("http://", "http://me:hunter2@")):
+        args[3] = wrong
+        assert "hunter2" not in input_error(in_process("hub/convert.py", *args))
+
+
+@pytest.mark.parametrize("source", ["https://", "http:///x", "/dev/zero", "tests"])
+def test_what_is_no_file(in_process, tmp_path, source):
+    args = ["--model", NAME, "--checkpoint", source, "--output", tmp_path / "out"]
+    assert re.search("is no URL|no regular file|Is a directory", input_error(in_process("hub/convert.py", *args)))
+
+
+def test_a_cache_that_cannot_be_written(hub, monkeypatch, in_process, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "file" / "assets"))
+    args = ["--model", NAME, "--checkpoint", f"{hub.endpoint}/{FILE}", "--output", tmp_path / "out"]
+    assert "cannot write into the cache" in input_error(in_process("hub/convert.py", *args))
+
+
 def test_a_wrong_byte_is_noticed_before_the_weight_is_used(hub, original, monkeypatch):
     point_to(monkeypatch, hub, sha256=weights.sha256_of(original)[:8])
     hub.corrupt("original.pdparams", at_byte=50_000_000)
@@ -147,14 +189,17 @@ def test_a_server_that_refuses(hub, status):
 def test_a_full_disk(hub, original, size, recwarn):
     with full_disk(size), pytest.raises(InputError, match=r"cannot write .*(File too large|os error 27)"):
         timm.create_model(NAME, pretrained=True)
-    assert left_over() == (["original.part"] if size < original.stat().st_size else [])
+    assert left_over() == ["original.part"]
+    # What there was room for is not fetched again: this would come due.
+    hub.cut("GET .*original.pdparams", at_byte=75_000_000 if size < original.stat().st_size else 1000)
     timm.create_model(NAME, pretrained=True)
+    assert hub.faults
     assert left_over() == ["model.safetensors"]
 
 
 def test_offline_says_which_command_fetches_it(hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=f"python hub/convert.py --model {NAME} --output DIR"):
+    with pytest.raises(InputError, match=f"python hub/mirror.py --to DIR --model {NAME}"):
         timm.create_model(NAME, pretrained=True)
 
 
@@ -183,7 +228,7 @@ def test_processes_that_start_at_once_download_once(hub, tmp_path):
         "from res2net_zoo import catalog, weights\n"
         f"checkpoint = catalog.load().checkpoints['{NAME}']\n"
         f"object.__setattr__(checkpoint, 'url', '{hub.endpoint}/{FILE}')\n"
-        f"print(weights.sha256_of(weights.converted('{NAME}', '{tmp_path / 'cache'}')))\n"
+        f"print(weights.sha256_of(weights.converted(checkpoint, '{tmp_path / 'cache'}')))\n"
     )
     env = {**os.environ, "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
     runs = [subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=env) for _ in range(8)]
@@ -280,7 +325,7 @@ class TestConvertCommand:
         parts: list[Path] = []
         while not (parts and parts[0].stat().st_size > 50_000_000):
             assert run.poll() is None
-            parts = list((tmp_path / "assets").rglob("original.part"))
+            parts = list((tmp_path / "assets").rglob("original-*.part"))
             time.sleep(0.005)
         run.send_signal(signal.SIGKILL)
         run.wait()
