@@ -180,6 +180,8 @@ def main(args: argparse.Namespace) -> int:
     if accelerator.is_main_process and rows:
         header = ("model", "data", "split", "images", "top-1", "published", "top-5", "published", "images/s", "check")
         print(markdown_table(header, [table_row(result) for result in rows]))
+        sys.stdout.flush()
+    accelerator.wait_for_everyone()  # a process that ends with 1 makes the launcher end the others
     accelerator.end_training()
     if args.check and (unpublished := [result["model"] for result in rows if result["passed"] is None]):
         raise InputError(

@@ -1,0 +1,315 @@
+"""Predict the classes of images, and write their embeddings.
+
+Usage: python scripts/predict.py IMAGE | FOLDER | 'GLOB' ... [--model NAME] [--format table|jsonl|csv]
+
+Folders are searched with all that is in them. On several processes (accelerate launch) each takes
+its share of the images, and the result is the same. With no --model the small model that the
+repository ships tells which digit it sees.
+
+Exit codes: 0 done; 1 images were left out by --skip-corrupt; 2 bad input.
+"""
+
+import argparse
+import contextlib
+import csv
+import glob
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED_MODEL = ROOT / "hub" / "models" / "res2net_tiny.digits"
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """Return an argument type: a whole number of at least `low`."""
+
+    def number(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
+        return int(text)
+
+    return number
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,  # so that a wrong argument is told in one line
+    )
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGE", help="image files, folders of them, or quoted patterns such as 'a/*.jpg'")
+    default = f"local-dir:{os.path.relpath(SHIPPED_MODEL)}"
+    add("--model", default=default, metavar="NAME", help="what timm.create_model takes (%(default)s)")
+    add("--topk", type=at_least(1), default=5, metavar="K", help="classes to tell of each image (%(default)s)")
+    add("--format", choices=("table", "jsonl", "csv"), default="table", help="(%(default)s)")
+    add("--output", type=Path, metavar="FILE", help="where to write it; the standard output by default")
+    add("--embeddings", type=Path, metavar="FILE", help="Parquet file for path and embedding (pooled features)")
+    add("--batch-size", type=at_least(1), default=32, metavar="N", help="images a batch and process (%(default)s)")
+    add("--workers", type=at_least(0), metavar="N", help="loader processes for each process (default by the machine)")
+    add("--threads", type=at_least(1), metavar="N", help="CPU threads for each process (default its share)")
+    add("--mixed-precision", choices=("no", "bf16", "fp16"), help="default as `accelerate config` says, else no")
+    add("--skip-corrupt", action="store_true", help="leave out images that cannot be decoded; the exit code is then 1")
+    args = parser.parse_args()
+    if args.output and args.embeddings and args.output.resolve() == args.embeddings.resolve():
+        parser.error(f"--output and --embeddings are both {args.output}; name two files")
+    return args
+
+
+def main(args: argparse.Namespace) -> int:
+    import torch
+    from accelerate.utils import gather_object
+
+    from res2net_zoo.pretrained import create_model
+    from res2net_zoo.program import InputError, all_or_none, check_writable, progress_bar, start_processes
+
+    accelerator = start_processes(args.threads, args.mixed_precision)
+    paths = all_or_none(lambda: find_images(args.images))
+    for path in filter(None, (args.output, args.embeddings)):
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; name a file")
+        check_writable(path.resolve().parent)
+    model: Any = all_or_none(lambda: create_model(args.model)).eval()
+    if not model.num_classes:
+        raise InputError(f"{args.model} has no classifier to predict with")
+    model = model.to(accelerator.device, memory_format=torch.channels_last)
+    names = class_names(model)
+
+    skipped = 0
+    steps = range(-(-len(paths) // (args.batch_size * accelerator.num_processes)))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(told_in_one_line())
+        write = stack.enter_context(writer(args, names)) if accelerator.is_main_process else None
+        batches = predict(model, paths, args, accelerator)
+        for _ in progress_bar(accelerator, steps, desc="predict", unit="batch"):
+            # One process more may have an image in the last batch than another.
+            share = all_or_none(lambda: next(batches, []))
+            # Of each batch the processes have every world-th image, so that the order comes back by sorting.
+            results: list[tuple[int, Result]] = sorted(gather_object(share), key=lambda pair: pair[0])
+            for _, (path, corrupt, scores, classes, embedding) in results:
+                if corrupt is not None:
+                    skipped += 1
+                    if accelerator.is_main_process:
+                        print(f"warning: {path} is left out: {corrupt}", file=sys.stderr)
+                elif write is not None:
+                    write(path, scores, classes, embedding)
+        if skipped == len(paths):
+            raise InputError(f"none of the {skipped} images can be decoded")
+    accelerator.wait_for_everyone()  # a process that ends with 1 makes the launcher end the others
+    accelerator.end_training()
+    return 1 if skipped else 0
+
+
+def find_images(words: list[str]) -> list[str]:
+    """Return the image files that the command line names, each once, in its order.
+
+    Raises:
+        InputError: A word names none.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    from res2net_zoo.program import InputError
+
+    found: dict[str, None] = {}
+    for word in words:
+        matches = [word] if Path(word).exists() else sorted(glob.glob(word, recursive=True))
+        images = []
+        for match in matches:
+            if not Path(match).is_dir():
+                images.append(match)
+                continue
+            for folder, folders, files in os.walk(match, followlinks=True):
+                folders.sort()
+                images += [
+                    os.path.join(folder, file) for file in sorted(files) if file.lower().endswith(IMG_EXTENSIONS)
+                ]
+        if not images:
+            kind = "holds no image" if matches else "is no file or folder, and no pattern that fits one"
+            raise InputError(f"{word} {kind}")
+        found |= dict.fromkeys(images)
+    return list(found)
+
+
+def class_names(model: Any) -> list[str]:
+    """Return the name of each class: the model's own, ImageNet's for 1,000 classes, else numbers."""
+    from timm.data import ImageNetInfo
+
+    if names := model.pretrained_cfg.get("label_names"):
+        return list(names)
+    if model.num_classes == 1000:
+        info = ImageNetInfo()
+        return [info.index_to_description(i) for i in range(1000)]
+    return [str(i) for i in range(model.num_classes)]
+
+
+# Path; why it is left out; the scores and classes of its first answers, the best first; embedding.
+Result = tuple[str, str | None, list[float], list[int], "torch.Tensor | None"]
+
+
+def predict(
+    model: Any, paths: list[str], args: argparse.Namespace, accelerator: "Accelerator"
+) -> Iterator[list[tuple[int, Result]]]:
+    """Yield the results of this process's images batch by batch, each with its place among all.
+
+    Raises:
+        InputError: An image cannot be decoded and is not to be skipped.
+    """
+    import torch
+    from timm.data import create_transform, resolve_model_data_config
+    from torch.utils.data import DataLoader
+
+    from res2net_zoo.data import MapSamples, Sample, Samples
+    from res2net_zoo.program import InputError, default_workers
+
+    config = resolve_model_data_config(model)
+    mode = "L" if config["input_size"][0] == 1 else "RGB"
+    samples = Samples(create_transform(**config, is_training=False), mode, lambda label, path: path)
+    indices = range(accelerator.process_index, len(paths), accelerator.num_processes)
+    rows: Any = [{"image": {"bytes": None, "path": path}} for path in paths]
+    workers = default_workers(accelerator.device) if args.workers is None else args.workers
+    loader: DataLoader = DataLoader(
+        MapSamples(rows, samples, indices),
+        batch_size=args.batch_size,
+        num_workers=min(workers, len(indices)),
+        collate_fn=list,
+    )
+    places = iter(indices)
+    batch: list[Sample]
+    for batch in loader:
+        good = [sample for sample in batch if sample.image is not None]
+        answers: Iterator[tuple[list[float], list[int], torch.Tensor | None]] = iter(())
+        if good:
+            images = torch.stack([sample.image for sample in good if sample.image is not None])
+            images = images.to(accelerator.device).contiguous(memory_format=torch.channels_last)
+            with torch.inference_mode(), accelerator.autocast():
+                features = model.forward_features(images)
+                logits = model.forward_head(features)
+                embeddings = model.forward_head(features, pre_logits=True) if args.embeddings else None
+            best = logits.float().softmax(dim=1).topk(min(args.topk, logits.shape[1]), dim=1)
+            if not best.values.isfinite().all():
+                raise InputError("the model's output is not finite; try another --mixed-precision")
+            pooled = [None] * len(good) if embeddings is None else list(embeddings.float().cpu().flatten(1))
+            answers = iter(list(zip(best.values.tolist(), best.indices.tolist(), pooled, strict=True)))
+        results: list[tuple[int, Result]] = []
+        for sample in batch:
+            place = next(places)
+            if sample.image is None and not args.skip_corrupt:
+                raise InputError(
+                    f"{paths[place]} is corrupt ({sample.corrupt or sample.fatal}); --skip-corrupt leaves it out"
+                )
+            if sample.image is None:
+                results.append((place, (paths[place], sample.corrupt or sample.fatal, [], [], None)))
+            else:
+                results.append((place, (paths[place], None, *next(answers))))
+        yield results
+
+
+@contextlib.contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """Turn a full disk and the like into one line; what cannot be read is told elsewhere."""
+    from res2net_zoo.program import InputError
+
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise InputError(f"cannot write the result: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def writer(args: argparse.Namespace, names: list[str]) -> Iterator[Callable[..., None]]:
+    """Yield what writes one image's result; the files are there, whole, only once all is done."""
+    with contextlib.ExitStack() as stack:
+        out: IO[str] = stack.enter_context(whole_file(args.output)) if args.output else sys.stdout
+        embed = stack.enter_context(parquet(args.embeddings)) if args.embeddings else None
+        rows: list[tuple[str, ...]] = []
+        table = csv.writer(out) if args.format == "csv" else None
+        if table:
+            table.writerow(("path", "rank", "class", "name", "score"))
+
+        def write(path: str, scores: list[float], classes: list[int], embedding: Any) -> None:
+            if embed:
+                embed(path, embedding)
+            if args.format == "jsonl":
+                answers = [
+                    {"class": index, "name": names[index], "score": round(score, 6)}
+                    for score, index in zip(scores, classes, strict=True)
+                ]
+                print(json.dumps({"path": path, "predictions": answers}, ensure_ascii=False), file=out, flush=True)
+            elif table:
+                for rank, (score, index) in enumerate(zip(scores, classes, strict=True), 1):
+                    table.writerow((path, rank, index, names[index], f"{score:.6f}"))
+            else:
+                told = [f"{names[i]} {100 * score:.1f}" for score, i in zip(scores, classes, strict=True)]
+                rows.append((path, *told))
+
+        yield write
+        if args.format == "table" and rows:
+            from res2net_zoo.program import markdown_table
+
+            header = ("image", *(f"{rank}. (percent)" for rank in range(1, len(rows[0]))))
+            print(markdown_table(header, rows), file=out)
+        out.flush()
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[IO[str]]:
+    """Yield a text file that takes its place only once it is whole."""
+    from res2net_zoo.program import temporary_file
+
+    with temporary_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def parquet(path: Path) -> Iterator[Callable[[str, Any], None]]:
+    """Yield what adds an embedding to a Parquet file, in groups of rows as large as memory is easily had for."""
+    import numpy as np
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetWriter
+
+    from res2net_zoo.program import temporary_file
+
+    group: list[tuple[str, Any]] = []
+    file: ParquetWriter | None = None
+
+    with temporary_file(path) as temporary:
+
+        def flush() -> None:
+            nonlocal file
+            if not group:
+                return
+            width = len(group[0][1])
+            schema = pa.schema([("path", pa.string()), ("embedding", pa.list_(pa.float32(), width))])
+            file = file or ParquetWriter(temporary, schema)
+            values = pa.array(np.concatenate([embedding.numpy() for _, embedding in group]))
+            columns = [pa.array([path for path, _ in group]), pa.FixedSizeListArray.from_arrays(values, width)]
+            file.write_table(pa.Table.from_arrays(columns, schema=schema))
+            group.clear()
+
+        def add(path: str, embedding: Any) -> None:
+            group.append((path, embedding))
+            if len(group) == 1024:
+                flush()
+
+        yield add
+        flush()
+        if file:
+            file.close()
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+
+    from res2net_zoo.program import run
+
+    sys.exit(run(lambda: main(arguments)))

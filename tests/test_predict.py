@@ -1,0 +1,147 @@
+"""`scripts/predict.py`: what it answers, in every form, on one and on two processes."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow.parquet
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+
+from res2net_zoo.card import model_card
+from res2net_zoo.folder import write_model_folder
+from tests.conftest import SHIPPED_DATA, SHIPPED_MODEL, full_disk, input_error, spread
+
+PREDICT = "scripts/predict.py"
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    """Ten digits in two folders, named by what they are."""
+    folder = tmp_path_factory.mktemp("digits")
+    files = sorted(str(path) for path in SHIPPED_DATA.rglob("*validation*"))
+    rows = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(folder / "cache"))
+    for i in range(10):
+        (folder / "images" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        rows[i]["image"].save(folder / "images" / "ab"[i % 2] / f"{i}_{rows[i]['label']}.png")
+    return folder / "images"
+
+
+def timms(paths: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return timm's own scores and pooled features, one image at a time."""
+    model = timm.create_model(f"local-dir:{SHIPPED_MODEL}", pretrained=True).eval()
+    transform = create_transform(**resolve_model_data_config(model))
+    scores, pooled = [], []
+    with torch.no_grad():
+        for path in paths:
+            image = transform(Image.open(path).convert("RGB")).unsqueeze(0)
+            scores.append(model(image).softmax(1)[0])
+            pooled.append(model.forward_features(image).mean((2, 3))[0])
+    return torch.stack(scores), torch.stack(pooled)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_every_form_says_what_timm_computes(in_process, digits, tmp_path, batch_size):
+    args = [digits, "--topk", 3, "--batch-size", batch_size, "--embeddings", tmp_path / "e.parquet"]
+    paths = sorted(str(path) for path in digits.rglob("*.png"))
+    scores, pooled = timms(paths)
+    best = scores.topk(3)
+    result = in_process(PREDICT, *args, "--format", "jsonl")
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["path"] for line in lines] == paths
+    for line, values, indices in zip(lines, best.values.tolist(), best.indices.tolist(), strict=True):
+        assert [p["class"] for p in line["predictions"]] == indices
+        assert [p["name"] for p in line["predictions"]] == [str(i) for i in indices]
+        assert [p["score"] for p in line["predictions"]] == pytest.approx(values, abs=1e-5)
+        assert f"_{line['predictions'][0]['name']}.png" in line["path"]
+    table = pyarrow.parquet.read_table(tmp_path / "e.parquet")
+    assert table["path"].to_pylist() == paths
+    assert torch.allclose(torch.tensor(table["embedding"].to_pylist()), pooled, atol=1e-5)
+
+    assert in_process(PREDICT, *args, "--format", "csv", "--output", tmp_path / "p.csv").stdout == ""
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "p.csv").read_text())))
+    assert [(row["path"], int(row["class"])) for row in rows if row["rank"] == "1"] == [
+        (path, indices[0]) for path, indices in zip(paths, best.indices.tolist(), strict=True)
+    ]
+    assert len(rows) == 30
+    shown = in_process(PREDICT, *args).stdout.splitlines()
+    assert len(shown) == 12 and all(path in line for path, line in zip(paths, shown[2:], strict=True))
+    assert f"{best.indices[0, 0]} {100 * best.values[0, 0]:.1f}" in shown[2]
+
+
+def test_two_processes_say_the_same_in_the_same_order(program, in_process, digits, tmp_path):
+    (digits / "b" / "3_broken.png").write_bytes(b"nothing")
+    try:
+        args = [f"{digits}/*/*.png", "--format", "csv", "--batch-size", 2, "--skip-corrupt"]
+        one = in_process(PREDICT, *args, "--embeddings", tmp_path / "1.parquet", "--output", tmp_path / "1.csv")
+        two = program(
+            PREDICT, *args, "--embeddings", tmp_path / "2.parquet", "--output", tmp_path / "2.csv", processes=2
+        )
+    finally:
+        (digits / "b" / "3_broken.png").unlink()
+    assert (one.returncode, two.returncode) == (1, 1), two.stderr
+    for result in (one, two):
+        assert result.stderr.count("3_broken.png is left out: no image that Pillow can read") == 1
+    a, b = (list(csv.DictReader((tmp_path / f"{n}.csv").open())) for n in (1, 2))
+    assert [(row["path"], row["rank"], row["name"]) for row in a] == [(r["path"], r["rank"], r["name"]) for r in b]
+    assert [float(row["score"]) for row in a] == pytest.approx([float(row["score"]) for row in b], abs=1e-5)
+    e, f = (pyarrow.parquet.read_table(tmp_path / f"{n}.parquet") for n in (1, 2))
+    assert e["path"].to_pylist() == f["path"].to_pylist() and len(e) == 10
+
+
+def test_names_of_imagenet(in_process, digits, tmp_path):
+    model = spread(timm.create_model("res2net_tiny"))
+    write_model_folder(tmp_path / "m", model, model_card("m", "# m", None))
+    file = digits / "a" / next(path.name for path in (digits / "a").iterdir())
+    args = [file, file, "--model", f"local-dir:{tmp_path / 'm'}", "--format", "jsonl", "--topk", 2000]
+    (line,) = in_process(PREDICT, *args).stdout.splitlines()  # named twice, told once
+    answers = json.loads(line)["predictions"]
+    assert sorted(a["class"] for a in answers) == list(range(1000))
+    info = ImageNetInfo()
+    assert all(answer["name"] == info.index_to_description(answer["class"]) for answer in answers)
+    assert sum(a["score"] for a in answers) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["no/such.jpg"], "is no file or folder"),
+        (["tests/*.jpg"], "no pattern that fits one"),
+        (["res2net_zoo"], "holds no image"),
+        (["README.md"], "README.md is corrupt (no image that Pillow can read)"),
+        (["README.md", "--skip-corrupt"], "none of the 1 images can be decoded"),
+        (["README.md", "--topk", "0"], "--topk"),
+        (["README.md", "--topk", "x"], "--topk"),
+        (["README.md", "--output", "no/such/folder/x.csv"], "cannot write into"),
+        (["README.md", "--output", "tests"], "tests is a folder"),
+        (["README.md", "--output", "x", "--embeddings", "x"], "name two files"),
+        (["README.md", "--model", "local-dir:no/such"], "no model folder"),
+        ([], "IMAGE"),
+    ],
+)
+def test_bad_input(in_process, args, words):
+    lines = (
+        input_error(in_process(PREDICT, *args)) if "--skip-corrupt" not in args else in_process(PREDICT, *args).stderr
+    )
+    assert words in lines
+
+
+def test_a_failure_leaves_the_old_files(in_process, digits, tmp_path):
+    (tmp_path / "p.csv").write_text("old")
+    (digits / "b" / "9_broken.png").write_bytes(b"nothing")
+    try:
+        line = input_error(in_process(PREDICT, digits, "--output", tmp_path / "p.csv", "--embeddings", tmp_path / "e"))
+    finally:
+        (digits / "b" / "9_broken.png").unlink()
+    assert "9_broken.png is corrupt" in line and (tmp_path / "p.csv").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["p.csv"]
+    with full_disk(2000):  # which would also hold for what workers pass on
+        args = ["--output", tmp_path / "p.csv", "--embeddings", tmp_path / "e", "--workers", 0]
+        line = input_error(in_process(PREDICT, digits, *args))
+    assert "cannot write" in line and [path.name for path in tmp_path.iterdir()] == ["p.csv"]
