@@ -13,9 +13,9 @@ from res2net_zoo.program import WEIGHTS
 def build_model(model_cls: Any, variant: str, pretrained: bool, **kwargs) -> Any:
     """Do as timm's `build_model_with_cfg`; a weight that no Hub has is fetched and converted first.
 
-    One that timm took from the Hub is held against its hash before the model is given away. timm
-    then loads the converted file by its usual path, so that `num_classes`, `in_chans`,
-    `features_only` and the like behave as with any weight.
+    timm then loads the converted file by its usual path, so that `num_classes`, `in_chans`,
+    `features_only` and the like behave as with any weight. One that timm takes from the Hub is held
+    against its hash before the model is given away.
 
     Args:
         model_cls: The model's class.

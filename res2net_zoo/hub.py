@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -180,6 +181,8 @@ def plainly(repo_id: str) -> Iterator[None]:
         raise InputError(f"{repo_id} has no such revision: {one_line(error)}") from error
     except HFValidationError as error:
         raise InputError(f"{repo_id!r} is no repository id ORG/NAME: {one_line(error)}") from error
+    except LocalEntryNotFoundError as error:
+        raise InputError(f"cannot fetch {repo_id} from {constants.ENDPOINT}; run it again to go on") from error
     except OfflineModeIsEnabled as error:
         raise InputError(f"HF_HUB_OFFLINE is set, so {repo_id} cannot be reached; unset it") from error
     except HTTPError as error:

@@ -12,12 +12,11 @@ from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
 from res2net_zoo import verify
 from res2net_zoo.folder import EVAL_RESULTS
-from res2net_zoo.hub import hash_of, one_line, patiently, plainly, status_of
+from res2net_zoo.hub import TRIES, hash_of, one_line, patiently, plainly, status_of
 from res2net_zoo.program import WEIGHTS, InputError, sha256_of
 
 COLLECTION = "Res2Net Zoo"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle", ".pdparams", ".joblib", ".npy", ".npz")
-TRIES = 4
 
 # Licences of the Hub's list that let anybody pass on what they cover. Others forbid it, or are
 # texts of their own that somebody has to read first.
@@ -201,12 +200,7 @@ def check_weights(plan: Plan, force: bool) -> None:
         )
 
 
-def publish(
-    folder: Path,
-    plan: Plan,
-    create_pr: bool = False,
-    force: bool = False,
-) -> str:
+def publish(folder: Path, plan: Plan, create_pr: bool = False, force: bool = False) -> str:
     """Publish a folder, in one commit.
 
     An answer that is lost on the way is no harm: before anything is repeated, the Hub is asked
@@ -238,6 +232,7 @@ def publish(
             plan = again()  # it starts with a commit of its own, and somebody may have been quicker
         if plan.branches and not create_pr:
             patiently(lambda: api.create_branch(repo_id, branch=plan.revision, exist_ok=True))
+            force = True  # what is on the new branch is main's, and stays there
         for attempt in range(TRIES):
             if not create_pr:
                 check_weights(plan, force)

@@ -145,6 +145,9 @@ class TestPublish:
         assert publish(folder, "--repo-id", REPO, "--revision", "v2").returncode == 0
         assert hub.sha(KEY) == before and hub.commits(KEY, "v2")[0].parent == before
         assert hub.files(KEY, "v2")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+        change_weights(folder)
+        hub.fail("POST .*/commit/v3")
+        assert publish(folder, "--repo-id", REPO, "--revision", "v3").returncode == 0 and not hub.faults
         change_weights(folder)  # now there is something to lose
         assert "at v2" in input_error(publish(folder, "--repo-id", REPO, "--revision", "v2"))
 
