@@ -43,7 +43,9 @@ def main(args: argparse.Namespace) -> int:
         state, metadata = weights.read_original(Path(source), checkpoint)
         write_converted(args.output, checkpoint, state, metadata)
     checked = "the released one" if checkpoint.sha256 else "and none was ever published"
-    print(f"{checkpoint.name} in {args.output}: SHA-256 of the original {metadata['source_sha256']}, {checked}")
+    if not weights.is_released(checkpoint, metadata):
+        checked = f"not that of {checkpoint.name}"
+    print(f"{checkpoint.architecture} in {args.output}: SHA-256 of the original {metadata['source_sha256']}, {checked}")
     return 0
 
 

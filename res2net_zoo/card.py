@@ -98,6 +98,39 @@ def checkpoint_card(checkpoint: Checkpoint, metadata: dict[str, str]) -> ModelCa
     )
 
 
+def unreleased_card(checkpoint: Checkpoint, metadata: dict[str, str], name: str) -> ModelCard:
+    """Make the card of a file of a release's architecture and format that is not the released one.
+
+    Args:
+        checkpoint: Whose architecture and preprocessing it was taken to have.
+        metadata: What its weights' file says of itself.
+        name: The model's name.
+
+    Returns:
+        The card, which claims nothing that nobody has said: no licence, no accuracy.
+    """
+    text = f"""# {name}
+
+{checkpoint.architecture} with weights from {metadata["source"]}, SHA-256 `{metadata["source_sha256"]}`. That is not
+the file that was released as {checkpoint.name}, so nothing is known of its licence and its accuracy. Preprocessing is
+that of the release.
+
+## Use
+
+```python
+import timm
+import res2net_zoo  # registers the model with timm
+
+model = timm.create_model("local-dir:DIR", pretrained=True).eval()  # DIR: this folder
+```
+
+## Citation
+
+{CITATION}
+"""
+    return model_card(name, text, None)
+
+
 def training_data(checkpoint: Checkpoint) -> str:
     """Return what a checkpoint was trained on, which its tag says."""
     return HUB_DATASETS["imagenette2"] if checkpoint.tag.endswith("imagenette") else "imagenet-1k"

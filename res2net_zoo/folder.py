@@ -17,7 +17,7 @@ from res2net_zoo import card as cards
 from res2net_zoo import fingerprint
 from res2net_zoo.catalog import Checkpoint
 from res2net_zoo.program import WEIGHTS, InputError, make_readable
-from res2net_zoo.weights import save_weights
+from res2net_zoo.weights import is_released, save_weights
 
 EVAL_RESULTS = ".eval_results"
 
@@ -81,7 +81,8 @@ def write_converted(
 
     Args:
         folder: Where to write it.
-        checkpoint: Which of the catalogue's it is.
+        checkpoint: Which of the catalogue's it is; where its hash is not the released one, only its
+            architecture and preprocessing are taken from it.
         state: Its state dict.
         metadata: What its weights' file is to say of itself.
 
@@ -93,8 +94,13 @@ def write_converted(
     model.load_state_dict(state, strict=True, assign=True)
     cfg: Any = timm.get_pretrained_cfg(checkpoint.name)
     model.pretrained_cfg = {**cfg.to_dict(), "architecture": checkpoint.architecture, "tag": checkpoint.tag}
-    card = cards.checkpoint_card(checkpoint, metadata)
+    results: dict[str, list[EvalResultEntry]] = {}
+    if is_released(checkpoint, metadata):
+        card, results = cards.checkpoint_card(checkpoint, metadata), cards.eval_results(checkpoint)
+    else:
+        card = cards.unreleased_card(checkpoint, metadata, folder.resolve().name)
+        model.pretrained_cfg |= dict(tag=None, license=None, origin_url=None, url=None, hf_hub_id=None)
     try:
-        write_model_folder(folder, model, card, metadata=metadata, eval_results=cards.eval_results(checkpoint))
+        write_model_folder(folder, model, card, metadata=metadata, eval_results=results)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror or error}") from error

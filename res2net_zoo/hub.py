@@ -43,8 +43,9 @@ TRIES = 4
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an error says, on one line of bearable length."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+    """Return what an error says, on one line of bearable length, without secrets that stand in URLs."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r"(https?://)(?:[^\s/@]*@)?([^\s?#'\"]*)(?:[?#][^\s'\"]*)?", r"\1\2", text)[:300]
 
 
 def status_of(error: BaseException) -> int | None:

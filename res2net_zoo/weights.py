@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,9 +54,13 @@ def read_original(
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Check and convert an original's file.
 
+    What is downloaded must be the released file. A file that somebody had may be another one, which
+    is told on stderr and by its metadata (`is_released`): say weights that were trained on with the
+    original's code.
+
     Args:
         path: The file.
-        checkpoint: Which of the catalogue's it is.
+        checkpoint: Which of the catalogue's it is, or is a sibling of.
         source: The URL that it came from, None for a file that somebody had.
 
     Returns:
@@ -76,10 +81,9 @@ def read_original(
         digest = sha256_of(path)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    if not digest.startswith(checkpoint.sha256):
-        raise WrongFileError(
-            f"{name} is not the released {checkpoint.name}: its SHA-256 is {digest}, not {checkpoint.sha256}..."
-        )
+    other = f"{name} is not the released {checkpoint.name}: its SHA-256 is {digest}, not {checkpoint.sha256}..."
+    if source and not digest.startswith(checkpoint.sha256):
+        raise WrongFileError(other)
     with torch.device("meta"):
         target = timm.create_model(checkpoint.architecture, num_classes=checkpoint.num_classes).state_dict()
     is_dla = checkpoint.architecture.startswith("dla")
@@ -87,13 +91,22 @@ def read_original(
     try:
         state = convert.convert(path, checkpoint.format, target, lambda key: is_dla and not drop_unread({key: nothing}))
     except InputError as error:
-        raise WrongFileError(str(error).replace(str(path), name)) from error
+        also = "" if digest.startswith(checkpoint.sha256) else f"; {other}"
+        raise WrongFileError(str(error).replace(str(path), name) + also) from error
     if source is not None:
         source = hub.shown(source)
     else:  # only its hash can tell that it is what is found at the catalogue's URL
         source = checkpoint.url if checkpoint.sha256 and checkpoint.url else f"a file called {path.name}"
     metadata = {"source": source, "source_sha256": digest, "converter": convert.VERSION}
+    if not is_released(checkpoint, metadata):
+        metadata["source"] = f"a file called {path.name}"
+        print(f"warning: {other}; it is converted without the release's name, licence and figures", file=sys.stderr)
     return state, metadata
+
+
+def is_released(checkpoint: Checkpoint, metadata: dict[str, str]) -> bool:
+    """Tell whether a converted file is from the release, as far as its hash was ever published."""
+    return metadata["source_sha256"].startswith(checkpoint.sha256)
 
 
 @contextlib.contextmanager

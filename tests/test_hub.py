@@ -516,8 +516,10 @@ class TestVerify:
 
         checkpoint = catalog.load().checkpoints["dla60_res2next.in1k"]
         state = timm.create_model(checkpoint.architecture).state_dict()
-        metadata = {"source": "here", "source_sha256": "0" * 64, "converter": "1"}
+        metadata = {"source": "here", "source_sha256": checkpoint.sha256.ljust(64, "0"), "converter": "1"}
         write_converted(tmp_path / "m", checkpoint, state, metadata)
+        save_weights(state, tmp_path / "m" / "model.safetensors", metadata | {"source_sha256": "0" * 64})
+        fingerprint.write(tmp_path / "m")
         config = json.loads((tmp_path / "m" / "config.json").read_text())
         config["pretrained_cfg"]["crop_pct"] = 0.95
         (tmp_path / "m" / "config.json").write_text(json.dumps(config))
@@ -742,8 +744,10 @@ class TestMirror:
 
         checkpoint = catalog.load().checkpoints[entry]
         state = timm.create_model(checkpoint.architecture).state_dict()
-        metadata = {"source": "elsewhere", "source_sha256": "f" * 64, "converter": "1"}
+        metadata = {"source": "elsewhere", "source_sha256": checkpoint.sha256.ljust(64, "0"), "converter": "1"}
         write_converted(tmp_path / "wrong", checkpoint, state, metadata)
+        save_weights(state, tmp_path / "wrong" / "model.safetensors", metadata | {"source_sha256": "f" * 64})
+        fingerprint.write(tmp_path / "wrong")
         hub.add(f"models/{checkpoint.hub_id}", tmp_path / "wrong")
         line = input_error(in_process("hub/mirror.py", "--to", tmp_path / "mirror", "--model", entry))
         assert (

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from res2net_zoo import catalog, weights
 from res2net_zoo.hub import TRIES
 from res2net_zoo.program import InputError
+from res2net_zoo.publish import LicenseError, check_license
 from tests.conftest import ROOT, full_disk, input_error, read_tree, spread
 from tests.hub_server import Hub, hasten, serve
 from tests.test_convert import write
@@ -282,6 +283,27 @@ class TestConvertCommand:
             "a file called original.pdparams" in card and "bcebos" not in card
         )  # nobody can tell that it is from there
         assert "license: apache-2.0" in card and "83.1" in card and "import res2net_zoo" in card
+
+    def test_a_file_that_is_not_the_released_one_goes_without_its_name(self, in_process, tmp_path):
+        """Such as weights that were trained on with the authors' code."""
+        model = spread(timm.create_model("dla60_res2next")).eval()
+        torch.save(model.state_dict(), tmp_path / "mine.pth")
+        args = ["--model", "dla60_res2next.in1k", "--checkpoint", tmp_path / "mine.pth", "--output", tmp_path / "out"]
+        result = in_process("hub/convert.py", *args)
+        assert result.returncode == 0 and "not that of dla60_res2next.in1k" in result.stdout
+        (warning,) = result.stderr.splitlines()
+        assert warning.startswith("warning: ") and "is not the released dla60_res2next.in1k" in warning
+        ours = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+        x = torch.randn(1, 3, 64, 64)
+        with torch.no_grad():
+            assert torch.equal(ours(x), model(x))
+        config = json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
+        assert not config.keys() & {"tag", "license", "origin_url", "hf_hub_id"}
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "license:" not in card and "78.4" not in card and not (tmp_path / "out" / ".eval_results").exists()
+        assert in_process("hub/verify.py", tmp_path / "out").returncode == 0
+        with pytest.raises(LicenseError, match="states no licence"):
+            check_license(tmp_path / "out")
 
     @pytest.mark.parametrize(
         ("args", "words"),
