@@ -511,6 +511,14 @@ class TestVerify:
         failed = [line.split("|")[1].strip() for line in result.stdout.splitlines() if "| FAILED |" in line]
         assert result.returncode == 1 and failed == ["logits"]
 
+    def test_what_timm_saves_after_training_is_not_the_catalogues(self, in_process, tmp_path):
+        """It keeps the tag of the weight that it started from."""
+        trained = timm.create_model("dla60_res2next", drop_rate=0.1)
+        trained.pretrained_cfg |= dict(tag="in1k", crop_pct=0.95)
+        timm.models.save_for_hf(trained, str(tmp_path), safe_serialization=True)
+        result = in_process("hub/verify.py", tmp_path)
+        assert result.returncode == 0 and "preprocessing" not in result.stdout
+
     def test_preprocessing_of_the_catalogues(self, in_process, tmp_path):
         from res2net_zoo.folder import write_converted
 
