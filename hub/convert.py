@@ -42,10 +42,10 @@ def main(args: argparse.Namespace) -> int:
     else:
         state, metadata = weights.read_original(Path(source), checkpoint)
         write_converted(args.output, checkpoint, state, metadata)
-    checked = "the released one" if checkpoint.sha256 else "and none was ever published"
+    name, checked = checkpoint.name, "the released one" if checkpoint.sha256 else "and none was ever published"
     if not weights.is_released(checkpoint, metadata):
-        checked = f"not that of {checkpoint.name}"
-    print(f"{checkpoint.architecture} in {args.output}: SHA-256 of the original {metadata['source_sha256']}, {checked}")
+        name, checked = checkpoint.architecture, f"not that of {checkpoint.name}"
+    print(f"{name} in {args.output}: SHA-256 of the original {metadata['source_sha256']}, {checked}")
     return 0
 
 
