@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 
 from res2net_zoo import convert, hub
 from res2net_zoo.catalog import Checkpoint
-from res2net_zoo.hub import assets
 from res2net_zoo.program import WEIGHTS, InputError, sha256_of, write_atomically
 
 
@@ -93,14 +92,13 @@ def read_original(
     except InputError as error:
         also = "" if digest.startswith(checkpoint.sha256) else f"; {other}"
         raise WrongFileError(str(error).replace(str(path), name) + also) from error
-    if source is not None:
-        source = hub.shown(source)
-    else:  # only its hash can tell that it is what is found at the catalogue's URL
-        source = checkpoint.url if checkpoint.sha256 and checkpoint.url else f"a file called {path.name}"
-    metadata = {"source": source, "source_sha256": digest, "converter": convert.VERSION}
-    if not is_released(checkpoint, metadata):
-        metadata["source"] = f"a file called {path.name}"
+    released = digest.startswith(checkpoint.sha256)
+    if not source:  # only its hash can tell that it is what is found at the catalogue's URL
+        known = released and checkpoint.sha256 and checkpoint.url
+        name = checkpoint.url if known else f"a file called {path.name}"
+    if not released:
         print(f"warning: {other}; it is converted without the release's name, licence and figures", file=sys.stderr)
+    metadata = {"source": name, "source_sha256": digest, "converter": convert.VERSION}
     return state, metadata
 
 
@@ -126,7 +124,7 @@ def original(url: str, cache_dir: str | Path | None = None) -> Iterator[Path]:
     Raises:
         InputError: It cannot be had.
     """
-    folder = assets("originals", hashlib.sha256(url.encode()).hexdigest()[:16], cache_dir)
+    folder = hub.assets("originals", hashlib.sha256(url.encode()).hexdigest()[:16], cache_dir)
     with WeakFileLock(folder / ".lock"):
         identity = hub.identity(url)
         path = folder / f"original-{identity}.part"
@@ -165,7 +163,7 @@ def converted(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> Pa
                 f"the mirror {mirror} has no {checkpoint.name}/{WEIGHTS}; unset RES2NET_ZOO_MIRROR or add it"
             )
         return file
-    folder = assets("converted", f"{checkpoint.name}-v{convert.VERSION}", cache_dir)
+    folder = hub.assets("converted", f"{checkpoint.name}-v{convert.VERSION}", cache_dir)
     file = folder / WEIGHTS
     if file.exists():
         return file

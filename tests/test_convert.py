@@ -294,6 +294,16 @@ def test_torch_storages_of_other_kinds_are_refused(tmp_path):
     assert "none of torch's" in refuse(other, "torch")
 
 
+def test_a_file_of_two_formats_is_looked_at_as_torch_reads_it(tmp_path):
+    """A legacy file that would take memory, with an archive of harmless content behind it."""
+    torch.save({"w": torch.zeros(3)}, tmp_path / "harmless")
+    torch.save({"b": bytearray(9)}, tmp_path / "file", _use_new_zipfile_serialization=False)
+    with (tmp_path / "file").open("ab") as file:
+        file.write((tmp_path / "harmless").read_bytes())
+    assert zipfile.is_zipfile(tmp_path / "file")
+    assert "it would call" in refuse(tmp_path / "file", "torch")
+
+
 def test_hostile_mindspore_messages(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"\x0a\x00" * 200_000)
