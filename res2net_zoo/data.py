@@ -6,14 +6,16 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import fsspec
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from pyarrow import parquet
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from res2net_zoo.program import InputError
@@ -25,6 +27,7 @@ SPLITS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+MAX_PARTS = 1024  # of a stream that has no files of its own
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "target", "fine_label")
 
@@ -63,6 +66,7 @@ def open_source(
             Arrow or WebDataset files, or made by `save_to_disk`), such a file, or a pattern of
             such files.
         split: Which split; default the validation split, else the test split, else the only one.
+            `SPLIT/held-out-FRACTION-SEED` is what `hold_out` takes from one.
         streaming: Whether to read the images in order as they come, converting nothing into the
             local cache first.
         label_column: Name of the column with the labels, where it is not plain.
@@ -74,10 +78,14 @@ def open_source(
     Raises:
         InputError: No such data, split or column, or it cannot be read.
     """
+    if held := re.fullmatch(r"(.+)/held-out-([\d.e-]+)-(\d+)", split or ""):
+        whole = open_source(src, held[1], label_column=label_column)
+        return hold_out(whole, float(held[2]), int(held[3]))[1]
     try:
         splits, load = _find(src)
         split = _choose_split(src, splits, split)
-        return _describe(src, split, load(split, streaming), label_column, labelled)
+        rows, num_rows = load(split, streaming)
+        return _describe(src, split, rows, num_rows, label_column, labelled)
     except InputError:
         raise
     except Exception as error:
@@ -87,8 +95,53 @@ def open_source(
         raise InputError(f"cannot read the data {src}: {str(cause).strip() or type(cause).__name__}") from error
 
 
-def _find(src: str) -> tuple[list[str], Callable[[str, bool], Any]]:
-    """Return the splits of `src`, and what loads one of them."""
+def labels_of(source: Source) -> np.ndarray:
+    """Return the label of each image of a map-style source, -1 where it has none."""
+    labels = source.rows.data.column("label") if isinstance(source.rows, datasets.Dataset) else None
+    assert labels is not None
+    if source.rows._indices is not None:  # some of the rows
+        labels = labels.take(source.rows._indices.column(0).combine_chunks())
+    return labels.fill_null(-1).to_numpy()
+
+
+def hold_out(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
+    """Split images in two, with the same share of each class; the same two for the same arguments.
+
+    Args:
+        source: Map-style labelled images.
+        fraction: Share of each class's images to hold out, at least one image.
+        seed: Chooses them.
+
+    Returns:
+        Those that are left, and those that are held out, whose split is named so that `open_source`
+        finds them again.
+
+    Raises:
+        InputError: A class has too few images to be on both sides.
+    """
+    labels = labels_of(source)
+    held = []
+    for label in np.unique(labels):
+        members = np.random.default_rng([seed, int(label) + 1]).permutation(np.flatnonzero(labels == label))
+        number = max(1, round(fraction * len(members)))
+        if number >= len(members):
+            name = source.class_names[label] if source.class_names and label >= 0 else label
+            raise InputError(
+                f"{source.name} has {len(members)} image{'s' * (len(members) != 1)} of class {name}, too few to hold "
+                f"{fraction:g} of them out for validation; add some, or name a split with --eval-split"
+            )
+        held.append(members[:number])
+    chosen = np.sort(np.concatenate(held))
+    rest = np.setdiff1d(np.arange(len(labels)), chosen)
+    split = f"{source.split}/held-out-{fraction:g}-{seed}"
+    return (
+        replace(source, rows=source.rows.select(rest), num_rows=len(rest)),
+        replace(source, rows=source.rows.select(chosen), num_rows=len(chosen), split=split),
+    )
+
+
+def _find(src: str) -> tuple[list[str], Callable[[str, bool], tuple[Any, int | None]]]:
+    """Return the splits of `src`, and what loads one of them, with its number of rows where that is known."""
     path = Path(src)
     if not src:
         raise InputError("the data's name is empty; name a folder, a file or a Hub dataset id ORG/NAME")
@@ -115,15 +168,21 @@ def _find(src: str) -> tuple[list[str], Callable[[str, bool], Any]]:
 
     data_files = builder.config.data_files
 
-    def load(split: str, streaming: bool) -> Any:
+    def load(split: str, streaming: bool) -> tuple[Any, int | None]:
         for file in data_files[split]:
             _check_whole(Path(file))
         # Only this split's files are named, or `datasets` would fetch and convert all splits. It
         # takes names for patterns.
         files = {split: [glob.escape(file) for file in data_files[split]]}
-        return datasets.load_dataset(
+        rows = datasets.load_dataset(
             builder.name, data_files=files, split=split, features=builder.info.features, streaming=streaming
         )
+        if not streaming:
+            return rows, len(rows)
+        if builder.name == "parquet" and all(Path(file).is_file() for file in data_files[split]):
+            return rows, sum(parquet.read_metadata(file).num_rows for file in data_files[split])
+        known = (builder.info.splits or {}).get(split)  # a repository's card may say
+        return rows, known.num_examples if known and known.num_examples else None
 
     return list(data_files), load
 
@@ -145,11 +204,18 @@ def _check_whole(path: Path) -> None:
             raise InputError(f"{path} was cut off or damaged at byte {end}; fetch it again")
 
 
-def _find_saved(path: Path) -> tuple[list[str], Callable[[str, bool], Any]]:
+def _find_saved(path: Path) -> tuple[list[str], Callable[[str, bool], tuple[Any, int | None]]]:
     saved = datasets.load_from_disk(str(path))
     if not isinstance(saved, datasets.DatasetDict):
         saved = datasets.DatasetDict({_split_in(path.name) or "train": saved})
-    return list(saved), lambda split, streaming: saved[split].to_iterable_dataset() if streaming else saved[split]
+
+    def load(split: str, streaming: bool) -> tuple[Any, int | None]:
+        rows = saved[split]
+        # As many parts as there may be processes and loaders to share them.
+        parts = min(max(1, len(rows)), MAX_PARTS)
+        return rows.to_iterable_dataset(num_shards=parts) if streaming else rows, len(rows)
+
+    return list(saved), load
 
 
 def _class_folders(path: Path) -> dict[str, Path] | None:
@@ -179,7 +245,7 @@ def _has_image(path: Path) -> bool:
     return any(f.lower().endswith(IMG_EXTENSIONS) for _, _, fs in os.walk(path, followlinks=True) for f in fs)
 
 
-def _load_class_folders(path: Path, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
+def _load_class_folders(path: Path, streaming: bool) -> tuple[datasets.Dataset | datasets.IterableDataset, int]:
     names = [folder.name for folder in _folders(path)]
     files = make_dataset(path, {name: i for i, name in enumerate(names)}, IMG_EXTENSIONS, allow_empty=True)
     if not files:
@@ -187,7 +253,7 @@ def _load_class_folders(path: Path, streaming: bool) -> datasets.Dataset | datas
     features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=names)})
     images = [{"bytes": None, "path": file} for file, _ in files]
     rows = datasets.Dataset.from_dict({"image": images, "label": [label for _, label in files]}, features=features)
-    return rows.to_iterable_dataset(num_shards=min(len(rows), 64)) if streaming else rows
+    return rows.to_iterable_dataset(num_shards=min(len(rows), MAX_PARTS)) if streaming else rows, len(rows)
 
 
 def _split_in(name: str) -> str | None:
@@ -209,7 +275,9 @@ def _choose_split(src: str, splits: list[str], wanted: str | None) -> str:
     raise InputError(f"{src} has no split {wanted}; it has {', '.join(splits)}")
 
 
-def _describe(src: str, split: str, rows: Any, label_column: str | None, labelled: bool) -> Source:
+def _describe(
+    src: str, split: str, rows: Any, num_rows: int | None, label_column: str | None, labelled: bool
+) -> Source:
     features = rows.features
     if features is None:
         raise InputError(f"{src} does not say what its columns are; read it without --streaming")
@@ -238,7 +306,7 @@ def _describe(src: str, split: str, rows: Any, label_column: str | None, labelle
         split=split,
         rows=rows,
         class_names=list(label.names) if isinstance(label, datasets.ClassLabel) else None,
-        num_rows=len(rows) if isinstance(rows, datasets.Dataset) else None,
+        num_rows=num_rows,
     )
 
 

@@ -5,7 +5,7 @@ padding to fill up a batch, and the counts are summed at the end.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,8 +22,12 @@ from tqdm import tqdm
 from res2net_zoo.data import MapSamples, Sample, Samples, Source, StreamSamples
 from res2net_zoo.labels import Classes
 from res2net_zoo.program import InputError, all_or_none, progress_bar
+from res2net_zoo.stop import spare_worker
 
 TOPK = 5
+
+# Takes a batch's images (N, C, H, W) as bytes, right answers (N, K) padded with -1, and logits (N, classes).
+Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 @dataclass
@@ -126,6 +130,7 @@ def create_loader(
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=collate,
+        worker_init_fn=spare_worker,
         pin_memory=accelerator.device.type == "cuda",
     )
 
@@ -138,6 +143,7 @@ def count_correct(
     subset: list[int] | None = None,
     skip_corrupt: bool = False,
     progress: tqdm | None = None,
+    observe: Observer | None = None,
 ) -> Counts:
     """Count correct answers over the images of one process.
 
@@ -148,6 +154,7 @@ def count_correct(
         subset: Outputs to choose among; None for all.
         skip_corrupt: Whether to leave out images that cannot be decoded.
         progress: Bar to move on by one an image.
+        observe: Is shown each batch, as `Observer` says.
 
     Returns:
         This process's counts.
@@ -172,9 +179,9 @@ def count_correct(
                 raise InputError(f"{sample.place} is corrupt ({sample.corrupt}); {hint}")
             counts.corrupt.append(sample.place)
         if images is not None:
-            images = images.to(device, non_blocking=True)
+            pixels = images.to(device, non_blocking=True)
             targets = targets.to(device, non_blocking=True)
-            images = images.float().sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+            images = pixels.float().sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
             with accelerator.autocast():
                 logits = model(images)
             if kept is not None:
@@ -186,6 +193,8 @@ def count_correct(
             counted = (targets >= 0).any(1)
             correct += torch.stack([counted.sum(), right[:, 0].sum(), right.any(1).sum()])
             counts.unlabelled += len(images)
+            if observe is not None:
+                observe(pixels, targets, logits.float())
         if progress is not None:
             progress.update((0 if images is None else len(images)) + len(bad))
     counts.samples, counts.top1, counts.top5 = correct.tolist()
@@ -203,6 +212,7 @@ def evaluate(
     workers: int = 1,
     skip_corrupt: bool = False,
     desc: str = "validate",
+    observe: Observer | None = None,
 ) -> Counts:
     """Count correct answers over all images, on all processes.
 
@@ -215,6 +225,7 @@ def evaluate(
         workers: Loader processes, for each process.
         skip_corrupt: Whether to leave out images that cannot be decoded.
         desc: What the progress bar says.
+        observe: Is shown each batch of this process, as `Observer` says.
 
     Returns:
         The counts over all processes, the same in each.
@@ -233,7 +244,7 @@ def evaluate(
         unit_scale=accelerator.num_processes,  # all processes go at about the same pace
     ) as progress:
         counts = all_or_none(
-            lambda: count_correct(model, loader, accelerator, classes.subset, skip_corrupt, progress),
+            lambda: count_correct(model, loader, accelerator, classes.subset, skip_corrupt, progress, observe),
         )
     shares: list[dict[str, Any]] = gather_object([asdict(counts)])
     return sum((Counts(**share) for share in shares), Counts())

@@ -33,8 +33,8 @@ def run(main: Callable[[], int]) -> int:
         main: The program; returns its exit code, 0 for done or 1 for a check that failed.
 
     Returns:
-        The exit code: what `main` returns, 2 for bad input, 130 for an interruption, 141 where
-        nobody reads the output any more.
+        The exit code: what `main` returns, 1 where a loader process has died, 2 for bad input, 130 for an
+        interruption, 141 where nobody reads the output any more.
     """
     from huggingface_hub.utils.logging import set_verbosity_error
 
@@ -51,6 +51,12 @@ def run(main: Callable[[], int]) -> int:
     except InputError as error:
         report(error)
         return 2
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        # Torch raises it wherever the program happens to be.
+        report(f"a loader process has died ({error}), for want of memory perhaps; try again with fewer --workers")
+        return 1
     except KeyboardInterrupt:
         report("interrupted")
         return 130  # as shells say it: 128 and the number of SIGINT
@@ -168,7 +174,7 @@ def share_of_cores() -> int:
     return max(1, cores // get_int_from_env(("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE"), 1))
 
 
-def start_processes(threads: int | None = None, mixed_precision: str | None = None) -> "Accelerator":
+def start_processes(threads: int | None = None, mixed_precision: str | None = None, **options: Any) -> "Accelerator":
     """Start Accelerate as every program of the zoo does.
 
     All cores are used, shared among the processes of the machine, where `accelerate launch` leaves
@@ -177,6 +183,7 @@ def start_processes(threads: int | None = None, mixed_precision: str | None = No
     Args:
         threads: Threads for this process, or None for its share of the cores.
         mixed_precision: `no`, `bf16` or `fp16`, or None for what `accelerate config` says.
+        **options: Others of Accelerator's, such as trackers.
 
     Returns:
         The processes.
@@ -187,14 +194,16 @@ def start_processes(threads: int | None = None, mixed_precision: str | None = No
     import datasets
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     torch.set_num_threads(threads or share_of_cores())
     # Processes wait while one fetches and converts the data, which takes hours for ImageNet. One
     # that has died ends them all the same: the launcher sees to that.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+    # Gradients are views of what is sent, and not a copy of it.
+    views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     try:
-        accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[patience])
+        accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[patience, views], **options)
     except ValueError as error:
         raise InputError(str(error)) from error
     if not accelerator.is_main_process or not sys.stderr.isatty():

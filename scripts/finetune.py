@@ -1,55 +1,47 @@
 """Train or fine-tune a model on labelled images, and write the best one as a model folder.
 
 Usage: accelerate launch scripts/finetune.py [--model NAME] [--pretrained] [--data SRC] [--recipe NAME]
+                                             [--output DIR] [--resume]
 
 With neither --model nor --data it trains the small model that the repository ships, on the digits
 that the repository ships, as hub/models/res2net_tiny.digits was made.
 
 A recipe is a file of scripts/recipes/ (or the path of one) with values for any of the settings
-below; what stands on the command line goes before it. The folder that is written holds the model
-of the epoch with the best top-1 on the evaluation split (of several, the last), its card with all
-settings, metrics.csv and learning_curve.png; timm reads it as local-dir:DIR.
+below; what stands on the command line goes before it. DIR holds the best model by its top-1 on the
+evaluation split (of several, the last), its card, recipe.toml with every setting, metrics.csv and
+pictures; timm reads it as local-dir:DIR. DIR.run holds what a run needs to go on (checkpoints) and
+to be watched (trackers). --resume goes on from the last checkpoint, or starts where there is none.
 
-Exit codes: 0 done; 2 bad input. `accelerate launch` turns every failure into 1.
+SIGTERM and Ctrl-C save a checkpoint and end the run; docs/training.md says what reaches it under
+`accelerate launch`, and how to train on several machines.
+
+Exit codes: 0 done; 2 bad input; 130 and 143 stopped by Ctrl-C or SIGTERM. `accelerate launch` turns
+every failure into 1.
 """
 
 import argparse
-import csv
-import importlib.util
-import json
-import math
+import contextlib
 import os
+import resource
 import shlex
+import signal
 import sys
 import time
-import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from arguments import SHIPPED_DATA, find_recipe, parse_over, within
+
 if TYPE_CHECKING:
-    import torch
     from accelerate import Accelerator
-    from huggingface_hub import ModelCard
+    from torch import nn
 
-    from res2net_zoo.catalog import Accuracy
-    from res2net_zoo.data import Source
-
-ROOT = Path(__file__).resolve().parent.parent
-SHIPPED_DATA = ROOT / "hub" / "datasets" / "digits"
-RECIPES = ROOT / "scripts" / "recipes"
-
-
-def within(kind: Callable[[str], float], low: float, high: float = math.inf) -> Callable[[str], float]:
-    """Return an argument type: an int or float from `low` to `high`."""
-
-    def parse(text: str) -> float:
-        if not low <= (number := kind(text)) <= high:  # so that not-a-number is refused as well
-            raise argparse.ArgumentTypeError(f"{text} is not {low} or more" + (f", up to {high}" * (high < math.inf)))
-        return number
-
-    parse.__name__ = kind.__name__  # argparse names it when the text is no number at all
-    return parse
+# Options that a recipe does not set: they say what this run is to do with its files.
+NOT_SETTINGS = {"output", "recipe", "resume", "overwrite"}
+# Settings that a run can go on with other values of. So can it with --batch-size and --accumulate,
+# if the images of a step, over all processes, stay as many.
+FREE = {"workers", "threads", "save_minutes", "keep", "tracker", "epochs", "patience", "license"}
+FREE |= {"batch_size", "accumulate"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,81 +50,158 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=argparse.SUPPRESS,  # so that a wrong argument is told in one line
     )
-    add = parser.add_argument
-    # What to train, and on what
+    flag = argparse.BooleanOptionalAction
+
+    add = parser.add_argument_group("what to train, and on what").add_argument
     add("--model", default="res2net_tiny", help="what timm.create_model takes (%(default)s)")
-    add("--pretrained", action="store_true", help="start from the model's published weights")
+    add("--pretrained", action=flag, default=False, help="start from the model's published weights")
     add("--data", default=os.path.relpath(SHIPPED_DATA), help="as for validate.py (%(default)s)")
     add("--train-split", default="train", help="(%(default)s)")
-    add("--eval-split", help="default validation, else test")
+    add("--eval-split", help="default validation, else test, else images held out of the training split")
+    add("--hold-out", type=within(float, 1e-4, 0.9), default=0.2, help="share of each class to hold out (%(default)s)")
     add("--label-column", help="column of the labels, where it is not plain")
-    add("--output", type=Path, default=Path("outputs/finetune"), help="model folder to write (%(default)s)")
-    add("--recipe", help="name in scripts/recipes, or a .toml file (digits where neither --model nor --data is given)")
+    add("--num-classes", type=within(int, 2), help="where a stream does not say")
+    add("--streaming", action=flag, default=False, help="read the images as they come, caching nothing")
+    add("--shuffle-buffer", type=within(int, 1), default=1000, help="images of a stream to shuffle among (%(default)s)")
+    add("--steps-per-epoch", type=within(int, 1), help="default all images once; a stream may not say how many it has")
+    add("--check", action=flag, default=True, help="decode every image once before training starts")
+    add("--skip-corrupt", action=flag, default=False, help="leave out images that cannot be decoded")
+    add("--recipe", help="name in scripts/recipes or a .toml file (finetune with --pretrained, digits with no data)")
     add("--license", help="licence of the result, for its card (default that of the pretrained weights)")
-    # How long, and how much at once
+
+    add = parser.add_argument_group("files").add_argument
+    add("--output", type=Path, default=Path("outputs/finetune"), help="model folder to write (%(default)s)")
+    add("--resume", action="store_true", help="go on with the run in --output, with its settings")
+    add("--overwrite", action="store_true", help="replace the run in --output")
+    add("--save-minutes", type=within(float, 0), default=15, help="between checkpoints in an epoch (%(default)s)")
+    add("--keep", type=within(int, 1), default=2, help="checkpoints to keep (%(default)s)")
+    add("--tracker", nargs="+", help="by Accelerate's names, or none (tensorboard where it is installed)")
+
+    add = parser.add_argument_group("how long, and how much at once").add_argument
     add("--epochs", type=within(int, 1), default=20, help="(%(default)s)")
-    add("--batch-size", type=within(int, 1), default=64, help="images a step and process (%(default)s)")
+    add("--patience", type=within(int, 1), help="epochs without a better top-1 after which to stop")
+    add("--batch-size", type=within(int, 1), default=64, help="images a batch and process (%(default)s)")
+    add("--accumulate", type=within(int, 1), default=1, help="batches a step (%(default)s)")
     add("--seed", type=within(int, 0, 2**31), default=0, help="(%(default)s)")
+    add("--deterministic", action=flag, default=False, help="only operations that give the same bits again, on GPUs")
     add("--workers", type=within(int, 0), help="loader processes for each process (default by the machine)")
     add("--threads", type=within(int, 1), help="CPU threads for each process (default its share of the cores)")
     add("--mixed-precision", choices=("no", "bf16", "fp16"), help="default as `accelerate config` says, else no")
-    # Optimizer and schedule, by timm's names
+    add("--compile", action=flag, default=False, help="torch.compile the model")
+    add("--channels-last", action=flag, default=True, help="memory format; the faster one nearly everywhere")
+    add("--grad-checkpointing", action=flag, default=False, help="less memory for more time")
+    add("--sync-bn", action=flag, default=False, help="BatchNorm over the images of all processes, on GPUs")
+
+    add = parser.add_argument_group("optimizer and schedule, by timm's names").add_argument
     add("--opt", default="adamw", help="(%(default)s)")
     add("--lr", type=within(float, 0), default=5e-4, help="highest learning rate (%(default)s)")
+    add("--lr-base-size", type=within(int, 1), help="images a step that --lr is for; it is scaled to those there are")
     add("--momentum", type=within(float, 0, 1), default=0.9, help="(%(default)s)")
     add("--weight-decay", type=within(float, 0), default=0.05, help="(%(default)s)")
+    add("--decay-all", action=flag, default=False, help="weight decay of biases and BatchNorm as well")
+    add("--layer-decay", type=within(float, 0, 1), help="factor of the learning rate from each layer to the one before")
+    add("--clip-grad", type=within(float, 0), help="largest norm of the gradient")
     add("--sched", default="cosine", help="(%(default)s)")
     add("--warmup-epochs", type=within(int, 0), default=1, help="(%(default)s)")
     add("--min-lr", type=within(float, 0), default=0.0, help="learning rate at the end (%(default)s)")
-    add("--clip-grad", type=within(float, 0), help="largest norm of the gradient")
-    # Regularization
-    add("--smoothing", type=within(float, 0, 1), default=0.1, help="label smoothing (%(default)s)")
-    add("--drop-path", type=within(float, 0, 0.99), default=0.0, help="stochastic depth (%(default)s)")
-    # Augmentation, by timm's names
+    add("--decay-epochs", type=within(float, 0), help="between two steps of --sched step")
+    add("--decay-milestones", type=within(int, 1), nargs="+", default=[90, 180, 270], help="of --sched multistep")
+    add("--decay-rate", type=within(float, 0, 1), default=0.1, help="of a step (%(default)s)")
+
+    add = parser.add_argument_group("the model in training").add_argument
     add(
-        "--scale",
-        type=within(float, 0.01, 1),
-        nargs=2,
-        default=(0.35, 1.0),
-        help="share of the image that a random crop keeps",
+        "--freeze",
+        type=frozen_stages,
+        default="0",
+        help="stages, the stem being the first; all but the classifier: all",
     )
-    add("--ratio", type=within(float, 0.1, 10), nargs=2, default=(3 / 4, 4 / 3), help="aspect ratio of a random crop")
+    add("--freeze-bn", action=flag, default=False, help="keep the statistics of every BatchNorm")
+    add("--drop", type=within(float, 0, 0.99), default=0.0, help="dropout before the classifier (%(default)s)")
+    add("--drop-path", type=within(float, 0, 0.99), default=0.0, help="stochastic depth (%(default)s)")
+    add("--ema", type=within(float, 0, 1), help="decay of a moving average of the weights, such as 0.9998")
+    add("--img-size", type=within(int, 8), help="pixels, where not the model's own size")
+
+    add = parser.add_argument_group("loss").add_argument
+    add("--loss", choices=("ce", "bce"), default="ce", help="cross entropy, or binary for each class (%(default)s)")
+    add("--smoothing", type=within(float, 0, 1), default=0.1, help="label smoothing (%(default)s)")
+    add(
+        "--balance",
+        choices=("no", "loss", "sampling"),
+        default="no",
+        help="have rare classes count the same (%(default)s)",
+    )
+    add("--teacher", help="model to learn from, what timm.create_model takes; its weights are loaded")
+    add(
+        "--task-weight",
+        type=within(float, 0, 1),
+        default=0.5,
+        help="of the labels; the teacher has the rest (%(default)s)",
+    )
+    add("--temperature", type=within(float, 0.01), default=1.0, help="of the teacher's answers (%(default)s)")
+
+    add = parser.add_argument_group("augmentation, by timm's names").add_argument
+    area = within(float, 0.01, 1)
+    add("--scale", type=area, nargs=2, default=[0.35, 1.0], help="share of the image that a random crop keeps")
+    add("--ratio", type=within(float, 0.1, 10), nargs=2, default=[0.75, 4 / 3], help="aspect ratio of a random crop")
+    add(
+        "--crop-padding",
+        type=within(int, 0),
+        default=0,
+        help="pixels; a crop of the padded image in place of these two",
+    )
     add("--hflip", type=within(float, 0, 1), default=0.5, help="probability of a horizontal flip (%(default)s)")
+    add("--vflip", type=within(float, 0, 1), default=0.0, help="of a vertical one (%(default)s)")
     add("--color-jitter", type=within(float, 0), default=0.0, help="(%(default)s)")
     add("--auto-augment", help="such as rand-m9-mstd0.5")
     add("--reprob", type=within(float, 0, 1), default=0.0, help="probability of random erasing (%(default)s)")
+    add("--repeats", type=within(int, 1), default=1, help="augmentations of an image in a batch (%(default)s)")
     add("--mixup", type=within(float, 0), default=0.0, help="mixup alpha (%(default)s)")
     add("--cutmix", type=within(float, 0), default=0.0, help="CutMix alpha (%(default)s)")
+    add("--mixup-prob", type=within(float, 0, 1), default=1.0, help="of doing either to a batch (%(default)s)")
     return parser
+
+
+def frozen_stages(text: str) -> str:
+    if text != "all" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is no number of stages, nor all")
+    return text
+
+
+def run_folder(output: Path) -> Path:
+    """Return where a run keeps its state: beside the model folder, which is replaced as a whole."""
+    output = output.absolute()
+    return output.with_name(f"{output.name}.run")
 
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line over the recipe's settings over the defaults."""
     parser = build_parser()
     args = parser.parse_args()
-    if args.recipe is None and args.model == parser.get_default("model") and args.data == parser.get_default("data"):
-        args.recipe = "digits"
-    if args.recipe is not None:
-        path = Path(args.recipe) if args.recipe.endswith(".toml") else RECIPES / f"{args.recipe}.toml"
-        try:
-            settings = tomllib.loads(path.read_text())
-        except OSError:
-            parser.error(
-                f"no recipe {args.recipe}; there are {', '.join(sorted(p.stem for p in RECIPES.glob('*.toml')))}"
-            )
-        except ValueError as error:
-            parser.error(f"recipe {path} is no TOML: {error}")
-        if unknown := sorted(settings.keys() - vars(args).keys()):
-            parser.error(f"recipe {path} sets {', '.join(unknown)}, which is no setting; --help lists them")
-        # Written as options before the real ones, a recipe's values are checked just as those are.
-        words = []
-        for key, value in settings.items():
-            if value is not False:
-                words.append(f"--{key.replace('_', '-')}")
-                words += map(str, value if isinstance(value, list) else [] if value is True else [value])
-        args = parser.parse_args([*words, "--recipe", args.recipe, *sys.argv[1:]])
+    stored = run_folder(args.output) / "recipe.toml"
+    if args.resume and stored.is_file():
+        args = parse_over(parser, [stored], NOT_SETTINGS)
+        before = parse_over(parser, [stored], NOT_SETTINGS, options=[])
+        for key in sorted(vars(args).keys() - NOT_SETTINGS - FREE):
+            if (now := getattr(args, key)) != (then := getattr(before, key)):
+                option = key.replace("_", "-")
+                parser.error(
+                    f"the run in {args.output} was started with --{option} {then}, not {now}; leave --{option} out "
+                    "to go on with it, or name another --output"
+                )
+    else:
+        shipped = args.model == parser.get_default("model") and args.data == parser.get_default("data")
+        name = args.recipe or ("digits" if shipped else "finetune" if args.pretrained else None)
+        if name is not None:
+            args = parse_over(parser, [find_recipe(parser, name)], NOT_SETTINGS)
+            args.recipe = name
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on with a run and --overwrite replaces it; choose one")
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         parser.error(f"mixup and CutMix pair the images of a batch; --batch-size {args.batch_size} is odd")
+    if args.balance == "loss" and args.loss == "bce":
+        parser.error("--balance loss weighs classes in --loss ce; with bce, --balance sampling does it")
+    if args.streaming and args.balance != "no":
+        parser.error(f"--balance {args.balance} needs to know all labels, which a stream does not tell")
     if args.output.exists() and not args.output.is_dir():
         parser.error(f"--output {args.output} is a file; name a folder")
     if args.output.exists() and not (args.output / "config.json").is_file() and any(args.output.iterdir()):
@@ -143,284 +212,520 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     import torch
     from accelerate.utils import set_seed
-    from timm.data import Mixup, create_transform, resolve_model_data_config
-    from timm.loss import SoftTargetCrossEntropy
-    from timm.optim import create_optimizer_v2
-    from timm.scheduler import create_scheduler_v2
-    from timm.utils import distribute_bn
-    from torch.utils.data import DataLoader
+    from timm.task import ClassificationTask, LogitDistillationTask
+    from timm.utils import ModelEmaV3, distribute_bn
 
-    from res2net_zoo.catalog import Accuracy
-    from res2net_zoo.data import MapSamples, Samples, open_source
-    from res2net_zoo.evaluate import collate, evaluate
-    from res2net_zoo.folder import write_model_folder
+    from res2net_zoo.checkpoints import Checkpoints
+    from res2net_zoo.evaluate import evaluate
     from res2net_zoo.labels import match_classes
-    from res2net_zoo.pretrained import create_model
-    from res2net_zoo.program import (
-        InputError,
-        all_or_none,
-        check_can_make,
-        default_workers,
-        main_first,
-        progress_bar,
-        start_processes,
+    from res2net_zoo.program import InputError, all_or_none, default_workers, progress_bar
+    from res2net_zoo.report import Mistakes, Report, best_of, hardware
+    from res2net_zoo.stop import Stop
+    from res2net_zoo.training import Criterion, Normalize, balanced, create_mixup, freeze, training_samples
+    from res2net_zoo.training_data import (
+        batches,
+        leave_out_corrupt,
+        open_training_data,
+        seed_of,
+        steps_of,
+        training_loader,
     )
 
-    accelerator = start_processes(args.threads, args.mixed_precision)
-    set_seed(args.seed)
-    if accelerator.is_main_process:
-        check_can_make(args.output)
+    run = run_folder(args.output)
+    accelerator = start(args, run)
+    main_process, world = accelerator.is_main_process, accelerator.num_processes
+    checkpoints = Checkpoints(run / "checkpoints", args.keep)
+    all_or_none(lambda: check_output(args, checkpoints) if main_process else None)
+    state = all_or_none(checkpoints.load) if args.resume else None
 
-    # Data: labels and preprocessing as in validate.py, with timm's augmentation for training.
-    def open_split(split: str | None) -> "Source":
-        return main_first(accelerator, lambda: open_source(args.data, split, label_column=args.label_column))
-
-    train, valid = open_split(args.train_split), open_split(args.eval_split)
-    if train.split == valid.split:
-        raise InputError(
-            f"training and evaluation would both be on {train.split} of {args.data}; "
-            "name another split with --train-split or --eval-split"
-        )
-    names = train.class_names or [str(i) for i in range(1 + max(label or 0 for label in train.rows["label"]))]
-    if strange := sorted(set(valid.class_names or ()) - set(names)):
-        raise InputError(
-            f"{args.data} has classes in {valid.split} that {train.split} has not: {', '.join(strange[:5])}"
-        )
-    batch = args.batch_size * accelerator.num_processes
-    if len(train.rows) < batch:
-        raise InputError(f"{args.data} has {len(train.rows)} images to train on, less than a batch of {batch}")
-    options = {"drop_path_rate": args.drop_path} if args.drop_path else {}
-    model: Any = all_or_none(lambda: create_model(args.model, args.pretrained, num_classes=len(names), **options))
+    data = open_training_data(
+        args.data,
+        accelerator,
+        args.train_split,
+        args.eval_split,
+        fraction=args.hold_out,
+        seed=args.seed,
+        streaming=args.streaming,
+        label_column=args.label_column,
+        num_classes=args.num_classes,
+    )
+    names = data.names
+    workers = default_workers(accelerator.device) if args.workers is None else args.workers
+    set_seed(args.seed, deterministic=args.deterministic)  # the same random weights in all processes
+    model = all_or_none(lambda: build_model(args, names))
     base_model = ((args.pretrained and model.pretrained_cfg.get("hf_hub_id")) or "").partition("@")[0] or None
     model.pretrained_cfg["tag"] = None  # what comes out is no longer that checkpoint
-    set_seed(args.seed, device_specific=True)  # the same weights in all processes, but augmentation of their own
-    config = resolve_model_data_config(model)
-    try:
-        transform = create_transform(
-            **config,
-            is_training=True,
-            scale=args.scale,
-            ratio=args.ratio,
-            hflip=args.hflip,
-            color_jitter=args.color_jitter,
-            auto_augment=args.auto_augment,
-            re_prob=args.reprob,
-        )
-    except (AssertionError, KeyError, ValueError) as error:
-        raise InputError(f"timm knows no such augmentation: --auto-augment {args.auto_augment} ({error!r})") from error
-    samples = Samples(
-        transform, "L" if config["input_size"][0] == 1 else "RGB", match_classes(names, len(names), names).targets
-    )
-    workers = default_workers(accelerator.device) if args.workers is None else args.workers
-    loader = DataLoader(
-        MapSamples(train.rows, samples),
-        batch_size=args.batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        collate_fn=collate,
-        pin_memory=accelerator.device.type == "cuda",
+    frozen = freeze(model, args.freeze, args.freeze_bn)
+    if args.sync_bn:
+        model = synchronise_batch_norm(model, accelerator)
+    model = model.to(accelerator.device)
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    ema = None if args.ema is None else ModelEmaV3(model, args.ema, use_warmup=True)
+    normalize = Normalize(model).to(accelerator.device)
+
+    step_images = args.batch_size * args.accumulate * world
+    steps = steps_of(data, step_images, args.steps_per_epoch)
+    optimizer, scheduler, lr = build_optimizer(args, model, steps, step_images)
+    mixup = create_mixup(args.mixup, args.cutmix, args.mixup_prob, args.smoothing, len(names))
+    class_weights = balanced(data.counts) if args.balance == "loss" and data.counts else None
+    criterion = Criterion(args.loss, args.smoothing, class_weights)
+    augmentation = {
+        "scale": args.scale,
+        "ratio": args.ratio,
+        "hflip": args.hflip,
+        "vflip": args.vflip,
+        "color_jitter": args.color_jitter,
+        "auto_augment": args.auto_augment,
+        "re_prob": args.reprob,
+    }
+    samples = training_samples(model, names, augmentation, args.crop_padding)
+    teacher = all_or_none(lambda: build_teacher(args, model, names, accelerator)) if args.teacher else None
+
+    plan = {"model": args.model, "classes": names, "images": data.train.num_rows, "images a step": step_images}
+    if args.streaming:  # which image comes when depends on these
+        plan |= {"processes": world, "workers": workers}
+    if state is not None:
+        check_plan(state["plan"], plan, args, accelerator)
+    if args.check and not args.streaming:
+        leave_out_corrupt(data, accelerator, workers, args.skip_corrupt)
+        steps = steps_of(data, step_images, args.steps_per_epoch)
+    loader = training_loader(
+        data,
+        samples,
+        accelerator,
+        args.batch_size,
+        workers,
+        args.seed,
+        batches=steps * args.accumulate,
+        balance=args.balance == "sampling",
+        repeats=args.repeats,
+        buffer=args.shuffle_buffer,
     )
 
-    # Optimizer, schedule and loss are timm's.
+    bare = model
+    accelerator.gradient_accumulation_steps = args.accumulate  # what `backward` divides by
+    model, optimizer = accelerator.prepare(model, optimizer)
+    task: Any = ClassificationTask(model, criterion, device=accelerator.device, verbose=False)
+    if teacher is not None:
+        task = LogitDistillationTask(
+            bare,
+            teacher,
+            criterion,
+            task_loss_weight=args.task_weight,
+            temperature=args.temperature,
+            device=accelerator.device,
+            verbose=False,
+        )
+        task.trainable_module = model
+    task.to(accelerator.device)
+
+    done = 0  # optimizer steps
+    metrics: list[dict[str, Any]] = []  # of each epoch that was evaluated
+    rates: list[tuple[float, float]] = []
+    losses = torch.zeros(2, device=accelerator.device)  # their sum in this epoch, and their number
+    if state is not None:
+        bare.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if ema is not None:
+            ema.module.load_state_dict(state["ema"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        done, metrics, rates = state["done"], state["metrics"], state["rates"]
+        if scheduler is not None:
+            scheduler.step_update(done)  # a function of the step
+        if main_process:
+            losses += state["losses"].to(losses.device)
+        del state
+
+    report = Report(
+        folder=args.output,
+        run=run,
+        settings={key: value for key, value in vars(args).items() if key not in NOT_SETTINGS and value is not None},
+        data=data,
+        config=bare.pretrained_cfg,
+        pretrained=args.pretrained,
+        base_model=base_model,
+        hardware=hardware(accelerator),
+        command=command_of(args, accelerator),
+        metrics=metrics,
+    )
+    if accelerator.log_with:
+        plain = {key: value for key, value in report.settings.items() if isinstance(value, int | float | str)}
+        accelerator.init_trackers(args.output.absolute().name, config=plain)
+    total = args.epochs * steps
+    if main_process:
+        report.start()
+        parameters = sum(p.numel() for p in bare.parameters())
+        trained = sum(p.numel() for p in bare.parameters() if p.requires_grad)
+        start_from = "pretrained" if args.pretrained else "random weights"
+        recipe = f"recipe {args.recipe}" if args.recipe else "settings of its own"
+        held_out = f", {args.hold_out:g} of each class held out" * ("/held-out-" in data.valid.split)
+        print(
+            f"model: {args.model}, {start_from}, {parameters:,} parameters, {trained:,} of them trained",
+            f"data: {args.data}, {len(names)} classes, {data.num_images or 'some'} images of {data.train.split}; "
+            f"evaluated on {data.valid.num_rows or 'some'} of {data.valid.split}{held_out}",
+            f"run: {recipe}, {args.epochs} epochs of {steps} steps of {step_images} images, "
+            f"{args.opt}, learning rate {lr:g}, {args.sched}; {report.hardware}, "
+            f"{accelerator.mixed_precision.replace('no', 'float32')}",
+            *([f"goes on after step {done} of {total}"] if done else []),
+            sep="\n",
+            flush=True,
+        )
+
+    def save() -> None:
+        everyone = accelerator.reduce(losses, "sum")  # a copy
+        if not main_process:
+            return
+        checkpoints.save(
+            done,
+            {
+                "plan": plan,
+                "done": done,
+                "metrics": metrics,
+                "rates": rates,
+                "losses": everyone,
+                "model": bare.state_dict(),
+                "ema": None if ema is None else ema.module.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
+            },
+        )
+
+    def check_loss(bad_step: int) -> None:
+        if bad_step:
+            paths = checkpoints.paths()
+            good = (
+                f"--resume goes on from the last good checkpoint, {paths[-1]}"
+                if paths
+                else "there is no checkpoint yet"
+            )
+            raise InputError(
+                f"the loss is no number in step {bad_step} of {total}; {good}; a lower --lr or --clip-grad 1 may help"
+            )
+
+    stop = Stop(accelerator)
+    saved = time.monotonic()
+    look = 1 if accelerator.device.type == "cpu" else 20  # steps between looks at the loss: a GPU has to wait for them
+    bad_step, skipped = torch.zeros((), dtype=torch.long, device=accelerator.device), 0
+    progress = progress_bar(accelerator, total=total, initial=done, desc="train", unit="step")
+    for epoch in range(len(metrics), args.epochs):
+        first = done - epoch * steps  # not 0 where a run goes on in the middle of an epoch
+        task.train()
+        for module in frozen:
+            module.eval()
+        loaded = batches(loader, epoch, first * args.accumulate, args.skip_corrupt)
+        started = time.perf_counter()
+        for _ in range(first, steps):
+            for part in range(args.accumulate):
+                images, targets = next(loaded)
+                images = normalize(images.to(accelerator.device, non_blocking=True))
+                targets = targets.to(accelerator.device, non_blocking=True)
+                # All that is random from here on follows from the place in the run, so that it can go on anywhere.
+                set_seed(seed_of(args.seed, 3, done, part, accelerator.process_index))
+                if mixup is not None:
+                    images, targets = mixup(images, targets)
+                if args.channels_last:
+                    images = images.contiguous(memory_format=torch.channels_last)
+                last = part == args.accumulate - 1
+                with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                    loss = task(images, targets)["loss"]
+                    accelerator.backward(loss)
+                losses[0] += loss.detach().nan_to_num(0, 0, 0)
+                losses[1] += 1
+                if accelerator.scaler is None:  # which leaves such steps out
+                    bad_step = torch.where((bad_step == 0) & ~loss.detach().isfinite(), done + 1, bad_step)
+            if args.clip_grad is not None:
+                accelerator.clip_grad_norm_(model.parameters(), args.clip_grad)
+            optimizer.step()
+            optimizer.zero_grad()
+            done += 1
+            if scheduler is not None:  # --sched none
+                scheduler.step_update(done)
+            if ema is not None:
+                ema.update(bare, step=done)
+
+            progress.update()
+            rate = highest_rate(optimizer)
+            if done % -(-total // 500) == 0:
+                rates.append((done / steps, rate))
+            if accelerator.trackers and done % -(-steps // 20) == 0:
+                accelerator.log({"loss": loss.item(), "lr": rate}, step=done)
+            skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
+            bad = done if skipped > 20 else int(bad_step) if done % look == 0 else 0
+            late = main_process and time.monotonic() - saved > 60 * args.save_minutes
+            heard, bad, late = stop.agree(bad, late)
+            check_loss(bad)
+            if heard or late:
+                save()
+                saved = time.monotonic()
+            if heard:
+                progress.close()
+                accelerator.print(
+                    f"stopped by {signal.Signals(heard).name} after step {done} of {total}; go on with --resume",
+                    flush=True,
+                )
+                accelerator.wait_for_everyone()
+                accelerator.end_training()
+                return 128 + heard
+        seconds = time.perf_counter() - started
+
+        loss_sum, number = accelerator.reduce(losses, "sum").tolist()
+        check_loss(int(accelerator.gather(bad_step).max()))
+        averaged = None if ema is None else ema.module
+        for weights in filter(None, (bare, averaged)):
+            if world > 1:  # as each process has seen other batches; checkpoints have those of the first
+                distribute_bn(weights, world, reduce=False)
+        save()  # before the evaluation, which a run that goes on from here does again
+        saved = time.monotonic()
+
+        row: dict[str, Any] = {
+            "epoch": epoch + 1,
+            "step": done,
+            "lr": highest_rate(optimizer),
+            "train_loss": round(loss_sum / number, 5),
+        }
+        classes = match_classes(data.valid.class_names or names, len(names), names)
+        evaluation = dict(batch_size=args.batch_size, workers=max(1, workers), skip_corrupt=args.skip_corrupt)
+        for kind, weights in (("", bare), ("ema_", averaged)):
+            if weights is not None:
+                counts = evaluate(weights, data.valid, classes, accelerator, **evaluation)
+                row |= {f"{kind}top1": counts.percent(counts.top1), f"{kind}top5": counts.percent(counts.top5)}
+                report.samples = counts.samples
+        row["images_per_second"] = round((steps - first) * step_images / seconds, 1)
+        row["peak_memory_mb"] = round(peak_memory(accelerator) / 2**20)
+        metrics.append(row)
+        losses.zero_()
+        if main_process:
+            shown = [f"{key.replace('_', ' ').replace('top', 'top-')} {row[key]:.3f}" for key in row if "top" in key]
+            with progress.external_write_mode(sys.stdout):
+                print(f"epoch {epoch + 1:3}: loss {row['train_loss']:.4f}, {', '.join(shown)}", flush=True)
+            report.epoch(bare, averaged)
+        accelerator.log({key: value for key, value in row.items() if key not in ("step", "lr")}, step=done)
+        if args.patience and epoch + 1 - best_of(metrics)[1] >= args.patience:
+            accelerator.print(f"no better top-1 in {args.patience} epochs: stops")
+            break
+    progress.close()
+    stop.close()
+
+    # The best one once more, for its mistakes.
+    load_everywhere(bare, args.output, accelerator)
+    mistakes = Mistakes(len(names))
+    report.samples = evaluate(
+        bare, data.valid, classes, accelerator, **evaluation, desc="look at the mistakes", observe=mistakes
+    ).samples
+    mistakes.gather(accelerator)
+    if main_process:
+        report.finish(mistakes, rates)
+        top1, best, kind = best_of(metrics)
+        print(f"best top-1 {top1:.3f}{' (EMA)' if kind else ''} in epoch {best}; the model is in {args.output}")
+        print(f"measure it again: {report.check}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return 0
+
+
+def start(args: argparse.Namespace, run: Path) -> "Accelerator":
+    """Start Accelerate with the trackers that are asked for."""
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    from res2net_zoo.program import InputError, start_processes
+
+    there = [str(tracker) for tracker in get_available_trackers()]
+    wanted = args.tracker or [name for name in ("tensorboard",) if name in there]
+    wanted = [] if wanted == ["none"] else wanted
+    for name in wanted:
+        if name not in there:
+            known = name in [str(tracker) for tracker in LoggerType]
+            what = "is not installed" if known else "is none that Accelerate knows"
+            raise InputError(f"--tracker {name} {what}; there are: {', '.join([*there, 'none'])}")
+    accelerator = start_processes(
+        args.threads,
+        args.mixed_precision,
+        log_with=wanted or None,
+        project_dir=str(run / "trackers"),
+        dynamo_backend="inductor" if args.compile else None,
+    )
+    if str(accelerator.distributed_type).endswith(("FSDP", "DEEPSPEED", "MEGATRON_LM")):
+        raise InputError(
+            "these models have 85 million parameters at most: sharding them saves nothing; choose multi-GPU "
+            "in `accelerate config`"
+        )
+    return accelerator
+
+
+def check_output(args: argparse.Namespace, checkpoints: Any) -> None:
+    """Find out whether the run can have its folder; make room where it may replace another."""
+    from res2net_zoo.program import InputError, check_can_make
+
+    check_can_make(args.output)
+    if args.resume:
+        if (args.output / "config.json").is_file() and not checkpoints.paths():
+            raise InputError(f"{args.output} holds a model, but no run that could go on; name another --output")
+        return
+    if args.overwrite:
+        checkpoints.clear()
+    elif checkpoints.paths() or (args.output / "config.json").is_file():
+        raise InputError(
+            f"--output {args.output} holds another run; name another folder, or --resume to go on with it, "
+            "or --overwrite to replace it"
+        )
+
+
+def check_plan(
+    before: dict[str, Any], now: dict[str, Any], args: argparse.Namespace, accelerator: "Accelerator"
+) -> None:
+    """Find out whether a run can go on from a checkpoint with what it would be given now."""
+    from res2net_zoo.program import InputError
+
+    def differ(what: str, then: object, found: object, hint: str = "") -> InputError:
+        return InputError(f"the run in {args.output} was started with {what} {then}, and has now {found}{hint}")
+
+    if before["model"] != now["model"]:
+        raise differ("the model", before["model"], now["model"])
+    if len(before["classes"]) != len(now["classes"]):
+        raise differ("a number of classes of", len(before["classes"]), len(now["classes"]))
+    if before["classes"] != now["classes"]:
+        changed = next(pair for pair in zip(before["classes"], now["classes"], strict=True) if pair[0] != pair[1])
+        raise differ("the class", *changed)
+    if before["images"] != now["images"]:
+        raise differ("a number of images of", before["images"], now["images"])
+    if (then := before["images a step"]) != now["images a step"]:
+        size = then / accelerator.num_processes / args.accumulate
+        raise differ("images a step:", then, now["images a step"], f"; --batch-size {size:g} makes them as many")
+    if before != now and accelerator.is_main_process:
+        print(
+            "warning: with other processes or workers than before, the rest of this epoch's stream comes in another "
+            "order: some images come twice, others not at all",
+            file=sys.stderr,
+        )
+
+
+def synchronise_batch_norm(model: "nn.Module", accelerator: "Accelerator") -> "nn.Module":
+    """Have BatchNorm take its statistics over all processes."""
+    from timm.layers import convert_sync_batchnorm
+
+    from res2net_zoo.program import InputError
+
+    if accelerator.num_processes == 1:
+        return model  # it does that by itself
+    if accelerator.device.type == "cpu":
+        raise InputError("torch synchronises BatchNorm on GPUs only; leave --sync-bn out")
+    return convert_sync_batchnorm(model)
+
+
+def build_model(args: argparse.Namespace, names: list[str]) -> Any:
+    """Make the model with its weights to start from."""
+    from res2net_zoo.pretrained import create_model
+
+    options: dict[str, Any] = {"drop_path_rate": args.drop_path} if args.drop_path else {}
+    if args.drop:
+        options["drop_rate"] = args.drop
+    model: Any = create_model(args.model, args.pretrained, num_classes=len(names), **options)
+    if args.img_size:
+        model.pretrained_cfg["input_size"] = (model.pretrained_cfg["input_size"][0], args.img_size, args.img_size)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    return model
+
+
+def build_teacher(args: argparse.Namespace, model: Any, names: list[str], accelerator: "Accelerator") -> "nn.Module":
+    """Make the model to learn from."""
+    import torch
+
+    from res2net_zoo.pretrained import create_model
+    from res2net_zoo.program import InputError
+
+    teacher: Any = create_model(args.teacher)
+    labels = teacher.pretrained_cfg.get("label_names")
+    if teacher.num_classes != len(names) or (labels and list(labels) != names):
+        raise InputError(
+            f"--teacher {args.teacher} knows {teacher.num_classes} classes, and not these {len(names)}; "
+            "train it on them first"
+        )
+    if teacher.pretrained_cfg["input_size"][0] != model.pretrained_cfg["input_size"][0]:
+        raise InputError(f"--teacher {args.teacher} takes images of other channels than {args.model}")
+    teacher = teacher.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return accelerator.prepare_model(teacher, evaluation_mode=True)
+
+
+def build_optimizer(args: argparse.Namespace, model: Any, steps: int, step_images: int) -> tuple[Any, Any, float]:
+    """Make optimizer and schedule; return them and the highest learning rate."""
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import create_scheduler_v2
+
+    from res2net_zoo.program import InputError
+    from res2net_zoo.training import scaled_lr
+
+    lr = scaled_lr(args.lr, args.opt, step_images, args.lr_base_size)
     try:
         optimizer = create_optimizer_v2(
-            model, args.opt, lr=args.lr, weight_decay=args.weight_decay, momentum=args.momentum
+            model,
+            args.opt,
+            lr=lr,
+            weight_decay=args.weight_decay,
+            momentum=args.momentum,
+            filter_bias_and_bn=not args.decay_all,
+            layer_decay=args.layer_decay,
         )
-        steps = len(loader) // accelerator.num_processes
         scheduler, _ = create_scheduler_v2(
             optimizer,
             args.sched,
             num_epochs=args.epochs,
             warmup_epochs=args.warmup_epochs,
+            warmup_lr=min(1e-5, lr),
             min_lr=args.min_lr,
+            decay_epochs=args.decay_epochs,
+            decay_milestones=args.decay_milestones,
+            decay_rate=args.decay_rate,
             step_on_epochs=False,
             updates_per_epoch=steps,
         )
     except (AssertionError, ValueError, RuntimeError) as error:
         raise InputError(f"timm makes no optimizer {args.opt} with schedule {args.sched}: {error}") from error
-    mixup = None
-    loss_fn: torch.nn.Module = torch.nn.CrossEntropyLoss(label_smoothing=args.smoothing)
-    if args.mixup or args.cutmix:
-        mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=len(names))
-        loss_fn = SoftTargetCrossEntropy()
-    model = model.to(memory_format=torch.channels_last)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    bare = accelerator.unwrap_model(model)
+    return optimizer, scheduler, lr
 
-    metrics: list[dict[str, float]] = []
-    best = -1
-    for epoch in range(args.epochs):
-        model.train()
-        total = torch.zeros((), device=accelerator.device)
-        start = time.perf_counter()
-        for step, (images, targets, bad) in enumerate(
-            progress_bar(accelerator, loader, desc=f"epoch {epoch + 1}/{args.epochs}")
-        ):
-            for sample in bad:
-                raise InputError(f"{sample.place}: {sample.fatal or f'corrupt ({sample.corrupt}); take it out'}")
-            targets = targets[:, 0]
-            if mixup is not None:
-                images, targets = mixup(images, targets)
-            with accelerator.autocast():
-                logits = model(images.contiguous(memory_format=torch.channels_last))
-            loss = loss_fn(logits.float(), targets)
-            accelerator.backward(loss)
-            if args.clip_grad is not None:
-                accelerator.clip_grad_norm_(model.parameters(), args.clip_grad)
-            optimizer.step()
-            optimizer.zero_grad()
-            if scheduler is not None:  # --sched none
-                scheduler.step_update(epoch * steps + step + 1)
-            total += loss.detach()
-        train_loss = accelerator.reduce(total, "mean").item() / steps
-        seconds = time.perf_counter() - start
-        if not math.isfinite(train_loss):
-            raise InputError(f"the loss is {train_loss} in epoch {epoch + 1}; try a lower --lr or --clip-grad 1")
 
-        if accelerator.num_processes > 1:
-            distribute_bn(bare, accelerator.num_processes, reduce=True)  # each process has seen other batches
-        counts = evaluate(bare, valid, match_classes(valid.class_names or names, len(names), names), accelerator)
-        top1, top5 = counts.percent(counts.top1), counts.percent(counts.top5)
-        metrics.append(
-            {
-                "epoch": epoch + 1,
-                "lr": optimizer.param_groups[0]["lr"],
-                "train_loss": round(train_loss, 5),
-                "top1": top1,
-                "top5": top5,
-                "images_per_second": round(steps * batch / seconds, 1),
-            }
-        )
-        if accelerator.is_main_process:
-            print(f"epoch {epoch + 1:3}: loss {train_loss:.4f}, top-1 {top1:.3f}, top-5 {top5:.3f}", flush=True)
-            if counts.top1 >= best:
-                best = counts.top1
-                accuracy = Accuracy(
-                    dataset=valid.name, split=valid.split, top1=top1, top5=top5, source="scripts/finetune.py"
-                )
-                card = write_card(args, bare, base_model, accuracy, epoch + 1, counts.samples, accelerator)
-                write_model_folder(args.output, bare, card, names)
-            write_metrics(args.output, metrics)
+def load_everywhere(model: "nn.Module", folder: Path, accelerator: "Accelerator") -> None:
+    """Load a model folder's weights in all processes; only the main one need have the folder."""
+    from accelerate.utils import broadcast
+    from safetensors.torch import load_file
+
+    from res2net_zoo.program import WEIGHTS
+
     if accelerator.is_main_process:
-        draw_learning_curve(args.output, metrics)
-        print(f"best top-1 {max(m['top1'] for m in metrics):.3f}; the model is in {args.output}")
-    accelerator.end_training()
-    return 0
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    for tensor in model.state_dict().values():
+        broadcast(tensor)
 
 
-def write_card(
-    args: argparse.Namespace,
-    model: "torch.nn.Module",
-    base_model: str | None,
-    accuracy: "Accuracy",
-    epoch: int,
-    samples: int,
-    accelerator: "Accelerator",
-) -> "ModelCard":
-    """Write the model's card: what it is, how to use it, what made it, how good it is."""
-    import timm
-    import torch
-
-    from res2net_zoo.card import model_card
-    from res2net_zoo.program import markdown_table
-
+def command_of(args: argparse.Namespace, accelerator: "Accelerator") -> str:
+    """Return the command that makes the same run."""
     processes = accelerator.num_processes
     launch = f"--multi_gpu --num_processes {processes} " if processes > 1 else ""
     cpu = "ACCELERATE_USE_CPU=true " if launch and accelerator.device.type == "cpu" else ""
-    command = f"{cpu}accelerate launch {launch}scripts/finetune.py {shlex.join(sys.argv[1:])}".strip()
-    where = f"{processes} {accelerator.device.type} process{'es' if processes > 1 else ''}"
-    settings = {key: value for key, value in vars(args).items() if key not in ("output", "license")}
-    cfg: Any = model.pretrained_cfg
-    picture = "\n![Learning curve](learning_curve.png)\n" if importlib.util.find_spec("matplotlib") else ""
-    parameters = sum(p.numel() for p in model.parameters())
-    started = "its published weights" if args.pretrained else "random weights"
-    text = f"""
-# {args.output.resolve().name}
-
-{cfg["architecture"]} with {model.num_classes} classes and {parameters:,} parameters, trained from {started} on
-`{args.data}` by the Res2Net Zoo. Res2Net: Gao et al., TPAMI 2021, arXiv 1904.01169.
-
-## Use
-
-In the folder that holds this one:
-
-```python
-import timm
-import res2net_zoo  # registers the model with timm
-
-model = timm.create_model("local-dir:{args.output.name}", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-```
-
-## Accuracy
-
-Top-1 {accuracy.top1:.3f}, top-5 {accuracy.top5:.3f} percent on the {samples} images of the split `{accuracy.split}`,
-which training never saw. This is epoch {epoch} of {args.epochs}, the best on that same split (of several, the last), so
-expect a little less on new images. `python scripts/validate.py --check` measures it again.
-{picture}
-## Training
-
-Made by
-
-```
-{command}
-```
-
-with torch {torch.__version__.split("+")[0]} and timm {timm.__version__}, on {where}, with these settings:
-
-{markdown_table(("setting", "value"), [(key, json.dumps(value, default=str)) for key, value in settings.items()])}
-"""
-    license = args.license or (cfg.get("license") if args.pretrained else None)
-    return model_card(args.output.resolve().name, text, license, [accuracy], base_model=base_model)
+    options = ["--recipe", "recipe.toml"] if args.resume else sys.argv[1:]
+    return f"{cpu}accelerate launch {launch}scripts/finetune.py {shlex.join(options)}".strip()
 
 
-def write_metrics(folder: Path, metrics: list[dict[str, float]]) -> None:
-    """Write metrics.csv, a row an epoch."""
-    from res2net_zoo.program import write_atomically
-
-    def write(path: Path) -> None:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, metrics[0].keys())
-            writer.writeheader()
-            writer.writerows(metrics)
-
-    write_atomically(folder / "metrics.csv", write)
+def highest_rate(optimizer: Any) -> float:
+    """Return the learning rate, of the classifier where layers have their own."""
+    return max(group["lr"] for group in optimizer.param_groups)
 
 
-def draw_learning_curve(folder: Path, metrics: list[dict[str, float]]) -> None:
-    """Draw loss and accuracy over the epochs as learning_curve.png."""
-    from res2net_zoo.program import write_atomically
+def peak_memory(accelerator: "Accelerator") -> int:
+    """Return the most memory that this process has had, on its device, in bytes."""
+    import torch
 
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no learning_curve.png: it takes matplotlib, pip install -e '.[train]'", file=sys.stderr)
-        return
-    epochs = [m["epoch"] for m in metrics]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
-    loss.plot(epochs, [m["train_loss"] for m in metrics], color="tab:blue")
-    loss.set(title="Training loss", xlabel="epoch")
-    for key, label, style in (("top1", "top-1", "-"), ("top5", "top-5", ":")):
-        accuracy.plot(epochs, [m[key] for m in metrics], style, color="tab:orange", label=label)
-    top1 = [m["top1"] for m in metrics]
-    best = max(range(len(top1)), key=lambda i: (top1[i], i))
-    accuracy.plot(epochs[best], top1[best], "o", color="tab:orange")
-    accuracy.annotate(f"{top1[best]:.2f}", (epochs[best], top1[best]), (0, -14), textcoords="offset points", ha="right")
-    # From a little below the median: the first epochs would squeeze everything that matters.
-    accuracy.set(title="Accuracy in evaluation (%)", xlabel="epoch")
-    accuracy.set_ylim(max(0, 2 * sorted(top1)[len(top1) // 2] - 101), 100.5)
-    accuracy.legend(loc="lower right")
-    for axes in (loss, accuracy):
-        axes.grid(alpha=0.3)
-    write_atomically(folder / "learning_curve.png", lambda path: figure.savefig(path, dpi=120))
+    if accelerator.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(accelerator.device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":
     arguments = parse_args()
 
-    from res2net_zoo.program import run
+    from res2net_zoo.program import run as run_program
 
-    sys.exit(run(lambda: main(arguments)))
+    sys.exit(run_program(lambda: main(arguments)))

@@ -20,23 +20,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from arguments import SHIPPED_MODEL, within
+
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
-
-ROOT = Path(__file__).resolve().parent.parent
-SHIPPED_MODEL = ROOT / "hub" / "models" / "res2net_tiny.digits"
-
-
-def at_least(low: int) -> Callable[[str], int]:
-    """Return an argument type: a whole number of at least `low`."""
-
-    def number(text: str) -> int:
-        if int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
-        return int(text)
-
-    return number
 
 
 def parse_args() -> argparse.Namespace:
@@ -49,13 +37,13 @@ def parse_args() -> argparse.Namespace:
     add("images", nargs="+", metavar="IMAGE", help="image files, folders of them, or quoted patterns such as 'a/*.jpg'")
     default = f"local-dir:{os.path.relpath(SHIPPED_MODEL)}"
     add("--model", default=default, metavar="NAME", help="what timm.create_model takes (%(default)s)")
-    add("--topk", type=at_least(1), default=5, metavar="K", help="classes to tell of each image (%(default)s)")
+    add("--topk", type=within(int, 1), default=5, metavar="K", help="classes to tell of each image (%(default)s)")
     add("--format", choices=("table", "jsonl", "csv"), default="table", help="(%(default)s)")
     add("--output", type=Path, metavar="FILE", help="where to write it; the standard output by default")
     add("--embeddings", type=Path, metavar="FILE", help="Parquet file for path and embedding (pooled features)")
-    add("--batch-size", type=at_least(1), default=32, metavar="N", help="images a batch and process (%(default)s)")
-    add("--workers", type=at_least(0), metavar="N", help="loader processes for each process (default by the machine)")
-    add("--threads", type=at_least(1), metavar="N", help="CPU threads for each process (default its share)")
+    add("--batch-size", type=within(int, 1), default=32, metavar="N", help="images a batch and process (%(default)s)")
+    add("--workers", type=within(int, 0), metavar="N", help="loader processes a process (default by the machine)")
+    add("--threads", type=within(int, 1), metavar="N", help="CPU threads for each process (default its share)")
     add("--mixed-precision", choices=("no", "bf16", "fp16"), help="default as `accelerate config` says, else no")
     add("--skip-corrupt", action="store_true", help="leave out images that cannot be decoded; the exit code is then 1")
     args = parser.parse_args()

@@ -15,34 +15,18 @@ left images out; 2 bad input. `accelerate launch` turns every failure into 1.
 
 import argparse
 import json
-import math
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from arguments import SHIPPED_DATA, SHIPPED_MODEL, within
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from res2net_zoo.catalog import Accuracy
     from res2net_zoo.data import Source
-
-ROOT = Path(__file__).resolve().parent.parent
-SHIPPED_MODEL = ROOT / "hub" / "models" / "res2net_tiny.digits"
-SHIPPED_DATA = ROOT / "hub" / "datasets" / "digits"
-
-
-def within(kind: Callable[[str], float], low: float, high: float = math.inf) -> Callable[[str], float]:
-    """Return an argument type: an int or float from `low` to `high`."""
-
-    def parse(text: str) -> float:
-        if not low <= (number := kind(text)) <= high:  # so that not-a-number is refused as well
-            raise argparse.ArgumentTypeError(f"{text} is not {low} or more" + (f", up to {high}" * (high < math.inf)))
-        return number
-
-    parse.__name__ = kind.__name__  # argparse names it when the text is no number at all
-    return parse
 
 
 def parse_args() -> argparse.Namespace:

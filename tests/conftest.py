@@ -134,6 +134,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) ->
         AcceleratorState._reset_state(reset_partial_state=True)
         monkeypatch.chdir(ROOT)
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+        monkeypatch.syspath_prepend(Path(path).parent)  # as Python does for a program
         monkeypatch.setattr(sys, "argv", [path, *map(str, args)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as stopped:

@@ -1,0 +1,159 @@
+"""What a training loop needs beside timm's and Accelerate's: frozen stages, weighted classes, scaled learning rates."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.data import Mixup, create_transform, resolve_model_data_config
+from timm.loss import BinaryCrossEntropy
+from timm.models import group_parameters
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision import transforms
+
+from res2net_zoo.data import Samples
+from res2net_zoo.labels import match_classes
+from res2net_zoo.program import InputError
+
+
+def freeze(model: Any, stages: str, batch_norm: bool = False) -> list[nn.Module]:
+    """Freeze the first stages of a model: their parameters, and their BatchNorm statistics.
+
+    Args:
+        model: A model of timm's interface.
+        stages: How many, the stem being the first; `all` leaves the classifier only.
+        batch_norm: Whether the statistics of every BatchNorm stay what they are.
+
+    Returns:
+        The modules that must stay in evaluation mode while the others train.
+
+    Raises:
+        InputError: The model has fewer stages.
+    """
+    groups = group_parameters(model, model.group_matcher(coarse=True))
+    last = max(groups)  # the classifier
+    number = last if stages == "all" else int(stages)
+    if number > last:
+        raise InputError(f"--freeze {stages}: this model has {last} stages with its stem; `all` freezes them")
+    frozen = {name for group in range(number) for name in groups[group]}
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm)
+        and (batch_norm or (module.weight is not None and not module.weight.requires_grad))
+    ]
+
+
+def scaled_lr(lr: float, opt: str, batch: int, base: int | None) -> float:
+    """Scale a learning rate from the batch size that it was chosen for to another.
+
+    Args:
+        lr: Learning rate for batches of `base` images.
+        opt: timm's name of the optimizer. Adaptive ones scale with the root of the batch size, the
+            others linearly (Goyal et al., 2017, arXiv 1706.02677), as in timm's train.py.
+        batch: Images an optimizer step, over all processes.
+        base: Images an optimizer step that `lr` was chosen for; None if for `batch`.
+
+    Returns:
+        The learning rate.
+    """
+    if base is None:
+        return lr
+    adaptive = any(word in opt for word in ("ada", "lamb", "lion", "adopt", "nadam"))
+    return lr * (batch / base) ** (0.5 if adaptive else 1)
+
+
+class Criterion(nn.Module):
+    """Cross entropy, or binary cross entropy of each class, of class numbers or of mixed targets.
+
+    The mean is over images, also with class weights, so that the mean over processes is the mean
+    over all their images.
+
+    Args:
+        loss: `ce` or `bce` (as in Wightman et al., 2021, arXiv 2110.00476).
+        smoothing: Label smoothing, of class numbers; mixed targets have theirs.
+        weights: Weight of each class, for `ce`; their mean over the images should be 1.
+    """
+
+    weights: torch.Tensor | None
+
+    def __init__(self, loss: str, smoothing: float, weights: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.smoothing = smoothing
+        self.binary = BinaryCrossEntropy(smoothing=smoothing) if loss == "bce" else None
+        self.register_buffer("weights", weights, persistent=False)
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return the loss of logits (N, classes) against classes (N,) or their shares (N, classes)."""
+        logits = logits.float()
+        if self.binary is not None:
+            return self.binary(logits, target)
+        smoothing = 0.0 if target.is_floating_point() else self.smoothing
+        if self.weights is not None and not target.is_floating_point():
+            # Torch divides by the sum of the batch's weights for class numbers, by N for shares.
+            target = nn.functional.one_hot(target, logits.shape[1]).to(logits.dtype)
+        return nn.functional.cross_entropy(logits, target, weight=self.weights, label_smoothing=smoothing)
+
+
+def balanced(counts: Sequence[int]) -> torch.Tensor:
+    """Return a weight for each class by which all classes count the same, 1 on the mean over images."""
+    numbers = torch.tensor(counts, dtype=torch.float32)
+    return numbers.sum() / (len(numbers) * numbers)
+
+
+def training_samples(model: Any, names: Sequence[str], augmentation: dict[str, Any], crop_padding: int) -> Samples:
+    """Make what turns rows into training samples.
+
+    Args:
+        model: The model; its config gives size and interpolation.
+        names: The classes.
+        augmentation: As for timm's `create_transform`.
+        crop_padding: Pixels to pad by before a random crop, in place of a random resized crop; 0 for
+            that one. As CIFAR images are trained on (He et al., 2016, sec. 4.2).
+
+    Returns:
+        It; images come as bytes, or normalized where random erasing needs them to be.
+
+    Raises:
+        InputError: timm knows no such augmentation.
+    """
+    config = resolve_model_data_config(model)
+    try:
+        transform = create_transform(
+            **config, **augmentation, is_training=True, normalize=augmentation.get("re_prob", 0) > 0
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        words = f"--auto-augment {augmentation.get('auto_augment')}"
+        raise InputError(f"timm knows no such augmentation: {words} ({error!r})") from error
+    if crop_padding:
+        size = config["input_size"][1:]
+        transform.transforms[0:1] = [transforms.Resize(size), transforms.RandomCrop(size, padding=crop_padding)]
+    classes = match_classes(names, len(names), names)
+    return Samples(transform, "L" if config["input_size"][0] == 1 else "RGB", classes.targets)
+
+
+class Normalize(nn.Module):
+    """Turns bytes (N, C, H, W) into what a model takes, on its device; leaves what is normalized already."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        config = resolve_model_data_config(model)
+        for key in ("mean", "std"):
+            self.register_buffer(key, 255 * torch.tensor(config[key]).view(-1, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return images (N, C, H, W), normalized."""
+        return images.float().sub_(self.mean).div_(self.std) if images.dtype == torch.uint8 else images
+
+
+def create_mixup(mixup: float, cutmix: float, probability: float, smoothing: float, num_classes: int) -> Mixup | None:
+    """Return timm's mixup and CutMix of these alphas, None where both are 0."""
+    if not mixup and not cutmix:
+        return None
+    return Mixup(mixup, cutmix, prob=probability, label_smoothing=smoothing, num_classes=num_classes)

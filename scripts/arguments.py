@@ -1,0 +1,78 @@
+"""What the programs' command lines share. It imports nothing slow, so that `--help` answers at once."""
+
+import argparse
+import difflib
+import math
+import sys
+import tomllib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = ROOT / "scripts" / "recipes"
+SHIPPED_MODEL = ROOT / "hub" / "models" / "res2net_tiny.digits"
+SHIPPED_DATA = ROOT / "hub" / "datasets" / "digits"
+
+
+def within(kind: Callable[[str], float], low: float, high: float = math.inf) -> Callable[[str], float]:
+    """Return an argument type: an int or float from `low` to `high`."""
+
+    def parse(text: str) -> float:
+        if not low <= (number := kind(text)) <= high:  # so that not-a-number is refused as well
+            raise argparse.ArgumentTypeError(f"{text} is not {low} or more" + (f", up to {high}" * (high < math.inf)))
+        return number
+
+    parse.__name__ = kind.__name__  # argparse names it when the text is no number at all
+    return parse
+
+
+def find_recipe(parser: argparse.ArgumentParser, name: str) -> Path:
+    """Return the file of a recipe: one of scripts/recipes by its name, or any by its path."""
+    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    if not path.is_file():
+        names = sorted(recipe.stem for recipe in RECIPES.glob("*.toml"))
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+        parser.error(f"no recipe {name}; {hint}")
+    return path
+
+
+def parse_over(
+    parser: argparse.ArgumentParser,
+    recipes: Iterable[Path],
+    not_settings: Iterable[str] = (),
+    options: Sequence[str] | None = None,
+) -> argparse.Namespace:
+    """Parse the command line over the settings of recipes, which stand over the defaults.
+
+    Args:
+        parser: The program's.
+        recipes: TOML files of settings, by the options' names with underscores; later ones go before
+            earlier ones.
+        not_settings: Options that a recipe must not set.
+        options: In place of the command line.
+
+    Returns:
+        The arguments. What a recipe says is checked just as options are; the program ends if it is wrong.
+    """
+    settings = sorted({action.dest for action in parser._actions} - {"help", *not_settings})
+    words: list[str] = []
+    for path in recipes:
+        try:
+            recipe = tomllib.loads(path.read_text())
+        except OSError as error:
+            parser.error(f"cannot read recipe {path}: {error.strerror}")
+        except ValueError as error:
+            parser.error(f"recipe {path} is no TOML: {error}")
+        for key in recipe:
+            if key not in settings:
+                close = difflib.get_close_matches(key, settings, n=1)
+                hint = f"did you mean {close[0]}?" if close else "--help lists them"
+                parser.error(f"recipe {path} sets {key}, which is no setting; {hint}")
+        for key, value in recipe.items():
+            option = key.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{option}" if value else f"--no-{option}")
+            else:
+                words += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
+    return parser.parse_args([*words, *(sys.argv[1:] if options is None else options)])

@@ -1,0 +1,319 @@
+"""Training that is stopped, killed and taken up again; several processes against one. Real processes on the CPU."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from res2net_zoo.checkpoints import Checkpoints
+from res2net_zoo.program import InputError
+from tests.conftest import ROOT, full_disk, input_error
+
+FINETUNE = "scripts/finetune.py"
+# All that is random at once: if any of it did not follow from the place in the run, weights would differ.
+EVERYTHING = ["--mixup", 0.2, "--cutmix", 1, "--drop", 0.1, "--drop-path", 0.2, "--reprob", 0.3, "--ema", 0.9]
+EVERYTHING += ["--auto-augment", "rand-m5", "--clip-grad", 1, "--accumulate", 2, "--balance", "sampling"]
+SHORT = ["--epochs", 2, "--batch-size", 16, "--threads", 1, "--tracker", "none"]
+
+
+class Running:
+    """A training in processes of its own group, as a scheduler starts it."""
+
+    def __init__(self, folder: Path, *args: object, processes: int = 1) -> None:
+        command = [sys.executable]
+        if processes > 1:
+            command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+            command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+            command += ["--main_process_port", "0"]
+        self.run = folder.with_name(f"{folder.name}.run")
+        self.process = subprocess.Popen(
+            [*command, FINETUNE, *map(str, args), "--output", str(folder)],
+            cwd=ROOT,
+            env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait_for_step(self, step: int) -> None:
+        """Wait for a checkpoint of this step or a later one."""
+        deadline = time.monotonic() + 120
+        while not any(int(path.stem.split("-")[1]) >= step for path in self.run.glob("checkpoints/step-*.pt")):
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def signal(self, number: int) -> None:
+        os.killpg(self.process.pid, number)
+
+    def end(self, seconds: float = 120) -> subprocess.CompletedProcess:
+        out, err = self.process.communicate(timeout=seconds)
+        return subprocess.CompletedProcess([], self.process.returncode, out, err)
+
+
+def steps_in(folder: Path) -> list[int]:
+    return [
+        int(path.stem.split("-")[1])
+        for path in Checkpoints(folder.with_name(f"{folder.name}.run") / "checkpoints").paths()
+    ]
+
+
+def final(folder: Path) -> dict:
+    """Return the last checkpoint of a run."""
+    state = Checkpoints(folder.with_name(f"{folder.name}.run") / "checkpoints").load()
+    assert state is not None
+    return state
+
+
+def differences(a: dict, b: dict) -> list[str]:
+    """Return what differs in two checkpoints, to the bit: weights, averages, optimizer, losses."""
+    found = [
+        f"{key} {name}"
+        for key in ("model", "ema")
+        for name in a[key] or ()
+        if not torch.equal(a[key][name], b[key][name])
+    ]
+    for index, state in a["optimizer"]["state"].items():
+        found += [
+            f"optimizer {index} {name}"
+            for name, value in state.items()
+            if not torch.equal(value, b["optimizer"]["state"][index][name])
+        ]
+    return found + [key for key in ("done", "losses", "rates") if str(a[key]) != str(b[key])]
+
+
+def measured(folder: Path) -> list[dict]:
+    """Return the metrics of a run, without its times and memory."""
+    rows = csv.DictReader((folder / "metrics.csv").open())
+    return [
+        {key: value for key, value in row.items() if key not in ("images_per_second", "peak_memory_mb")} for row in rows
+    ]
+
+
+def test_killed_at_any_moment_and_taken_up_again_it_ends_the_same_to_the_bit(in_process, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    args = [*SHORT, "--batch-size", 32, "--workers", 1, *EVERYTHING, "--save-minutes", 0]
+    result = in_process(FINETUNE, *args, "--output", whole)
+    assert result.returncode == 0, result.stderr
+    assert steps_in(whole) == [43, 44]
+    for step, resume in ((5, []), (25, ["--resume"])):
+        running = Running(killed, *args, *resume)
+        running.wait_for_step(step)
+        running.signal(signal.SIGKILL)
+        running.end()
+        assert step <= max(steps_in(killed)) < 44
+    # Also with other workers, which only load.
+    result = in_process(FINETUNE, "--resume", "--output", killed, "--workers", 0)
+    assert result.returncode == 0, result.stderr
+    assert "goes on after step" in result.stdout
+    assert not differences(final(whole), final(killed))
+    assert measured(whole) == measured(killed)
+    assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
+    assert not list(killed.with_name("killed.run").rglob(".step-*"))
+    # It is done, which it finds out by itself.
+    assert in_process(FINETUNE, "--resume", "--output", killed).returncode == 0
+    assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
+
+
+def test_two_processes_equal_one_with_larger_batches_and_outlive_sigterm(in_process, tmp_path):
+    one, two, stopped = tmp_path / "one", tmp_path / "two", tmp_path / "stopped"
+    args = [*SHORT, "--workers", 1, "--accumulate", 2, "--opt", "sgd", "--lr", 0.02, "--freeze-bn", "--ema", 0.9]
+    result = in_process(FINETUNE, *args, "--batch-size", 32, "--output", one)
+    assert result.returncode == 0, result.stderr
+    finished = Running(two, *args, processes=2).end()
+    assert finished.returncode == 0, finished.stderr
+    a, b = final(one), final(two)
+    for key in ("model", "ema"):
+        for name, tensor in a[key].items():
+            torch.testing.assert_close(tensor, b[key][name], rtol=1e-3, atol=5e-5)  # sums of 44 steps, in another order
+    for mine, other in zip(measured(one), measured(two), strict=True):
+        assert abs(float(mine["train_loss"]) - float(other["train_loss"])) < 1e-4
+        assert mine["lr"] == other["lr"] and mine["step"] == other["step"]
+
+    # SIGTERM to all processes of the job, loaders and launcher included.
+    running = Running(stopped, *args, "--save-minutes", 0, processes=2)
+    running.wait_for_step(8)
+    running.signal(signal.SIGTERM)
+    ended = running.end(60)
+    assert ended.returncode != 0 and "stopped by SIGTERM after step" in ended.stdout, ended.stderr
+    assert 8 <= max(steps_in(stopped)) < 44
+    resumed = Running(stopped, "--resume", processes=2).end()
+    assert resumed.returncode == 0, resumed.stderr
+    assert not differences(b, final(stopped))
+    for mine, other in zip(measured(two), measured(stopped), strict=True):
+        # What the first process and the second had seen by then is added up in another order.
+        assert abs(float(mine.pop("train_loss")) - float(other.pop("train_loss"))) < 2e-5
+        assert mine == other
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_a_single_process(tmp_path, number):
+    folder = tmp_path / "model"
+    running = Running(folder, *SHORT, "--epochs", 100)
+    deadline = time.monotonic() + 60
+    while not (folder / "config.json").is_file():  # the first epoch is done
+        assert time.monotonic() < deadline and running.process.poll() is None
+        time.sleep(0.1)
+    running.signal(number)
+    ended = running.end(60)
+    assert ended.returncode == 128 + number
+    assert f"stopped by {number.name} after step {max(steps_in(folder))} of" in ended.stdout
+    assert "Traceback" not in ended.stderr and "error" not in ended.stderr
+
+
+def test_a_dead_process_ends_the_others(tmp_path):
+    running = Running(tmp_path / "model", *SHORT, "--epochs", 100, "--save-minutes", 0, processes=2)
+    running.wait_for_step(3)
+    children = subprocess.run(["pgrep", "-P", str(running.process.pid)], capture_output=True, text=True)
+    second = max(map(int, children.stdout.split()))
+    os.kill(second, signal.SIGKILL)
+    start = time.monotonic()
+    ended = running.end(90)
+    assert ended.returncode != 0 and time.monotonic() - start < 60
+    assert (
+        subprocess.run(["pgrep", "-g", str(running.process.pid)], capture_output=True).returncode == 1
+    )  # nobody is left
+
+
+def test_a_dead_loader_process_is_one_line(in_process, tmp_path, monkeypatch):
+    from res2net_zoo.training_data import Augmented
+
+    load = Augmented.__getitem__
+
+    def die(self, key):
+        if key[:2] == (0, 600):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load(self, key)
+
+    monkeypatch.setattr(Augmented, "__getitem__", die)
+    result = in_process(FINETUNE, *SHORT, "--workers", 1, "--output", tmp_path / "model")
+    assert result.returncode == 1 and result.stderr.startswith("error: a loader process has died"), result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_loss_that_is_no_number_names_the_step_and_the_last_good_checkpoint(in_process, tmp_path):
+    folder = tmp_path / "model"
+    args = [*SHORT, "--workers", 0, "--opt", "momentum", "--warmup-epochs", 0, "--clip-grad", 1]
+    args += ["--sched", "multistep", "--decay-milestones", 1, "--lr", "1e30"]
+    line = input_error(in_process(FINETUNE, *args, "--output", folder))
+    assert "the loss is no number in step 2 of 178; there is no checkpoint yet" in line
+    assert not steps_in(folder)
+    # A run whose last step but one left weights behind that overflow in the last.
+    later = tmp_path / "later"
+    result = in_process(FINETUNE, *args, "--lr", 0.01, "--save-minutes", 0, "--output", later)
+    assert result.returncode == 0, result.stderr
+    last_but_one, last = Checkpoints(tmp_path / "later.run" / "checkpoints").paths()
+    last.unlink()
+    state = final(later)
+    state["model"]["fc.weight"].fill_(3e38)
+    torch.save(state, last_but_one)
+    line = input_error(in_process(FINETUNE, "--resume", "--output", later))
+    assert (
+        f"the loss is no number in step 178 of 178; --resume goes on from the last good checkpoint, {last_but_one}"
+        in line
+    )
+
+
+def test_what_a_run_does_not_go_on_with(in_process, tmp_path):
+    folder = tmp_path / "model"
+    args = [*SHORT, "--epochs", 1, "--workers", 0, "--batch-size", 128]
+    assert in_process(FINETUNE, *args, "--output", folder).returncode == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def refused(*options: object) -> str:
+        line = input_error(in_process(FINETUNE, "--output", folder, *options))
+        assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        return line
+
+    assert "holds another run; name another folder, or --resume" in refused(*args)
+    assert "was started with --model res2net_tiny, not res2next50; leave --model out" in refused(
+        "--resume", "--model", "res2next50"
+    )
+    assert "--lr 0.002, not 0.1" in refused("--resume", "--lr", 0.1)
+    assert "images a step: 128, and has now 64; --batch-size 128 makes them as many" in refused(
+        "--resume", "--batch-size", 64
+    )
+    assert "choose one" in refused("--resume", "--overwrite")
+    # It may go on for longer.
+    result = in_process(FINETUNE, "--resume", "--epochs", 2, "--output", folder)
+    assert result.returncode == 0 and "goes on after step 11 of 22" in result.stdout
+    assert len(measured(folder)) == 2
+    # Replaced, all is new.
+    assert in_process(FINETUNE, *args, "--overwrite", "--output", folder).returncode == 0
+    assert len(measured(folder)) == 1 and steps_in(folder) == [11]
+    # A folder whose run is gone, and one that has none.
+    for path in folder.with_name("model.run").rglob("*.pt"):
+        path.unlink()
+    assert "holds a model, but no run that could go on" in input_error(
+        in_process(FINETUNE, "--resume", "--output", folder)
+    )
+    result = in_process(FINETUNE, *args, "--resume", "--output", tmp_path / "new")
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_run_goes_on_with_the_classes_that_it_began_with_only(in_process, tmp_path):
+    from tests.conftest import save_images
+
+    data, folder = tmp_path / "data", tmp_path / "model"
+    save_images(data, ["a", "b"], 5)
+    args = ["--data", data, "--epochs", 1, "--batch-size", 4, "--workers", 0, "--tracker", "none"]
+    assert in_process(FINETUNE, *args, "--output", folder).returncode == 0
+    (data / "b").rename(data / "d")
+    line = input_error(in_process(FINETUNE, "--resume", "--output", folder))
+    assert "was started with the class b, and has now d" in line
+    save_images(data / "more", ["c"], 5)
+    (data / "more" / "c").rename(data / "c")
+    (data / "more").rmdir()
+    line = input_error(in_process(FINETUNE, "--resume", "--output", folder))
+    assert "was started with a number of classes of 2, and has now 3" in line
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("unpickled",)
+
+
+def test_checkpoints_are_whole_few_and_never_unpickled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    assert checkpoints.load() is None
+    for step in range(4):
+        checkpoints.save(step, {"step": step, "weight": torch.full((1000,), float(step))})
+    assert [path.name for path in checkpoints.paths()] == ["step-000000002.pt", "step-000000003.pt"]
+    with full_disk(2000), pytest.raises(InputError, match="cannot write the checkpoint"):
+        checkpoints.save(4, {"weight": torch.zeros(100_000)})
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["step-000000002.pt", "step-000000003.pt"]
+    assert checkpoints.load()["step"] == 3
+    whole = checkpoints.paths()[-1].read_bytes()
+    checkpoints.paths()[-1].write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"no whole checkpoint .* --resume goes on from step-000000002.pt"):
+        checkpoints.load()
+    torch.save({"model": Payload()}, checkpoints.paths()[-1])
+    with pytest.raises(InputError, match="no whole checkpoint"):
+        checkpoints.load()
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_trained_weights_load_and_check(in_process, tmp_path):
+    """With moving averages there are three folders; each is a model whose card tells the truth."""
+    folder = tmp_path / "model"
+    args = [*SHORT, "--workers", 0, "--ema", 0.9, "--output", folder]
+    assert in_process(FINETUNE, *args).returncode == 0
+    rows = measured(folder)
+    best = max((float(row[key]), key) for row in rows for key in ("top1", "ema_top1"))
+    folders = {kind: folder.with_name("model.run") / kind for kind in ("raw", "ema")}
+    for name, place in {**folders, "best": folder}.items():
+        checked = in_process("scripts/validate.py", "--model", f"local-dir:{place}", "--check")
+        assert checked.returncode == 0, (name, checked.stdout)
+    raw, ema, chosen = (load_file(place / "model.safetensors") for place in (*folders.values(), folder))
+    assert any((raw[key] != ema[key]).any() for key in raw)
+    same = ema if best[1] == "ema_top1" else raw
+    assert all(torch.equal(chosen[key], same[key]) for key in chosen)
