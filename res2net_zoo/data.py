@@ -78,9 +78,8 @@ def open_source(
     Raises:
         InputError: No such data, split or column, or it cannot be read.
     """
-    if held := re.fullmatch(r"(.+)/held-out-([\d.e-]+)-(\d+)", split or ""):
-        whole = open_source(src, held[1], label_column=label_column)
-        return hold_out(whole, float(held[2]), int(held[3]))[1]
+    if held := held_out_of(split):
+        return hold_out(open_source(src, held[0], label_column=label_column), *held[1:])[1]
     try:
         splits, load = _find(src)
         split = _choose_split(src, splits, split)
@@ -93,6 +92,12 @@ def open_source(
         # system) in types of its own; all that a user can do is in the innermost message.
         cause = error.__cause__ or error
         raise InputError(f"cannot read the data {src}: {str(cause).strip() or type(cause).__name__}") from error
+
+
+def held_out_of(split: str | None) -> tuple[str, float, int] | None:
+    """Return the split, fraction and seed of what `hold_out` has named, None for other splits."""
+    held = re.fullmatch(r"(.+)/held-out-(\d[\d.]*(?:e-\d+)?)-(\d+)", split or "")
+    return (held[1], float(held[2]), int(held[3])) if held else None
 
 
 def labels_of(source: Source) -> np.ndarray:
@@ -119,6 +124,7 @@ def hold_out(source: Source, fraction: float, seed: int) -> tuple[Source, Source
     Raises:
         InputError: A class has too few images to be on both sides.
     """
+    fraction = float(f"{fraction:g}")  # as the split's name says it
     labels = labels_of(source)
     held = []
     for label in np.unique(labels):

@@ -312,7 +312,7 @@ class Report:
         )
         held_out = "/held-out-" in data.valid.split
         classes = ", ".join(f"`{name}`" for name in data.names[:50]) + ", ..." * (len(data.names) > 50)
-        trained = f"{data.num_images:,} images" if data.indices else "a stream of images"
+        trained = f"{data.num_images:,} images" if data.indices is not None else "a stream of images"
         if data.counts and min(data.counts) < max(data.counts):
             trained += f", {min(data.counts):,} to {max(data.counts):,} of each class,"
         held = f", held out of `{data.train.split}`: {self.settings['hold_out']:g} of each class" * held_out
@@ -352,7 +352,7 @@ print(model.pretrained_cfg["label_names"][logits.argmax()])
         versions = f"torch {torch.__version__.split('+')[0]} and timm {timm.__version__}"
         parts += [
             f"## Training\n\nMade by\n\n```\n{self.command}\n```",
-            f"with {versions} on {self.hardware}: {metrics[-1]['images_per_second']:g} images/s, at most "
+            f"This was {versions} on {self.hardware}: {metrics[-1]['images_per_second']:g} images/s, at most "
             f"{metrics[-1]['peak_memory_mb']:,} MB in a process.",
         ]
         if pictures:
@@ -360,7 +360,7 @@ print(model.pretrained_cfg["label_names"][logits.argmax()])
         settings = [(key, json.dumps(value, default=str)) for key, value in self.settings.items()]
         table = markdown_table(("setting", "value"), settings)
         parts += [
-            f"All settings, as in `recipe.toml`, which `--recipe` takes:\n\n{table}",
+            f"<details><summary>All settings, as in recipe.toml</summary>\n\n{table}\n\n</details>",
             f"## Citation\n\n{CITATION}\n",
         ]
         license = self.settings.get("license") or (cfg.get("license") if self.pretrained else None)

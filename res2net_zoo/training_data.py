@@ -23,7 +23,7 @@ from PIL import Image
 from timm.utils import random_seed
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from res2net_zoo.data import Sample, Samples, Source, hold_out, labels_of, open_source, read
+from res2net_zoo.data import Sample, Samples, Source, held_out_of, hold_out, labels_of, open_source, read
 from res2net_zoo.evaluate import collate
 from res2net_zoo.program import InputError, all_or_none, main_first, progress_bar
 from res2net_zoo.stop import spare_worker
@@ -51,7 +51,7 @@ class TrainingData:
     valid: Source
     names: list[str]
     counts: list[int] | None = None
-    indices: list[int] | None = None
+    indices: np.ndarray | None = None
 
     @property
     def num_images(self) -> int | None:
@@ -78,6 +78,7 @@ def open_training_data(
         accelerator: The processes.
         train_split: Split to train on.
         eval_split: Split to evaluate on; default validation, else test, else held out of training.
+            What it names of the training split, as `hold_out` does, is not trained on.
         fraction: Share of each class to hold out.
         seed: Chooses what is held out.
         streaming: Whether to read the images as they come.
@@ -97,6 +98,10 @@ def open_training_data(
 
     def open_splits() -> tuple[Source, Source]:
         train = valid = open_split(train_split)
+        if held := held_out_of(eval_split):
+            split, share, chosen = held
+            if split == train.split:  # or it would be trained on
+                return hold_out(train, share, chosen)
         if eval_split is not None:
             valid = open_split(eval_split)
             if valid.split == train.split:
@@ -118,7 +123,7 @@ def open_training_data(
     check_names(train, valid, names)
     if streaming:
         return TrainingData(train, valid, names)
-    return TrainingData(train, valid, names, count_classes(train, valid, names), list(range(len(train.rows))))
+    return TrainingData(train, valid, names, count_classes(train, valid, names), np.arange(len(train.rows)))
 
 
 def class_names(train: Source, num_classes: int | None = None) -> list[str]:
@@ -249,7 +254,7 @@ def leave_out_corrupt(data: TrainingData, accelerator: Accelerator, workers: int
         if found and accelerator.is_main_process:
             print(f"warning: {len(found)} images of {source.split} cannot be decoded and are left out", file=sys.stderr)
         if source is data.train:
-            data.indices = [i for i in range(len(source.rows)) if i not in found]
+            data.indices = np.setdiff1d(np.arange(len(source.rows)), list(found))
 
 
 class Order(Sampler[list[tuple[int, int, int]]]):
@@ -270,7 +275,7 @@ class Order(Sampler[list[tuple[int, int, int]]]):
 
     def __init__(
         self,
-        indices: Sequence[int],
+        indices: Sequence[int] | np.ndarray,
         batch_size: int,
         rank: int,
         world: int,

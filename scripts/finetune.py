@@ -289,7 +289,9 @@ def main(args: argparse.Namespace) -> int:
         check_plan(state["plan"], plan, args, accelerator)
     if args.check and not args.streaming:
         leave_out_corrupt(data, accelerator, workers, args.skip_corrupt)
-        steps = steps_of(data, step_images, args.steps_per_epoch)
+        if (fewer := steps_of(data, step_images, args.steps_per_epoch)) != steps:
+            steps = fewer
+            optimizer, scheduler, lr = build_optimizer(args, model, steps, step_images)
     loader = training_loader(
         data,
         samples,
@@ -549,8 +551,8 @@ def start(args: argparse.Namespace, run: Path) -> "Accelerator":
     )
     if str(accelerator.distributed_type).endswith(("FSDP", "DEEPSPEED", "MEGATRON_LM")):
         raise InputError(
-            "these models have 85 million parameters at most: sharding them saves nothing; choose multi-GPU "
-            "in `accelerate config`"
+            "these models have 76 million parameters at most, which sharding does not help; choose multi-GPU without "
+            "it in `accelerate config`"
         )
     return accelerator
 

@@ -3,13 +3,20 @@
 import csv
 import json
 import re
+import shlex
 import shutil
+import tomllib
 
+import datasets
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.conftest import SHIPPED_MODEL, input_error, save_images
+from res2net_zoo.data import open_source
+from tests.conftest import ROOT, SHIPPED_DATA, SHIPPED_MODEL, input_error, save_images
+from tests.pictures import save_mnist, save_shapes
 
 FINETUNE = "scripts/finetune.py"
 
@@ -153,3 +160,210 @@ def test_the_shipped_models_command_makes_it_again(program, tmp_path):
     assert max(float(row["top1"]) for row in rows) >= 98.5
     again, shipped = (load_file(f / "model.safetensors") for f in (tmp_path / "again", SHIPPED_MODEL))
     print("bit for bit:", all((again[key] == shipped[key]).all() for key in shipped))
+
+
+QUICK = ["--epochs", 1, "--batch-size", 16, "--workers", 0, "--tracker", "none"]
+SHIPPED = ["--model", f"local-dir:{SHIPPED_MODEL}", "--pretrained"]
+
+
+def settings_of(folder):
+    return tomllib.loads((folder / "recipe.toml").read_text())
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "scripts" / "recipes").glob("*.toml")))
+def test_every_recipe_trains_and_is_stored(in_process, tmp_path, recipe):
+    folder = tmp_path / "model"
+    args = [*QUICK, "--steps-per-epoch", 2, "--no-check", "--recipe", recipe, "--output", folder]
+    args += ["--teacher", f"local-dir:{SHIPPED_MODEL}"] if recipe == "distill" else []
+    result = in_process(FINETUNE, *args)
+    assert result.returncode == 0, result.stderr
+    assert f"recipe {recipe}, 1 epochs of 2 steps of 16 images" in result.stdout
+    stored, asked = settings_of(folder), tomllib.loads((ROOT / f"scripts/recipes/{recipe}.toml").read_text())
+    for key in asked.keys() - {"epochs", "batch_size", "workers"}:
+        assert stored[key] == asked[key], key
+    # What is stored makes the same run again.
+    again = in_process(FINETUNE, "--recipe", folder / "recipe.toml", "--output", tmp_path / "again")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_the_learning_rate_follows_the_images_a_step(in_process, tmp_path):
+    args = [*QUICK, "--steps-per-epoch", 1, "--no-check", "--lr", 0.1, "--lr-base-size", 64, "--accumulate", 2]
+    for opt, rate in (("sgd", "0.05"), ("adamw", "0.0707")):
+        result = in_process(FINETUNE, *args, "--opt", opt, "--output", tmp_path / opt)
+        assert f"{opt}, learning rate {rate}" in result.stdout, result.stderr
+
+
+def test_frozen_stages_do_not_move_and_a_linear_probe_moves_the_classifier_only(in_process, tmp_path):
+    start = load_file(SHIPPED_MODEL / "model.safetensors")
+    for stages, moving in (("2", ("layer2", "layer3", "layer4", "fc")), ("all", ("fc",))):
+        folder = tmp_path / stages
+        args = [*QUICK, *SHIPPED, "--recipe", "linear_probe", "--freeze", stages, "--steps-per-epoch", 3, "--no-check"]
+        result = in_process(FINETUNE, *args, "--output", folder)
+        assert result.returncode == 0, result.stderr
+        end = load_file(folder / "model.safetensors")
+        for name, tensor in end.items():
+            moved = not torch.equal(tensor, start[name])
+            assert moved or name.split(".")[0] not in moving or name.endswith("num_batches_tracked"), name
+            assert not moved or name.split(".")[0] in moving, name
+    line = input_error(in_process(FINETUNE, *QUICK, "--freeze", 9, "--output", tmp_path / "nine"))
+    assert "--freeze 9: this model has 5 stages" in line
+
+
+def test_layers_near_the_image_change_less_with_layer_decay(in_process, tmp_path):
+    folder = tmp_path / "model"
+    args = [*QUICK, *SHIPPED, "--layer-decay", 0.5, "--opt", "sgd", "--lr", 0.1, "--weight-decay", 0]
+    args += ["--warmup-epochs", 0]
+    result = in_process(FINETUNE, *args, "--steps-per-epoch", 5, "--no-check", "--output", folder)
+    assert result.returncode == 0, result.stderr
+    start, end = (load_file(f / "model.safetensors") for f in (SHIPPED_MODEL, folder))
+    near, far = ((end[name] - start[name]).norm() / start[name].norm() for name in ("conv1.0.weight", "fc.weight"))
+    assert 0 < near < far / 20, (near, far)
+
+
+def test_a_student_learns_from_its_teacher_alone(in_process, tmp_path):
+    """Its labels are shuffled, so that whatever it knows of digits it knows from the teacher."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "validation"):
+        rows = open_source(str(SHIPPED_DATA), split).rows.cast_column("image", datasets.Image())
+        if split == "train":
+            rows = rows.remove_columns("label").add_column("label", np.random.default_rng(0).permutation(rows["label"]))
+            rows = rows.cast_column("label", datasets.ClassLabel(names=[str(i) for i in range(10)]))
+        rows.to_parquet(data / f"{split}.parquet")
+    args = ["--data", data, "--recipe", "distill", "--teacher", f"local-dir:{SHIPPED_MODEL}", "--opt", "adamw"]
+    args += [
+        "--lr",
+        2e-3,
+        "--warmup-epochs",
+        0,
+        "--scale",
+        0.7,
+        1,
+        "--hflip",
+        0,
+        "--tracker",
+        "none",
+        "--batch-size",
+        32,
+    ]
+    result = in_process(FINETUNE, *args, "--epochs", 4, "--output", tmp_path / "model")
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader((tmp_path / "model" / "metrics.csv").open()))
+    assert float(rows[-1]["top1"]) > 85
+    save_images(tmp_path / "other", ["a", "b"], 5)
+    args = ["--data", tmp_path / "other", "--teacher", f"local-dir:{SHIPPED_MODEL}", "--output", tmp_path / "bad"]
+    assert "knows 10 classes, and not these 2" in input_error(in_process(FINETUNE, *QUICK, "--batch-size", 2, *args))
+
+
+def test_a_new_users_folder_of_pictures(in_process, tmp_path):
+    """No split, a skewed class, a corrupt image: held out, balanced, left out; and measured again by what it prints."""
+    data, folder = save_shapes(tmp_path / "shapes", 20), tmp_path / "model"
+    for path in sorted((data / "ring").iterdir())[8:]:
+        path.unlink()
+    (data / "star" / "0000.jpg").write_bytes(b"no picture")
+    args = ["--data", data, *QUICK, "--output", folder, "--balance", "loss", "--img-size", 48]
+    assert "1 image of" in input_error(in_process(FINETUNE, *args))
+    result = in_process(FINETUNE, *args, "--skip-corrupt", "--epochs", 2, "--mixed-precision", "bf16", "--ema", 0.9)
+    assert result.returncode == 0, result.stderr
+    assert "evaluated on 14 of train/held-out-0.2-0, 0.2 of each class held out" in result.stdout
+    card = (folder / "README.md").read_text()
+    assert "4 classes: `cross`, `ring`, `star`, `triangle`" in card and "| right class" in card
+    assert "Input: 3 x 48 x 48" in card and "![Mistakes](mistakes.png)" in card
+    command = result.stdout.splitlines()[-1].removeprefix("measure it again: python ")
+    checked = in_process(*shlex.split(command))
+    assert "passed" in checked.stdout, (checked.stdout, checked.stderr)
+    with Image.open(folder / "mistakes.png") as picture:
+        assert picture.width > 200
+
+
+def test_a_stream_on_two_processes(program, in_process, tmp_path):
+    data, folder = tmp_path / "data", tmp_path / "model"
+    data.mkdir()
+    for split in ("train", "validation"):
+        rows = open_source(str(SHIPPED_DATA), split).rows.cast_column("image", datasets.Image())
+        for i in range(2):
+            rows.shard(2, i).to_parquet(data / f"{split}-{i}-of-2.parquet")
+    args = ["--data", data, "--streaming", *QUICK, "--workers", 1, "--threads", 1, "--warmup-epochs", 0, "--lr", 2e-3]
+    result = program(FINETUNE, *args, "--hflip", 0, "--output", folder, processes=2)
+    assert result.returncode == 0, result.stderr
+    assert "1437 images of train; evaluated on 360 of validation" in result.stdout
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert float(rows[-1]["top1"]) > 60
+    checked = in_process("scripts/validate.py", "--model", f"local-dir:{folder}", "--data", data, "--check")
+    assert checked.returncode == 0, checked.stdout
+    result = in_process(FINETUNE, "--resume", "--output", folder, "--epochs", 2, "--batch-size", 32)
+    assert result.returncode == 0, result.stderr
+    assert "order: some images come twice" in result.stderr
+
+
+def test_trackers_and_early_stopping(in_process, tmp_path):
+    folder = tmp_path / "model"
+    args = [*QUICK[:-2], "--batch-size", 128, "--lr", 0, "--epochs", 6, "--patience", 2, "--output", folder]
+    args += ["--steps-per-epoch", 2, "--no-check"]
+    result = in_process(FINETUNE, *args)
+    assert result.returncode == 0, result.stderr
+    # Nothing is learnt at a learning rate of 0; of equal epochs the last counts as the best.
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    best = max((float(row["top1"]), int(row["epoch"])) for row in rows)[1]
+    assert len(rows) == min(6, best + 2)
+    (events,) = (tmp_path / "model.run" / "trackers" / "model").glob("events.*")
+    content = events.read_bytes()
+    assert b"top1" in content and b"loss" in content
+    line = input_error(in_process(FINETUNE, *args, "--overwrite", "--tracker", "wandb"))
+    assert "--tracker wandb is not installed; there are: tensorboard, none" in line
+    assert "is none that Accelerate knows" in input_error(in_process(FINETUNE, *args, "--overwrite", "--tracker", "x"))
+
+
+def test_less_memory_for_the_same_result(in_process, tmp_path):
+    """Gradient checkpointing computes the same again; whole batches in parts add up to the same."""
+    args = [*QUICK, "--steps-per-epoch", 4, "--no-check", "--opt", "sgd", "--lr", 0.01, "--freeze-bn"]
+    weights = []
+    for name, options in (
+        ("plain", ["--batch-size", 32]),
+        ("checkpointing", ["--batch-size", 32, "--grad-checkpointing"]),
+        ("accumulated", ["--batch-size", 8, "--accumulate", 4]),
+        ("channels first", ["--batch-size", 32, "--no-channels-last"]),
+    ):
+        result = in_process(FINETUNE, *args, *options, "--output", tmp_path / name)
+        assert result.returncode == 0, result.stderr
+        weights.append(load_file(tmp_path / name / "model.safetensors"))
+    for other in weights[1:]:
+        for name, tensor in weights[0].items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_it_learns_the_same(in_process, tmp_path):
+    """By hand: inductor takes a minute."""
+    args = [*QUICK, "--steps-per-epoch", 4, "--opt", "sgd", "--lr", 0.01, "--freeze-bn"]
+    for name in ("plain", "compile"):
+        result = in_process(FINETUNE, *args, *(["--compile"] if name == "compile" else []), "--output", tmp_path / name)
+        assert result.returncode == 0, result.stderr
+    plain, compiled = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "compile"))
+    for name, tensor in plain.items():
+        torch.testing.assert_close(compiled[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_five_thousand_digits_of_mnist(program, in_process, tmp_path):
+    """By hand: real data, larger than what is shipped, 4,000 to learn from."""
+    data, folder = save_mnist(tmp_path / "mnist"), tmp_path / "model"
+    args = ["--data", data, "--recipe", "digits", "--epochs", 20, "--output", folder]
+    result = program(FINETUNE, *args, processes=1, timeout=3600)
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert max(float(row["top1"]) for row in rows) >= 98.5
+
+
+@pytest.mark.slow
+def test_shapes_in_colour(program, in_process, tmp_path):
+    """By hand: 2,000 pictures of four shapes; 400 others tell how much was learnt."""
+    save_shapes(tmp_path / "data" / "train", 500)
+    save_shapes(tmp_path / "data" / "val", 100, seed=1)
+    folder = tmp_path / "model"
+    args = ["--data", tmp_path / "data", "--epochs", 20, "--batch-size", 32, "--lr", 2e-3, "--output", folder]
+    result = program(FINETUNE, *args, processes=1, timeout=3600)
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert max(float(row["top1"]) for row in rows) >= 95

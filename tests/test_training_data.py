@@ -161,7 +161,7 @@ def test_processes_read_files_of_their_own(shards):
 
 @given(
     sizes=st.lists(st.integers(2, 40), min_size=2, max_size=5),
-    fraction=st.floats(0.05, 0.5),
+    fraction=st.integers(5, 50).map(lambda percent: percent / 100),
     seed=st.integers(0, 5),
 )
 def test_a_held_out_part_has_its_share_of_each_class(sizes, fraction, seed):
@@ -184,6 +184,9 @@ def test_a_held_out_part_is_found_again_by_its_name(accelerator, tmp_path):
     assert [row["path"] for row in again.rows["image"]] == [row["path"] for row in data.valid.rows["image"]]
     assert not {row["path"] for row in again.rows["image"]} & {row["path"] for row in data.train.rows["image"]}
     assert again.split == data.valid.split
+    # Asked for by its name, it is not trained on.
+    same = open_training_data(str(pictures), accelerator, eval_split=data.valid.split, seed=1)
+    assert (same.num_images, same.valid.split) == (14, data.valid.split)
     with pytest.raises(InputError, match=r"too few to hold 0\.9 of them out"):
         save_images(tmp_path / "few", ["a", "b"], 1)
         open_training_data(str(tmp_path / "few"), accelerator, fraction=0.9)
@@ -219,7 +222,7 @@ def test_data_that_cannot_be_trained_on(accelerator, tmp_path, shards):
 
 def test_batches_larger_than_the_data(accelerator):
     source = open_source(str(SHIPPED_DATA))
-    data = TrainingData(source, source, list("ab"), [1, 1], list(range(100)))
+    data = TrainingData(source, source, list("ab"), [1, 1], np.arange(100))
     assert steps_of(data, 33, None) == 3 and steps_of(data, 33, 2) == 2
     with pytest.raises(InputError, match="has 100 images to train on, less than a batch of 101"):
         steps_of(data, 101, None)
