@@ -113,15 +113,11 @@ def draw_learning_curve(folder: Path, metrics: Sequence[Mapping[str, Any]]) -> N
             for key, label, style in (("top1", "top-1", "-"), ("top5", "top-5", ":")):
                 values = [m[prefix + key] for m in metrics]
                 accuracy.plot(epochs, values, style, color=colour, label=label + what)
-    kinds = [key for key in ("top1", "ema_top1") if key in metrics[0]]
-    best, key = max(
-        ((i, key) for i in range(len(metrics)) for key in kinds), key=lambda at: (metrics[at[0]][at[1]], at)
-    )
-    top = metrics[best][key]
-    accuracy.plot(epochs[best], top, "o", color="tab:green" if key == "ema_top1" else "tab:orange")
-    accuracy.annotate(f"{top:.2f}", (epochs[best], top), (0, -14), textcoords="offset points", ha="right")
+    top, best, kind = best_of(metrics)
+    accuracy.plot(best, top, "o", color="tab:green" if kind else "tab:orange")
+    accuracy.annotate(f"{top:.2f}", (best, top), (0, -14), textcoords="offset points", ha="right")
     # From a little below the median: the first epochs would squeeze everything that matters.
-    top1 = sorted(m[key] for m in metrics for key in kinds)
+    top1 = sorted(m[f"{kind}top1"] for m in metrics)
     accuracy.set(title="Accuracy in evaluation (%)", xlabel="epoch")
     accuracy.set_ylim(max(0, 2 * top1[len(top1) // 2] - 101), 100.5)
     accuracy.legend(loc="lower right")
@@ -253,7 +249,6 @@ class Report:
                 folders.append((self.run / ("ema" if kind else "raw"), (kind,)))
             for folder, kinds in folders:
                 if best_of(self.metrics, kinds)[1:] == (epoch, kind):
-                    module.pretrained_cfg = self.config  # type: ignore[assignment]
                     write_model_folder(folder, module, self._card(folder, kinds), self.data.names)
                     self._write_recipe(folder)
         write_metrics(self.folder, self.metrics)
@@ -321,7 +316,7 @@ class Report:
         parts = [
             f"# {name}",
             f"{cfg['architecture']} with {len(data.names)} classes, trained from "
-            f"{'its published weights' if self.pretrained else 'random weights'} on `{data.train.name}` by the Res2Net "
+            f"{'pretrained' if self.pretrained else 'random'} weights on `{data.train.name}` by the Res2Net "
             "Zoo. Res2Net: Gao et al., TPAMI 2021, arXiv 1904.01169.",
             f"""## Use
 

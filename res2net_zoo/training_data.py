@@ -53,6 +53,11 @@ class TrainingData:
     counts: list[int] | None = None
     indices: np.ndarray | None = None
 
+    def leave_out(self, indices: Sequence[int]) -> None:
+        """Have some training images not be used."""
+        if self.indices is not None:
+            self.indices = np.setdiff1d(self.indices, indices)
+
     @property
     def num_images(self) -> int | None:
         """Number of training images, where it is known."""
@@ -231,18 +236,22 @@ def find_corrupt(source: Source, accelerator: Accelerator, workers: int) -> dict
     return dict(sorted(gather_object(found)))
 
 
-def leave_out_corrupt(data: TrainingData, accelerator: Accelerator, workers: int, skip: bool) -> None:
-    """Decode every image once, and take those that cannot be decoded out of the training images.
+def corrupt_images(data: TrainingData, accelerator: Accelerator, workers: int, skip: bool) -> list[int]:
+    """Decode every image of both splits once.
 
     Args:
-        data: Map-style images of both splits; its `indices` change.
+        data: Map-style images.
         accelerator: The processes.
         workers: Loader processes, for each process.
         skip: Whether some may be left out.
 
+    Returns:
+        Training images to leave out, by index.
+
     Raises:
         InputError: Some cannot be decoded, and are not to be skipped.
     """
+    found: dict[int, str] = {}
     for source in (data.valid, data.train):
         found = find_corrupt(source, accelerator, workers)
         if found and not skip:
@@ -253,8 +262,7 @@ def leave_out_corrupt(data: TrainingData, accelerator: Accelerator, workers: int
             )
         if found and accelerator.is_main_process:
             print(f"warning: {len(found)} images of {source.split} cannot be decoded and are left out", file=sys.stderr)
-        if source is data.train:
-            data.indices = np.setdiff1d(np.arange(len(source.rows)), list(found))
+    return list(found)
 
 
 class Order(Sampler[list[tuple[int, int, int]]]):

@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps-per-epoch", type=within(int, 1), help="default all images once; a stream may not say how many it has")
     add("--check", action=flag, default=True, help="decode every image once before training starts")
     add("--skip-corrupt", action=flag, default=False, help="leave out images that cannot be decoded")
-    add("--recipe", help="name in scripts/recipes or a .toml file (finetune with --pretrained, digits with no data)")
+    add("--recipe", help="name in scripts/recipes or a .toml file (finetune with --pretrained, else scratch)")
     add("--license", help="licence of the result, for its card (default that of the pretrained weights)")
 
     add = parser.add_argument_group("files").add_argument
@@ -190,10 +190,9 @@ def parse_args() -> argparse.Namespace:
                 )
     else:
         shipped = args.model == parser.get_default("model") and args.data == parser.get_default("data")
-        name = args.recipe or ("digits" if shipped else "finetune" if args.pretrained else None)
-        if name is not None:
-            args = parse_over(parser, [find_recipe(parser, name)], NOT_SETTINGS)
-            args.recipe = name
+        name = args.recipe or ("digits" if shipped else "finetune" if args.pretrained else "scratch")
+        args = parse_over(parser, [find_recipe(parser, name)], NOT_SETTINGS)
+        args.recipe = name
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run and --overwrite replaces it; choose one")
     if (args.mixup or args.cutmix) and args.batch_size % 2:
@@ -224,7 +223,7 @@ def main(args: argparse.Namespace) -> int:
     from res2net_zoo.training import Criterion, Normalize, balanced, create_mixup, freeze, training_samples
     from res2net_zoo.training_data import (
         batches,
-        leave_out_corrupt,
+        corrupt_images,
         open_training_data,
         seed_of,
         steps_of,
@@ -287,8 +286,13 @@ def main(args: argparse.Namespace) -> int:
         plan |= {"processes": world, "workers": workers}
     if state is not None:
         check_plan(state["plan"], plan, args, accelerator)
-    if args.check and not args.streaming:
-        leave_out_corrupt(data, accelerator, workers, args.skip_corrupt)
+    left_out: list[int] = []
+    if state is not None:
+        left_out = state["left_out"]
+    elif args.check and not args.streaming:
+        left_out = corrupt_images(data, accelerator, workers, args.skip_corrupt)
+    if left_out:
+        data.leave_out(left_out)
         if (fewer := steps_of(data, step_images, args.steps_per_epoch)) != steps:
             steps = fewer
             optimizer, scheduler, lr = build_optimizer(args, model, steps, step_images)
@@ -334,6 +338,10 @@ def main(args: argparse.Namespace) -> int:
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         done, metrics, rates = state["done"], state["metrics"], state["rates"]
+        if len(metrics) >= args.epochs:
+            raise InputError(
+                f"the run in {args.output} has done {len(metrics)} epochs; --epochs {args.epochs} is no more"
+            )
         if scheduler is not None:
             scheduler.step_update(done)  # a function of the step
         if main_process:
@@ -361,13 +369,12 @@ def main(args: argparse.Namespace) -> int:
         parameters = sum(p.numel() for p in bare.parameters())
         trained = sum(p.numel() for p in bare.parameters() if p.requires_grad)
         start_from = "pretrained" if args.pretrained else "random weights"
-        recipe = f"recipe {args.recipe}" if args.recipe else "settings of its own"
         held_out = f", {args.hold_out:g} of each class held out" * ("/held-out-" in data.valid.split)
         print(
             f"model: {args.model}, {start_from}, {parameters:,} parameters, {trained:,} of them trained",
             f"data: {args.data}, {len(names)} classes, {data.num_images or 'some'} images of {data.train.split}; "
             f"evaluated on {data.valid.num_rows or 'some'} of {data.valid.split}{held_out}",
-            f"run: {recipe}, {args.epochs} epochs of {steps} steps of {step_images} images, "
+            f"run: recipe {args.recipe or 'as before'}, {args.epochs} epochs of {steps} steps of {step_images} images, "
             f"{args.opt}, learning rate {lr:g}, {args.sched}; {report.hardware}, "
             f"{accelerator.mixed_precision.replace('no', 'float32')}",
             *([f"goes on after step {done} of {total}"] if done else []),
@@ -383,6 +390,7 @@ def main(args: argparse.Namespace) -> int:
             done,
             {
                 "plan": plan,
+                "left_out": left_out,
                 "done": done,
                 "metrics": metrics,
                 "rates": rates,
@@ -406,6 +414,8 @@ def main(args: argparse.Namespace) -> int:
                 f"the loss is no number in step {bad_step} of {total}; {good}; a lower --lr or --clip-grad 1 may help"
             )
 
+    classes = match_classes(data.valid.class_names or names, len(names), names)
+    evaluation = dict(batch_size=args.batch_size, workers=max(1, workers), skip_corrupt=args.skip_corrupt)
     stop = Stop(accelerator)
     saved = time.monotonic()
     look = 1 if accelerator.device.type == "cpu" else 20  # steps between looks at the loss: a GPU has to wait for them
@@ -487,8 +497,6 @@ def main(args: argparse.Namespace) -> int:
             "lr": highest_rate(optimizer),
             "train_loss": round(loss_sum / number, 5),
         }
-        classes = match_classes(data.valid.class_names or names, len(names), names)
-        evaluation = dict(batch_size=args.batch_size, workers=max(1, workers), skip_corrupt=args.skip_corrupt)
         for kind, weights in (("", bare), ("ema_", averaged)):
             if weights is not None:
                 counts = evaluate(weights, data.valid, classes, accelerator, **evaluation)

@@ -88,7 +88,9 @@ def finetune(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     command = [sys.executable, "scripts/finetune.py", "--model", args.model, "--data", str(args.data.parent)]
     command += ["--batch-size", str(args.batch_size), "--workers", str(args.workers), "--threads", str(args.threads)]
     command += ["--mixed-precision", args.mixed_precision, "--lr", "1e-4", "--warmup-epochs", "0", "--epochs", "1"]
-    command += ["--tracker", "none", "--no-check", "--overwrite", "--output", str(folder)]
+    plain = folder.with_name("plain.toml")  # no recipe's EMA and jitter
+    plain.touch()
+    command += ["--recipe", str(plain), "--tracker", "none", "--no-check", "--overwrite", "--output", str(folder)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (row,) = csv.DictReader((folder / "metrics.csv").open())
     return {key: float(row[key]) for key in ("images_per_second", "peak_memory_mb")}

@@ -1,16 +1,19 @@
 """Colour pictures for trainings: rendered shapes, and 5,000 real handwritten digits as image files.
 
-`python -m tests.pictures shapes DIR --per-class 50` or `... mnist DIR` makes a folder of class folders.
+`python -m tests.pictures shapes DIR --per-class 50` (or `others`, or `mnist`) makes a folder of class folders.
 """
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-SHAPES = {"cross": 4, "ring": 0, "star": 5, "triangle": 3}
+SHAPES = ("cross", "ring", "star", "triangle")
+# Others, to have seen such pictures before: polygons and stars by their number of points, and their inner radius.
+OTHERS = {"bar": (), "disc": (40, 1), "heptagram": (7, 0.5), "hexagon": (6, 1), "square": (4, 1), "trefoil": (3, 0.25)}
 
 
 def draw_shape(name: str, rng: np.random.Generator, size: int = 96) -> Image.Image:
@@ -31,12 +34,14 @@ def draw_shape(name: str, rng: np.random.Generator, size: int = 96) -> Image.Ima
 
     if name == "ring":
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=int(radius / 2.5))
+    elif points := OTHERS.get(name):
+        draw.polygon(ring(*[radius, points[1] * radius * math.cos(math.pi / points[0])] * points[0]), fill=colour)
     elif name == "triangle":
         draw.polygon(ring(radius, radius, radius), fill=colour)
     elif name == "star":
         draw.polygon(ring(*[radius, 0.4 * radius] * 5), fill=colour)
     else:
-        for angle in (turn, turn + math.pi / 2):
+        for angle in (turn, turn + math.pi / 2)[: 1 if name == "bar" else 2]:
             dx, dy = radius * math.cos(angle), radius * math.sin(angle)
             draw.line((x - dx, y - dy, x + dx, y + dy), fill=colour, width=int(radius / 2.5))
     picture = picture.resize((size, size), Image.Resampling.LANCZOS).filter(ImageFilter.GaussianBlur(rng.uniform(0, 1)))
@@ -44,9 +49,9 @@ def draw_shape(name: str, rng: np.random.Generator, size: int = 96) -> Image.Ima
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def save_shapes(folder: Path, per_class: int, seed: int = 0) -> Path:
+def save_shapes(folder: Path, per_class: int, seed: int = 0, names: Sequence[str] = SHAPES) -> Path:
     """Write class folders of shapes as JPEG."""
-    for label, name in enumerate(SHAPES):
+    for label, name in enumerate(names):
         (folder / name).mkdir(parents=True)
         for i in range(per_class):
             draw_shape(name, np.random.default_rng([seed, label, i])).save(folder / name / f"{i:04}.jpg", quality=90)
@@ -67,7 +72,7 @@ def save_mnist(folder: Path) -> Path:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("shapes", "mnist"))
+    parser.add_argument("what", choices=("shapes", "others", "mnist"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--per-class", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
@@ -75,4 +80,4 @@ if __name__ == "__main__":
     if args.what == "mnist":
         save_mnist(args.folder)
     else:
-        save_shapes(args.folder, args.per_class, args.seed)
+        save_shapes(args.folder, args.per_class, args.seed, SHAPES if args.what == "shapes" else tuple(OTHERS))

@@ -82,7 +82,7 @@ def test_the_card_has_the_licence_of_the_weights_it_started_from(in_process, tmp
         result = in_process(FINETUNE, *args, tmp_path / license, *options)
         assert result.returncode == 0, result.stderr
         card = (tmp_path / license / "README.md").read_text()
-        assert f"license: {license}\n" in card and "trained from its published weights" in card
+        assert f"license: {license}\n" in card and "trained from pretrained weights" in card
         assert "base_model: zoo/base\n" in card
         # It is no longer the checkpoint of that tag, for `hub/verify.py` among others.
         assert "tag" not in json.loads((tmp_path / license / "config.json").read_text())["pretrained_cfg"]

@@ -246,6 +246,8 @@ def test_what_a_run_does_not_go_on_with(in_process, tmp_path):
     result = in_process(FINETUNE, "--resume", "--epochs", 2, "--output", folder)
     assert result.returncode == 0 and "goes on after step 11 of 22" in result.stdout
     assert len(measured(folder)) == 2
+    result = in_process(FINETUNE, "--resume", "--epochs", 1, "--output", folder)
+    assert "has done 1 epochs; --epochs 1 is no more" in input_error(result)
     # Replaced, all is new.
     assert in_process(FINETUNE, *args, "--overwrite", "--output", folder).returncode == 0
     assert len(measured(folder)) == 1 and steps_in(folder) == [11]

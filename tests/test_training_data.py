@@ -18,7 +18,7 @@ from res2net_zoo.training_data import (
     Order,
     TrainingData,
     batches,
-    leave_out_corrupt,
+    corrupt_images,
     open_training_data,
     share_of_stream,
     steps_of,
@@ -242,8 +242,8 @@ def test_images_that_cannot_be_decoded_are_told_or_left_out(accelerator, tmp_pat
     (tmp_path / "train" / "b" / "2.jpg").write_bytes(b"nothing")
     data = open_training_data(str(tmp_path), accelerator)
     with pytest.raises(InputError, match=r"2 images of train cannot be decoded: .*a/1.jpg .*truncated.*b/2.jpg"):
-        leave_out_corrupt(data, accelerator, 1, skip=False)
-    leave_out_corrupt(data, accelerator, 0, skip=True)
+        corrupt_images(data, accelerator, 1, skip=False)
+    data.leave_out(corrupt_images(data, accelerator, 0, skip=True))
     assert "2 images of train cannot be decoded and are left out" in capsys.readouterr().err
     assert data.num_images == 8
     assert len(load(data, accelerator, batch=2)) == 4
