@@ -73,7 +73,13 @@ class Checkpoints:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(f"{paths[-1]} is no whole checkpoint ({reason[:200]}){others}") from error
 
+    def sweep(self) -> None:
+        """Delete what a killed process left half written."""
+        for path in self.folder.glob(".step-*.pt"):
+            path.unlink()
+
     def clear(self) -> None:
-        """Delete all of them, and what a killed process left half written."""
-        for path in (*self.paths(), *self.folder.glob(".step-*.pt")):
+        """Delete all of them."""
+        self.sweep()
+        for path in self.paths():
             path.unlink()

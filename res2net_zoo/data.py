@@ -79,6 +79,8 @@ def open_source(
         InputError: No such data, split or column, or it cannot be read.
     """
     if held := held_out_of(split):
+        if streaming:
+            raise InputError(f"nothing can be held out of a stream; read {src} without --streaming")
         return hold_out(open_source(src, held[0], label_column=label_column), *held[1:])[1]
     try:
         splits, load = _find(src)
@@ -96,8 +98,8 @@ def open_source(
 
 def held_out_of(split: str | None) -> tuple[str, float, int] | None:
     """Return the split, fraction and seed of what `hold_out` has named, None for other splits."""
-    held = re.fullmatch(r"(.+)/held-out-(\d[\d.]*(?:e-\d+)?)-(\d+)", split or "")
-    return (held[1], float(held[2]), int(held[3])) if held else None
+    held = re.fullmatch(r"(.+)/held-out-(\d+(?:\.\d+)?(?:e-\d+)?)-(\d+)", split or "")
+    return (held[1], float(held[2]), int(held[3])) if held and 0 < float(held[2]) < 1 else None
 
 
 def labels_of(source: Source) -> np.ndarray:
@@ -309,7 +311,7 @@ def _describe(
     rows = rows.rename_columns({old: new for old, new in columns.items() if old != new})
     return Source(
         name=src if not Path(src).exists() and not glob.has_magic(src) else Path(src).resolve().name,
-        split=split,
+        split=str(split),  # not a type of `datasets` of its own
         rows=rows,
         class_names=list(label.names) if isinstance(label, datasets.ClassLabel) else None,
         num_rows=num_rows,

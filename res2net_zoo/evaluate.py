@@ -4,6 +4,7 @@ Correct answers are counted in integers. Each process counts its own share of th
 padding to fill up a batch, and the counts are summed at the end.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -25,6 +26,7 @@ from res2net_zoo.program import InputError, all_or_none, progress_bar
 from res2net_zoo.stop import spare_worker
 
 TOPK = 5
+NOT_FINITE = "the model's output is not finite"
 
 # Takes a batch's images (N, C, H, W) as bytes, right answers (N, K) padded with -1, and logits (N, classes).
 Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -144,6 +146,7 @@ def count_correct(
     skip_corrupt: bool = False,
     progress: tqdm | None = None,
     observe: Observer | None = None,
+    full_precision: bool = False,
 ) -> Counts:
     """Count correct answers over the images of one process.
 
@@ -155,6 +158,7 @@ def count_correct(
         skip_corrupt: Whether to leave out images that cannot be decoded.
         progress: Bar to move on by one an image.
         observe: Is shown each batch, as `Observer` says.
+        full_precision: Whether to compute in float32 whatever the accelerator's precision.
 
     Returns:
         This process's counts.
@@ -182,13 +186,13 @@ def count_correct(
             pixels = images.to(device, non_blocking=True)
             targets = targets.to(device, non_blocking=True)
             images = pixels.float().sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
-            with accelerator.autocast():
+            with contextlib.nullcontext() if full_precision else accelerator.autocast():
                 logits = model(images)
             if kept is not None:
                 logits = logits[:, kept]
             answers = logits.float().topk(min(TOPK, logits.shape[1]), dim=1)
             if not answers.values.isfinite().all():
-                raise InputError("the model's output is not finite; try another --mixed-precision")
+                raise InputError(f"{NOT_FINITE}; try another --mixed-precision")
             right = (answers.indices.unsqueeze(2) == targets.unsqueeze(1)).any(2)
             counted = (targets >= 0).any(1)
             correct += torch.stack([counted.sum(), right[:, 0].sum(), right.any(1).sum()])
@@ -213,6 +217,7 @@ def evaluate(
     skip_corrupt: bool = False,
     desc: str = "validate",
     observe: Observer | None = None,
+    full_precision: bool = False,
 ) -> Counts:
     """Count correct answers over all images, on all processes.
 
@@ -226,6 +231,7 @@ def evaluate(
         skip_corrupt: Whether to leave out images that cannot be decoded.
         desc: What the progress bar says.
         observe: Is shown each batch of this process, as `Observer` says.
+        full_precision: As `count_correct` says.
 
     Returns:
         The counts over all processes, the same in each.
@@ -244,7 +250,9 @@ def evaluate(
         unit_scale=accelerator.num_processes,  # all processes go at about the same pace
     ) as progress:
         counts = all_or_none(
-            lambda: count_correct(model, loader, accelerator, classes.subset, skip_corrupt, progress, observe),
+            lambda: count_correct(
+                model, loader, accelerator, classes.subset, skip_corrupt, progress, observe, full_precision
+            ),
         )
     shares: list[dict[str, Any]] = gather_object([asdict(counts)])
     return sum((Counts(**share) for share in shares), Counts())

@@ -1,14 +1,17 @@
 """What comes out of a training run beside the weights: metrics, pictures, mistakes, the card."""
 
 import csv
+import functools
+import glob
 import heapq
 import importlib.util
 import json
+import os
 import platform
 import shlex
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +26,9 @@ from torch import nn
 
 from res2net_zoo.card import CITATION, model_card
 from res2net_zoo.catalog import Accuracy
+from res2net_zoo.evaluate import Counts
 from res2net_zoo.folder import write_model_folder
-from res2net_zoo.program import markdown_table, write_atomically
+from res2net_zoo.program import InputError, markdown_table, write_atomically
 from res2net_zoo.training_data import TrainingData
 
 if TYPE_CHECKING:
@@ -196,6 +200,32 @@ def best_of(metrics: Sequence[Mapping[str, Any]], kinds: Sequence[str] = ("", "e
     return max((row[f"{kind}top1"], row["epoch"], kind) for row in metrics for kind in kinds if f"{kind}top1" in row)
 
 
+def anchored(value: Any) -> Any:
+    """Return a setting with the path in it made absolute, so that it means the same in another folder."""
+    if not isinstance(value, str) or not value:
+        return value
+    head, colon, tail = value.rpartition("local-dir:")
+    if colon or Path(value).exists() or glob.has_magic(value):
+        return f"{head}{colon}{os.path.abspath(tail)}"
+    return value
+
+
+def _plainly(write: Callable[..., None]) -> Callable[..., None]:
+    """Have what writes files say in one line why it cannot."""
+
+    @functools.wraps(write)
+    def wrapped(report: "Report", *args: Any) -> None:
+        try:
+            write(report, *args)
+        except OSError as error:
+            where = error.filename or report.folder
+            raise InputError(
+                f"cannot write {where}: {error.strerror or error}; --resume goes on once it can"
+            ) from error
+
+    return wrapped
+
+
 @dataclass
 class Report:
     """What is written of a training run, by its main process.
@@ -212,6 +242,7 @@ class Report:
         command: What started it.
         metrics: Of each epoch.
         samples: Images that it was evaluated on.
+        final: The evaluation of the best model, in float32, at the end.
     """
 
     folder: Path
@@ -225,12 +256,15 @@ class Report:
     command: str
     metrics: list[dict[str, Any]]
     samples: int = 0
+    final: Counts | None = None
 
+    @_plainly
     def start(self) -> None:
         """Write the settings down where --resume finds them."""
         self.run.mkdir(parents=True, exist_ok=True)
-        self._write_recipe(self.run)
+        self._write_recipe(self.run, {key: anchored(value) for key, value in self.settings.items()})
 
+    @_plainly
     def epoch(self, model: nn.Module, average: nn.Module | None) -> None:
         """Write the last epoch's metrics, and each model that is the best so far.
 
@@ -253,13 +287,16 @@ class Report:
                     self._write_recipe(folder)
         write_metrics(self.folder, self.metrics)
 
-    def finish(self, mistakes: Mistakes, rates: Sequence[tuple[float, float]]) -> None:
+    @_plainly
+    def finish(self, mistakes: Mistakes, rates: Sequence[tuple[float, float]], counts: Counts) -> None:
         """Draw the pictures, and write the card that has them.
 
         Args:
             mistakes: Those of the best model.
             rates: As for `draw_learning_rate`.
+            counts: Its evaluation.
         """
+        self.final = counts
         pictures = []
         if importlib.util.find_spec("matplotlib"):
             draw_learning_curve(self.folder, self.metrics)
@@ -287,8 +324,8 @@ class Report:
         words += [f"--{key.replace('_', '-')}" for key in ("streaming", "skip_corrupt") if self.settings[key]]
         return shlex.join([*words, "--check"])
 
-    def _write_recipe(self, folder: Path) -> None:
-        text = f"# Every setting of a run; --recipe takes this file.\n{tomlkit.dumps(self.settings)}"
+    def _write_recipe(self, folder: Path, settings: Mapping[str, Any] | None = None) -> None:
+        text = f"# Every setting of a run; --recipe takes this file.\n{tomlkit.dumps(settings or self.settings)}"
         write_atomically(folder / "recipe.toml", lambda path: path.write_text(text))
 
     def _card(
@@ -302,6 +339,8 @@ class Report:
         top1, epoch, kind = best_of(metrics, kinds)
         row = metrics[epoch - 1]
         top5 = row[f"{kind}top5"]
+        if self.final is not None:
+            top1, top5 = self.final.percent(self.final.top1), self.final.percent(self.final.top5)
         accuracy = Accuracy(
             dataset=data.valid.name, split=data.valid.split, top1=top1, top5=top5, source="scripts/finetune.py"
         )
@@ -311,6 +350,9 @@ class Report:
         if data.counts and min(data.counts) < max(data.counts):
             trained += f", {min(data.counts):,} to {max(data.counts):,} of each class,"
         held = f", held out of `{data.train.split}`: {self.settings['hold_out']:g} of each class" * held_out
+        precision = self.settings.get("mixed_precision", "no")
+        measured = f" (measured in {precision})" * (self.final is None and precision != "no")
+        speeds = [row["images_per_second"] for row in metrics if row["images_per_second"]]
         average = ", by a moving average of the weights" * bool(kind)
         mode = "L" if cfg["input_size"][0] == 1 else "RGB"
         parts = [
@@ -332,9 +374,9 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 logits = model(transform(Image.open("image.jpg").convert("{mode}")).unsqueeze(0))
 print(model.pretrained_cfg["label_names"][logits.argmax()])
 ```""",
-            f"## Accuracy\n\nTop-1 {top1:.3f}, top-5 {top5:.3f} percent on the {self.samples:,} images of the split "
-            f"`{data.valid.split}`, which training never saw. This is epoch {epoch} of {len(metrics)}, the best "
-            f"on that same split (of several, the last){average}, so expect a little less on new images. "
+            f"## Accuracy\n\nTop-1 {top1:.3f}, top-5 {top5:.3f} percent{measured} on the {self.samples:,} images of "
+            f"the split `{data.valid.split}`, which training never saw. This is epoch {epoch} of {len(metrics)}, the "
+            f"best on that same split (of several, the last){average}, so expect a little less on new images. "
             "`python scripts/validate.py --check` measures it again.",
             f"## Data\n\nTrained on {trained} of the split `{data.train.split}`; evaluated on {self.samples:,} of "
             f"`{data.valid.split}`{held}. Input: {' x '.join(map(str, cfg['input_size']))}. {len(data.names)} classes: "
@@ -347,7 +389,7 @@ print(model.pretrained_cfg["label_names"][logits.argmax()])
         versions = f"torch {torch.__version__.split('+')[0]} and timm {timm.__version__}"
         parts += [
             f"## Training\n\nMade by\n\n```\n{self.command}\n```",
-            f"This was {versions} on {self.hardware}: {metrics[-1]['images_per_second']:g} images/s, at most "
+            f"This was {versions} on {self.hardware}: {f'{speeds[-1]:g} images/s, ' if speeds else ''}at most "
             f"{metrics[-1]['peak_memory_mb']:,} MB in a process.",
         ]
         if pictures:

@@ -1,5 +1,6 @@
 """What a training loop needs beside timm's and Accelerate's: frozen stages, weighted classes, scaled learning rates."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,7 +63,7 @@ def scaled_lr(lr: float, opt: str, batch: int, base: int | None) -> float:
     """
     if base is None:
         return lr
-    adaptive = any(word in opt for word in ("ada", "lamb", "lion", "adopt", "nadam"))
+    adaptive = any(word in opt.lower() for word in ("ada", "lamb"))
     return lr * (batch / base) ** (0.5 if adaptive else 1)
 
 
@@ -76,14 +77,17 @@ class Criterion(nn.Module):
         loss: `ce` or `bce` (as in Wightman et al., 2021, arXiv 2110.00476).
         smoothing: Label smoothing, of class numbers; mixed targets have theirs.
         weights: Weight of each class, for `ce`; their mean over the images should be 1.
+        threshold: Share of a mixed target above which a class is fully there, for `bce`.
     """
 
     weights: torch.Tensor | None
 
-    def __init__(self, loss: str, smoothing: float, weights: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, loss: str, smoothing: float, weights: torch.Tensor | None = None, threshold: float | None = None
+    ) -> None:
         super().__init__()
         self.smoothing = smoothing
-        self.binary = BinaryCrossEntropy(smoothing=smoothing) if loss == "bce" else None
+        self.binary = BinaryCrossEntropy(smoothing, target_threshold=threshold) if loss == "bce" else None
         self.register_buffer("weights", weights, persistent=False)
 
     def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -157,3 +161,24 @@ def create_mixup(mixup: float, cutmix: float, probability: float, smoothing: flo
     if not mixup and not cutmix:
         return None
     return Mixup(mixup, cutmix, prob=probability, label_smoothing=smoothing, num_classes=num_classes)
+
+
+def try_out(model: nn.Module, batch_size: int) -> None:
+    """Run a copy of a model on a batch without data, to find out before training whether it takes one.
+
+    Args:
+        model: The model; its config gives the images' size.
+        batch_size: Images a batch.
+
+    Raises:
+        InputError: It does not.
+    """
+    size = resolve_model_data_config(model)["input_size"]
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).to("meta").train()(torch.empty(batch_size, *size, device="meta"))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        shape = " x ".join(map(str, size))
+        raise InputError(
+            f"this model cannot be trained with batches of {batch_size} images of {shape}: {error}"
+        ) from error

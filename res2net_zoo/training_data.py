@@ -54,9 +54,14 @@ class TrainingData:
     indices: np.ndarray | None = None
 
     def leave_out(self, indices: Sequence[int]) -> None:
-        """Have some training images not be used."""
+        """Have some training images not be used.
+
+        Raises:
+            InputError: They are all there is of a class.
+        """
         if self.indices is not None:
             self.indices = np.setdiff1d(self.indices, indices)
+            self.counts = _count(labels_of(self.train)[self.indices], self.train, self.names)
 
     @property
     def num_images(self) -> int | None:
@@ -102,26 +107,29 @@ def open_training_data(
         return open_source(src, split, streaming=streaming, label_column=label_column)
 
     def open_splits() -> tuple[Source, Source]:
-        train = valid = open_split(train_split)
-        if held := held_out_of(eval_split):
-            split, share, chosen = held
-            if split == train.split:  # or it would be trained on
-                return hold_out(train, share, chosen)
+        train = open_split(train_split)
         if eval_split is not None:
             valid = open_split(eval_split)
-            if valid.split == train.split:
+            held = held_out_of(valid.split)
+            if held and held[0] == train.split:
+                return hold_out(train, *held[1:])
+            if whole(valid) == whole(train):
                 raise InputError(
-                    f"training and evaluation would both be on {train.split} of {src}; "
+                    f"training and evaluation would both be on {whole(train)} of {src}; "
                     "name another split with --train-split or --eval-split"
                 )
             return train, valid
         with contextlib.suppress(InputError):  # there are several splits, but no validation or test
             valid = open_split(None)
-        if valid.split != train.split:
-            return train, valid
+            if whole(valid) != whole(train):
+                return train, valid
         if streaming:
             raise InputError(f"{src} has no split to evaluate on, and nothing can be held out of a stream")
         return hold_out(train, fraction, seed)
+
+    def whole(source: Source) -> str:
+        """Return the split that a source is all or part of."""
+        return source.split.split("/held-out-")[0]
 
     train, valid = main_first(accelerator, open_splits)
     names = class_names(train, num_classes)
@@ -142,6 +150,8 @@ def class_names(train: Source, num_classes: int | None = None) -> list[str]:
         InputError: The data does not say, and is not there to be counted; or there is only one.
     """
     names = train.class_names
+    if names is not None and num_classes not in (None, len(names)):
+        raise InputError(f"{train.name} has {len(names)} classes and not {num_classes}; leave --num-classes out")
     if names is None:
         if num_classes is None:
             if not isinstance(train.rows, datasets.Dataset):
@@ -184,10 +194,14 @@ def count_classes(train: Source, valid: Source, names: Sequence[str]) -> list[in
                 raise InputError(
                     f"image {wrong[0]} of {source.split} in {source.name} has {what}; labels go from 0 to {known - 1}"
                 )
-    counts = np.bincount(labels_of(train), minlength=len(names))
+    return _count(labels_of(train), train, names)
+
+
+def _count(labels: np.ndarray, source: Source, names: Sequence[str]) -> list[int]:
+    counts = np.bincount(labels, minlength=len(names))
     if len(empty := np.flatnonzero(counts == 0)):
         few = ", ".join(names[i] for i in empty[:5])
-        raise InputError(f"{train.name} has no image of {few} in {train.split}; add some, or take the class out")
+        raise InputError(f"{source.name} has no image of {few} in {source.split}; add some, or take the class out")
     return counts.tolist()
 
 
@@ -350,14 +364,18 @@ class AugmentedStream(IterableDataset):
         samples: Makes samples of rows.
         seed: Decides order and augmentation, with the epoch.
         batch_size: Images a batch.
+        buffer: Images to shuffle among; files are shuffled as well.
         name: What to call these rows in a message.
     """
 
-    def __init__(self, rows: datasets.IterableDataset, samples: Samples, seed: int, batch_size: int, name: str) -> None:
+    def __init__(
+        self, rows: datasets.IterableDataset, samples: Samples, seed: int, batch_size: int, buffer: int, name: str
+    ) -> None:
         self.rows = rows
         self.samples = samples
         self.seed = seed
         self.batch_size = batch_size
+        self.buffer = buffer
         self.name = name
         self.start(0)
 
@@ -371,10 +389,11 @@ class AugmentedStream(IterableDataset):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         done = passes = 0
         while True:
-            self.rows.set_epoch(self.epoch + (passes << 24))
+            # The same in all workers, which share the files; their epoch would be one that all of them set.
+            rows = self.rows.shuffle(seed_of(self.seed, 4, self.epoch, passes), buffer_size=self.buffer)
             before = done
             try:
-                for row in self.rows:
+                for row in rows:
                     # The loader takes its batches from the workers in turn.
                     if done // self.batch_size * workers + worker < self.first:
                         yield Sample("left out")
@@ -467,7 +486,7 @@ def training_loader(
             )
         name = "the stream" if world == 1 else f"process {rank}'s share of the stream"
         return DataLoader(
-            AugmentedStream(rows.shuffle(seed, buffer_size=buffer), samples, seed_of(seed, rank), batch_size, name),
+            AugmentedStream(rows, samples, seed_of(seed, rank), batch_size, buffer, name),
             batch_size=batch_size,
             num_workers=min(workers, rows.num_shards),
             collate_fn=collate,

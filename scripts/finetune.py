@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("how long, and how much at once").add_argument
     add("--epochs", type=within(int, 1), default=20, help="(%(default)s)")
-    add("--patience", type=within(int, 1), help="epochs without a better top-1 after which to stop")
+    add("--patience", type=within(int, 0), help="epochs without a better top-1 after which to stop; 0 for never")
     add("--batch-size", type=within(int, 1), default=64, help="images a batch and process (%(default)s)")
     add("--accumulate", type=within(int, 1), default=1, help="batches a step (%(default)s)")
     add("--seed", type=within(int, 0, 2**31), default=0, help="(%(default)s)")
@@ -100,9 +100,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weight-decay", type=within(float, 0), default=0.05, help="(%(default)s)")
     add("--decay-all", action=flag, default=False, help="weight decay of biases and BatchNorm as well")
     add("--layer-decay", type=within(float, 0, 1), help="factor of the learning rate from each layer to the one before")
-    add("--clip-grad", type=within(float, 0), help="largest norm of the gradient")
+    add("--clip-grad", type=within(float, 0), help="largest norm of the gradient; 0 for any")
     add("--sched", default="cosine", help="(%(default)s)")
-    add("--warmup-epochs", type=within(int, 0), default=1, help="(%(default)s)")
+    add("--warmup-epochs", type=within(int, 0), default=1, help="a quarter of the epochs at most (%(default)s)")
     add("--min-lr", type=within(float, 0), default=0.0, help="learning rate at the end (%(default)s)")
     add("--decay-epochs", type=within(float, 0), help="between two steps of --sched step")
     add("--decay-milestones", type=within(int, 1), nargs="+", default=[90, 180, 270], help="of --sched multistep")
@@ -118,12 +118,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--freeze-bn", action=flag, default=False, help="keep the statistics of every BatchNorm")
     add("--drop", type=within(float, 0, 0.99), default=0.0, help="dropout before the classifier (%(default)s)")
     add("--drop-path", type=within(float, 0, 0.99), default=0.0, help="stochastic depth (%(default)s)")
-    add("--ema", type=within(float, 0, 1), help="decay of a moving average of the weights, such as 0.9998")
+    add("--ema", type=within(float, 0, 1), help="decay of a moving average of the weights, such as 0.9998; 0 for none")
     add("--img-size", type=within(int, 8), help="pixels, where not the model's own size")
 
     add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=("ce", "bce"), default="ce", help="cross entropy, or binary for each class (%(default)s)")
-    add("--smoothing", type=within(float, 0, 1), default=0.1, help="label smoothing (%(default)s)")
+    add("--bce-threshold", type=within(float, 0, 1), help="share of a mixed target that counts as all of it, for bce")
+    add("--smoothing", type=within(float, 0, 0.99), default=0.1, help="label smoothing (%(default)s)")
     add(
         "--balance",
         choices=("no", "loss", "sampling"),
@@ -152,7 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--hflip", type=within(float, 0, 1), default=0.5, help="probability of a horizontal flip (%(default)s)")
     add("--vflip", type=within(float, 0, 1), default=0.0, help="of a vertical one (%(default)s)")
     add("--color-jitter", type=within(float, 0), default=0.0, help="(%(default)s)")
-    add("--auto-augment", help="such as rand-m9-mstd0.5")
+    add("--auto-augment", help="such as rand-m9-mstd0.5, or none")
     add("--reprob", type=within(float, 0, 1), default=0.0, help="probability of random erasing (%(default)s)")
     add("--repeats", type=within(int, 1), default=1, help="augmentations of an image in a batch (%(default)s)")
     add("--mixup", type=within(float, 0), default=0.0, help="mixup alpha (%(default)s)")
@@ -167,10 +168,19 @@ def frozen_stages(text: str) -> str:
     return text
 
 
+def near(value: Any) -> Any:
+    """Return a setting with the path in it relative to this folder, where it leads into it."""
+    if not isinstance(value, str):
+        return value
+    head, colon, tail = value.rpartition("local-dir:")
+    here = os.path.relpath(tail) if os.path.isabs(tail) or colon else tail
+    return value if here.startswith("..") else f"{head}{colon}{here}"
+
+
 def run_folder(output: Path) -> Path:
     """Return where a run keeps its state: beside the model folder, which is replaced as a whole."""
-    output = output.absolute()
-    return output.with_name(f"{output.name}.run")
+    output = output.resolve()
+    return output.parent / f"{output.name}.run"
 
 
 def parse_args() -> argparse.Namespace:
@@ -182,7 +192,9 @@ def parse_args() -> argparse.Namespace:
         args = parse_over(parser, [stored], NOT_SETTINGS)
         before = parse_over(parser, [stored], NOT_SETTINGS, options=[])
         for key in sorted(vars(args).keys() - NOT_SETTINGS - FREE):
-            if (now := getattr(args, key)) != (then := getattr(before, key)):
+            now, then = near(getattr(args, key)), near(getattr(before, key))
+            setattr(args, key, now)
+            if now != then:
                 option = key.replace("_", "-")
                 parser.error(
                     f"the run in {args.output} was started with --{option} {then}, not {now}; leave --{option} out "
@@ -193,6 +205,13 @@ def parse_args() -> argparse.Namespace:
         name = args.recipe or ("digits" if shipped else "finetune" if args.pretrained else "scratch")
         args = parse_over(parser, [find_recipe(parser, name)], NOT_SETTINGS)
         args.recipe = name
+    for key in ("clip_grad", "ema", "patience", "auto_augment"):  # how to be without a recipe's
+        if getattr(args, key) in (0, "none"):
+            setattr(args, key, None)
+    if args.output.resolve() in (Path.cwd(), *Path.cwd().parents):
+        parser.error(f"--output {args.output} is a folder that this runs in; name one of its own")
+    if args.task_weight != parser.get_default("task_weight") and args.teacher is None:
+        parser.error("this learns from a larger model; name it with --teacher")
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run and --overwrite replaces it; choose one")
     if (args.mixup or args.cutmix) and args.batch_size % 2:
@@ -215,12 +234,12 @@ def main(args: argparse.Namespace) -> int:
     from timm.utils import ModelEmaV3, distribute_bn
 
     from res2net_zoo.checkpoints import Checkpoints
-    from res2net_zoo.evaluate import evaluate
+    from res2net_zoo.evaluate import NOT_FINITE, evaluate
     from res2net_zoo.labels import match_classes
-    from res2net_zoo.program import InputError, all_or_none, default_workers, progress_bar
+    from res2net_zoo.program import WEIGHTS, InputError, all_or_none, default_workers, progress_bar
     from res2net_zoo.report import Mistakes, Report, best_of, hardware
     from res2net_zoo.stop import Stop
-    from res2net_zoo.training import Criterion, Normalize, balanced, create_mixup, freeze, training_samples
+    from res2net_zoo.training import Criterion, Normalize, balanced, create_mixup, freeze, training_samples, try_out
     from res2net_zoo.training_data import (
         batches,
         corrupt_images,
@@ -232,6 +251,7 @@ def main(args: argparse.Namespace) -> int:
 
     run = run_folder(args.output)
     accelerator = start(args, run)
+    args.mixed_precision = accelerator.mixed_precision  # which `accelerate launch` may have decided
     main_process, world = accelerator.is_main_process, accelerator.num_processes
     checkpoints = Checkpoints(run / "checkpoints", args.keep)
     all_or_none(lambda: check_output(args, checkpoints) if main_process else None)
@@ -251,12 +271,13 @@ def main(args: argparse.Namespace) -> int:
     names = data.names
     workers = default_workers(accelerator.device) if args.workers is None else args.workers
     set_seed(args.seed, deterministic=args.deterministic)  # the same random weights in all processes
-    model = all_or_none(lambda: build_model(args, names))
+    model = all_or_none(lambda: build_model(args, names, args.pretrained))
     base_model = ((args.pretrained and model.pretrained_cfg.get("hf_hub_id")) or "").partition("@")[0] or None
     model.pretrained_cfg["tag"] = None  # what comes out is no longer that checkpoint
-    frozen = freeze(model, args.freeze, args.freeze_bn)
+    all_or_none(lambda: try_out(model, args.batch_size))
     if args.sync_bn:
         model = synchronise_batch_norm(model, accelerator)
+    frozen = freeze(model, args.freeze, args.freeze_bn)
     model = model.to(accelerator.device)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -267,8 +288,6 @@ def main(args: argparse.Namespace) -> int:
     steps = steps_of(data, step_images, args.steps_per_epoch)
     optimizer, scheduler, lr = build_optimizer(args, model, steps, step_images)
     mixup = create_mixup(args.mixup, args.cutmix, args.mixup_prob, args.smoothing, len(names))
-    class_weights = balanced(data.counts) if args.balance == "loss" and data.counts else None
-    criterion = Criterion(args.loss, args.smoothing, class_weights)
     augmentation = {
         "scale": args.scale,
         "ratio": args.ratio,
@@ -281,9 +300,15 @@ def main(args: argparse.Namespace) -> int:
     samples = training_samples(model, names, augmentation, args.crop_padding)
     teacher = all_or_none(lambda: build_teacher(args, model, names, accelerator)) if args.teacher else None
 
-    plan = {"model": args.model, "classes": names, "images": data.train.num_rows, "images a step": step_images}
+    plan = {
+        "model": args.model,
+        "classes": names,
+        "images": data.train.num_rows,
+        "images a step": step_images,
+        "precision": accelerator.mixed_precision,
+    }
     if args.streaming:  # which image comes when depends on these
-        plan |= {"processes": world, "workers": workers}
+        plan |= {"processes": world, "workers": workers, "batch": args.batch_size}
     if state is not None:
         check_plan(state["plan"], plan, args, accelerator)
     left_out: list[int] = []
@@ -296,6 +321,8 @@ def main(args: argparse.Namespace) -> int:
         if (fewer := steps_of(data, step_images, args.steps_per_epoch)) != steps:
             steps = fewer
             optimizer, scheduler, lr = build_optimizer(args, model, steps, step_images)
+    class_weights = balanced(data.counts) if args.balance == "loss" and data.counts else None
+    criterion = Criterion(args.loss, args.smoothing, class_weights, args.bce_threshold)
     loader = training_loader(
         data,
         samples,
@@ -310,6 +337,7 @@ def main(args: argparse.Namespace) -> int:
     )
 
     bare = model
+    second_order = getattr(optimizer, "is_second_order", False)
     accelerator.gradient_accumulation_steps = args.accumulate  # what `backward` divides by
     model, optimizer = accelerator.prepare(model, optimizer)
     task: Any = ClassificationTask(model, criterion, device=accelerator.device, verbose=False)
@@ -338,6 +366,8 @@ def main(args: argparse.Namespace) -> int:
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         done, metrics, rates = state["done"], state["metrics"], state["rates"]
+        if metrics and main_process and not (args.output / WEIGHTS).is_file():
+            raise InputError(f"the best model so far is gone from {args.output}; begin again, in another --output")
         if len(metrics) >= args.epochs:
             raise InputError(
                 f"the run in {args.output} has done {len(metrics)} epochs; --epochs {args.epochs} is no more"
@@ -383,6 +413,8 @@ def main(args: argparse.Namespace) -> int:
         )
 
     def save() -> None:
+        good = torch.stack([p.isfinite().all() for p in bare.parameters()]).all()
+        check_loss(int(accelerator.gather(torch.where(good | (bad_step > 0), bad_step, done)).max()))
         everyone = accelerator.reduce(losses, "sum")  # a copy
         if not main_process:
             return
@@ -411,11 +443,12 @@ def main(args: argparse.Namespace) -> int:
                 else "there is no checkpoint yet"
             )
             raise InputError(
-                f"the loss is no number in step {bad_step} of {total}; {good}; a lower --lr or --clip-grad 1 may help"
+                f"the training has diverged: a loss or an output is no number, in step {bad_step} of {total}; {good}; "
+                "a lower --lr or --clip-grad 1 may help"
             )
 
     classes = match_classes(data.valid.class_names or names, len(names), names)
-    evaluation = dict(batch_size=args.batch_size, workers=max(1, workers), skip_corrupt=args.skip_corrupt)
+    evaluation = dict(batch_size=args.batch_size, workers=workers, skip_corrupt=args.skip_corrupt)
     stop = Stop(accelerator)
     saved = time.monotonic()
     look = 1 if accelerator.device.type == "cpu" else 20  # steps between looks at the loss: a GPU has to wait for them
@@ -435,14 +468,14 @@ def main(args: argparse.Namespace) -> int:
                 targets = targets.to(accelerator.device, non_blocking=True)
                 # All that is random from here on follows from the place in the run, so that it can go on anywhere.
                 set_seed(seed_of(args.seed, 3, done, part, accelerator.process_index))
-                if mixup is not None:
+                if mixup is not None and len(images) % 2 == 0:  # one may have been left out
                     images, targets = mixup(images, targets)
                 if args.channels_last:
                     images = images.contiguous(memory_format=torch.channels_last)
                 last = part == args.accumulate - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(model):
                     loss = task(images, targets)["loss"]
-                    accelerator.backward(loss)
+                    accelerator.backward(loss, create_graph=second_order)
                 losses[0] += loss.detach().nan_to_num(0, 0, 0)
                 losses[1] += 1
                 if accelerator.scaler is None:  # which leaves such steps out
@@ -483,7 +516,6 @@ def main(args: argparse.Namespace) -> int:
         seconds = time.perf_counter() - started
 
         loss_sum, number = accelerator.reduce(losses, "sum").tolist()
-        check_loss(int(accelerator.gather(bad_step).max()))
         averaged = None if ema is None else ema.module
         for weights in filter(None, (bare, averaged)):
             if world > 1:  # as each process has seen other batches; checkpoints have those of the first
@@ -499,10 +531,17 @@ def main(args: argparse.Namespace) -> int:
         }
         for kind, weights in (("", bare), ("ema_", averaged)):
             if weights is not None:
-                counts = evaluate(weights, data.valid, classes, accelerator, **evaluation)
+                try:
+                    counts = evaluate(weights, data.valid, classes, accelerator, **evaluation)
+                except InputError as error:
+                    if NOT_FINITE in str(error):  # these weights are no good any more
+                        if main_process:
+                            checkpoints.paths()[-1].unlink()
+                        check_loss(done)
+                    raise
                 row |= {f"{kind}top1": counts.percent(counts.top1), f"{kind}top5": counts.percent(counts.top5)}
                 report.samples = counts.samples
-        row["images_per_second"] = round((steps - first) * step_images / seconds, 1)
+        row["images_per_second"] = round((steps - first) * step_images / seconds, 1) if first < steps else None
         row["peak_memory_mb"] = round(peak_memory(accelerator) / 2**20)
         metrics.append(row)
         losses.zero_()
@@ -518,17 +557,21 @@ def main(args: argparse.Namespace) -> int:
     progress.close()
     stop.close()
 
-    # The best one once more, for its mistakes.
-    load_everywhere(bare, args.output, accelerator)
+    # The best one once more, as others will load it: in float32, and for its mistakes.
+    final = build_model(args, names, pretrained=False).to(accelerator.device, memory_format=torch.channels_last)
+    load_everywhere(final, args.output, accelerator)
     mistakes = Mistakes(len(names))
-    report.samples = evaluate(
-        bare, data.valid, classes, accelerator, **evaluation, desc="look at the mistakes", observe=mistakes
-    ).samples
+    counts = evaluate(
+        final, data.valid, classes, accelerator, **evaluation, desc="look at it", observe=mistakes, full_precision=True
+    )
     mistakes.gather(accelerator)
     if main_process:
-        report.finish(mistakes, rates)
-        top1, best, kind = best_of(metrics)
-        print(f"best top-1 {top1:.3f}{' (EMA)' if kind else ''} in epoch {best}; the model is in {args.output}")
+        report.finish(mistakes, rates, counts)
+        _, best, kind = best_of(metrics)
+        print(
+            f"best in epoch {best}{', by EMA' if kind else ''}: top-1 {counts.percent(counts.top1):.3f}; "
+            f"the model is in {args.output}"
+        )
         print(f"measure it again: {report.check}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -570,7 +613,9 @@ def check_output(args: argparse.Namespace, checkpoints: Any) -> None:
     from res2net_zoo.program import InputError, check_can_make
 
     check_can_make(args.output)
+    check_can_make(run_folder(args.output))
     if args.resume:
+        checkpoints.sweep()
         if (args.output / "config.json").is_file() and not checkpoints.paths():
             raise InputError(f"{args.output} holds a model, but no run that could go on; name another --output")
         return
@@ -599,6 +644,8 @@ def check_plan(
     if before["classes"] != now["classes"]:
         changed = next(pair for pair in zip(before["classes"], now["classes"], strict=True) if pair[0] != pair[1])
         raise differ("the class", *changed)
+    if before["precision"] != now["precision"]:
+        raise differ("the precision", before["precision"], now["precision"])
     if before["images"] != now["images"]:
         raise differ("a number of images of", before["images"], now["images"])
     if (then := before["images a step"]) != now["images a step"]:
@@ -606,8 +653,8 @@ def check_plan(
         raise differ("images a step:", then, now["images a step"], f"; --batch-size {size:g} makes them as many")
     if before != now and accelerator.is_main_process:
         print(
-            "warning: with other processes or workers than before, the rest of this epoch's stream comes in another "
-            "order: some images come twice, others not at all",
+            "warning: with other processes, workers or batches than before, the rest of this epoch's stream comes in "
+            "another order: some images come twice, others not at all",
             file=sys.stderr,
         )
 
@@ -625,14 +672,14 @@ def synchronise_batch_norm(model: "nn.Module", accelerator: "Accelerator") -> "n
     return convert_sync_batchnorm(model)
 
 
-def build_model(args: argparse.Namespace, names: list[str]) -> Any:
-    """Make the model with its weights to start from."""
+def build_model(args: argparse.Namespace, names: list[str], pretrained: bool) -> Any:
+    """Make the model, with the weights to start from where it is pretrained."""
     from res2net_zoo.pretrained import create_model
 
     options: dict[str, Any] = {"drop_path_rate": args.drop_path} if args.drop_path else {}
     if args.drop:
         options["drop_rate"] = args.drop
-    model: Any = create_model(args.model, args.pretrained, num_classes=len(names), **options)
+    model: Any = create_model(args.model, pretrained, num_classes=len(names), **options)
     if args.img_size:
         model.pretrained_cfg["input_size"] = (model.pretrained_cfg["input_size"][0], args.img_size, args.img_size)
     if args.grad_checkpointing:
@@ -644,14 +691,17 @@ def build_teacher(args: argparse.Namespace, model: Any, names: list[str], accele
     """Make the model to learn from."""
     import torch
 
+    from res2net_zoo.labels import match_classes
     from res2net_zoo.pretrained import create_model
     from res2net_zoo.program import InputError
 
     teacher: Any = create_model(args.teacher)
     labels = teacher.pretrained_cfg.get("label_names")
-    if teacher.num_classes != len(names) or (labels and list(labels) != names):
+    same = teacher.num_classes == len(names) and not (labels and set(labels) != set(names))
+    order = match_classes(names, len(names), labels).of_label if same else None
+    if not same or order not in (None, list(range(len(names)))):
         raise InputError(
-            f"--teacher {args.teacher} knows {teacher.num_classes} classes, and not these {len(names)}; "
+            f"--teacher {args.teacher} knows {teacher.num_classes} classes, and not these {len(names)} in this order; "
             "train it on them first"
         )
     if teacher.pretrained_cfg["input_size"][0] != model.pretrained_cfg["input_size"][0]:
@@ -669,6 +719,7 @@ def build_optimizer(args: argparse.Namespace, model: Any, steps: int, step_image
     from res2net_zoo.training import scaled_lr
 
     lr = scaled_lr(args.lr, args.opt, step_images, args.lr_base_size)
+    warmup = min(args.warmup_epochs, args.epochs / 4)  # a recipe's may be longer than a short training
     try:
         optimizer = create_optimizer_v2(
             model,
@@ -683,7 +734,7 @@ def build_optimizer(args: argparse.Namespace, model: Any, steps: int, step_image
             optimizer,
             args.sched,
             num_epochs=args.epochs,
-            warmup_epochs=args.warmup_epochs,
+            warmup_epochs=warmup,
             warmup_lr=min(1e-5, lr),
             min_lr=args.min_lr,
             decay_epochs=args.decay_epochs,

@@ -126,6 +126,14 @@ def test_bad_input(in_process, tmp_path):
     ):
         assert f"argument {option}: {value} is not" in refused(option, value)
     assert "--auto-augment nonsense" in refused("--auto-augment", "nonsense")
+    assert "this learns from a larger model" in refused("--recipe", "distill")
+    assert "this learns from a larger model" in refused("--task-weight", 0.1)
+    assert "would both be on train" in refused("--eval-split", "training")
+    assert "no split train/held-out-1.5-0" in refused("--eval-split", "train/held-out-1.5-0")
+    assert "has 10 classes and not 7" in refused("--num-classes", 7)
+    assert "cannot be trained with batches of 1 images of 3 x 8 x 8" in refused("--batch-size", 1, "--img-size", 8)
+    for folder in (".", "/", "tests/.."):
+        assert "is a folder that this runs in" in input_error(in_process(FINETUNE, "--output", folder))
     (tmp_path / "file").touch()
     assert "is a file" in input_error(in_process(FINETUNE, "--output", tmp_path / "file"))
     assert "cannot write into" in input_error(in_process(FINETUNE, "--output", "/proc/model"))
@@ -175,6 +183,7 @@ def test_every_recipe_trains_and_is_stored(in_process, tmp_path, recipe):
     folder = tmp_path / "model"
     args = [*QUICK, "--steps-per-epoch", 2, "--no-check", "--recipe", recipe, "--output", folder]
     args += ["--teacher", f"local-dir:{SHIPPED_MODEL}"] if recipe == "distill" else []
+    args += SHIPPED if recipe in ("finetune", "linear_probe") else []
     result = in_process(FINETUNE, *args)
     assert result.returncode == 0, result.stderr
     assert f"recipe {recipe}, 1 epochs of 2 steps of 16 images" in result.stdout
@@ -247,10 +256,10 @@ def test_a_student_learns_from_its_teacher_alone(in_process, tmp_path):
         "--batch-size",
         32,
     ]
-    result = in_process(FINETUNE, *args, "--epochs", 4, "--output", tmp_path / "model")
+    result = in_process(FINETUNE, *args, "--epochs", 3, "--output", tmp_path / "model")
     assert result.returncode == 0, result.stderr
     rows = list(csv.DictReader((tmp_path / "model" / "metrics.csv").open()))
-    assert float(rows[-1]["top1"]) > 85
+    assert float(rows[-1]["top1"]) > 75
     save_images(tmp_path / "other", ["a", "b"], 5)
     args = ["--data", tmp_path / "other", "--teacher", f"local-dir:{SHIPPED_MODEL}", "--output", tmp_path / "bad"]
     assert "knows 10 classes, and not these 2" in input_error(in_process(FINETUNE, *QUICK, "--batch-size", 2, *args))
@@ -315,8 +324,7 @@ def test_trackers_and_early_stopping(in_process, tmp_path):
     assert "is none that Accelerate knows" in input_error(in_process(FINETUNE, *args, "--overwrite", "--tracker", "x"))
 
 
-def test_less_memory_for_the_same_result(in_process, tmp_path):
-    """Gradient checkpointing computes the same again; whole batches in parts add up to the same."""
+def test_parts_of_batches_checkpointing_and_memory_format_change_nothing(in_process, tmp_path):
     args = [*QUICK, "--steps-per-epoch", 4, "--no-check", "--opt", "sgd", "--lr", 0.01, "--freeze-bn"]
     weights = []
     for name, options in (

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from res2net_zoo.checkpoints import Checkpoints
 from res2net_zoo.program import InputError
-from tests.conftest import ROOT, full_disk, input_error
+from tests.conftest import ROOT, SHIPPED_DATA, full_disk, input_error
 
 FINETUNE = "scripts/finetune.py"
 # All that is random at once: if any of it did not follow from the place in the run, weights would differ.
@@ -110,6 +111,7 @@ def test_killed_at_any_moment_and_taken_up_again_it_ends_the_same_to_the_bit(in_
         running.signal(signal.SIGKILL)
         running.end()
         assert step <= max(steps_in(killed)) < 44
+    (killed.with_name("killed.run") / "checkpoints" / ".step-000000030-x.pt").write_bytes(b"half")
     # Also with other workers, which only load.
     result = in_process(FINETUNE, "--resume", "--output", killed, "--workers", 0)
     assert result.returncode == 0, result.stderr
@@ -125,7 +127,7 @@ def test_killed_at_any_moment_and_taken_up_again_it_ends_the_same_to_the_bit(in_
 
 def test_two_processes_equal_one_with_larger_batches_and_outlive_sigterm(in_process, tmp_path):
     one, two, stopped = tmp_path / "one", tmp_path / "two", tmp_path / "stopped"
-    args = [*SHORT, "--workers", 1, "--accumulate", 2, "--opt", "sgd", "--lr", 0.02, "--freeze-bn", "--ema", 0.9]
+    args = [*SHORT, "--workers", 1, "--accumulate", 2, "--opt", "sgd", "--lr", 0.005, "--freeze-bn", "--ema", 0.9]
     result = in_process(FINETUNE, *args, "--batch-size", 32, "--output", one)
     assert result.returncode == 0, result.stderr
     finished = Running(two, *args, processes=2).end()
@@ -204,7 +206,11 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_last_good_checkpoint(in
     args = [*SHORT, "--workers", 0, "--opt", "momentum", "--warmup-epochs", 0, "--clip-grad", 1]
     args += ["--sched", "multistep", "--decay-milestones", 1, "--lr", "1e30"]
     line = input_error(in_process(FINETUNE, *args, "--output", folder))
-    assert "the loss is no number in step 2 of 178; there is no checkpoint yet" in line
+    assert "is no number, in step 2 of 178; there is no checkpoint yet" in line
+    assert not steps_in(folder)
+    # The weights of an epoch's last step are looked at as well, before they are saved.
+    line = input_error(in_process(FINETUNE, *args, "--steps-per-epoch", 1, "--output", folder))
+    assert "is no number, in step 1 of 2; there is no checkpoint yet" in line
     assert not steps_in(folder)
     # A run whose last step but one left weights behind that overflow in the last.
     later = tmp_path / "later"
@@ -216,10 +222,7 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_last_good_checkpoint(in
     state["model"]["fc.weight"].fill_(3e38)
     torch.save(state, last_but_one)
     line = input_error(in_process(FINETUNE, "--resume", "--output", later))
-    assert (
-        f"the loss is no number in step 178 of 178; --resume goes on from the last good checkpoint, {last_but_one}"
-        in line
-    )
+    assert f"is no number, in step 178 of 178; --resume goes on from the last good checkpoint, {last_but_one}" in line
 
 
 def test_what_a_run_does_not_go_on_with(in_process, tmp_path):
@@ -251,6 +254,9 @@ def test_what_a_run_does_not_go_on_with(in_process, tmp_path):
     # Replaced, all is new.
     assert in_process(FINETUNE, *args, "--overwrite", "--output", folder).returncode == 0
     assert len(measured(folder)) == 1 and steps_in(folder) == [11]
+    # The settings are known by now, wherever it goes on from.
+    (path,) = folder.with_name("model.run").glob("recipe.toml")
+    assert tomllib.loads(path.read_text())["data"] == str(SHIPPED_DATA)
     # A folder whose run is gone, and one that has none.
     for path in folder.with_name("model.run").rglob("*.pt"):
         path.unlink()

@@ -145,6 +145,16 @@ def test_a_stream_is_shuffled_goes_around_and_can_be_taken_up_again(accelerator,
     assert sorted(around) == sorted(2 * ordered) and around[:40] != around[40:]
 
 
+def test_a_streams_order_does_not_depend_on_which_worker_is_faster(accelerator, tmp_path):
+    """Over many passes, in which workers come to be in different ones."""
+    save_images(tmp_path / "train", ["a", "b"], 5)
+    save_images(tmp_path / "val", ["a", "b"], 1)
+    data = open_training_data(str(tmp_path), accelerator, streaming=True)
+    first = load(data, accelerator, workers=2, batch=3, count=40, buffer=4)
+    for _ in range(4):
+        assert same(first, load(data, accelerator, workers=2, batch=3, count=40, buffer=4))
+
+
 def test_processes_read_files_of_their_own(shards):
     rows = open_source(str(shards), "train", streaming=True).rows
     shares = [share_of_stream(rows, rank, 4, 1) for rank in range(4)]
@@ -187,6 +197,14 @@ def test_a_held_out_part_is_found_again_by_its_name(accelerator, tmp_path):
     # Asked for by its name, it is not trained on.
     same = open_training_data(str(pictures), accelerator, eval_split=data.valid.split, seed=1)
     assert (same.num_images, same.valid.split) == (14, data.valid.split)
+    # By another name of the split neither; and of a part that is trained on, a part of it is held out.
+    same = open_training_data(str(pictures), accelerator, "training", "training/held-out-0.3-7")
+    assert same.num_images == 14
+    part = open_training_data(str(pictures), accelerator, "train/held-out-0.5-0")
+    assert (part.num_images, part.valid.split) == (8, "train/held-out-0.5-0/held-out-0.2-0")
+    assert labels_of(open_source(str(pictures), part.valid.split)).tolist() == [0, 1]
+    with pytest.raises(InputError, match="would both be on train"):
+        open_training_data(str(pictures), accelerator, "train/held-out-0.5-0", "train")
     with pytest.raises(InputError, match=r"too few to hold 0\.9 of them out"):
         save_images(tmp_path / "few", ["a", "b"], 1)
         open_training_data(str(tmp_path / "few"), accelerator, fraction=0.9)
@@ -245,5 +263,5 @@ def test_images_that_cannot_be_decoded_are_told_or_left_out(accelerator, tmp_pat
         corrupt_images(data, accelerator, 1, skip=False)
     data.leave_out(corrupt_images(data, accelerator, 0, skip=True))
     assert "2 images of train cannot be decoded and are left out" in capsys.readouterr().err
-    assert data.num_images == 8
+    assert data.num_images == 8 and data.counts == [4, 4]
     assert len(load(data, accelerator, batch=2)) == 4
