@@ -156,6 +156,15 @@ def test_two_processes_equal_one_with_larger_batches_and_outlive_sigterm(in_proc
         assert mine == other
 
 
+def test_two_processes_that_diverge_say_so_once_and_save_nothing_of_it(tmp_path):
+    args = [*SHORT, "--no-check", "--lr", "1e30", "--opt", "momentum", "--warmup-epochs", 0, "--save-minutes", 0]
+    ended = Running(tmp_path / "model", *args, processes=2).end()
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "is no number, in step" in lines[0], ended.stderr
+    if steps_in(tmp_path / "model"):
+        assert all(tensor.isfinite().all() for tensor in final(tmp_path / "model")["model"].values())
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_a_single_process(tmp_path, number):
     folder = tmp_path / "model"
