@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -77,7 +76,6 @@ def report(error: object) -> None:
     if int(os.environ.get("RANK", "0")) > 0:
         # The main process says the same thing and the launcher then ends this one. Only where
         # the main process is well and goes on is there anything left to say.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which a training has taken for a wish to save
         time.sleep(10)
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 

@@ -22,9 +22,9 @@ def spare_worker(worker: int = 0) -> None:
 class Stop:
     """Hears SIGTERM and Ctrl-C, and has all processes agree on what any of them has heard.
 
-    Schedulers send SIGTERM to every process of a job, but it arrives at different steps in each.
-    Launchers pass on what they hear, so each may come twice; but Ctrl-C once more, two seconds
-    later, ends at once.
+    A context, after which they do what they did before. Schedulers send SIGTERM to every process of
+    a job, but it arrives at different steps in each. Launchers pass on what they hear, so each may
+    come twice; but Ctrl-C once more, two seconds later, ends at once.
 
     Args:
         accelerator: The processes.
@@ -48,7 +48,10 @@ class Stop:
         if not self.heard:
             self.heard, self._since = number, time.monotonic()
 
-    def close(self) -> None:
+    def __enter__(self) -> "Stop":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Give the signals back to whoever had them before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)

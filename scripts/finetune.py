@@ -449,113 +449,113 @@ def main(args: argparse.Namespace) -> int:
 
     classes = match_classes(data.valid.class_names or names, len(names), names)
     evaluation = dict(batch_size=args.batch_size, workers=workers, skip_corrupt=args.skip_corrupt)
-    stop = Stop(accelerator)
     saved = time.monotonic()
     look = 1 if accelerator.device.type == "cpu" else 20  # steps between looks at the loss: a GPU has to wait for them
     bad_step, skipped = torch.zeros((), dtype=torch.long, device=accelerator.device), 0
-    progress = progress_bar(accelerator, total=total, initial=done, desc="train", unit="step")
-    for epoch in range(len(metrics), args.epochs):
-        first = done - epoch * steps  # not 0 where a run goes on in the middle of an epoch
-        task.train()
-        for module in frozen:
-            module.eval()
-        loaded = batches(loader, epoch, first * args.accumulate, args.skip_corrupt)
-        started = time.perf_counter()
-        for _ in range(first, steps):
-            for part in range(args.accumulate):
-                images, targets = next(loaded)
-                images = normalize(images.to(accelerator.device, non_blocking=True))
-                targets = targets.to(accelerator.device, non_blocking=True)
-                # All that is random from here on follows from the place in the run, so that it can go on anywhere.
-                set_seed(seed_of(args.seed, 3, done, part, accelerator.process_index))
-                if mixup is not None and len(images) % 2 == 0:  # one may have been left out
-                    images, targets = mixup(images, targets)
-                if args.channels_last:
-                    images = images.contiguous(memory_format=torch.channels_last)
-                last = part == args.accumulate - 1
-                with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                    loss = task(images, targets)["loss"]
-                    accelerator.backward(loss, create_graph=second_order)
-                losses[0] += loss.detach().nan_to_num(0, 0, 0)
-                losses[1] += 1
-                if accelerator.scaler is None:  # which leaves such steps out
-                    bad_step = torch.where((bad_step == 0) & ~loss.detach().isfinite(), done + 1, bad_step)
-            if args.clip_grad is not None:
-                accelerator.clip_grad_norm_(model.parameters(), args.clip_grad)
-            optimizer.step()
-            optimizer.zero_grad()
-            done += 1
-            if scheduler is not None:  # --sched none
-                scheduler.step_update(done)
-            if ema is not None:
-                ema.update(bare, step=done)
+    bar = progress_bar(accelerator, total=total, initial=done, desc="train", unit="step")
+    with Stop(accelerator) as stop, bar as progress:
+        for epoch in range(len(metrics), args.epochs):
+            first = done - epoch * steps  # not 0 where a run goes on in the middle of an epoch
+            task.train()
+            for module in frozen:
+                module.eval()
+            loaded = batches(loader, epoch, first * args.accumulate, args.skip_corrupt)
+            started = time.perf_counter()
+            for _ in range(first, steps):
+                for part in range(args.accumulate):
+                    images, targets = next(loaded)
+                    images = normalize(images.to(accelerator.device, non_blocking=True))
+                    targets = targets.to(accelerator.device, non_blocking=True)
+                    # All that is random from here on follows from the place in the run, so that it can go on anywhere.
+                    set_seed(seed_of(args.seed, 3, done, part, accelerator.process_index))
+                    if mixup is not None and len(images) % 2 == 0:  # one may have been left out
+                        images, targets = mixup(images, targets)
+                    if args.channels_last:
+                        images = images.contiguous(memory_format=torch.channels_last)
+                    last = part == args.accumulate - 1
+                    with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                        loss = task(images, targets)["loss"]
+                        accelerator.backward(loss, create_graph=second_order)
+                    losses[0] += loss.detach().nan_to_num(0, 0, 0)
+                    losses[1] += 1
+                    if accelerator.scaler is None:  # which leaves such steps out
+                        bad_step = torch.where((bad_step == 0) & ~loss.detach().isfinite(), done + 1, bad_step)
+                if args.clip_grad is not None:
+                    accelerator.clip_grad_norm_(model.parameters(), args.clip_grad)
+                optimizer.step()
+                optimizer.zero_grad()
+                done += 1
+                if scheduler is not None:  # --sched none
+                    scheduler.step_update(done)
+                if ema is not None:
+                    ema.update(bare, step=done)
 
-            progress.update()
-            rate = highest_rate(optimizer)
-            if done % -(-total // 500) == 0:
-                rates.append((done / steps, rate))
-            if accelerator.trackers and done % -(-steps // 20) == 0:
-                accelerator.log({"loss": loss.item(), "lr": rate}, step=done)
-            skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
-            bad = done if skipped > 20 else int(bad_step) if done % look == 0 else 0
-            late = main_process and time.monotonic() - saved > 60 * args.save_minutes
-            heard, bad, late = stop.agree(bad, late)
-            check_loss(bad)
-            if heard or late:
-                save()
-                saved = time.monotonic()
-            if heard:
-                progress.close()
-                accelerator.print(
-                    f"stopped by {signal.Signals(heard).name} after step {done} of {total}; go on with --resume",
-                    flush=True,
-                )
-                accelerator.wait_for_everyone()
-                accelerator.end_training()
-                return 128 + heard
-        seconds = time.perf_counter() - started
+                progress.update()
+                rate = highest_rate(optimizer)
+                if done % -(-total // 500) == 0:
+                    rates.append((done / steps, rate))
+                if accelerator.trackers and done % -(-steps // 20) == 0:
+                    accelerator.log({"loss": loss.item(), "lr": rate}, step=done)
+                skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
+                bad = done if skipped > 20 else int(bad_step) if done % look == 0 else 0
+                late = main_process and time.monotonic() - saved > 60 * args.save_minutes
+                heard, bad, late = stop.agree(bad, late)
+                check_loss(bad)
+                if heard or late:
+                    save()
+                    saved = time.monotonic()
+                if heard:
+                    progress.close()
+                    accelerator.print(
+                        f"stopped by {signal.Signals(heard).name} after step {done} of {total}; go on with --resume",
+                        flush=True,
+                    )
+                    accelerator.wait_for_everyone()
+                    accelerator.end_training()
+                    return 128 + heard
+            seconds = time.perf_counter() - started
 
-        loss_sum, number = accelerator.reduce(losses, "sum").tolist()
-        averaged = None if ema is None else ema.module
-        for weights in filter(None, (bare, averaged)):
-            if world > 1:  # as each process has seen other batches; checkpoints have those of the first
-                distribute_bn(weights, world, reduce=False)
-        save()  # before the evaluation, which a run that goes on from here does again
-        saved = time.monotonic()
+            loss_sum, number = accelerator.reduce(losses, "sum").tolist()
+            averaged = None if ema is None else ema.module
+            for weights in filter(None, (bare, averaged)):
+                if world > 1:  # as each process has seen other batches; checkpoints have those of the first
+                    distribute_bn(weights, world, reduce=False)
+            save()  # before the evaluation, which a run that goes on from here does again
+            saved = time.monotonic()
 
-        row: dict[str, Any] = {
-            "epoch": epoch + 1,
-            "step": done,
-            "lr": highest_rate(optimizer),
-            "train_loss": round(loss_sum / number, 5),
-        }
-        for kind, weights in (("", bare), ("ema_", averaged)):
-            if weights is not None:
-                try:
-                    counts = evaluate(weights, data.valid, classes, accelerator, **evaluation)
-                except InputError as error:
-                    if NOT_FINITE in str(error):  # these weights are no good any more
-                        if main_process:
-                            checkpoints.paths()[-1].unlink()
-                        check_loss(done)
-                    raise
-                row |= {f"{kind}top1": counts.percent(counts.top1), f"{kind}top5": counts.percent(counts.top5)}
-                report.samples = counts.samples
-        row["images_per_second"] = round((steps - first) * step_images / seconds, 1) if first < steps else None
-        row["peak_memory_mb"] = round(peak_memory(accelerator) / 2**20)
-        metrics.append(row)
-        losses.zero_()
-        if main_process:
-            shown = [f"{key.replace('_', ' ').replace('top', 'top-')} {row[key]:.3f}" for key in row if "top" in key]
-            with progress.external_write_mode(sys.stdout):
-                print(f"epoch {epoch + 1:3}: loss {row['train_loss']:.4f}, {', '.join(shown)}", flush=True)
-            report.epoch(bare, averaged)
-        accelerator.log({key: value for key, value in row.items() if key not in ("step", "lr")}, step=done)
-        if args.patience and epoch + 1 - best_of(metrics)[1] >= args.patience:
-            accelerator.print(f"no better top-1 in {args.patience} epochs: stops")
-            break
-    progress.close()
-    stop.close()
+            row: dict[str, Any] = {
+                "epoch": epoch + 1,
+                "step": done,
+                "lr": highest_rate(optimizer),
+                "train_loss": round(loss_sum / number, 5),
+            }
+            for kind, weights in (("", bare), ("ema_", averaged)):
+                if weights is not None:
+                    try:
+                        counts = evaluate(weights, data.valid, classes, accelerator, **evaluation)
+                    except InputError as error:
+                        if NOT_FINITE in str(error):  # these weights are no good any more
+                            if main_process:
+                                checkpoints.paths()[-1].unlink()
+                            check_loss(done)
+                        raise
+                    row |= {f"{kind}top1": counts.percent(counts.top1), f"{kind}top5": counts.percent(counts.top5)}
+                    report.samples = counts.samples
+            row["images_per_second"] = round((steps - first) * step_images / seconds, 1) if first < steps else None
+            row["peak_memory_mb"] = round(peak_memory(accelerator) / 2**20)
+            metrics.append(row)
+            losses.zero_()
+            if main_process:
+                shown = [
+                    f"{key.replace('_', ' ').replace('top', 'top-')} {row[key]:.3f}" for key in row if "top" in key
+                ]
+                with progress.external_write_mode(sys.stdout):
+                    print(f"epoch {epoch + 1:3}: loss {row['train_loss']:.4f}, {', '.join(shown)}", flush=True)
+                report.epoch(bare, averaged)
+            accelerator.log({key: value for key, value in row.items() if key not in ("step", "lr")}, step=done)
+            if args.patience and epoch + 1 - best_of(metrics)[1] >= args.patience:
+                accelerator.print(f"no better top-1 in {args.patience} epochs: stops")
+                break
 
     # The best one once more, as others will load it: in float32, and for its mistakes.
     final = build_model(args, names, pretrained=False).to(accelerator.device, memory_format=torch.channels_last)
