@@ -1,6 +1,7 @@
 """Res2Net Zoo: every Res2Net behind `timm.create_model`. Importing the package registers them."""
 
 import warnings
+from typing import TYPE_CHECKING, Any
 
 with warnings.catch_warnings():
     # timm has some of these names. Ours take their place, with the same weights and the same
@@ -10,6 +11,18 @@ with warnings.catch_warnings():
 
 from res2net_zoo.cifar import cifar_res2next
 
+if TYPE_CHECKING:
+    from res2net_zoo.inference import optimize
+
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "biglittle", "cifar", "cifar_res2next", "dla", "res2net"]
+__all__ = ["__version__", "biglittle", "cifar", "cifar_res2next", "dla", "optimize", "res2net"]
+
+
+def __getattr__(name: str) -> Any:
+    # Only who asks for it pays for its imports.
+    if name == "optimize":
+        from res2net_zoo.inference import optimize
+
+        return optimize
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

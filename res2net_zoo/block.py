@@ -18,6 +18,7 @@ import torch
 from timm.layers import DropPath, create_aa, create_attn
 from timm.layers.typing import LayerType
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 Wiring = Literal["official", "paddle"]
 
@@ -142,6 +143,14 @@ class Res2NetModule(nn.Module):
         if weight is not None:
             nn.init.zeros_(weight)
 
+    @torch.no_grad()
+    def reparameterize(self) -> None:
+        """Fold the BatchNorms into their convolutions, for inference: what timm's `reparameterize_model` calls."""
+        self.conv1, self.bn1 = fold(self.conv1, self.bn1)
+        pairs = [fold(conv, bn) for conv, bn in zip(self.convs, self.bns, strict=True)]
+        self.convs, self.bns = nn.ModuleList(conv for conv, _ in pairs), nn.ModuleList(bn for _, bn in pairs)
+        self.conv3, self.bn3 = fold(self.conv3, self.bn3)
+
     def forward_branch(self, x: torch.Tensor) -> torch.Tensor:
         """Compute the residual branch.
 
@@ -239,6 +248,13 @@ class Bottle2neck(Res2NetModule):
             x = self.drop_path(x)
         x += shortcut
         return self.relu(x) if self.last_act else x
+
+
+def fold(conv: Any, norm: Any) -> tuple[Any, Any]:
+    """Return a convolution that does what two layers did, and an identity; other norms than BatchNorm stay."""
+    if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
+        return conv, norm
+    return fuse_conv_bn_eval(conv.eval(), norm.eval()), nn.Identity()
 
 
 def set_drop_path(model: nn.Module, rate: float) -> None:

@@ -1,0 +1,387 @@
+// The machine code behind res2net_zoo/native.py: convolutional networks on CPUs, one call an inference.
+//
+// A network arrives as a list of steps over buffers that hold activations pixel by pixel (NHWC), in
+// float32 or bfloat16; sums are always float32. Buffers that a convolution reads past the edge of have
+// a border of zeros, so that no tap needs a test. All threads walk the list together and share each
+// step's work; they wait for each other only where a step reads what the steps before it wrote.
+//
+// A convolution is a matrix product of pixels by output channels without the copy that usually makes
+// it one (Dukhan, "The Indirect Convolution Algorithm", arXiv 1907.02129): a tile of ROWS pixels by two
+// vectors of channels stays in registers while the taps and input channels stream past.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <omp.h>
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#define WIDE 1
+#endif
+
+namespace {
+
+using bf16 = uint16_t;
+
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) {
+    uint32_t u = uint32_t(x) << 16;
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+inline void narrow(float x, float& to) { to = x; }
+inline void narrow(float x, bf16& to) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    to = x != x ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;  // ties go to even
+}
+
+#ifdef WIDE
+// 32 registers of 16 floats: 28 sums, 2 vectors of weights and 1 of input are the largest tile that
+// fits, and the one that loads least for each multiplication.
+constexpr int LANES = 16, ROWS = 14;
+using Vec = __m512;
+inline Vec zero() { return _mm512_setzero_ps(); }
+inline Vec splat(float x) { return _mm512_set1_ps(x); }
+using Lanes = __mmask16;
+inline Lanes first(int64_t n) { return static_cast<Lanes>(n >= LANES ? 0xffff : (1u << n) - 1); }
+inline Vec load(const float* p, Lanes some) { return _mm512_maskz_loadu_ps(some, p); }
+inline void store(float* p, Vec v, Lanes some) { _mm512_mask_storeu_ps(p, some, v); }
+inline Vec load(const bf16* p, Lanes some) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, p)), 16));
+}
+inline void store(bf16* p, Vec v, Lanes some) {
+#ifdef __AVX512BF16__
+    _mm256_mask_storeu_epi16(p, some, (__m256i)_mm512_cvtneps_pbh(v));
+#else
+    __m512i u = _mm512_castps_si512(v);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));  // ties go to even
+    u = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    _mm256_mask_storeu_epi16(p, some, _mm512_cvtepi32_epi16(u));
+#endif
+}
+inline Vec max(Vec a, Vec b) { return _mm512_max_ps(b, a); }  // in this order a NaN in `a` stays one
+#else
+// Portable: two tiles of eight floats, whatever registers the compiler makes of them.
+constexpr int LANES = 8, ROWS = 6;
+typedef float Vec __attribute__((vector_size(32), aligned(4)));
+inline Vec zero() { return Vec{}; }
+inline Vec splat(float x) { return x - Vec{}; }
+using Lanes = int;
+inline Lanes first(int64_t n) { return n < LANES ? n : LANES; }
+template <class T> inline Vec load(const T* p, Lanes some) {
+    Vec v{};
+    if (some == LANES && sizeof(T) == 4) memcpy(&v, p, sizeof v);
+    else for (int i = 0; i < some; i++) v[i] = widen(p[i]);
+    return v;
+}
+template <class T> inline void store(T* p, Vec v, Lanes some) {
+    if (some == LANES && sizeof(T) == 4) memcpy(p, &v, sizeof v);
+    else for (int i = 0; i < some; i++) narrow(v[i], p[i]);
+}
+inline Vec max(Vec a, Vec b) { return a < b ? b : a; }
+#endif
+
+enum Kind { CONV, POINTWISE, MAX_POOL, AVG_POOL, MEAN, RESIZE, INPUT };
+enum Act { NONE, RELU, SIGMOID };
+
+// The output channels of one tile: what of the input they read, and their weights, tap by tap,
+// channel by channel, LANES * vectors to each (bfloat16: two channels' side by side).
+struct Tile {
+    const void* weight;
+    const float* bias;
+    int64_t first_in, channels_in, first_out, channels_out;
+};
+
+// One buffer as a step sees it: element 0 of pixel (0, 0), and where the other pixels are.
+struct View {
+    void* data;
+    const int32_t* pixels;  // offset of each output pixel of the step (for a source: of its first tap)
+    int64_t image, row, pixel;  // the same as strides, for the steps that go window by window
+};
+
+struct Step {
+    int64_t kind, act, wait;
+    int64_t pixels, channels;  // of the output
+    View src, gate, add, dst, also;  // `also` += what is written to `dst`
+    int64_t dst_is_float;
+    int64_t block, tiles, taps;
+    const Tile* tile;
+    const int32_t* tap;
+    int64_t images, in_h, in_w, out_h, out_w;
+    int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, count_pad;
+};
+
+template <class T> inline T* at(const View& v, int64_t m) { return static_cast<T*>(v.data) + v.pixels[m]; }
+
+template <class T> inline T* at(const View& v, int64_t n, int64_t h, int64_t w) {
+    return static_cast<T*>(v.data) + n * v.image + h * v.row + w * v.pixel;
+}
+
+inline Vec activate(Vec v, int64_t act) {
+    if (act == RELU) return max(v, zero());
+    if (act == SIGMOID) {
+        float x[LANES];
+        memcpy(x, &v, sizeof x);
+        for (float& y : x) y = 1 / (1 + std::exp(-y));
+        memcpy(&v, x, sizeof x);
+    }
+    return v;
+}
+
+constexpr int AHEAD = 40;  // channels ahead whose weights are fetched; processors on their own stop at pages
+
+template <int M, int N> using Sums = Vec[M][N];
+
+template <int M, int N>
+inline void multiply(Sums<M, N>& sum, const float* const* x, const float* w, const Step& s, int64_t channels) {
+    for (int64_t t = 0; t < s.taps; t++) {
+        int64_t k = s.tap[t], end = k + channels;
+        for (; k < end; k++, w += LANES * N) {
+            Vec weight[N];
+#pragma GCC unroll 2
+            for (int n = 0; n < N; n++) {
+                memcpy(&weight[n], w + LANES * n, sizeof(Vec));
+                __builtin_prefetch(w + LANES * (AHEAD * N + n));
+            }
+#pragma GCC unroll 16
+            for (int m = 0; m < M; m++) {
+                Vec value = splat(x[m][k]);
+#pragma GCC unroll 2
+                for (int n = 0; n < N; n++) sum[m][n] += value * weight[n];
+            }
+        }
+    }
+}
+
+template <int M, int N>
+inline void multiply(Sums<M, N>& sum, const bf16* const* x, const bf16* w, const Step& s, int64_t channels) {
+#ifdef __AVX512BF16__
+    for (int64_t t = 0; t < s.taps; t++) {
+        int64_t k = s.tap[t], end = k + channels;
+        for (; k < end; k += 2, w += 2 * LANES * N) {
+            __m512bh weight[N];
+#pragma GCC unroll 2
+            for (int n = 0; n < N; n++) {
+                memcpy(&weight[n], w + 2 * LANES * n, sizeof(Vec));
+                __builtin_prefetch(w + 2 * LANES * (AHEAD * N + n));
+            }
+#pragma GCC unroll 16
+            for (int m = 0; m < M; m++) {
+                int32_t pair;
+                memcpy(&pair, x[m] + k, sizeof pair);
+                __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 2
+                for (int n = 0; n < N; n++) sum[m][n] = _mm512_dpbf16_ps(sum[m][n], weight[n], value);
+            }
+        }
+    }
+#endif
+}
+
+template <class T, int M, int N> __attribute__((noinline)) void tile(const Step& s, const Tile& t, int64_t m0) {
+    const T* x[M];
+    for (int m = 0; m < M; m++) x[m] = at<T>(s.src, m0 + m) + t.first_in;
+    for (int m = 0; m < M; m++)  // what the end needs may be far away
+        for (int n = 0; n < N * LANES; n += 64 / sizeof(T)) {
+            if (s.add.data) __builtin_prefetch(at<T>(s.add, m0 + m) + t.first_out + n);
+            __builtin_prefetch(at<T>(s.dst, m0 + m) + t.first_out + n, 1);
+        }
+    Sums<M, N> sum;
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+        for (int n = 0; n < N; n++) memcpy(&sum[m][n], t.bias + LANES * n, sizeof(Vec));
+    multiply<M, N>(sum, x, static_cast<const T*>(t.weight), s, t.channels_in);
+    Vec floor = splat(s.act == RELU ? 0 : -INFINITY);
+#pragma GCC unroll 2
+    for (int n = 0; n < N; n++) {
+        int64_t c = t.first_out + LANES * n;
+        Lanes some = first(t.channels_out - LANES * n);
+        if (s.add.data)
+#pragma GCC unroll 16
+            for (int m = 0; m < M; m++) sum[m][n] += load(at<T>(s.add, m0 + m) + c, some);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) sum[m][n] = max(sum[m][n], floor);
+        if (s.dst_is_float)
+#pragma GCC unroll 16
+            for (int m = 0; m < M; m++) store(at<float>(s.dst, m0 + m) + c, sum[m][n], some);
+        else
+#pragma GCC unroll 16
+            for (int m = 0; m < M; m++) store(at<T>(s.dst, m0 + m) + c, sum[m][n], some);
+        if (s.also.data)
+#pragma GCC unroll 16
+            for (int m = 0; m < M; m++) {
+                T* also = at<T>(s.also, m0 + m) + c;
+                store(also, sum[m][n] + load(also, some), some);
+            }
+    }
+}
+
+// tile<T, M, N> for each M from 1 to ROWS.
+template <class T, int N, int M = ROWS> inline void tile_of(int64_t rows, const Step& s, const Tile& t, int64_t m0) {
+    if (rows == M) tile<T, M, N>(s, t, m0);
+    else if constexpr (M > 1) tile_of<T, N, M - 1>(rows, s, t, m0);
+}
+
+// Shares `units` among the threads, each a run of neighbours.
+struct Share {
+    int64_t begin, end;
+    Share(int64_t units, int thread, int threads) : begin(units * thread / threads), end(units * (thread + 1) / threads) {}
+};
+
+template <class T> void conv(const Step& s, int thread, int threads) {
+    // Groups of pixels, as large as a tile or nearly so; a block of them at a time meets all weights.
+    int64_t groups = (s.pixels + ROWS - 1) / ROWS;
+    Share share(groups * s.tiles, thread, threads);
+    for (int64_t u = share.begin; u < share.end; u++) {
+        int64_t block = u / (s.block * s.tiles), first = block * s.block;
+        int64_t size = groups - first < s.block ? groups - first : s.block;
+        int64_t inside = u - first * s.tiles, group = first + inside % size;
+        const Tile& t = s.tile[inside / size];
+        int64_t m = s.pixels * group / groups, rows = s.pixels * (group + 1) / groups - m;
+        if (t.channels_out > LANES) tile_of<T, 2>(rows, s, t, m);
+        else tile_of<T, 1>(rows, s, t, m);
+    }
+}
+
+template <class T> void pointwise(const Step& s, int thread, int threads) {
+    Share share(s.pixels, thread, threads);
+    for (int64_t m = share.begin; m < share.end; m++)
+        for (int64_t c = 0; c < s.channels; c += LANES) {
+            Lanes some = first(s.channels - c);
+            Vec v = load(at<T>(s.src, m) + c, some);
+            if (s.gate.data) v *= load(at<T>(s.gate, m) + c, some);
+            if (s.add.data) v += load(at<T>(s.add, m) + c, some);
+            v = activate(v, s.act);
+            if (s.dst_is_float) store(at<float>(s.dst, m) + c, v, some);
+            else store(at<T>(s.dst, m) + c, v, some);
+        }
+}
+
+template <class T> void pool(const Step& s, int thread, int threads) {
+    auto lower = [](int64_t a, int64_t b) { return a < b ? a : b; };
+    Share share(s.images * s.out_h, thread, threads);
+    for (int64_t u = share.begin; u < share.end; u++)
+        for (int64_t ow = 0; ow < s.out_w; ow++) {
+            int64_t n = u / s.out_h, oh = u % s.out_h;
+            int64_t h0 = oh * s.stride_h - s.pad_h, w0 = ow * s.stride_w - s.pad_w;
+            // torch divides by the window inside the padded image, or inside the image alone.
+            int64_t h1 = lower(h0 + s.kernel_h, s.in_h + s.pad_h), w1 = lower(w0 + s.kernel_w, s.in_w + s.pad_w);
+            int64_t padded = (h1 - h0) * (w1 - w0);
+            h0 = h0 < 0 ? 0 : h0, w0 = w0 < 0 ? 0 : w0;
+            h1 = lower(h1, s.in_h), w1 = lower(w1, s.in_w);
+            float scale = 1.0f / (s.count_pad ? padded : (h1 - h0) * (w1 - w0));
+            for (int64_t c = 0; c < s.channels; c += LANES) {
+                Lanes some = first(s.channels - c);
+                Vec v = s.kind == MAX_POOL ? splat(-INFINITY) : zero();
+                for (int64_t h = h0; h < h1; h++)
+                    for (int64_t w = w0; w < w1; w++) {
+                        Vec x = load(at<T>(s.src, n, h, w) + c, some);
+                        v = s.kind == MAX_POOL ? max(x, v) : v + x;
+                    }
+                if (s.kind == AVG_POOL) v *= splat(scale);
+                store(at<T>(s.dst, n, oh, ow) + c, v, some);
+            }
+        }
+}
+
+template <class T> void mean(const Step& s, int thread, int threads) {
+    int64_t blocks = (s.channels + LANES - 1) / LANES;
+    Share share(s.images * blocks, thread, threads);
+    for (int64_t u = share.begin; u < share.end; u++) {
+        int64_t n = u / blocks, c = u % blocks * LANES;
+        Lanes some = first(s.channels - c);
+        Vec v = zero();
+        for (int64_t h = 0; h < s.in_h; h++)
+            for (int64_t w = 0; w < s.in_w; w++) v += load(at<T>(s.src, n, h, w) + c, some);
+        v *= splat(1.0f / (s.in_h * s.in_w));
+        if (s.dst_is_float) store(at<float>(s.dst, n, 0, 0) + c, v, some);
+        else store(at<T>(s.dst, n, 0, 0) + c, v, some);
+    }
+}
+
+// Bilinear, as F.interpolate(align_corners=False) to a given size.
+template <class T> void resize(const Step& s, int thread, int threads) {
+    auto source = [](int64_t i, int64_t in, int64_t out, int64_t& a, int64_t& b) {
+        float x = (i + 0.5f) * (static_cast<float>(in) / out) - 0.5f;
+        if (x < 0) x = 0;
+        a = static_cast<int64_t>(x);
+        b = a < in - 1 ? a + 1 : a;
+        return x - a;
+    };
+    Share share(s.images * s.out_h, thread, threads);
+    for (int64_t u = share.begin; u < share.end; u++) {
+        int64_t n = u / s.out_h, oh = u % s.out_h, top, bottom, left, right;
+        float y = source(oh, s.in_h, s.out_h, top, bottom);
+        for (int64_t ow = 0; ow < s.out_w; ow++) {
+            float x = source(ow, s.in_w, s.out_w, left, right);
+            for (int64_t c = 0; c < s.channels; c += LANES) {
+                Lanes some = first(s.channels - c);
+                auto row = [&](int64_t h) {
+                    return splat(1 - x) * load(at<T>(s.src, n, h, left) + c, some) +
+                           splat(x) * load(at<T>(s.src, n, h, right) + c, some);
+                };
+                store(at<T>(s.dst, n, oh, ow) + c, splat(1 - y) * row(top) + splat(y) * row(bottom), some);
+            }
+        }
+    }
+}
+
+// The images, float32 with any strides (of channels: in `gate.image`), into the first buffer.
+template <class T> void input(const Step& s, int thread, int threads) {
+    Share share(s.images * s.in_h, thread, threads);
+    for (int64_t u = share.begin; u < share.end; u++) {
+        int64_t n = u / s.in_h, h = u % s.in_h;
+        const float* from = at<float>(s.src, n, h, 0);
+        T* to = at<T>(s.dst, n, h, 0);
+        for (int64_t w = 0; w < s.in_w; w++)
+            for (int64_t c = 0; c < s.channels; c++)
+                narrow(from[w * s.src.pixel + c * s.gate.image], to[w * s.dst.pixel + c]);
+    }
+}
+
+template <class T> void walk(const Step* steps, int64_t count, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        int thread = omp_get_thread_num(), all = omp_get_num_threads();
+        for (int64_t i = 0; i < count; i++) {
+            const Step& s = steps[i];
+            if (s.wait) {
+#pragma omp barrier
+            }
+            switch (s.kind) {
+                case CONV: conv<T>(s, thread, all); break;
+                case POINTWISE: pointwise<T>(s, thread, all); break;
+                case MAX_POOL:
+                case AVG_POOL: pool<T>(s, thread, all); break;
+                case MEAN: mean<T>(s, thread, all); break;
+                case RESIZE: resize<T>(s, thread, all); break;
+                case INPUT: input<T>(s, thread, all); break;
+            }
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+int lanes() { return LANES; }
+
+int rows() { return ROWS; }
+
+// Whether bfloat16 products are instructions of this machine.
+int has_bf16() {
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+void run(const Step* steps, int64_t count, int threads, int is_bf16) {
+    if (is_bf16) walk<bf16>(steps, count, threads);
+    else walk<float>(steps, count, threads);
+}
+}
