@@ -230,12 +230,27 @@ struct Share {
     Share(int64_t units, int thread, int threads) : begin(units * thread / threads), end(units * (thread + 1) / threads) {}
 };
 
+// Of all tiles of a convolution, block by block of pixel groups: which one begins at or after a share
+// of the work, counted in vectors. The last tile of a block may be half as wide as the others.
+inline int64_t tile_at(const Step& s, int64_t groups, int64_t work) {
+    int64_t wide = s.tile[0].channels_out > LANES ? 2 : 1, last = s.tile[s.tiles - 1].channels_out > LANES ? 2 : 1;
+    int64_t vectors = wide * (s.tiles - 1) + last;
+    int64_t first = work / (s.block * vectors) * s.block, inside = work - first * vectors;
+    int64_t size = groups - first < s.block ? groups - first : s.block;
+    if (size <= 0) return groups * s.tiles;
+    int64_t n = inside / (wide * size) < s.tiles - 1 ? inside / (wide * size) : s.tiles - 1;
+    int64_t vector = n < s.tiles - 1 ? wide : last;
+    return first * s.tiles + n * size + (inside - n * wide * size + vector - 1) / vector;
+}
+
 template <class T> void conv(const Step& s, int thread, int threads) {
     // Groups of pixels, as large as a tile or nearly so; a block of them at a time meets all weights.
-    int64_t groups = (s.pixels + ROWS - 1) / ROWS;
-    Share share(groups * s.tiles, thread, threads);
-    for (int64_t u = share.begin; u < share.end; u++) {
-        int64_t block = u / (s.block * s.tiles), first = block * s.block;
+    int64_t groups = (s.pixels + ROWS - 1) / ROWS, work = 0;
+    for (int64_t n = 0; n < s.tiles; n++) work += s.tile[n].channels_out > LANES ? 2 : 1;
+    Share share(groups * work, thread, threads);
+    int64_t end = tile_at(s, groups, share.end);
+    for (int64_t u = tile_at(s, groups, share.begin); u < end; u++) {
+        int64_t first = u / (s.block * s.tiles) * s.block;
         int64_t size = groups - first < s.block ? groups - first : s.block;
         int64_t inside = u - first * s.tiles, group = first + inside % size;
         const Tile& t = s.tile[inside / size];
@@ -335,9 +350,16 @@ template <class T> void input(const Step& s, int thread, int threads) {
         int64_t n = u / s.in_h, h = u % s.in_h;
         const float* from = at<float>(s.src, n, h, 0);
         T* to = at<T>(s.dst, n, h, 0);
-        for (int64_t w = 0; w < s.in_w; w++)
-            for (int64_t c = 0; c < s.channels; c++)
-                narrow(from[w * s.src.pixel + c * s.gate.image], to[w * s.dst.pixel + c]);
+        // A channel's pixels are neighbours in most images: they are converted together.
+        for (int64_t c = 0; c < s.channels; c++)
+            for (int64_t w = 0; w < s.in_w; w += LANES) {
+                const float* pixels = from + c * s.gate.image + w * s.src.pixel;
+                T converted[LANES];
+                int64_t count = s.in_w - w < LANES ? s.in_w - w : LANES;
+                if (s.src.pixel == 1) store(converted, load(pixels, first(count)), first(count));
+                else for (int64_t i = 0; i < count; i++) narrow(pixels[i * s.src.pixel], converted[i]);
+                for (int64_t i = 0; i < count; i++) to[(w + i) * s.dst.pixel + c] = converted[i];
+            }
     }
 }
 

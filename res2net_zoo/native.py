@@ -13,8 +13,10 @@ where their kernels think in blocks of 16 or 32. Here the network is laid out on
 that it has.
 """
 
+import contextlib
 import ctypes
 import hashlib
+import mmap
 import operator
 import os
 import shutil
@@ -417,6 +419,30 @@ def _fuse(source: _Value, calls: list[_Call], result: _Value) -> list[_Node]:
     return nodes
 
 
+class _Arena:
+    """Memory in huge pages, where the system has them: steps touch dozens of far places at a time.
+
+    With pages of 4 KB the processor would have to look up most of those addresses again and again.
+    """
+
+    CHUNK = 32 * 2**20
+
+    def __init__(self) -> None:
+        self.chunk: mmap.mmap | None = None
+        self.used = 0
+
+    def zeros(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return zeros that begin where a cache line does."""
+        count = -(-size * dtype.itemsize // 64) * 64
+        if self.chunk is None or self.used + count > len(self.chunk):
+            self.chunk, self.used = mmap.mmap(-1, max(count, self.CHUNK)), 0
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with contextlib.suppress(OSError):  # a kernel without them
+                    self.chunk.madvise(mmap.MADV_HUGEPAGE)
+        begin, self.used = self.used, self.used + count
+        return torch.frombuffer(self.chunk, dtype=dtype, count=size, offset=begin)
+
+
 class _Plan:
     """The steps for one number of images of one size, and the memory that they work in."""
 
@@ -425,6 +451,7 @@ class _Plan:
         if result.h * result.w != 1:
             raise Unsupported("the model's output is no table of logits")
         self.network = network
+        self.arena = _Arena()
         self.keep: list[Any] = []
         self.tables: dict[tuple, torch.Tensor] = {}
         self.buffers: dict[_Value, torch.Tensor] = {}
@@ -474,7 +501,7 @@ class _Plan:
         size = root.n * root.image + 64
         if size >= 2**31:
             raise Unsupported(f"a map of {size} elements is larger than 32-bit offsets reach")
-        return torch.zeros(size, dtype=torch.float32 if root.is_float else self.network.dtype)
+        return self.arena.zeros(size, torch.float32 if root.is_float else self.network.dtype)
 
     def place(self, nodes: list[_Node]) -> None:
         """Give every value that needs one a buffer; values that do not live at once share one of their shape."""
@@ -657,6 +684,7 @@ class Network:
         self.images_at_once = images_at_once
         self.plans: dict[tuple[int, ...], _Plan] = {}
         self.weights: dict[tuple, tuple[Any, Any]] = {}
+        self.arena = _Arena()
         self.lock = threading.Lock()
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -726,7 +754,7 @@ class Network:
                 block, chs = block.view(kh, 1, kw * chs, width), kw * chs
             if self.dtype == torch.bfloat16:
                 block = F.pad(block, (0, 0, 0, chs % 2)).view(*block.shape[:2], -1, 2, width).transpose(-1, -2)
-            block = block.to(self.dtype).contiguous()
+            block = self.arena.zeros(block.numel(), self.dtype).copy_(block.flatten())
             offsets = F.pad(bias[begin:end], (0, width - (end - begin))).contiguous()
             keep += [block, offsets]
             tiles.append(_Tile(block.data_ptr(), offsets.data_ptr(), first_group * group_in, chs, begin, end - begin))
