@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     add("--model", default=default, metavar="NAME", help="what timm.create_model takes (%(default)s)")
     add("--format", required=True, choices=("onnx", "openvino"), help="what to write")
     add("--output", required=True, type=Path, metavar="FILE", help=".onnx, or .xml with a .bin beside it")
-    add("--img-size", type=within(int, 1), metavar="N", help="height and width of the images (the model's own)")
+    add("--img-size", type=within(int, 1, 4096), metavar="N", help="height and width of the images (the model's own)")
     add("--batch-size", type=within(int, 1), metavar="N", help="make it for N images at once; default any number")
     add("--opset", type=within(int, 1), metavar="N", help="of ONNX's operators (18, which runtimes since 2023 read)")
     add("--precision", choices=("float32", "float16"), help="of an OpenVINO file's weights (float32)")
