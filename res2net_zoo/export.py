@@ -192,7 +192,7 @@ def to_program(
     Raises:
         InputError: The model takes no such images, or torch cannot export it.
     """
-    folded = reparameterize_model(model).cpu().float().eval()
+    folded = reparameterize_model(copy.deepcopy(model).cpu().float().eval(), inplace=True)
     images = example_input.cpu().float()
     if dynamic_batch and len(images) < 2:  # torch.export takes a single one for a constant
         images = images[:1].expand(2, -1, -1, -1).contiguous()
@@ -312,7 +312,7 @@ def to_openvino(
 
 def output_name(model: nn.Module) -> str:
     """Return what an exported model's output is called: `logits`, or `features` without a classifier."""
-    return "logits" if model.num_classes else "features"
+    return "features" if getattr(model, "num_classes", None) == 0 else "logits"
 
 
 def run_onnx(source: "Path | onnx.ModelProto", threads: int = 0) -> Runner:
@@ -392,6 +392,7 @@ def export(
     example = images[:1].expand(batch_size or 2, -1, -1, -1)
     dynamic = batch_size is None
     batches = (1, SEVERAL) if batch_size is None else (batch_size,)
+    classifies = output_name(model) == "logits"
     not_written = f"{output} is not written"
     try:
         with contextlib.ExitStack() as stack:
@@ -416,7 +417,7 @@ def export(
                     f"the exported model's output differs from the model's by {difference:.1e} of its largest value, "
                     f"more than {TOLERANCE[precision]:.0e}; {not_written}"
                 )
-            if precision == "float16" and model.num_classes and same < len(images):
+            if precision == "float16" and classifies and same < len(images):
                 raise CheckError(
                     f"with weights in float16 the first answer is the model's for {same} of {len(images)} images only; "
                     f"{not_written}"
@@ -436,7 +437,7 @@ def export(
         batches=batches,
         images=len(images),
         error=difference,
-        same_top1=same if model.num_classes else None,
+        same_top1=same if classifies else None,
     )
 
 
