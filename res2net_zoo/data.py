@@ -326,6 +326,35 @@ def _may_be_images(feature: Any) -> bool:
     )
 
 
+def find_images(words: list[str]) -> list[str]:
+    """Return the image files that a command line names, each once, in its order.
+
+    Args:
+        words: Files, folders (searched with all that is in them) and patterns.
+
+    Raises:
+        InputError: A word names none.
+    """
+    found: dict[str, None] = {}
+    for word in words:
+        matches = [word] if Path(word).exists() else sorted(glob.glob(word, recursive=True))
+        images = []
+        for match in matches:
+            if not Path(match).is_dir():
+                images.append(match)
+                continue
+            for folder, folders, files in os.walk(match, followlinks=True):
+                folders.sort()
+                images += [
+                    os.path.join(folder, file) for file in sorted(files) if file.lower().endswith(IMG_EXTENSIONS)
+                ]
+        if not images:
+            kind = "holds no image" if matches else "is no file or folder, and no pattern that fits one"
+            raise InputError(f"{word} {kind}")
+        found |= dict.fromkeys(images)
+    return list(found)
+
+
 def read(image: dict[str, Any]) -> bytes:
     """Read the content of an image that `datasets` has not decoded: its bytes, or those of its path."""
     if image["bytes"] is not None:

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from timm.utils import reparameterize_model
 from torch import fx, nn
@@ -271,53 +272,40 @@ def _cudagraphs(model: nn.Module, example: torch.Tensor, precision: Precision) -
 
 
 def _openvino(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
-    import openvino as ov
+    from res2net_zoo.export import run_openvino, to_openvino
 
-    shape = [-1, *example.shape[1:2], -1, -1]
-    converted = ov.convert_model(model, example_input=example, input=[ov.PartialShape(shape)])
-    settings = {
-        # Left to itself it takes bfloat16 where the processor has it, whatever the model's type is.
-        "INFERENCE_PRECISION_HINT": "f32" if precision == "float32" else "bf16",
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-    }
-    compiled: dict[tuple[int, ...], Any] = {}
-
-    def call(images: torch.Tensor) -> torch.Tensor:
-        # Shapes known beforehand are faster than dynamic ones.
-        key = tuple(images.shape)
-        if key not in compiled:
-            fixed = converted.clone()
-            fixed.reshape(list(key))
-            compiled[key] = ov.Core().compile_model(fixed, "CPU", settings).create_infer_request()
-        results = compiled[key].infer([images.float().contiguous().numpy()], share_inputs=True)
-        return torch.from_numpy(results[0].copy())
-
-    return call
+    # Shapes known beforehand are faster than dynamic ones.
+    return _by_shape(
+        example,
+        lambda images: run_openvino(
+            to_openvino(model, images, dynamic_batch=False),
+            "f32" if precision == "float32" else "bf16",
+            torch.get_num_threads(),
+        ),
+    )
 
 
 def _onnxruntime(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
-    import io
-
-    import onnxruntime
+    from res2net_zoo.export import run_onnx, to_onnx
 
     if precision != "float32":
         raise Unavailable("ONNX Runtime has no bfloat16 convolutions on CPUs")
+    return _by_shape(
+        example, lambda images: run_onnx(to_onnx(model, images, dynamic_batch=False), torch.get_num_threads())
+    )
+
+
+def _by_shape(example: torch.Tensor, make: Callable[[torch.Tensor], Callable[[np.ndarray], np.ndarray]]) -> Call:
+    """Return a function of images that makes another for each shape, and keeps it."""
     if example.device.type != "cpu":
         raise Unavailable("only its CPU side is used here")
-    file = io.BytesIO()
-    program = torch.onnx.export(
-        model, (example,), dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
-    )
-    assert program is not None
-    program.save(file)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
+    made: dict[tuple[int, ...], Callable[[np.ndarray], np.ndarray]] = {}
 
     def call(images: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(session.run(None, {name: images.float().contiguous().numpy()})[0])
+        shape = tuple(images.shape)
+        if shape not in made:
+            made[shape] = make(images)
+        return torch.from_numpy(made[shape](images.float().contiguous().numpy()))
 
     return call
 

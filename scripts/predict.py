@@ -12,7 +12,6 @@ Exit codes: 0 done; 1 images were left out by --skip-corrupt; 2 bad input.
 import argparse
 import contextlib
 import csv
-import glob
 import json
 import os
 import sys
@@ -56,6 +55,7 @@ def main(args: argparse.Namespace) -> int:
     import torch
     from accelerate.utils import gather_object
 
+    from res2net_zoo.data import find_images
     from res2net_zoo.pretrained import create_model
     from res2net_zoo.program import InputError, all_or_none, check_writable, progress_bar, start_processes
 
@@ -94,36 +94,6 @@ def main(args: argparse.Namespace) -> int:
     accelerator.wait_for_everyone()  # a process that ends with 1 makes the launcher end the others
     accelerator.end_training()
     return 1 if skipped else 0
-
-
-def find_images(words: list[str]) -> list[str]:
-    """Return the image files that the command line names, each once, in its order.
-
-    Raises:
-        InputError: A word names none.
-    """
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    from res2net_zoo.program import InputError
-
-    found: dict[str, None] = {}
-    for word in words:
-        matches = [word] if Path(word).exists() else sorted(glob.glob(word, recursive=True))
-        images = []
-        for match in matches:
-            if not Path(match).is_dir():
-                images.append(match)
-                continue
-            for folder, folders, files in os.walk(match, followlinks=True):
-                folders.sort()
-                images += [
-                    os.path.join(folder, file) for file in sorted(files) if file.lower().endswith(IMG_EXTENSIONS)
-                ]
-        if not images:
-            kind = "holds no image" if matches else "is no file or folder, and no pattern that fits one"
-            raise InputError(f"{word} {kind}")
-        found |= dict.fromkeys(images)
-    return list(found)
 
 
 def class_names(model: Any) -> list[str]:
