@@ -2,17 +2,22 @@
 //
 // A network arrives as a list of steps over buffers that hold activations pixel by pixel (NHWC), in
 // float32 or bfloat16; sums are always float32. Buffers that a convolution reads past the edge of have
-// a border of zeros, so that no tap needs a test. All threads walk the list together and share each
-// step's work; they wait for each other only where a step reads what the steps before it wrote.
+// a border of zeros, so that no tap needs a test. All threads walk the list together. Each has its part
+// of a step's work, and takes of the others' when it is done with its own; they wait only where a step
+// reads what the steps before it wrote, and then for the work, not for each other: a thread that the
+// system lets run late finds its part done.
 //
 // A convolution is a matrix product of pixels by output channels without the copy that usually makes
 // it one (Dukhan, "The Indirect Convolution Algorithm", arXiv 1907.02129): a tile of ROWS pixels by two
 // vectors of channels stays in registers while the taps and input channels stream past.
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <omp.h>
+#include <thread>
+#include <vector>
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 #define WIDE 1
@@ -224,12 +229,6 @@ template <class T, int N, int M = ROWS> inline void tile_of(int64_t rows, const 
     else if constexpr (M > 1) tile_of<T, N, M - 1>(rows, s, t, m0);
 }
 
-// Shares `units` among the threads, each a run of neighbours.
-struct Share {
-    int64_t begin, end;
-    Share(int64_t units, int thread, int threads) : begin(units * thread / threads), end(units * (thread + 1) / threads) {}
-};
-
 // Of all tiles of a convolution, block by block of pixel groups: which one begins at or after a share
 // of the work, counted in vectors. The last tile of a block may be half as wide as the others.
 inline int64_t tile_at(const Step& s, int64_t groups, int64_t work) {
@@ -243,13 +242,13 @@ inline int64_t tile_at(const Step& s, int64_t groups, int64_t work) {
     return first * s.tiles + n * size + (inside - n * wide * size + vector - 1) / vector;
 }
 
-template <class T> void conv(const Step& s, int thread, int threads) {
-    // Groups of pixels, as large as a tile or nearly so; a block of them at a time meets all weights.
-    int64_t groups = (s.pixels + ROWS - 1) / ROWS, work = 0;
-    for (int64_t n = 0; n < s.tiles; n++) work += s.tile[n].channels_out > LANES ? 2 : 1;
-    Share share(groups * work, thread, threads);
-    int64_t end = tile_at(s, groups, share.end);
-    for (int64_t u = tile_at(s, groups, share.begin); u < end; u++) {
+inline int64_t groups_of(const Step& s) { return (s.pixels + ROWS - 1) / ROWS; }
+
+// Tiles `u` to `end` of a convolution. Pixels stand in groups, as large as a tile or nearly so, and a
+// block of groups at a time meets all weights.
+template <class T> void conv(const Step& s, int64_t u, int64_t end) {
+    int64_t groups = groups_of(s);
+    for (; u < end; u++) {
         int64_t first = u / (s.block * s.tiles) * s.block;
         int64_t size = groups - first < s.block ? groups - first : s.block;
         int64_t inside = u - first * s.tiles, group = first + inside % size;
@@ -260,9 +259,8 @@ template <class T> void conv(const Step& s, int thread, int threads) {
     }
 }
 
-template <class T> void pointwise(const Step& s, int thread, int threads) {
-    Share share(s.pixels, thread, threads);
-    for (int64_t m = share.begin; m < share.end; m++)
+template <class T> void pointwise(const Step& s, int64_t m, int64_t end) {
+    for (; m < end; m++)
         for (int64_t c = 0; c < s.channels; c += LANES) {
             Lanes some = first(s.channels - c);
             Vec v = load(at<T>(s.src, m) + c, some);
@@ -274,10 +272,9 @@ template <class T> void pointwise(const Step& s, int thread, int threads) {
         }
 }
 
-template <class T> void pool(const Step& s, int thread, int threads) {
+template <class T> void pool(const Step& s, int64_t u, int64_t end) {
     auto lower = [](int64_t a, int64_t b) { return a < b ? a : b; };
-    Share share(s.images * s.out_h, thread, threads);
-    for (int64_t u = share.begin; u < share.end; u++)
+    for (; u < end; u++)
         for (int64_t ow = 0; ow < s.out_w; ow++) {
             int64_t n = u / s.out_h, oh = u % s.out_h;
             int64_t h0 = oh * s.stride_h - s.pad_h, w0 = ow * s.stride_w - s.pad_w;
@@ -301,10 +298,9 @@ template <class T> void pool(const Step& s, int thread, int threads) {
         }
 }
 
-template <class T> void mean(const Step& s, int thread, int threads) {
+template <class T> void mean(const Step& s, int64_t u, int64_t end) {
     int64_t blocks = (s.channels + LANES - 1) / LANES;
-    Share share(s.images * blocks, thread, threads);
-    for (int64_t u = share.begin; u < share.end; u++) {
+    for (; u < end; u++) {
         int64_t n = u / blocks, c = u % blocks * LANES;
         Lanes some = first(s.channels - c);
         Vec v = zero();
@@ -317,7 +313,7 @@ template <class T> void mean(const Step& s, int thread, int threads) {
 }
 
 // Bilinear, as F.interpolate(align_corners=False) to a given size.
-template <class T> void resize(const Step& s, int thread, int threads) {
+template <class T> void resize(const Step& s, int64_t u, int64_t end) {
     auto source = [](int64_t i, int64_t in, int64_t out, int64_t& a, int64_t& b) {
         float x = (i + 0.5f) * (static_cast<float>(in) / out) - 0.5f;
         if (x < 0) x = 0;
@@ -325,8 +321,7 @@ template <class T> void resize(const Step& s, int thread, int threads) {
         b = a < in - 1 ? a + 1 : a;
         return x - a;
     };
-    Share share(s.images * s.out_h, thread, threads);
-    for (int64_t u = share.begin; u < share.end; u++) {
+    for (; u < end; u++) {
         int64_t n = u / s.out_h, oh = u % s.out_h, top, bottom, left, right;
         float y = source(oh, s.in_h, s.out_h, top, bottom);
         for (int64_t ow = 0; ow < s.out_w; ow++) {
@@ -344,9 +339,8 @@ template <class T> void resize(const Step& s, int thread, int threads) {
 }
 
 // The images, float32 with any strides (of channels: in `gate.image`), into the first buffer.
-template <class T> void input(const Step& s, int thread, int threads) {
-    Share share(s.images * s.in_h, thread, threads);
-    for (int64_t u = share.begin; u < share.end; u++) {
+template <class T> void input(const Step& s, int64_t u, int64_t end) {
+    for (; u < end; u++) {
         int64_t n = u / s.in_h, h = u % s.in_h;
         const float* from = at<float>(s.src, n, h, 0);
         T* to = at<T>(s.dst, n, h, 0);
@@ -363,23 +357,67 @@ template <class T> void input(const Step& s, int thread, int threads) {
     }
 }
 
+inline int64_t units_of(const Step& s) {
+    switch (s.kind) {
+        case CONV: return groups_of(s) * s.tiles;
+        case POINTWISE: return s.pixels;
+        case MEAN: return s.images * ((s.channels + LANES - 1) / LANES);
+        case INPUT: return s.images * s.in_h;
+        default: return s.images * s.out_h;
+    }
+}
+
+template <class T> void work(const Step& s, int64_t begin, int64_t end) {
+    switch (s.kind) {
+        case CONV: return conv<T>(s, begin, end);
+        case POINTWISE: return pointwise<T>(s, begin, end);
+        case MEAN: return mean<T>(s, begin, end);
+        case RESIZE: return resize<T>(s, begin, end);
+        case INPUT: return input<T>(s, begin, end);
+        default: return pool<T>(s, begin, end);
+    }
+}
+
+// Where thread `t`'s part of a step begins; of convolutions the parts are equal in vectors, not tiles.
+inline int64_t part(const Step& s, int64_t units, int t, int threads) {
+    if (s.kind != CONV) return units * t / threads;
+    int64_t vectors = 0;
+    for (int64_t n = 0; n < s.tiles; n++) vectors += s.tile[n].channels_out > LANES ? 2 : 1;
+    return tile_at(s, groups_of(s), groups_of(s) * vectors * t / threads);
+}
+
+struct alignas(64) Counter {
+    std::atomic<int64_t> value{0};
+};
+
 template <class T> void walk(const Step* steps, int64_t count, int threads) {
+    // Of each step: how many units are done, and how many of each thread's part are taken.
+    std::vector<Counter> counters(count * (threads + 1));
 #pragma omp parallel num_threads(threads)
     {
-        int thread = omp_get_thread_num(), all = omp_get_num_threads();
+        int thread = omp_get_thread_num();
+        int64_t since = 0;
         for (int64_t i = 0; i < count; i++) {
             const Step& s = steps[i];
-            if (s.wait) {
-#pragma omp barrier
-            }
-            switch (s.kind) {
-                case CONV: conv<T>(s, thread, all); break;
-                case POINTWISE: pointwise<T>(s, thread, all); break;
-                case MAX_POOL:
-                case AVG_POOL: pool<T>(s, thread, all); break;
-                case MEAN: mean<T>(s, thread, all); break;
-                case RESIZE: resize<T>(s, thread, all); break;
-                case INPUT: input<T>(s, thread, all); break;
+            if (s.wait)
+                for (; since < i; since++) {
+                    std::atomic<int64_t>& done = counters[since * (threads + 1)].value;
+                    int64_t all = units_of(steps[since]);
+                    for (int spins = 0; done.load(std::memory_order_acquire) < all; spins++)
+                        if (spins > 2000) std::this_thread::yield();
+                }
+            Counter* counter = &counters[i * (threads + 1)];
+            int64_t units = units_of(s), chunk = units / (8 * threads) + 1;
+            for (int t = 0; t < threads; t++) {
+                int owner = (thread + t) % threads;
+                int64_t begin = part(s, units, owner, threads), end = part(s, units, owner + 1, threads);
+                for (;;) {
+                    int64_t first = begin + counter[1 + owner].value.fetch_add(chunk, std::memory_order_relaxed);
+                    if (first >= end) break;
+                    int64_t last = first + chunk < end ? first + chunk : end;
+                    work<T>(s, first, last);
+                    counter->value.fetch_add(last - first, std::memory_order_release);
+                }
             }
         }
     }
