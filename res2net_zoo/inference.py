@@ -20,7 +20,8 @@ from torch import fx, nn
 from torch.fx.experimental.optimization import fuse
 
 from res2net_zoo.hub import assets, one_line
-from res2net_zoo.program import write_atomically
+from res2net_zoo.native import Network, Unsupported
+from res2net_zoo.program import InputError, write_atomically
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Backend = Literal["native", "inductor", "openvino", "onnxruntime", "cudagraphs", "eager"]
@@ -49,7 +50,7 @@ class Optimized:
     precision: Precision
     milliseconds: dict[Backend, float]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Classify images.
 
@@ -108,7 +109,7 @@ def optimize(
         raise ValueError("float16 is for GPUs; on the CPU there are float32 and bfloat16")
     example = example_input.detach().float()
     model = copy.deepcopy(model).eval().to(device).requires_grad_(False)
-    with torch.inference_mode():
+    with torch.no_grad():
         expected = model(example)
     if expected.ndim != 2:
         raise ValueError(
@@ -120,11 +121,12 @@ def optimize(
         """Make the model with one backend, and see that it computes what it should."""
         try:
             call = BACKENDS[name](folded, example, precision)
-            with torch.inference_mode():
+            with torch.no_grad():
                 check(call(example).float(), expected, precision)
             return call
         except Exception as error:  # a compiler can fail in any way; the next backend does not
-            raise Unavailable(f"{type(error).__name__}: {one_line(error)}") from error
+            known = isinstance(error, (Unavailable, Unsupported, InputError))
+            raise Unavailable(f"{'' if known else type(error).__name__ + ': '}{one_line(error)}") from error
 
     ready = candidates(device)
     if backend != "auto":
@@ -210,8 +212,6 @@ def time_by_turns(calls: list[Call], example: torch.Tensor) -> list[float]:
 
 
 def _native(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
-    from res2net_zoo.native import Network
-
     if example.device.type != "cpu":
         raise Unavailable("it is for CPUs")
     graph = model if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model)
@@ -237,7 +237,7 @@ def _inductor(model: nn.Module, example: torch.Tensor, precision: Precision) -> 
 
     def call(images: torch.Tensor) -> torch.Tensor:
         # Frozen weights are for inference alone; CUDA graphs overwrite what they returned last.
-        with torch.inference_mode():
+        with torch.no_grad():
             logits = compiled(images)
         return logits.clone() if "triton.cudagraphs" in options else logits
 

@@ -701,7 +701,9 @@ class Network:
         """
         images = images.detach().float()
         with self.lock:
-            parts = images.split(self.images_at_once) if len(images) else (images,)
+            if not len(images):
+                return self.plan((1, *_shape_of(images)[1:])).logits[:0].clone()
+            parts = images.split(self.images_at_once)
             return torch.cat([self.plan(_shape_of(part)).run(part) for part in parts])
 
     def lower(self, shape: tuple[int, int, int, int]) -> tuple[_Value, list[_Call], _Value]:

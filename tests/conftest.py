@@ -31,6 +31,17 @@ ROOT = Path(__file__).resolve().parent.parent
 SHIPPED_MODEL = ROOT / "hub" / "models" / "res2net_tiny.digits"
 SHIPPED_DATA = ROOT / "hub" / "datasets" / "digits"
 
+# One model of each wiring, with few blocks, of which one is in the middle of a stage, and few channels.
+FEW = dict(layers=(1, 2, 1, 1), channels=(16, 32, 48, 64))
+SMALL = {
+    "res2net50_26w_4s": FEW,
+    "res2next50": FEW,
+    "res2net50_vd_26w_4s": FEW,
+    "dla60_res2net": dict(levels=(1, 1, 1, 1, 1, 1), channels=(16, 32, 32, 64, 64, 64)),
+    "blres2net50": dict(layers=(2, 2, 2, 1), channels=(16, 32, 48, 64)),
+    "seres2next29_6c_24w_4s": dict(layers=(2, 1, 1), channels=(16, 32, 64)),
+}
+
 Program = Callable[..., subprocess.CompletedProcess]
 
 

@@ -16,19 +16,9 @@ import torch
 
 from res2net_zoo import catalog, export
 from res2net_zoo.program import InputError
-from tests.conftest import SHIPPED_DATA, SHIPPED_MODEL, full_disk, input_error, read_tree, relative_error, spread
+from tests.conftest import SHIPPED_DATA, SHIPPED_MODEL, SMALL, full_disk, input_error, read_tree, relative_error, spread
 
 EXPORT = "scripts/export.py"
-# One model of each wiring, with few blocks, of which one is in the middle of a stage, and few channels.
-FEW = dict(layers=(1, 2, 1, 1), channels=(16, 32, 48, 64))
-SMALL = {
-    "res2net50_26w_4s": FEW,
-    "res2next50": FEW,
-    "res2net50_vd_26w_4s": FEW,
-    "dla60_res2net": dict(levels=(1, 1, 1, 1, 1, 1), channels=(16, 32, 32, 64, 64, 64)),
-    "blres2net50": dict(layers=(2, 2, 2, 1), channels=(16, 32, 48, 64)),
-    "seres2next29_6c_24w_4s": dict(layers=(2, 1, 1), channels=(16, 32, 64)),
-}
 
 
 def images(n: int, size: int, channels: int = 3) -> torch.Tensor:

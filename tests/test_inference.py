@@ -1,0 +1,201 @@
+"""`res2net_zoo.optimize`: fast, and the same logits."""
+
+import copy
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.utils import reparameterize_model
+from torch import nn
+
+import res2net_zoo
+from res2net_zoo import inference, native
+from res2net_zoo.data import open_source
+from res2net_zoo.export import load_images
+from res2net_zoo.inference import Unavailable
+from tests.conftest import SHIPPED_DATA, SHIPPED_MODEL, SMALL, relative_error, spread
+
+CPU_BACKENDS = ("native", "openvino", "onnxruntime", "eager")
+
+
+@pytest.fixture(scope="module")
+def tiny() -> nn.Module:
+    return timm.create_model(f"local-dir:{SHIPPED_MODEL}", pretrained=True).eval()
+
+
+@pytest.fixture(scope="module")
+def digits(tiny) -> torch.Tensor:
+    rows = list(open_source(str(SHIPPED_DATA), "validation").rows)
+    return load_images(tiny, rows)
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def no_warnings():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*backend.*")
+        yield
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_float32_logits_are_the_models(tiny, digits, backend):
+    fast = res2net_zoo.optimize(tiny, digits[:2], backend=backend)
+    assert (fast.backend, fast.precision) == (backend, "float32")
+    for n in (2, 1, 5):  # as given, and any other number
+        with torch.no_grad():
+            assert relative_error(fast(digits[:n]), tiny(digits[:n])) < 1e-4
+
+
+@pytest.mark.parametrize("backend", ["native", "openvino", "eager"])
+def test_bfloat16_agrees_on_the_shipped_data(tiny, digits, backend):
+    if backend == "native" and not native.library().has_bf16():
+        pytest.skip("this processor has no bfloat16 instructions")
+    fast = res2net_zoo.optimize(tiny, digits[:60], "bfloat16", backend)
+    assert fast.backend == backend
+    with torch.no_grad():
+        expected = tiny(digits).argmax(1)
+    found = torch.cat([fast(part).argmax(1) for part in digits.split(60)])
+    assert len(digits) == 360 and (found == expected).float().mean() >= 0.995
+    assert fast(digits[:1]).dtype == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_inductor(tiny, digits, precision):
+    fast = res2net_zoo.optimize(tiny, digits[:2], precision, "inductor")
+    assert fast.backend == "inductor"
+    with torch.no_grad():
+        assert relative_error(fast(digits[:2]), tiny(digits[:2])) < (1e-4 if precision == "float32" else 0.05)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_wiring_by_itself(name, tmp_path, monkeypatch):
+    """Whatever is chosen; export to the libraries is tested with each wiring elsewhere."""
+    monkeypatch.setattr(inference, "find_spec", lambda name: None)
+    model = spread(timm.create_model(name, num_classes=7, **SMALL[name]))  # in training mode
+    before = copy.deepcopy(model.state_dict())
+    fast = res2net_zoo.optimize(model, images(2, 3, 64, 64), cache_dir=tmp_path)
+    assert set(fast.milliseconds) == {"native", "eager"}
+    assert model.training and all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        assert relative_error(fast(images(3, 3, 64, 64)), model.eval()(images(3, 3, 64, 64))) < 1e-4
+
+
+def test_the_choice_is_kept(tiny, tmp_path):
+    x = images(1, 3, 64, 64)
+    first = res2net_zoo.optimize(tiny, x, cache_dir=tmp_path)
+    assert set(first.milliseconds) == set(CPU_BACKENDS)
+    assert first.backend == min(first.milliseconds, key=lambda name: first.milliseconds[name])
+    (file,) = tmp_path.rglob("*.json")
+    assert json.loads(file.read_text())["backend"] == first.backend
+    file.write_text(json.dumps({"backend": "eager"}))
+    again = res2net_zoo.optimize(tiny, x, cache_dir=tmp_path)
+    assert (again.backend, again.milliseconds) == ("eager", {})
+    for other in (images(2, 3, 64, 64), images(1, 3, 32, 32)):  # what is fastest may be another
+        assert res2net_zoo.optimize(tiny, other, cache_dir=tmp_path).milliseconds
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"backend": "warp"}', '{"backend": "cudagraphs"}'])
+def test_a_broken_choice_is_made_anew(tiny, tmp_path, monkeypatch, text):
+    monkeypatch.setattr(inference, "candidates", lambda device: ["native", "eager"])
+    res2net_zoo.optimize(tiny, images(1, 3, 32, 32), cache_dir=tmp_path)
+    (file,) = tmp_path.rglob("*.json")
+    file.write_text(text)
+    assert res2net_zoo.optimize(tiny, images(1, 3, 32, 32), cache_dir=tmp_path).milliseconds
+    assert json.loads(file.read_text())["backend"] in ("native", "eager")
+
+
+def test_a_backend_that_fails_is_replaced_with_a_warning_that_says_why(tiny, tmp_path, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no such luck\nand more")
+
+    monkeypatch.setattr(inference, "candidates", lambda device: ["native", "eager"])
+    monkeypatch.setitem(inference.BACKENDS, "native", broken)
+    with pytest.warns(UserWarning, match="native cannot run this model here .*no such luck"):
+        fast = res2net_zoo.optimize(tiny, images(1, 3, 32, 32), backend="native", cache_dir=tmp_path)
+    assert fast.backend == "eager"
+    monkeypatch.setattr(inference, "candidates", lambda device: ["eager"])
+    with pytest.warns(UserWarning, match="CUDA graphs are for NVIDIA's GPUs"):
+        fast = res2net_zoo.optimize(tiny, images(1, 3, 32, 32), backend="cudagraphs", cache_dir=tmp_path)
+
+
+def test_a_backend_that_computes_something_else_is_not_taken(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "candidates", lambda device: ["native", "eager"])
+    monkeypatch.setitem(inference.BACKENDS, "native", lambda model, *_: lambda x: 1.001 * model(x))
+    with pytest.warns(UserWarning, match="off by 0.001"):
+        assert res2net_zoo.optimize(tiny, images(1, 3, 32, 32), cache_dir=tmp_path).backend == "eager"
+
+
+def test_a_model_that_no_compiler_understands_runs_all_the_same(tmp_path, monkeypatch):
+    class Strange(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.bn(self.conv(x)).mean((2, 3))
+            return x if x.sum() > 0 else 2 * x
+
+    monkeypatch.setattr(inference, "candidates", lambda device: ["native", "eager"])
+    model = spread(Strange()).eval()
+    with pytest.warns(UserWarning, match="native cannot run"):
+        fast = res2net_zoo.optimize(model, images(2, 3, 9, 9), cache_dir=tmp_path)
+    with torch.no_grad():
+        assert relative_error(fast(images(2, 3, 9, 9)), model(images(2, 3, 9, 9))) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (dict(precision="float8"), "precision is 'float8'; there are float32, bfloat16, float16"),
+        (dict(precision="float16"), "float16 is for GPUs"),
+        (dict(backend="tensorrt"), "backend is 'tensorrt'; there are auto, native"),
+        (dict(example_input=torch.zeros(3, 32, 32)), r"give images as \(N, C, H, W\)"),
+        (dict(example_input=torch.zeros(0, 3, 32, 32)), r"give images as \(N, C, H, W\)"),
+        (dict(example_input=torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), r"give images as \(N, C, H, W\)"),
+        (dict(model=nn.Conv2d(3, 4, 1)), "no table of logits"),
+    ],
+)
+def test_bad_arguments(tiny, arguments, says):
+    with pytest.raises(ValueError, match=says):
+        res2net_zoo.optimize(**{"model": tiny, "example_input": torch.zeros(1, 3, 32, 32), **arguments})
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_timms_tool_folds_the_blocks(name):
+    model = spread(timm.create_model(name, num_classes=7, **SMALL[name])).eval()
+    folded = reparameterize_model(model)
+    kinds = [(path, type(module)) for path, module in folded.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    assert not [path for path, _ in kinds if ".bns." in path or path.endswith(("bn3",))]
+    with torch.no_grad():
+        assert relative_error(folded(images(2, 3, 64, 64)), model(images(2, 3, 64, 64))) < 1e-5
+    everywhere = inference.fold_batch_norm(model)
+    assert not [module for module in everywhere.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def test_other_norms_are_left():
+    model = timm.create_model("res2net_tiny", norm_layer="groupnorm1").eval()
+    with torch.no_grad():
+        assert relative_error(reparameterize_model(model)(images(1, 3, 64, 64)), model(images(1, 3, 64, 64))) < 1e-6
+
+
+def test_importing_the_package_does_not_import_what_optimizes(program):
+    code = "import sys, res2net_zoo; print({'res2net_zoo.native', 'res2net_zoo.inference'} & {*sys.modules})"
+    assert program("-c", code).stdout.strip() == "set()"
+
+
+def test_unavailable_is_told_by_check():
+    with pytest.raises(Unavailable, match=r"returns \(2, 3\) instead of \(2, 4\)"):
+        inference.check(torch.zeros(2, 3), torch.zeros(2, 4), "float32")
+    with pytest.raises(Unavailable, match="off by nan"):
+        inference.check(torch.full((2, 3), float("nan")), torch.ones(2, 3), "bfloat16")
+
+
+def test_the_source_is_shipped():
+    assert Path(native.__file__).with_name("native.cpp").is_file()

@@ -1,0 +1,233 @@
+"""`res2net_zoo.native`: its steps compute what torch does, for any network of the family and any shape."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx, nn
+
+from res2net_zoo import native
+from res2net_zoo.inference import fold_batch_norm
+from res2net_zoo.native import Network, Unsupported
+from tests.conftest import SMALL, relative_error, spread
+
+CPUINFO = Path("/proc/cpuinfo")
+needs_bf16 = pytest.mark.skipif(
+    not (CPUINFO.exists() and "avx512_bf16" in CPUINFO.read_text()),
+    reason="this processor has no bfloat16 instructions",
+)
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+class Head(nn.Module):
+    """Makes logits of a layer's map, so that a Network can be made of any layer."""
+
+    def __init__(self, *layers: nn.Module, chs: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Conv2d(chs, 7, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.pool(self.layers(x))).flatten(1)
+
+
+def network(model: nn.Module, dtype: torch.dtype = torch.float32, **kwargs) -> Network:
+    return Network(fx.symbolic_trace(model.eval()), dtype, **kwargs)
+
+
+def small(name: str) -> nn.Module:
+    return spread(timm.create_model(name, num_classes=7, **SMALL.get(name, {}))).eval()
+
+
+@torch.no_grad()
+def error(model: nn.Module, net: Network, x: torch.Tensor) -> float:
+    return relative_error(net(x), model(x))
+
+
+@pytest.mark.parametrize("name", [*SMALL, "res2net_tiny", "res2net50_14w_8s", "res2net50_48w_2s", "resnet18"])
+def test_every_kind_of_model_at_any_number_and_size_of_images(name):
+    """Images above 4 go in parts; maps above a size go image by image: both must be met."""
+    model = small(name)
+    folded = fold_batch_norm(model)
+    multiple = 32 if name.startswith("dla") else 1
+    for n, h, w in ((1, 96, 64), (3, 61 // multiple * multiple + multiple, 96), (5, 32, 32), (2, 160, 160)):
+        net = Network(folded)
+        assert error(model, net, images(n, 3, h, w)) < 1e-5
+        net.images_at_once = 3
+        assert error(model, net, images(n + 4, 3, h, w)) < 1e-5
+
+
+@needs_bf16
+@pytest.mark.parametrize("name", SMALL)
+def test_bfloat16_is_as_good_as_torchs(name):
+    model = small(name)
+    x = images(2, 3, 96, 96)
+    with torch.no_grad():
+        expected, torchs = model(x), small(name).bfloat16()(x.bfloat16()).float()
+    ours = Network(fold_batch_norm(model), torch.bfloat16)(x)
+    assert relative_error(ours, expected) < max(0.02, 1.5 * relative_error(torchs, expected))
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_any_convolution(data):
+    draw = data.draw
+    groups = draw(st.sampled_from((1, 1, 2, 3, 8)))
+    chs, out = groups * draw(st.integers(1, 21)), groups * draw(st.integers(1, 37))
+    kernel, stride, dilation = (draw(st.tuples(*[st.integers(1, most)] * 2)) for most in (5, 3, 2))
+    padding = draw(st.tuples(st.integers(0, 4), st.integers(0, 4)))
+    h, w = (
+        draw(st.integers(max(1, d * (k - 1) + 1 - 2 * p), 23))
+        for k, d, p in zip(kernel, dilation, padding, strict=True)
+    )
+    layer = nn.Conv2d(chs, out, kernel, stride, padding, dilation, groups, bias=draw(st.booleans()))
+    model = Head(layer, nn.ReLU(), chs=out) if draw(st.booleans()) else Head(layer, chs=out)
+    torch.set_num_threads(draw(st.integers(1, 3)))
+    x = images(draw(st.integers(1, 3)), chs, h, w)
+    assert error(model, network(model), x) < 1e-5
+    if native.library().has_bf16():
+        rounded = Head(layer, chs=out).bfloat16().float()
+        rounded.load_state_dict({key: value.bfloat16().float() for key, value in model.state_dict().items()})
+        assert error(model, network(model, torch.bfloat16), x.bfloat16().float()) < 0.05
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_any_pooling(data):
+    draw = data.draw
+    kernel, stride = draw(st.tuples(*[st.integers(1, 4)] * 2)), draw(st.tuples(*[st.integers(1, 3)] * 2))
+    padding = tuple(draw(st.integers(0, k // 2)) for k in kernel)
+    ceil_mode = draw(st.booleans())
+    layer: nn.Module = nn.MaxPool2d(kernel, stride, padding, ceil_mode=ceil_mode)
+    if draw(st.booleans()):
+        layer = nn.AvgPool2d(kernel, stride, padding, ceil_mode=ceil_mode, count_include_pad=draw(st.booleans()))
+    chs = draw(st.integers(1, 40))
+    x = images(2, chs, draw(st.integers(4, 17)), draw(st.integers(4, 17)))
+    model = Head(layer, chs=chs)
+    assert error(model, network(model), x) < 1e-5
+
+
+def test_images_in_any_layout():
+    model = small("res2net_tiny")
+    net, x = Network(fold_batch_norm(model)), images(2, 3, 48, 64)
+    expected = net(x)
+    wide = images(4, 5, 60, 70)
+    wide[1:3, 1:4, 5:53, 3:67] = x
+    for other in (x.to(memory_format=torch.channels_last), wide[1:3, 1:4, 5:53, 3:67], x.double()):
+        assert torch.equal(net(other), expected)
+    assert torch.equal(net(x.mT.contiguous().mT), expected)
+    assert net(x[:0]).shape == (0, 7)
+
+
+def test_results_do_not_depend_on_threads_or_on_what_ran_before():
+    net, x = Network(fold_batch_norm(small("res2net50_26w_4s"))), images(3, 3, 64, 64)
+    torch.set_num_threads(1)
+    expected = net(x)
+    for threads in (2, 3, 5):
+        torch.set_num_threads(threads)
+        for _ in range(5):
+            net(images(1, 3, 96, 64))
+            assert torch.equal(net(x), expected)
+
+
+def test_calls_from_several_threads():
+    net = Network(fold_batch_norm(small("res2net_tiny")))
+    inputs = [images(1, 3, 32, 32) + i for i in range(4)]
+    expected = [net(x) for x in inputs]
+    wrong = []
+
+    def call(i: int) -> None:
+        wrong.extend(i for _ in range(20) if not torch.equal(net(inputs[i]), expected[i]))
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_value_that_is_no_number_comes_out():
+    net, x = Network(fold_batch_norm(small("res2net_tiny"))), images(2, 3, 32, 32)
+    x[1, 0, 3, 3] = float("nan")
+    logits = net(x)
+    assert logits[0].isfinite().all() and logits[1].isnan().all()
+
+
+def test_memory_is_shared_by_values_that_do_not_live_at_once():
+    net = Network(fold_batch_norm(timm.create_model("res2net50_26w_4s").eval()))
+    net(images(1, 3, 224, 224))
+    (plan,) = net.plans.values()
+    buffers = {tensor.data_ptr(): tensor.nbytes for tensor in plan.buffers.values()}
+    assert sum(buffers.values()) < 45e6  # 80 MB of maps
+
+
+class Odd(nn.Module):
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.fc = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.fc(x)
+        if self.what == "softmax":
+            return F.softmax(x.mean((2, 3)), dim=1)
+        if self.what == "broadcast":
+            return x + x.mean((2, 3), keepdim=True)
+        if self.what == "map":
+            return x
+        if self.what == "pair":
+            return x, x
+        return F.gelu(x)
+
+
+@pytest.mark.parametrize("what", ["softmax", "broadcast", "map", "pair", "gelu"])
+def test_what_there_is_no_step_for_is_refused(what):
+    with pytest.raises(Unsupported):
+        network(Odd(what))(images(1, 3, 8, 8))
+
+
+def test_a_number_of_channels_that_does_not_fit_is_refused():
+    with pytest.raises(Unsupported, match="does not fit an input of 4 x 8 x 8"):
+        network(Head(nn.Conv2d(3, 8, 3), chs=8))(images(1, 4, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [({"PATH": "/nowhere", "CXX": ""}, "there is no C++ compiler"), ({"CXX": "false"}, "cannot compile native.cpp")],
+)
+def test_without_a_compiler(env, says, tmp_path):
+    code = "from res2net_zoo.native import library\ntry:\n    library()\nexcept Exception as error:\n    print(error)"
+    run = [sys.executable, "-c", code]
+    env = {**os.environ, "HF_ASSETS_CACHE": str(tmp_path), **env}
+    assert says in subprocess.run(run, env=env, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("machine", ["haswell", "skylake-avx512"])
+def test_on_other_processors(machine, monkeypatch):
+    """This machine runs the code for lesser ones too."""
+    if machine == "skylake-avx512" and native.library().lanes() == 8:
+        pytest.skip("this processor has no AVX-512")
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, f"-march={machine}"))
+    native.library.cache_clear()
+    try:
+        assert native.library().lanes() == (16 if machine == "skylake-avx512" else 8)
+        model = small("seres2next29_6c_24w_4s")
+        assert error(model, Network(fold_batch_norm(model)), images(2, 3, 33, 40)) < 1e-5
+        with pytest.raises(Unsupported, match="no instructions for bfloat16"):
+            Network(fold_batch_norm(model), torch.bfloat16)
+    finally:
+        monkeypatch.undo()
+        native.library.cache_clear()
