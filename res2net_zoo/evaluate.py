@@ -20,7 +20,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from res2net_zoo.data import MapSamples, Sample, Samples, Source, StreamSamples
+from res2net_zoo.data import Source, StreamSamples
+from res2net_zoo.images import MapSamples, Sample, Samples
 from res2net_zoo.labels import Classes
 from res2net_zoo.program import InputError, all_or_none, progress_bar
 from res2net_zoo.stop import spare_worker

@@ -26,7 +26,7 @@ from timm.models import parse_model_name
 from timm.utils import reparameterize_model
 from torch import nn
 
-from res2net_zoo.data import Samples
+from res2net_zoo.images import Samples
 from res2net_zoo.program import InputError, make_readable, temporary_file
 
 if TYPE_CHECKING:

@@ -191,7 +191,6 @@ def start_processes(threads: int | None = None, mixed_precision: str | None = No
     Raises:
         InputError: This machine has no such precision.
     """
-    import datasets
     import torch
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -207,7 +206,10 @@ def start_processes(threads: int | None = None, mixed_precision: str | None = No
     except ValueError as error:
         raise InputError(str(error)) from error
     if not accelerator.is_main_process or not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+        # Read when it is imported, which not every program does.
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+        if "datasets" in sys.modules:
+            sys.modules["datasets"].disable_progress_bars()
     return accelerator
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision import transforms
 
-from res2net_zoo.data import Samples
+from res2net_zoo.images import Samples
 from res2net_zoo.labels import match_classes
 from res2net_zoo.program import InputError
 

@@ -23,8 +23,9 @@ from PIL import Image
 from timm.utils import random_seed
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from res2net_zoo.data import Sample, Samples, Source, held_out_of, hold_out, labels_of, open_source, read
+from res2net_zoo.data import Source, held_out_of, hold_out, labels_of, open_source
 from res2net_zoo.evaluate import collate
+from res2net_zoo.images import Sample, Samples, read
 from res2net_zoo.program import InputError, all_or_none, main_first, progress_bar
 from res2net_zoo.stop import spare_worker
 from res2net_zoo.training import balanced

@@ -50,8 +50,9 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     import datasets
 
-    from res2net_zoo.data import find_images, open_source
+    from res2net_zoo.data import open_source
     from res2net_zoo.export import NEEDS, OPSET, CheckError, check_output, describe, export, load_images, require
+    from res2net_zoo.images import find_images
     from res2net_zoo.pretrained import create_model
     from res2net_zoo.program import check_writable, report
 

@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
     import torch
     from accelerate.utils import gather_object
 
-    from res2net_zoo.data import find_images
+    from res2net_zoo.images import find_images
     from res2net_zoo.pretrained import create_model
     from res2net_zoo.program import InputError, all_or_none, check_writable, progress_bar, start_processes
 
@@ -124,7 +124,7 @@ def predict(
     from timm.data import create_transform, resolve_model_data_config
     from torch.utils.data import DataLoader
 
-    from res2net_zoo.data import MapSamples, Sample, Samples
+    from res2net_zoo.images import MapSamples, Sample, Samples
     from res2net_zoo.program import InputError, default_workers
 
     config = resolve_model_data_config(model)
@@ -133,10 +133,12 @@ def predict(
     indices = range(accelerator.process_index, len(paths), accelerator.num_processes)
     rows: Any = [{"image": {"bytes": None, "path": path}} for path in paths]
     workers = default_workers(accelerator.device) if args.workers is None else args.workers
+    if len(indices) <= args.batch_size:  # one batch: a worker would have nothing to do while the model runs
+        workers = 0
     loader: DataLoader = DataLoader(
         MapSamples(rows, samples, indices),
         batch_size=args.batch_size,
-        num_workers=min(workers, len(indices)),
+        num_workers=workers,
         collate_fn=list,
     )
     places = iter(indices)

@@ -10,7 +10,8 @@ import datasets
 import pytest
 from PIL import Image
 
-from res2net_zoo.data import Samples, decode, open_source
+from res2net_zoo.data import open_source
+from res2net_zoo.images import Samples, decode
 from res2net_zoo.program import InputError
 from tests.conftest import SHIPPED_DATA, save_images
 

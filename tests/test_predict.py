@@ -145,3 +145,12 @@ def test_a_failure_leaves_the_old_files(in_process, digits, tmp_path):
         args = ["--output", tmp_path / "p.csv", "--embeddings", tmp_path / "e", "--workers", 0]
         line = input_error(in_process(PREDICT, digits, *args))
     assert "cannot write" in line and [path.name for path in tmp_path.iterdir()] == ["p.csv"]
+
+
+def test_files_are_predicted_without_what_only_data_sets_need(program, tmp_path):
+    """Importing it would cost half a second."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    code = "import runpy, sys; sys.path.insert(0, 'scripts'); sys.argv = ['predict.py', sys.argv[1]]\n"
+    code += "try:\n    runpy.run_path('scripts/predict.py', run_name='__main__')\nexcept SystemExit as end:\n"
+    code += "    print(end.code, {'datasets', 'pandas', 'onnx', 'matplotlib'} & {*sys.modules})"
+    assert program("-c", code, tmp_path / "a.png").stdout.splitlines()[-1] == "0 set()"

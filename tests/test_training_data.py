@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from res2net_zoo.data import Samples, hold_out, labels_of, open_source
+from res2net_zoo.data import hold_out, labels_of, open_source
+from res2net_zoo.images import Samples
 from res2net_zoo.program import InputError
 from res2net_zoo.training import Criterion, balanced
 from res2net_zoo.training_data import (
