@@ -11,10 +11,12 @@ the group that no convolution sees is the last, not the first. So does this one,
 depend on it.
 """
 
+import copy
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, create_aa, create_attn
 from timm.layers.typing import LayerType
 from torch import nn
@@ -150,6 +152,38 @@ class Res2NetModule(nn.Module):
         pairs = [fold(conv, bn) for conv, bn in zip(self.convs, self.bns, strict=True)]
         self.convs, self.bns = nn.ModuleList(conv for conv, _ in pairs), nn.ModuleList(bn for _, bn in pairs)
         self.conv3, self.bn3 = fold(self.conv3, self.bn3)
+
+    @torch.no_grad()
+    def pad_width(self, multiple: int) -> None:
+        """Widen the groups with channels that stay zero, for hardware that computes so many at a time.
+
+        For inference, after `reparameterize`. The output does not change.
+
+        Args:
+            multiple: What the width is to be a multiple of. Grouped convolutions are left as they are.
+        """
+        width = self.conv1.out_channels // self.scale
+        more = -width % multiple
+        if not more or cast(nn.Conv2d, self.convs[0]).groups > 1 or self.conv1.bias is None:
+            return
+
+        def widen(conv: nn.Conv2d, outputs: int, inputs: int) -> nn.Conv2d:
+            """Copy a convolution of so many groups of outputs and inputs; 0 leaves their number as it is."""
+            weight, bias = conv.weight, conv.bias
+            if outputs:
+                weight = F.pad(weight.unflatten(0, (outputs, width)), (0, 0) * 3 + (0, more)).flatten(0, 1)
+                bias = bias if bias is None else F.pad(bias.unflatten(0, (outputs, width)), (0, more)).flatten()
+            if inputs:
+                weight = F.pad(weight.unflatten(1, (inputs, width)), (0, 0) * 2 + (0, more)).flatten(1, 2)
+            new = copy.copy(conv)
+            new._parameters = dict(conv._parameters)
+            new.weight, new.bias = nn.Parameter(weight), None if bias is None else nn.Parameter(bias)
+            new.out_channels, new.in_channels = weight.shape[:2]
+            return new
+
+        self.conv1 = widen(self.conv1, self.scale, 0)
+        self.convs = nn.ModuleList(widen(cast(nn.Conv2d, conv), 1, 1) for conv in self.convs)
+        self.conv3 = widen(self.conv3, 0, self.scale)
 
     def forward_branch(self, x: torch.Tensor) -> torch.Tensor:
         """Compute the residual branch.

@@ -179,6 +179,17 @@ def test_timms_tool_folds_the_blocks(name):
     assert not [module for module in everywhere.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_padded_widths_change_nothing(name):
+    model = spread(timm.create_model(name, num_classes=7, **SMALL[name])).eval()
+    padded, x = inference.fold_batch_norm(model, 16), images(2, 3, 64, 64)
+    with torch.no_grad():
+        assert relative_error(padded(x), model(x)) < 1e-5
+    widths = [conv.out_channels for path, conv in padded.named_modules() if ".convs." in path and conv.groups == 1]
+    assert all(width % 16 == 0 for width in widths)
+    assert widths or "next" in name
+
+
 def test_other_norms_are_left():
     model = timm.create_model("res2net_tiny", norm_layer="groupnorm1").eval()
     with torch.no_grad():
