@@ -13,22 +13,26 @@ from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def count(build: Callable[[], nn.Module], input_size: tuple[int, int, int]) -> tuple[int, int]:
+def count(build: Callable[[], nn.Module], input_size: tuple[int, int, int], training: bool = False) -> tuple[int, int]:
     """Count parameters and multiply-accumulates, without making the weights or computing anything.
 
     Args:
         build: Makes the model.
         input_size: Channels, height and width of the image.
+        training: Whether the gradients are computed too.
 
     Returns:
         The number of parameters, and of multiply-accumulates of one image's convolutions and matrix products.
     """
     counter = FlopCounterMode(display=False)
-    with torch.device("meta"), torch.no_grad():
-        model = build().eval()
+    images = 2 if training else 1  # of a single one BatchNorm may have nothing to tell
+    with torch.device("meta"), torch.set_grad_enabled(training):
+        model = build().train(training)
         with counter:
-            model(torch.empty(1, *input_size))
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+            logits = model(torch.empty(images, *input_size))
+            if training:
+                logits.sum().backward()
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2 // images
 
 
 @dataclass(frozen=True)
@@ -136,17 +140,50 @@ def latencies(
     Returns:
         The median of each in milliseconds.
     """
-    seconds: list[list[float]] = [[] for _ in calls]
+    times = by_turns(calls, rounds, done=done)
+    return [1000 * statistics.median(second for (second,) in turns) for turns in times]
+
+
+def by_turns(
+    calls: Sequence[Callable[[], object]],
+    rounds: int,
+    seconds: float = 0,
+    pause: float | None = None,
+    done: Callable[[], object] = lambda: None,
+) -> list[list[list[float]]]:
+    """Time some calls by turns; in each round another one begins, so that none always follows the same.
+
+    Args:
+        calls: The calls.
+        rounds: Turns of each, after one to warm up.
+        seconds: What a turn takes at least; there is one call at least.
+        pause: Seconds to rest before each turn, which then begins with a call that is not timed, or
+            None to do neither. For calls of several libraries: the threads of one keep spinning for a
+            while in wait of more work, and their data fill the caches.
+        done: Called after each turn.
+
+    Returns:
+        The seconds of every call, by turn, by the place of the call.
+    """
+    times: list[list[list[float]]] = [[] for _ in calls]
     for turn in range(rounds + 1):
-        for call, times in zip(calls, seconds, strict=True):
+        for i in range(len(calls)):
+            place = (turn + i) % len(calls)
+            call = calls[place]
+            if pause is not None:
+                time.sleep(pause)
+                call()
             synchronize()
-            start = time.perf_counter()
-            call()
-            synchronize()
+            taken: list[float] = []
+            while not taken or sum(taken) < seconds:
+                start = time.perf_counter()
+                call()
+                synchronize()
+                taken.append(time.perf_counter() - start)
             if turn:
-                times.append(time.perf_counter() - start)
+                times[place].append(taken)
             done()
-    return [1000 * statistics.median(times) for times in seconds]
+    return times
 
 
 def synchronize() -> None:

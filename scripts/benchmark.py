@@ -1,0 +1,199 @@
+"""Measure how fast our models are, beside timm's own and ResNet-50, by turns in one process.
+
+Usage: python scripts/benchmark.py [--model NAME ...] [--batch-size N ...] [--precision P ...] [--output FILE]
+
+NAME is what timm.create_model takes; `all` stands for every model with a published accuracy on
+ImageNet. Weights are random: they change no speed. Each batch size, precision and mode is a setting;
+in each of its rounds every contender has a turn of some seconds, and so has a matrix product, which
+shows the machine's peak. docs/benchmark.md says what is measured, and how.
+
+Exit codes: 0 done; 1 a model of ours could not be measured; 2 bad input.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arguments import within
+
+if TYPE_CHECKING:
+    from res2net_zoo.benchmark import Result
+    from res2net_zoo.contenders import Setting
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+PEERS = ("eager", "inductor", "onnxruntime", "openvino")
+BACKENDS = ("auto", "native", "openvino", "onnxruntime", "inductor", "cudagraphs", "eager")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,  # so that a wrong argument is told in one line
+    )
+    one = within(int, 1)
+    what = parser.add_argument_group("what to measure")
+    add = what.add_argument
+    add("--model", nargs="+", default=["res2net50_26w_4s"], metavar="NAME", help="models, or `all` (%(default)s)")
+    add("--batch-size", nargs="+", type=one, default=[1], metavar="N", help="images at a time (%(default)s)")
+    add("--precision", nargs="+", choices=PRECISIONS, default=["float32"], help="(%(default)s)")
+    add("--mode", nargs="+", choices=("infer", "train"), default=["infer"], help="train is a whole step (%(default)s)")
+    add("--img-size", type=within(int, 8), metavar="PX", help="height and width (default the model's own)")
+    add("--backend", nargs="+", choices=BACKENDS, default=["auto"], help="what runs ours in inference (%(default)s)")
+    add("--peers", nargs="+", choices=(*PEERS, "all", "none"), default=["all"], help="what runs the others (all)")
+    add("--against", nargs="+", choices=("timm", "resnet50"), default=["timm", "resnet50"], help="the others (both)")
+    how = parser.add_argument_group("how")
+    add = how.add_argument
+    add("--rounds", type=one, default=10, metavar="N", help="turns of each, after one to warm up (%(default)s)")
+    add("--seconds", type=within(float, 0), default=1.0, metavar="S", help="a turn takes at least (%(default)s)")
+    add("--pause", type=within(float, 0), default=0.05, metavar="S", help="rest before each turn (%(default)s)")
+    add("--threads", type=one, metavar="N", help="CPU threads of each (default all cores)")
+    add("--matrix", type=within(int, 64), metavar="N", help="rows of the matrices (default 2048, on a GPU 8192)")
+    add("--no-memory", action="store_true", help="measure no memory, which takes a process for each contender")
+    result = parser.add_argument_group("the result")
+    add = result.add_argument
+    add("--output", type=Path, metavar="FILE", help="write the results as JSON, after each setting")
+    add("--figure", type=Path, metavar="FILE", help="draw published accuracy over images a second")
+    args = parser.parse_args()
+    if len(args.peers) > 1 and {"all", "none"} & set(args.peers):
+        parser.error("--peers takes all, none, or names")
+    if args.figure and "infer" not in args.mode:
+        parser.error("--figure draws inference; add --mode infer")
+    if args.figure and args.output and args.figure.resolve() == args.output.resolve():
+        parser.error(f"--output and --figure are both {args.output}; name two files")
+    return args
+
+
+def main(args: argparse.Namespace) -> int:
+    from itertools import product
+
+    from res2net_zoo import benchmark
+    from res2net_zoo.ablate import find_picture
+    from res2net_zoo.contenders import OURS, Setting
+    from res2net_zoo.program import InputError, check_writable, start_processes, write_atomically
+
+    accelerator = start_processes(args.threads)
+    if accelerator.num_processes > 1:
+        raise InputError("several processes would disturb each other's timings; start it with python")
+    for path in filter(None, (args.output, args.figure)):
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; name a file")
+        check_writable(path.resolve().parent)
+    names = benchmark.family() if args.model == ["all"] else args.model
+    sizes = {name: input_size(name, args.img_size) for name in names}
+    if args.figure:
+        find_picture(args.figure)
+    if args.figure and not any(map(benchmark.published_top1, names)):
+        raise InputError(f"--figure draws published accuracies, and there is none for {', '.join(names)}")
+
+    machine = benchmark.machine(accelerator)
+    print(f"{benchmark.machine_line(machine)}\n", flush=True)
+    exit_code = 0
+    results: list[benchmark.Result] = []
+    objects: list[dict] = []
+    lines: list[str] = []
+    for name, mode, precision, batch_size in product(names, args.mode, args.precision, args.batch_size):
+        setting = Setting(
+            name, batch_size, precision, mode, sizes[name],
+            threads=machine["threads"], device=accelerator.device.type,
+            matrix=args.matrix or (2048 if accelerator.device.type == "cpu" else 8192),
+        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            found = measure(setting, args, Path(folder))
+        if not any(result.contender.who == OURS for result in found):
+            exit_code = 1
+        results += found
+        objects.extend(benchmark.as_json(found, machine))
+        lines += benchmark.verdict_lines(found)
+        print(f"{setting}\n\n{benchmark.table(found)}\n", flush=True)
+        if args.output:
+            write_atomically(args.output, lambda path: path.write_text(json.dumps(objects, indent=2) + "\n"))
+    print("\n".join(lines), flush=True)
+    if args.figure and benchmark.panels(results):
+        write_atomically(args.figure, lambda path: benchmark.draw(results, path))
+        print(f"figure: {args.figure}")
+    if args.output:
+        print(f"as JSON: {args.output}")
+    return exit_code
+
+
+def input_size(name: str, img_size: int | None) -> tuple[int, int, int]:
+    """Return channels, height and width of a model's images.
+
+    Raises:
+        InputError: There is no such model, or it has no classifier.
+    """
+    from res2net_zoo.pretrained import create_model
+    from res2net_zoo.program import InputError
+
+    model: Any = create_model(name, pretrained=False)
+    if not model.num_classes:
+        raise InputError(f"{name} has no classifier to measure")
+    channels, height, width = model.pretrained_cfg["input_size"]
+    return channels, img_size or height, img_size or width
+
+
+def measure(setting: "Setting", args: argparse.Namespace, folder: Path) -> "list[Result]":
+    """Make the contenders of a setting, time them by turns, and measure what memory each takes.
+
+    Args:
+        setting: What is computed.
+        args: The command line.
+        folder: An empty folder for files that live as long.
+    """
+    import gc
+
+    import torch
+
+    from res2net_zoo.benchmark import Result, published_top1
+    from res2net_zoo.contenders import OURS, PRODUCT, Built, LeftOut, build, contenders, cost, peak_memory
+    from res2net_zoo.measure import by_turns
+    from res2net_zoo.program import progress_bar
+
+    peers = {"all": PEERS, "none": ()}.get(args.peers[0], args.peers)
+    ready: dict[str, Built] = {}
+    with progress_bar(None, contenders(setting, args.backend, peers, args.against), unit="contender") as bar:
+        for contender in bar:
+            tell(bar, f"making {contender}" + ", a minute or more" * (contender.how == "inductor"))
+            try:
+                built = build(contender, setting, folder)
+                ready[str(built.contender)] = built
+            except LeftOut as error:
+                bar.write(f"{setting}: left out: {error}", file=sys.stderr)
+
+    gc.collect()
+    calls = [built.call for built in ready.values()]
+    with progress_bar(None, total=len(calls) * (args.rounds + 1), desc="timing", unit="turn") as bar:
+        times = by_turns(calls, args.rounds, args.seconds, args.pause, bar.update)
+
+    results = []
+    with progress_bar(None, zip(ready.values(), times, strict=True), total=len(ready), unit="contender") as bar:
+        for built, rounds in bar:
+            tell(bar, f"memory of {built.contender}")
+            result = Result(setting, built.contender, rounds, *cost(built.contender, setting), error=built.error)
+            if built.contender.who == OURS:
+                result.published_top1 = published_top1(setting.model)
+            if not args.no_memory and built.contender.who != PRODUCT:
+                try:
+                    result.memory_mb = peak_memory(built.contender, setting, folder)
+                except LeftOut as error:
+                    bar.write(f"{setting}: no memory: {error}", file=sys.stderr)
+            results.append(result)
+    torch._dynamo.reset()  # it keeps what it compiled, and compiles a function a few times only
+    return results
+
+
+def tell(bar: Any, text: str) -> None:
+    """Say what a bar is at: at once to a person, and with the next update in a log file."""
+    bar.set_description(text, refresh=sys.stderr.isatty())
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+
+    from res2net_zoo.program import run
+
+    sys.exit(run(lambda: main(arguments)))

@@ -1,0 +1,215 @@
+"""`scripts/benchmark.py`: turns, medians, ratios, contenders, memory, and the picture."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from timm.models.res2net import Bottle2neck as TimmBottle2neck
+
+from res2net_zoo import benchmark, contenders
+from res2net_zoo.benchmark import Result, fastest, peak, quartiles, ratio, verdict_lines
+from res2net_zoo.contenders import Contender, LeftOut, Setting, build, make_images, make_model, peak_memory
+from res2net_zoo.measure import by_turns, count
+from tests.conftest import input_error
+
+TINY = Setting("res2net_tiny", 2, "float32", "infer", (3, 64, 64), threads=1, matrix=64)
+QUICK = ["--rounds", 2, "--seconds", 0, "--pause", 0, "--matrix", 64, "--img-size", 64, "--backend", "eager"]
+QUICK += ["--peers", "eager", "--no-memory", "--threads", 1]  # a busy machine has two threads wait for each other
+
+
+def result(who: str, how: str, *rounds: list[float], macs: int = 10**9, **setting) -> Result:
+    return Result(Setting(**{**vars(TINY), **setting}), Contender(who, how), list(rounds), macs)
+
+
+def test_quartiles():
+    assert quartiles([5.0]) == (5.0, 5.0, 5.0)
+    assert quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == (2.0, 3.0, 4.0)
+
+
+def test_ratio_is_of_medians_and_its_spread_of_rounds():
+    # The second round is slow for both: the medians of all calls do not see it, nor does its own ratio.
+    ours = result("ours", "native", [0.1, 0.1], [0.9], [0.1, 0.1])
+    theirs = result("timm", "eager", [0.2], [1.8], [0.3])
+    found = ratio(ours, theirs)
+    assert found.than == "timm eager" and found.ratio == pytest.approx(3)
+    assert (found.low, found.high) == pytest.approx((2, 2.5))
+    assert ours.images_per_second == pytest.approx(20)
+    assert ours.macs_per_second == pytest.approx(10**10)
+
+
+def test_verdicts_are_against_the_fastest_of_each():
+    results = [
+        result("ours", "eager", [0.4], [0.4]),
+        result("ours", "native", [0.1], [0.1]),
+        result("timm", "eager", [0.3], [0.3]),
+        result("timm", "openvino", [0.15], [0.15]),
+        result("resnet50", "openvino", [0.08], [0.08]),
+        result("matrix product", "torch", [0.05], [0.05]),
+        result("matrix product", "openvino", [0.04], [0.04]),
+    ]
+    peers, resnet = verdict_lines(results)
+    assert "ours native is 1.50 times as fast as the best peer, timm openvino (half of the rounds: 1.50" in peers
+    assert "0.80 times as fast as the best ResNet-50, resnet50 openvino" in resnet
+    assert peak(results) == pytest.approx(25 * 10**9)
+    assert fastest(results, "plain") is None and list(verdict_lines(results[2:])) == []
+    lines = benchmark.table(results).splitlines()[2:]
+    names = [line.split("|")[1].strip() for line in lines]
+    assert names[:3] == ["resnet50 openvino", "ours native", "timm openvino"] and names[-1] == "matrix product torch"
+    assert "40 %" in lines[1] and "100 %" in lines[-2]
+    objects = benchmark.as_json(results, {"threads": 1})
+    assert [len(row["faster_than"]) for row in objects] == [0, 2, 0, 0, 0, 0, 0]
+    assert objects[1]["share_of_peak"] == pytest.approx(0.4)
+    assert objects[1]["rounds_ms"] == pytest.approx([100, 100])
+
+
+def test_turns_begin_with_another_each_round_and_are_warm():
+    done: list[str] = []
+    calls = [lambda name=name: done.append(name) for name in "abc"]
+    times = by_turns(calls, 2, pause=0)
+    assert "".join(done) == "aabbcc" + "bbccaa" + "ccaabb"
+    assert [[len(turn) for turn in turns] for turns in times] == [[1, 1]] * 3
+    assert all(len(turn) > 1 for turns in by_turns(calls, 1, seconds=0.001) for turn in turns)
+
+
+def test_training_takes_three_times_the_arithmetic_less_the_images_gradient():
+    def build() -> torch.nn.Module:
+        layers = torch.nn.Conv2d(3, 8, 3, bias=False), torch.nn.Conv2d(8, 4, 1, bias=False), torch.nn.Flatten()
+        return torch.nn.Sequential(*layers)
+
+    first, second = 3 * 8 * 9 * 36, 8 * 4 * 36
+    assert count(build, (3, 8, 8)) == (248, first + second)
+    assert count(build, (3, 8, 8), training=True) == (248, 2 * first + 3 * second)
+
+
+def test_the_peer_is_timms_own_model_with_our_weights():
+    setting = Setting("res2net50_26w_4s", 1, "float32", "infer", (3, 64, 64), threads=2)
+    theirs, ours = make_model("timm", setting), make_model("ours", setting)
+    assert any(isinstance(module, TimmBottle2neck) for module in theirs.modules())
+    assert not any(isinstance(module, TimmBottle2neck) for module in ours.modules())
+    images = make_images(setting)
+    with torch.inference_mode():
+        expected, found = theirs(images), ours(images)
+    assert expected.std() > 1e-3  # residual branches that are not zero
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    names = {str(c) for c in contenders.contenders(setting, ["auto"], ["eager"], ["timm", "resnet50"])}
+    assert names >= {"ours auto", "timm eager", "resnet50 eager", "matrix product torch"}
+
+
+def test_contenders_of_half_precision_and_of_training():
+    def hows(who: str, **changes) -> list[str]:
+        setting = Setting(**{**vars(TINY), "threads": 2, **changes})
+        peers = ["eager", "inductor", "onnxruntime", "openvino"]
+        return [c.how for c in contenders.contenders(setting, ["native"], peers, ["timm"]) if c.who == who]
+
+    assert hows("plain", batch_size=1) == ["eager", "inductor", "onnxruntime", "openvino"]
+    assert hows("plain", batch_size=4)[-1] == "openvino streams"
+    assert hows("plain", precision="bfloat16")[:2] == ["eager", "eager autocast"]
+    assert hows("ours") == ["native"]
+    assert hows("ours", mode="train") == hows("plain", mode="train") == ["eager", "inductor"]
+    assert hows("plain", device="cuda") == ["eager", "inductor"]
+
+
+def test_a_contender_that_computes_something_else_is_left_out(monkeypatch, tmp_path):
+    build(Contender("plain", "eager"), TINY, tmp_path)
+    monkeypatch.setitem(contenders.INFERENCE, "eager", lambda *args: lambda: torch.zeros(2, 1000))
+    with pytest.raises(LeftOut, match="plain eager computes something else: its logits are off by 1 of"):
+        build(Contender("plain", "eager"), TINY, tmp_path)
+
+
+def test_memory_of_a_process_of_its_own(tmp_path):
+    setting = Setting(**{**vars(TINY), "batch_size": 64})
+    taken = peak_memory(Contender("plain", "eager"), setting, tmp_path)
+    if taken is None:
+        pytest.skip("this system does not tell")
+    # The images alone are 3 MB, the first map 8 MB; this process with all its imports has hundreds.
+    assert 11 < taken < 300
+
+
+def test_benchmark_of_inference_and_training(in_process, tmp_path):
+    out = tmp_path / "results.json"
+    what = ["--model", "res2net_tiny", "--batch-size", 1, 3, "--mode", "infer", "train"]
+    run = in_process("scripts/benchmark.py", *what, *QUICK, "--output", out)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(out.read_text())
+    settings = {(row["mode"], row["batch_size"]) for row in rows}
+    assert settings == {("infer", 1), ("infer", 3), ("train", 1), ("train", 3)}
+    whos = [row["contender"] for row in rows if (row["mode"], row["batch_size"]) == ("train", 3)]
+    assert whos[:3] == ["ours eager", "plain eager", "resnet50 eager"]
+    for row in rows:
+        assert 0 < row["lower_quartile_ms"] <= row["median_ms"] <= row["upper_quartile_ms"]
+        assert row["calls"] == 2 == len(row["rounds_ms"]) and row["threads"] == row["machine"]["threads"] == 1
+        assert row["machine"]["versions"]["torch"] == torch.__version__.split("+")[0]
+        assert row["error"] < 1e-2 and row["macs"] > 0 and row["share_of_peak"] > 0
+    ours = [row for row in rows if row["who"] == "ours"]
+    assert ours[1]["macs"] == 3 * ours[0]["macs"] and 2.5 < ours[2]["macs"] / ours[0]["macs"] < 3
+    assert run.stdout.count("times as fast as the best peer, plain eager") == 4
+    assert run.stdout.count("times as fast as the best ResNet-50, resnet50 eager") == 4
+    assert "res2net_tiny, train, float32, batch 3, 64x64" in run.stdout
+
+
+def test_a_contender_that_fails_costs_the_others_nothing(in_process):
+    args = [word for word in QUICK if word != "eager" and word not in ("--backend", "--peers")]
+    args += ["--model", "res2net_tiny", "--backend", "cudagraphs", "--peers", "onnxruntime", "eager"]
+    run = in_process("scripts/benchmark.py", *args, "--precision", "bfloat16", "--against", "timm")
+    assert run.returncode == 1
+    told = [line for line in run.stderr.splitlines() if "left out" in line]
+    assert len(told) == 2 and "ours cudagraphs: this machine has no such backend" in told[0], run.stderr
+    assert "plain onnxruntime: it has no bfloat16 convolutions" in told[1]
+    assert "| plain eager autocast" in run.stdout and "times as fast" not in run.stdout
+
+
+def test_picture_of_the_whole_family(monkeypatch, tmp_path):
+    names = benchmark.family()
+    assert len(names) > 12 and "res2net200_vd_26w_4s" in names and "res2net_tiny" not in names
+    assert benchmark.published_top1("res2net50_vd_26w_4s.pd_in1k") == 79.75
+    results = []
+    for batch_size, (i, name) in itertools.product((1, 8), enumerate(names)):
+        r = result("ours", "native", [batch_size / (20 + 3 * i)], model=name, batch_size=batch_size)
+        r.published_top1 = benchmark.published_top1(name)
+        results.append(r)
+    slower = result("ours", "eager", [9.0], model=names[0], batch_size=1)
+    slower.published_top1 = results[0].published_top1
+    results += [slower, result("resnet50", "openvino", [0.05], batch_size=1)]
+    assert [[r.contender.how for r in panel] for panel in benchmark.panels(results)] == [["native"] * len(names)] * 2
+
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: figures.append(self) or save(self, *args, **kw))
+    benchmark.draw(results, tmp_path / "family.png")
+    assert Image.open(tmp_path / "family.png").size[0] > 1500
+    (figure,) = figures
+    for axis, points in zip(figure.axes, (len(names) + 1, len(names)), strict=True):
+        boxes = [text.get_window_extent() for text in axis.texts if text.get_text()]
+        assert len(boxes) == points
+        # A pixel's worth is what rounding may add.
+        assert not any(a.padded(-1).overlaps(b.padded(-1)) for a, b in itertools.combinations(boxes, 2))
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--model", "res2net51"], "there is no model res2net51"),
+        (["--batch-size", "0"], "0 is not 1 or more"),
+        (["--precision", "int8"], "int8"),
+        (["--peers", "all", "eager"], "--peers takes all, none, or names"),
+        (["--output", "docs"], "docs is a folder; name a file"),
+        (["--output", "no/such/folder/a.json"], "cannot write into"),
+        (["--figure", "a.docx"], "a picture's name ends in"),
+        (["--figure", "a.png", "--output", "a.png"], "are both a.png; name two files"),
+        (["--figure", "a.png", "--mode", "train"], "--figure draws inference"),
+        (["--figure", "a.png", "--model", "res2net_tiny"], "there is none for res2net_tiny"),
+    ],
+)
+def test_benchmark_refuses_bad_input_in_one_line(in_process, args, words):
+    assert words in input_error(in_process("scripts/benchmark.py", *args))
+
+
+def test_a_picture_needs_matplotlib(in_process, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    error = input_error(in_process("scripts/benchmark.py", "--figure", Path("a.png")))
+    assert "drawing needs matplotlib" in error
