@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import platform
+import statistics
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ Call = Callable[[torch.Tensor], torch.Tensor]
 PADDED = 16  # channels that a GPU's matrix units take at a time in half precision
 TOLERANCE = 1e-4  # of float32 logits, relative to the largest
 ROUNDS = 5  # how often each backend is timed
+PAUSE = 0.02  # seconds before each of them, for the threads of the last one to come to rest
 
 
 class Unavailable(Exception):
@@ -212,11 +214,13 @@ def check(found: torch.Tensor, expected: torch.Tensor, precision: Precision) -> 
         raise Unavailable(f"its logits are off by {error:.2g} of the largest, more than {allowed:g}")
 
 
+@torch.no_grad()
 def time_by_turns(calls: list[Call], example: torch.Tensor) -> list[float]:
     """Return the median milliseconds of some backends for the example."""
-    from res2net_zoo.measure import latencies
+    from res2net_zoo.measure import by_turns
 
-    return latencies([partial(call, example) for call in calls], ROUNDS)
+    times = by_turns([partial(call, example) for call in calls], ROUNDS, pause=PAUSE)
+    return [1000 * statistics.median(seconds for turn in turns for seconds in turn) for turns in times]
 
 
 def _native(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
