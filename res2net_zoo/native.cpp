@@ -134,7 +134,9 @@ inline Vec activate(Vec v, int64_t act) {
     return v;
 }
 
-constexpr int AHEAD = 40;  // channels ahead whose weights are fetched; processors on their own stop at pages
+#ifndef AHEAD
+#define AHEAD 40  // channels ahead whose weights are fetched; processors on their own stop at pages
+#endif
 
 template <int M, int N> using Sums = Vec[M][N];
 
