@@ -17,7 +17,7 @@ from torch import fx, nn
 from res2net_zoo import native
 from res2net_zoo.inference import fold_batch_norm
 from res2net_zoo.native import Network, Unsupported
-from tests.conftest import SMALL, relative_error, spread
+from tests.conftest import FEW, SMALL, relative_error, spread
 
 CPUINFO = Path("/proc/cpuinfo")
 needs_bf16 = pytest.mark.skipif(
@@ -48,7 +48,8 @@ def network(model: nn.Module, dtype: torch.dtype = torch.float32, **kwargs) -> N
 
 
 def small(name: str) -> nn.Module:
-    return spread(timm.create_model(name, num_classes=7, **SMALL.get(name, {}))).eval()
+    few = FEW if name.startswith("res2net50") else SMALL.get(name, {})
+    return spread(timm.create_model(name, num_classes=7, **few)).eval()
 
 
 @torch.no_grad()
