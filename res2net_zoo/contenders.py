@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from res2net_zoo.export import INPUT, import_openvino, require, run_onnx
+from res2net_zoo.export import INPUT, import_openvino, openvino_core, require, run_onnx
 from res2net_zoo.measure import count
 from res2net_zoo.pretrained import create_model
 from res2net_zoo.program import InputError
@@ -290,7 +290,7 @@ def _openvino(model: nn.Module, images: torch.Tensor, precision: str, variant: s
         converted = ov.convert_model(model, example_input=shares[0])
         converted.reshape(list(shares[0].shape))  # shapes known beforehand are faster than dynamic ones
         ov.save_model(converted, file, compress_to_fp16=False)
-    compiled = ov.Core().compile_model(file, "CPU", _openvino_settings(precision, streams))
+    compiled = openvino_core().compile_model(file, "CPU", _openvino_settings(precision, streams))
     requests = [compiled.create_infer_request() for _ in shares]
 
     def call() -> torch.Tensor:
@@ -363,7 +363,8 @@ def _product(how: str, setting: Setting) -> Call:
     parameter = op.parameter(list(a.shape), np.float32)
     # Its second matrix is known beforehand, as a layer's weights are.
     product = op.matmul(parameter, op.constant(b.numpy()), False, True)
-    compiled = ov.Core().compile_model(ov.Model([product], [parameter]), "CPU", _openvino_settings(setting.precision))
+    model = ov.Model([product], [parameter])
+    compiled = openvino_core().compile_model(model, "CPU", _openvino_settings(setting.precision))
     request = compiled.create_infer_request()
     return lambda: torch.from_numpy(request.infer([a.numpy()], share_inputs=True, share_outputs=True)[0])
 

@@ -16,6 +16,7 @@ import tempfile
 import xml.etree.ElementTree
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +114,20 @@ def import_openvino() -> Any:
         if sys.modules[reporter] is None:
             del sys.modules[reporter]
     return openvino
+
+
+@cache
+def openvino_core() -> Any:
+    """Return the one OpenVINO runtime of this process.
+
+    Each `Core` gives the thread that makes it another stack for its signals, and takes it away when it
+    goes. Of two that go in the order they came in, the second leaves a stack behind that is no more:
+    the next signal that Python listens to, such as that of a loader's worker ending, ends the process.
+
+    Raises:
+        InputError: OpenVINO is not installed.
+    """
+    return import_openvino().Core()
 
 
 def describe(model: nn.Module, name: str, img_size: int | None = None) -> dict[str, str]:
@@ -301,10 +316,9 @@ def to_openvino(
     Raises:
         InputError: The model takes no such images, or it cannot be exported.
     """
-    openvino = import_openvino()
     # Not by openvino.convert_model, which leaves the size of the images open and takes 2 seconds more.
     proto = to_onnx(model, example_input, dynamic_batch=dynamic_batch)
-    result = openvino.Core().read_model(proto.SerializeToString())
+    result = openvino_core().read_model(proto.SerializeToString())
     for key, value in (facts or {}).items():
         result.set_rt_info(value, [SECTION, key])
     return result
@@ -348,11 +362,10 @@ def run_openvino(source: "Path | openvino.Model", precision: str = "f32", thread
     Returns:
         What runs it: images (N, C, H, W) to its output, in float32.
     """
-    openvino = import_openvino()
     options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
-    compiled = openvino.Core().compile_model(source, "CPU", options)
+    compiled = openvino_core().compile_model(source, "CPU", options)
     return lambda images: compiled(images)[0]
 
 

@@ -54,7 +54,7 @@ def test_both_runtimes_compute_what_the_model_does_for_any_batch(name):
     proto = export.to_onnx(model, x, facts={"model": name})
     assert "BatchNormalization" not in {node.op_type for node in proto.graph.node}
     assert str(Path(timm.__file__).parent) not in str(proto)  # torch would tell where its files are
-    ir = export.import_openvino().Core().read_model(proto.SerializeToString())
+    ir = export.openvino_core().read_model(proto.SerializeToString())
     assert str(ir.inputs[0].partial_shape) == "[?,3,32,32]"
     for run in (export.run_onnx(proto, threads=1), export.run_openvino(ir, threads=1)):
         for n in (1, 3):
@@ -135,6 +135,28 @@ def test_a_file_is_all_that_its_user_needs(in_process, tiny, digits, tmp_path, e
     with torch.no_grad():
         expected = tiny(export.load_images(tiny, [{"image": {"bytes": None, "path": file}} for file in files]))
     assert relative_error(torch.tensor(answer["logits"]), expected) < 1e-5
+
+
+SIGNAL = """
+import faulthandler, os, signal, sys
+from pathlib import Path
+
+from res2net_zoo.export import run_openvino
+
+faulthandler.enable()  # as pytest does: Python's handlers now have a stack of their own
+signal.signal(signal.SIGUSR1, lambda *_: print("heard"))  # as a loader listens to the end of its workers
+first, second = run_openvino(Path(sys.argv[1])), run_openvino(Path(sys.argv[1]))
+del first
+del second
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_signals_are_heard_after_openvino(program, tiny, tmp_path):
+    file = tmp_path / "tiny.xml"
+    export.save_ir(export.to_openvino(tiny, images(1, 64)), file, "float32")
+    result = program("-c", SIGNAL, file)
+    assert (result.returncode, result.stdout) == (0, "heard\n"), result.stderr
 
 
 def test_options_of_onnx(in_process, digits, tmp_path):
