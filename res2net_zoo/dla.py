@@ -79,7 +79,6 @@ class DlaBottle2neck(Res2NetModule):
             **kwargs,
         )
         self.stride = stride
-        self.drop_path: nn.Module | None = None
 
     def forward(
         self,
@@ -104,11 +103,7 @@ class DlaBottle2neck(Res2NetModule):
             check_size(x, 2)
         if shortcut is None:
             shortcut = x
-        x = self.forward_branch(x)
-        if self.drop_path is not None:
-            x = self.drop_path(x)
-        x += shortcut
-        return self.relu(x)
+        return self.forward_residual(x, shortcut)
 
 
 class DLA(ChainedFeatures, timm_dla.DLA):

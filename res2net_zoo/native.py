@@ -15,12 +15,8 @@ that it has.
 
 import contextlib
 import ctypes
-import hashlib
 import mmap
 import operator
-import os
-import shutil
-import subprocess
 import threading
 from dataclasses import dataclass, field
 from functools import cache
@@ -31,11 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from res2net_zoo.hub import assets
-from res2net_zoo.program import temporary_file
+from res2net_zoo.compiled import CannotCompile, compile_library
 
 SOURCE = Path(__file__).with_name("native.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 
 CONV, POINTWISE, MAX_POOL, AVG_POOL, MEAN, RESIZE, INPUT = range(7)
 NONE, RELU, SIGMOID = range(3)
@@ -86,28 +80,10 @@ def library() -> ctypes.CDLL:
     Raises:
         Unsupported: There is no C++ compiler, or it cannot compile them.
     """
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
-    if compiler is None:
-        raise Unsupported("there is no C++ compiler (install g++, or name one in CXX)")
-
-    def run(*args: str) -> bytes:
-        done = subprocess.run([compiler, *args], stdin=subprocess.DEVNULL, capture_output=True)
-        if done.returncode:
-            lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-            raise Unsupported(f"{compiler} cannot compile {SOURCE.name}: {lines[0]}")
-        return done.stdout
-
-    # What the compiler says of the machine tells apart machines that share a home directory.
-    machine = run("-march=native", "-dM", "-E", "-x", "c++", os.devnull)
-    name = hashlib.sha256(b"\0".join((SOURCE.read_bytes(), " ".join(FLAGS).encode(), machine))).hexdigest()[:16]
-    path = assets("native", name) / "steps.so"
-    if not path.exists():
-        with temporary_file(path) as temporary:
-            run(*FLAGS, "-o", str(temporary), str(SOURCE))
     try:
-        found = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise Unsupported(f"cannot load {path}: {error}") from error
+        found = compile_library(SOURCE)
+    except CannotCompile as error:
+        raise Unsupported(str(error)) from error
     found.run.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int)
     found.run.restype = None
     return found

@@ -13,7 +13,7 @@ import timm
 import torch
 
 import res2net_zoo
-from res2net_zoo import native
+from res2net_zoo import compiled, native
 from res2net_zoo.inference import fold_batch_norm
 from res2net_zoo.measure import by_turns
 from res2net_zoo.native import Network
@@ -34,7 +34,7 @@ IDEAS = {
 @contextlib.contextmanager
 def compiled_with(flag: str) -> Iterator[None]:
     native.library.cache_clear()
-    with mock.patch.object(native, "FLAGS", (*native.FLAGS, flag)):
+    with mock.patch.object(compiled, "FLAGS", (*compiled.FLAGS, flag)):
         yield
     native.library.cache_clear()
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
-from res2net_zoo import native
+from res2net_zoo import compiled, native
 from res2net_zoo.inference import fold_batch_norm
 from res2net_zoo.native import Network, Unsupported
 from tests.conftest import FEW, SMALL, relative_error, spread
@@ -221,7 +221,7 @@ def test_on_other_processors(machine, monkeypatch):
     """This machine runs the code for lesser ones too."""
     if machine == "skylake-avx512" and native.library().lanes() == 8:
         pytest.skip("this processor has no AVX-512")
-    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, f"-march={machine}"))
+    monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, f"-march={machine}"))
     native.library.cache_clear()
     try:
         assert native.library().lanes() == (16 if machine == "skylake-avx512" else 8)

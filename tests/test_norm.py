@@ -1,0 +1,249 @@
+"""`res2net_zoo.norm`: a training step computes what plain PyTorch's does, wherever it is taken."""
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from res2net_zoo import compiled, norm
+from res2net_zoo.block import Bottle2neck
+from tests.conftest import SMALL, relative_error, spread
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch) -> list[bool]:
+    """Counts the passes that run here, of tensors of any size."""
+    passes: list[bool] = []
+    call = norm._call
+
+    def counted(backward: bool, *args, **kwargs) -> None:
+        passes.append(backward)
+        call(backward, *args, **kwargs)
+
+    monkeypatch.setattr(norm, "_call", counted)
+    monkeypatch.setattr(norm, "LEAST", 1)
+    return passes
+
+
+@pytest.fixture
+def plainly(monkeypatch) -> Callable[[], None]:
+    return lambda: monkeypatch.setattr(norm, "fits", lambda x: False)
+
+
+def images(*shape: int) -> torch.Tensor:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    return x.to(memory_format=torch.channels_last)
+
+
+def block(**kwargs) -> Bottle2neck:
+    """A block in the middle of a stage, its shortcut the identity."""
+    return spread(Bottle2neck(32, 8, base_width=64, scale=3, **kwargs)).to(memory_format=torch.channels_last).train()
+
+
+def step(model: nn.Module, x: torch.Tensor, bf16: bool = False) -> dict[str, torch.Tensor]:
+    """Return all that a training step computes: output, gradients, running statistics."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        y = model(x)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    (y * weight).sum().backward()
+    found = {"y": y.detach(), "x": x.grad} | {name: p.grad for name, p in model.named_parameters()}
+    return found | dict(model.named_buffers())
+
+
+def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Return the largest error of any of them, each relative to its size."""
+    assert found.keys() == expected.keys()
+    return max(
+        ((found[name].double() - value).norm() / value.double().norm().clamp(min=1e-9)).item()
+        for name, value in expected.items()
+    )
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("name", SMALL)
+def test_a_training_step_of_every_wiring(name, calls, plainly, bf16):
+    """As near to float64 as plain PyTorch is, or nearly: ReLUs near zero make each of them err in other places."""
+    model = spread(timm.create_model(name, num_classes=7, **SMALL[name])).to(memory_format=torch.channels_last).train()
+    plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    x = images(4, 3, 64, 64)
+    fused = step(model, x, bf16)
+    taken = len(calls)
+    plainly()
+    expected = step(exact, x.double())
+    assert taken >= 16 and len(calls) == taken
+    assert worst(fused, expected) < max(5 * worst(step(plain, x, bf16), expected), 1e-4)
+
+
+@settings(deadline=None, max_examples=80)
+@given(data=st.data())
+def test_any_layer(data):
+    draw = data.draw
+    n, h, w = draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(st.integers(2, 9))
+    groups = draw(st.integers(1, 4))
+    chs = groups * draw(st.integers(1, 90))
+    relu, has_add, has_sum = (
+        draw(st.booleans()),
+        groups == 1 and draw(st.booleans()),
+        groups == 1 and draw(st.booleans()),
+    )
+    torch.set_num_threads(draw(st.integers(1, 3)))
+    # Far from zero, where a variance by sums of squares would be lost.
+    x, add, other = (images(n, chs, h, w) + draw(st.sampled_from((0, 30))) for _ in range(3))
+    dys = [images(n, chs // groups, h, w) for _ in range(groups + 1)]
+    layer = spread(nn.BatchNorm2d(chs, momentum=draw(st.floats(0, 1)), eps=1e-3)).train()
+    exact = copy.deepcopy(layer).double()
+    tensors = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, add, other)]
+    doubles = [t.double().requires_grad_() for t in (x, add, other)]
+
+    if has_sum:
+        ys = list(norm.norm_act_sum(tensors[0], layer, tensors[2]))
+    elif groups > 1:
+        ys = list(norm.norm_act_split(tensors[0], layer, groups))
+    else:
+        ys = [norm.norm_act(tensors[0], layer, relu=relu, add=tensors[1] if has_add else None)]
+    y = exact(doubles[0])
+    y = y + doubles[1] if has_add and not has_sum else y
+    y = F.relu(y) if relu or has_sum or groups > 1 else y
+    expected = [y, y + doubles[2]] if has_sum else list(y.chunk(groups, 1))
+    for found, value in zip(ys, expected, strict=True):
+        assert relative_error(found.double(), value) < 1e-4
+    torch.autograd.backward(ys, dys[: len(ys)])
+    torch.autograd.backward(expected, [dy.double() for dy in dys[: len(ys)]])
+    pairs = [(t.grad, d.grad) for t, d in zip(tensors, doubles, strict=True)]
+    pairs += [(layer.weight.grad, exact.weight.grad), (layer.bias.grad, exact.bias.grad)]
+    pairs += zip(layer.buffers(), exact.buffers(), strict=True)
+    for found, value in pairs:
+        assert (found is None) == (value is None)
+        assert found is None or torch.allclose(
+            found.double(), value.double(), rtol=2e-3, atol=2e-4 * (1 + value.abs().max())
+        )
+
+
+def test_the_same_step_gives_the_same_bits(calls):
+    first, second = (step(block(), images(2, 32, 9, 7)) for _ in range(2))
+    assert calls and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_graph_that_is_kept_can_be_walked_again(calls):
+    model, x = block(), images(2, 32, 8, 8)
+    y = model(x)
+    y.square().sum().backward(retain_graph=True)
+    first = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    y.square().sum().backward()
+    assert calls and all(torch.equal(first[name], p.grad) for name, p in model.named_parameters())
+
+
+def test_gradients_of_gradients(calls, plainly):
+    model = block().double().float()  # keeps the memory format
+
+    def penalty() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        x = images(2, 32, 8, 8).requires_grad_()
+        (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        grad.square().sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    fused = penalty()
+    assert calls
+    plainly()
+    assert worst(fused, {name: value.double() for name, value in penalty().items()}) < 1e-3
+
+
+def test_an_output_that_nobody_reads():
+    x, layer = images(2, 12, 5, 5).requires_grad_(), nn.BatchNorm2d(12)
+    _, y, _ = norm.norm_act_split(x, layer, 3)
+    y.sum().backward()
+    assert layer.bias.grad[:4].abs().sum() == layer.bias.grad[8:].abs().sum() == 0 < layer.bias.grad[4:8].sum()
+
+
+def test_checkpointing(calls, plainly):
+    model = spread(timm.create_model("res2net_tiny")).to(memory_format=torch.channels_last).train()
+    plain, x = copy.deepcopy(model), images(2, 3, 64, 64)
+    model.set_grad_checkpointing()
+    found = step(model, x)
+    assert calls
+    plain.set_grad_checkpointing()
+    plainly()
+    exact = {name: value.double() for name, value in step(plain, x).items()}
+    assert worst(found, exact) < 0.02
+
+
+def heard(model: nn.Module) -> None:
+    model.bns[0].register_forward_hook(lambda *args: None)
+
+
+PLAIN = {
+    "evaluation": lambda model: model.eval(),
+    "frozen norm": lambda model: model.bn3.eval(),
+    "somebody listens": heard,
+    "another norm": lambda model: setattr(model, "bn3", nn.GroupNorm(1, 32)),
+    "another activation": lambda model: setattr(model, "relu", nn.SiLU()),
+    "no running statistics": lambda model: setattr(model, "bn3", nn.BatchNorm2d(32, track_running_stats=False)),
+    "averaged statistics": lambda model: setattr(model, "bn3", nn.BatchNorm2d(32, momentum=None)),
+    "blurred": lambda model: setattr(model, "aa", nn.AvgPool2d(1)),
+    "another number type": lambda model: model.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_what_is_no_plain_block_runs_in_plain_pytorch(case, calls):
+    model = block()
+    PLAIN[case](model)
+    x = images(2, 32, 8, 8).to(model.conv1.weight.dtype)
+    model(x).sum().backward()
+    assert not calls
+
+
+def test_other_ways_to_run_a_block(calls):
+    model, x = block(), images(2, 32, 8, 8)
+    with torch.no_grad():
+        model(x)
+    block().to(memory_format=torch.contiguous_format)(x.contiguous())
+    torch.jit.trace(model, x)
+    torch.export.export(model, (x,))
+    assert not calls
+    model(x)
+    assert calls
+
+
+def test_without_a_compiler(monkeypatch, calls):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("CXX", "")
+    norm.library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="training runs in plain PyTorch.*no C.. compiler"):
+            block()(images(2, 32, 8, 8)).sum().backward()
+        with warnings.catch_warnings(action="error"):  # once is enough
+            block()(images(2, 32, 8, 8)).sum().backward()
+        assert not calls
+    finally:
+        norm.library.cache_clear()
+
+
+@pytest.mark.parametrize("machine", ["native", "haswell"])
+def test_on_other_processors(machine, monkeypatch, calls):
+    """Under autocast the shortcut is still in float32."""
+    monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, f"-march={machine}"))
+    norm.library.cache_clear()
+    try:
+        for bf16 in (False, True):
+            fused = step(block(), images(2, 32, 9, 7), bf16)
+            assert calls
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(norm, "fits", lambda x: False)
+                exact, plain = (
+                    step(block().double(), images(2, 32, 9, 7).double()),
+                    step(block(), images(2, 32, 9, 7), bf16),
+                )
+            assert worst(fused, exact) < max(2 * worst(plain, exact), 1e-4)
+    finally:
+        norm.library.cache_clear()
