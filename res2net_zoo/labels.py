@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 from timm.data import ImageNetInfo, RealLabelsImagenet
 
@@ -20,6 +21,16 @@ from res2net_zoo.program import InputError
 HUB_BENCHMARKS = {"ILSVRC/imagenet-1k": "imagenet-1k", "timm/imagenet-1k-wds": "imagenet-1k"}
 SUBSETS = {"imagenet-a": "imagenet_a_synsets.txt", "imagenet-r": "imagenet_r_synsets.txt"}
 NUM_VALIDATION_IMAGES = 50_000
+
+
+def class_names(model: Any) -> list[str]:
+    """Return the name of each of a timm model's classes: its own, ImageNet's for 1,000 classes, else numbers."""
+    if names := model.pretrained_cfg.get("label_names"):
+        return list(names)
+    if model.num_classes == 1000:
+        info = ImageNetInfo()
+        return [info.index_to_description(i) for i in range(1000)]
+    return [str(i) for i in range(model.num_classes)]
 
 
 @cache

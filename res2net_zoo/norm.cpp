@@ -46,8 +46,8 @@ template <class T> inline T* at(const Matrix& x, int64_t m, int64_t c) { return 
 // A vector of a group's channels: all of them, or fewer at its end.
 struct Whole {
     Lanes some;
-    Whole(const Group&, int64_t) : some(first(LANES)) {}
-    template <class T> Vec read(const T* p) const { return load(p, first(LANES)); }
+    Whole(const Group&, int64_t) : some(ALL) {}
+    template <class T> Vec read(const T* p) const { return load(p, ALL); }
 };
 struct Rest {
     Lanes some;

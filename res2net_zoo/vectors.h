@@ -34,7 +34,8 @@ using Vec = __m512;
 inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec splat(float x) { return _mm512_set1_ps(x); }
 using Lanes = __mmask16;
-inline Lanes first(int64_t n) { return static_cast<Lanes>(n >= LANES ? 0xffff : (1u << n) - 1); }
+constexpr Lanes ALL = 0xffff;
+inline Lanes first(int64_t n) { return static_cast<Lanes>(n >= LANES ? ALL : (1u << n) - 1); }
 inline Vec load(const float* p, Lanes some) { return _mm512_maskz_loadu_ps(some, p); }
 inline void store(float* p, Vec v, Lanes some) { _mm512_mask_storeu_ps(p, some, v); }
 inline Vec load(const bf16* p, Lanes some) {
@@ -65,6 +66,7 @@ typedef float Vec __attribute__((vector_size(32), aligned(4)));
 inline Vec zero() { return Vec{}; }
 inline Vec splat(float x) { return x - Vec{}; }
 using Lanes = int;
+constexpr Lanes ALL = LANES;
 inline Lanes first(int64_t n) { return n < LANES ? n : LANES; }
 template <class T> inline Vec load(const T* p, Lanes some) {
     Vec v{};

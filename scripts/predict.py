@@ -56,6 +56,7 @@ def main(args: argparse.Namespace) -> int:
     from accelerate.utils import gather_object
 
     from res2net_zoo.images import find_images
+    from res2net_zoo.labels import class_names
     from res2net_zoo.pretrained import create_model
     from res2net_zoo.program import InputError, all_or_none, check_writable, progress_bar, start_processes
 
@@ -94,18 +95,6 @@ def main(args: argparse.Namespace) -> int:
     accelerator.wait_for_everyone()  # a process that ends with 1 makes the launcher end the others
     accelerator.end_training()
     return 1 if skipped else 0
-
-
-def class_names(model: Any) -> list[str]:
-    """Return the name of each class: the model's own, ImageNet's for 1,000 classes, else numbers."""
-    from timm.data import ImageNetInfo
-
-    if names := model.pretrained_cfg.get("label_names"):
-        return list(names)
-    if model.num_classes == 1000:
-        info = ImageNetInfo()
-        return [info.index_to_description(i) for i in range(1000)]
-    return [str(i) for i in range(model.num_classes)]
 
 
 # Path; why it is left out; the scores and classes of its first answers, the best first; embedding.

@@ -1,0 +1,110 @@
+"""Show where in images models see a class: class activation maps, side by side.
+
+Usage: python scripts/cam.py IMAGE | FOLDER | 'GLOB' ... [--model NAME ...] [--class NAME ...] [--output cam.png]
+
+The paper's Figure 4 is `--model res2net50_26w_4s resnet50`. Each model is shown an image as its own
+preprocessing makes it. With no --model the small model that the repository ships looks for digits.
+
+Exit codes: 0 done; 2 bad input.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from arguments import SHIPPED_MODEL, within
+
+METHODS = {  # the grad-cam package's
+    "gradcam": "GradCAM",
+    "gradcam++": "GradCAMPlusPlus",
+    "xgradcam": "XGradCAM",
+    "layercam": "LayerCAM",
+    "eigencam": "EigenCAM",
+}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,  # so that a wrong argument is told in one line
+    )
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGE", help="image files, folders of them, or quoted patterns such as 'a/*.jpg'")
+    default = f"local-dir:{os.path.relpath(SHIPPED_MODEL)}"
+    add("--model", nargs="+", default=[default], metavar="NAME", help="what timm.create_model takes (%(default)s)")
+    add(
+        "--class",
+        nargs="+",
+        dest="classes",
+        metavar="NAME",
+        help="name or number of the class to look for: one for all images, or one for each "
+        "(default: what the first model takes the image for)",
+    )
+    add("--method", choices=METHODS, default="gradcam", help="(%(default)s)")
+    add("--output", type=Path, default=Path("cam.png"), metavar="FILE", help="the picture (%(default)s)")
+    add("--threads", type=within(int, 1), metavar="N", help="CPU threads (default all cores)")
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> int:
+    import torch
+
+    from res2net_zoo import cam
+    from res2net_zoo.images import find_images
+    from res2net_zoo.labels import class_names
+    from res2net_zoo.pretrained import create_model
+    from res2net_zoo.program import InputError, check_writable, markdown_table, progress_bar, start_processes
+
+    cam.require()
+    accelerator = start_processes(args.threads)
+    if accelerator.num_processes > 1:
+        raise InputError("a picture is drawn by one process; start this without accelerate launch")
+    paths = find_images(args.images)
+    if args.classes and len(args.classes) not in (1, len(paths)):
+        raise InputError(f"there are {len(paths)} images and {len(args.classes)} classes; give one class or as many")
+    check_writable(args.output.resolve().parent)
+    cam.check_format(args.output)
+
+    models: list[Any] = []
+    for name in args.model:
+        model: Any = create_model(name).eval().to(accelerator.device)
+        if not model.num_classes:
+            raise InputError(f"{name} has no classifier, and so sees no classes")
+        if class_names(model) != class_names(models[0] if models else model):
+            raise InputError(f"{name} and {args.model[0]} have other classes; compare models of the same")
+        models.append(model)
+    names = class_names(models[0])
+    wanted = [cam.find_class(word, names) for word in args.classes or ()]
+    wanted = wanted * len(paths) if len(wanted) == 1 else wanted
+
+    rows, told = [], []
+    for i, path in enumerate(progress_bar(accelerator, paths, desc="cam", unit="image")):
+        # What the models are shown; who does not choose the class need not look at it first.
+        shown = [cam.load(model, path) for model in models]
+        if wanted:
+            index = wanted[i]
+        else:
+            with torch.inference_mode():
+                index = int(models[0](shown[0].to(accelerator.device)).argmax())
+        seen = []
+        for name, model, image in zip(args.model, models, shown, strict=True):
+            heat, logits = cam.activation_maps(model, image.to(accelerator.device), [index], METHODS[args.method])
+            score = float(logits.float().softmax(1)[0, index])
+            seen.append(cam.Seen(name.rpartition("/")[2], cam.picture(model, image), heat[0], score))
+        rows.append((Path(path).name, names[index], seen))
+        told.append((path, names[index], *(f"{100 * one.score:.1f}" for one in seen)))
+    cam.draw(rows, args.output)
+    print(markdown_table(("image", "class", *(f"{one.model} (percent)" for one in rows[0][2])), told))
+    print(f"wrote {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+
+    from res2net_zoo.program import run
+
+    sys.exit(run(lambda: main(arguments)))
