@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from res2net_zoo import norm
+from res2net_zoo.pointwise import pointwise, pointwise_and_shortcut
 
 Wiring = Literal["official", "paddle"]
 
@@ -202,13 +203,13 @@ class Res2NetModule(nn.Module):
         Returns:
             As the shortcut.
         """
-        x = self.conv1(x)
-        fused = False
-        if not torch.jit.is_scripting():
-            fused = self.can_fuse(x)
-        x = self.conv3(self.forward_groups_fused(x) if fused else self.forward_groups(x))
-        if fused and self.se is None and isinstance(self.drop_path, (NoneType, nn.Identity)):
-            return self.forward_end_fused(x, shortcut, last_act)
+        if not torch.jit.is_scripting() and self.can_fuse(x):
+            return self.forward_fused(x, shortcut, last_act)
+        x = self.conv3(self.forward_groups(self.conv1(x)))
+        return self.forward_end(x, shortcut, last_act)
+
+    def forward_end(self, x: torch.Tensor, shortcut: torch.Tensor, last_act: bool) -> torch.Tensor:
+        """Compute what follows conv3."""
         x = self.bn3(x)
         if self.se is not None:
             x = self.se(x)
@@ -234,14 +235,29 @@ class Res2NetModule(nn.Module):
 
     @torch.jit.unused
     def can_fuse(self, x: torch.Tensor) -> bool:
-        """Whether conv1's output can go through the fused steps, and nobody listens to what they leave out."""
+        """Whether an input can go through the fused steps, and nobody listens to what they leave out."""
         layers = [self.relu, self.bn1, *self.bns, self.bn3, self.conv1, *self.convs, self.conv3]
         idle = isinstance(self.aa, nn.Identity) and isinstance(self.drop_block, nn.Identity)
         return self.scale > 1 and idle and norm.fits(x) and norm.is_plain(layers)
 
     @torch.jit.unused
+    def forward_fused(self, x: torch.Tensor, shortcut: torch.Tensor, last_act: bool) -> torch.Tensor:
+        """Compute the block in fewer steps, in training on a CPU: see `res2net_zoo.norm` and `.pointwise`."""
+        conv1, conv3 = self.conv1, self.conv3
+        plain_end = self.se is not None or not isinstance(self.drop_path, (NoneType, nn.Identity))
+        if plain_end:
+            x = pointwise(conv3, self.forward_groups_fused(pointwise(conv1, x)))
+            return self.forward_end(x, shortcut, last_act)
+        if shortcut is x:
+            x, shortcut = pointwise_and_shortcut(conv1, x)
+        else:
+            x = pointwise(conv1, x)
+        x = pointwise(conv3, self.forward_groups_fused(x))
+        return norm.norm_act(x, cast(nn.BatchNorm2d, self.bn3), relu=last_act, add=shortcut)
+
+    @torch.jit.unused
     def forward_groups_fused(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute what `forward_groups` does in fewer steps, in training on a CPU: see `res2net_zoo.norm`."""
+        """Compute what `forward_groups` does in fewer steps."""
         bn1, bns = cast(Any, self.bn1), cast(Any, self.bns)
         if self.hierarchical:
             whole, slots = norm.slots(x[:, : x.shape[1] // self.scale], self.scale)
@@ -259,11 +275,6 @@ class Res2NetModule(nn.Module):
                 out, y = norm.norm_act(conv(y), bn, out=slot), cast(torch.Tensor, following)
             scales.append(out)
         return norm.concatenated(whole, [*scales, last])
-
-    @torch.jit.unused
-    def forward_end_fused(self, x: torch.Tensor, shortcut: torch.Tensor, last_act: bool) -> torch.Tensor:
-        """Normalize, add the shortcut and activate in one step."""
-        return norm.norm_act(x, cast(Any, self.bn3), relu=last_act, add=shortcut)
 
 
 class Bottle2neck(Res2NetModule):
@@ -343,11 +354,9 @@ class Bottle2neck(Res2NetModule):
         """Compute the projection shortcut, its norm in fewer steps where that can be."""
         chain = cast(Any, self.downsample)
         last_two = list(chain.children())[-2:]
-        traced = not isinstance(x, torch.Tensor)  # and so are its parameters
-        if traced or len(last_two) < 2 or not norm.is_plain([chain, *last_two]):
+        if len(last_two) < 2 or not norm.fits(x) or not norm.is_plain([chain, *last_two]):
             return chain(x)
-        x, bn = chain[:-1](x), last_two[1]
-        return norm.norm_act(x, bn, relu=False) if norm.fits(x) else bn(x)
+        return norm.norm_act(chain[:-1](x), last_two[1], relu=False)
 
 
 def fold(conv: Any, norm: Any) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 from res2net_zoo.compiled import CannotCompile, compile_library
 
@@ -40,16 +41,22 @@ def library() -> ctypes.CDLL | None:
 
 
 def fits(x: Any) -> bool:
-    """Whether a tensor (N, C, H, W) that is about to be normalized in training may be so here."""
+    """Whether what a convolution makes of a tensor (N, C, H, W) may be normalized here, in training.
+
+    Tracers, compilers and transforms see PyTorch's own operations.
+    """
     return (
-        type(x) is torch.Tensor  # neither a compiler's nor a tracer's stand-in for one
+        not torch.jit.is_tracing()
+        and type(x) is torch.Tensor  # neither a compiler's nor a tracer's stand-in for one
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.numel() >= LEAST
         and x.is_contiguous(memory_format=torch.channels_last)
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16)
         and library() is not None
     )
 
@@ -85,7 +92,7 @@ def norm_act(
     """Compute act(norm(x) + add).
 
     Args:
-        x: The output of a convolution, (N, C, H, W), for which `fits` holds. Its memory is given up in
+        x: The output of a convolution, (N, C, H, W), for whose input `fits` holds. Its memory is given up in
             the backward pass, unless the graph is kept.
         norm: The layer, in training; its running statistics are updated.
         relu: Whether the activation is ReLU, or none.
@@ -172,7 +179,15 @@ NORM = (
 GROUP = ("x", "y", "add", "next", "sum", "dy", "dsum", "dx", "dadd")
 
 
-def _call(backward: bool, x: torch.Tensor, count: int, tensors: dict[str, Any], *numbers: float, **kwargs: Any) -> None:
+def _call(
+    backward: bool,
+    x: torch.Tensor,
+    count: int,
+    tensors: dict[str, Any],
+    stats: torch.Tensor,
+    *numbers: float,
+    **kwargs: Any,
+) -> None:
     """Run a pass over x in so many groups.
 
     Args:
@@ -180,11 +195,14 @@ def _call(backward: bool, x: torch.Tensor, count: int, tensors: dict[str, Any], 
         x: The input, (N, C, H, W).
         count: Number of groups.
         tensors: By `GROUP`'s names, a tensor of all channels, a list of one for each group, or None.
+        stats: Mean, inverse standard deviation and scale, (3, C): what forward tells backward.
         *numbers: The forward pass's momentum and epsilon.
-        **kwargs: Fields of `NORM`.
+        **kwargs: The other fields of `NORM`.
     """
     chs, size, bytes_each = x.shape[1], x.shape[1] // count, x.element_size()
+    mean = stats.data_ptr()
     kwargs |= dict(pixels=x.numel() // chs, channels=chs, groups=count)
+    kwargs |= dict(mean=mean, invstd=mean + 4 * chs, scale=mean + 8 * chs)
     words = [0 if (value := kwargs.get(name)) is None else _word(value) for name in NORM]
     for i in range(count):
         words += (i * size, size)
@@ -211,13 +229,12 @@ class _NormAct(torch.autograd.Function):
     def forward(ctx: Any, norm: Any, relu: bool, count: int, outs: list, x: Any, add: Any, other: Any, w: Any, b: Any):
         x, add, other = _dense(x), _dense(add), _dense(other)
         size = x.shape[1] // count
-        mean, invstd, scale = stats = torch.empty(3, x.shape[1])
+        stats = torch.empty(3, x.shape[1])
         ys = [_like(x, size) if out is None else out for out in outs]
         total = None if other is None else _like(x, size)
         tensors = dict(x=x, y=ys, add=add, next=other, sum=total)
         running = dict(running_mean=norm.running_mean, running_var=norm.running_var)
-        computed = dict(mean=mean, invstd=invstd, scale=scale, **running)
-        _call(False, x, count, tensors, norm.momentum, norm.eps, relu=relu, weight=w, bias=b, **computed)
+        _call(False, x, count, tensors, stats, norm.momentum, norm.eps, relu=relu, weight=w, bias=b, **running)
         norm.num_batches_tracked.add_(1)
         # Which activations passed is known from x, unless something was added.
         ctx.save_for_backward(x, w, b, stats, add, ys[0] if add is not None and relu else None)
@@ -241,11 +258,9 @@ class _NormAct(torch.autograd.Function):
         # Nobody else reads x, which a convolution has written, and we will not again.
         dx = x if ctx.gives_x_up and not _keeps_graph() else _like(x, x.shape[1])
         dadd = None if add is None else _like(x, size)
-        mean, invstd, scale = stats
         dw, db = torch.empty_like(w), torch.empty_like(b)
         tensors = dict(x=x, y=y, dy=dense, dsum=dsum, dx=dx, dadd=dadd)
-        known = dict(mean=mean, invstd=invstd, scale=scale, dweight=dw, dbias=db)
-        _call(True, x, count, tensors, relu=ctx.relu, bias=b, **known)
+        _call(True, x, count, tensors, stats, relu=ctx.relu, bias=b, dweight=dw, dbias=db)
         return None, None, None, None, dx, dadd, dsum, dw, db
 
 

@@ -1,8 +1,8 @@
-"""Compare a training step of the zoo's block with one of timm's own: a ratio of speeds, in turns. By hand.
+"""Compare a training step of the zoo's Res2Net with one of timm's own: a ratio of speeds, in turns. By hand.
 
 `python -m tests.compare_block [--rounds 15] [--threads 2] [--precision bf16 float32]`
 
-Both are res2net50_26w_4s in channels_last, timm's ResNet around either block, with the same weights.
+Both are res2net50_26w_4s in channels_last, with the same weights.
 A step is forward, loss, backward and SGD; in bf16 forward and loss run under torch.autocast, as
 accelerate runs them. A round times one step of each, in an order that changes from round to round;
 the ratio is that of the medians. On a machine that others work on, `--clock cpu --threads 1` counts the
@@ -20,15 +20,20 @@ from timm.models.resnet import ResNet
 from torch import nn
 
 from res2net_zoo.block import Bottle2neck
+from res2net_zoo.res2net import Res2Net
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def training_step(block: type[nn.Module], args: argparse.Namespace, precision: str) -> Callable[[], None]:
+MODELS = {"timm": (ResNet, TimmBottle2neck), "zoo": (Res2Net, Bottle2neck)}
+
+
+def training_step(whose: str, args: argparse.Namespace, precision: str) -> Callable[[], None]:
     """Build a model and return what trains it for one step."""
     torch.manual_seed(0)
     block_args = dict(scale=args.scale)
-    model = ResNet(block=block, layers=(3, 4, 6, 3), base_width=args.base_width, block_args=block_args)
+    model_cls, block = MODELS[whose]
+    model: nn.Module = model_cls(block=block, layers=(3, 4, 6, 3), base_width=args.base_width, block_args=block_args)
     model = model.to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size).to(memory_format=torch.channels_last)
@@ -58,10 +63,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     clock = CLOCKS[args.clock]
     for precision in args.precision:
-        steps = {
-            name: training_step(block, args, precision)
-            for name, block in {"timm": TimmBottle2neck, "zoo": Bottle2neck}.items()
-        }
+        steps = {name: training_step(name, args, precision) for name in MODELS}
         times: dict[str, list[float]] = {name: [] for name in steps}
         for turn in range(-2, args.rounds):  # the first two warm up
             for name in sorted(steps, reverse=turn % 2 == 1):
