@@ -326,11 +326,22 @@ def test_what_changes_the_result_is_measured_again(in_process, tmp_path):
     assert len(results(tmp_path / "r.json")) == 4
 
 
+def heed_the_keyboard() -> None:
+    """Listen to SIGINT, which the children of a shell's background job do not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupted_by_the_keyboard(tmp_path):
-    images = save_images(tmp_path / "images", [str(i) for i in range(10)], 200)  # seconds, on a busy machine too
+    images = save_images(tmp_path / "images", [str(i) for i in range(10)], 60)
     args = [VALIDATE, "--model", SHIPPED, "local-dir:hub/models/res2net_tiny.digits", "--data", str(images)]
     args += ["--batch-size", "1", "--workers", "0", "--output", str(tmp_path / "r.json")]
-    process = subprocess.Popen([sys.executable, *args], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *args],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_the_keyboard,
+    )
     while not (tmp_path / "r.json").exists():  # the first model is done, the second under way
         assert process.poll() is None
         time.sleep(0.005)
