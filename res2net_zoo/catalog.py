@@ -202,13 +202,49 @@ class Checkpoint:
         return f"{self.architecture}.{self.tag}"
 
 
+@strict
+@dataclass(kw_only=True)
+class Target:
+    """What a publication reaches in a task beyond classification.
+
+    Attributes:
+        task: One of `res2net_zoo.tasks.TASKS`.
+        head: One of the task's heads.
+        model: The backbone; ResNets are there to be compared with.
+        data: What it was measured on, such as `COCO`.
+        figures: Its figures by name, as evaluations call them.
+        source: Who published it, and where.
+    """
+
+    task: str = _check(_filled, "a task")
+    head: str = _check(_filled, "a head")
+    model: str = _check(_filled, "a backbone's name")
+    data: str = _check(_filled, "a dataset's name")
+    figures: dict[str, float] = _check(lambda x: bool(x) and all(map(_percent, x.values())), "figures up to 100")
+    source: str = _check(_filled, "a source")
+
+
 @dataclass(frozen=True)
 class Catalog:
-    """All architectures and checkpoints, by name, in the catalogue's order; and where its sources are to be read."""
+    """All architectures and checkpoints, by name, in the catalogue's order; targets; where sources are to be read."""
 
     architectures: dict[str, Architecture]
     checkpoints: dict[str, Checkpoint]
     sources: dict[str, str]
+    targets: tuple[Target, ...] = ()
+
+    def target(self, task: str, head: str, model: str, data: str) -> Target:
+        """Return what is published for a task's model.
+
+        Raises:
+            InputError: Nothing is; says what there is.
+        """
+        of_head = [target for target in self.targets if (target.task, target.head) == (task, head)]
+        for target in of_head:
+            if (target.model, target.data) == (model, data):
+                return target
+        there = ", ".join(f"{target.model} on {target.data}" for target in of_head)
+        raise InputError(f"nothing is published of {head} on {model} with {data}; there is {there or 'nothing'}")
 
     def checkpoint(self, name: str) -> Checkpoint | None:
         """Return the checkpoint called `arch.tag`, or the default one of `arch`, if there is one."""
@@ -284,7 +320,8 @@ def parse(text: str) -> Catalog:
                 raise CatalogError(
                     f"catalogue entry {checkpoint.name}: source {accuracy.source!r} begins with no key of sources"
                 )
-    return Catalog(architectures, checkpoints, sources)
+    targets = tuple(_record(Target, f"target {i}", row) for i, row in enumerate(data.get("targets", []), 1))
+    return Catalog(architectures, checkpoints, sources, targets)
 
 
 def path() -> Path:

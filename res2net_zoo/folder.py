@@ -1,8 +1,9 @@
 """A model folder: weights, config, card and fingerprint, as timm reads and the Hub keeps it."""
 
+import contextlib
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,41 +23,23 @@ from res2net_zoo.weights import is_released, save_weights
 EVAL_RESULTS = ".eval_results"
 
 
-def write_model_folder(
-    folder: Path,
-    model: nn.Module,
-    card: ModelCard,
-    label_names: Sequence[str] | None = None,
-    metadata: dict[str, str] | None = None,
-    eval_results: Mapping[str, Sequence[EvalResultEntry]] | None = None,
-) -> None:
-    """Write a model as a folder that `timm.create_model("local-dir:FOLDER")` reads.
+@contextlib.contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder, which takes a folder's place once all is written.
 
-    The folder is made beside its place and then renamed, so that it is the old one or the new one,
+    It is made beside its place and then renamed, so that the folder is the old one or the new one,
     whole, and never holds a new weight with an old card. Killed in the instant between the two
     renames it leaves the old one as `.FOLDER-old-*`. Other files of an old folder move along.
 
     Args:
-        folder: Where to write it.
-        model: A model that `timm.create_model` made.
-        card: Its card.
-        label_names: Name of each class.
-        metadata: What the weights' file is to say of itself.
-        eval_results: Files of the folder `.eval_results`, by name.
+        folder: The folder.
     """
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-new-"))
     old = new.with_name(new.name.replace("-new-", "-old-"))
     try:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_weights(tensors, new / WEIGHTS, metadata or {})
-        save_config_for_hf(model, str(new / "config.json"), model_config={"label_names": list(label_names or [])})
-        card.save(new / "README.md")
-        for name, entries in (eval_results or {}).items():
-            (new / EVAL_RESULTS).mkdir(exist_ok=True)
-            (new / EVAL_RESULTS / name).write_text(yaml_dump(eval_result_entries_to_yaml(list(entries))))
-        fingerprint.write(new)
+        yield new
         for path in (new, *new.rglob("*")):
             make_readable(path)
         if folder.exists():
@@ -72,6 +55,62 @@ def write_model_folder(
         shutil.rmtree(new, ignore_errors=True)
         if folder.exists():  # else the only good copy is the old one
             shutil.rmtree(old, ignore_errors=True)
+
+
+def write_model_folder(
+    folder: Path,
+    model: nn.Module,
+    card: ModelCard,
+    label_names: Sequence[str] | None = None,
+    metadata: dict[str, str] | None = None,
+    eval_results: Mapping[str, Sequence[EvalResultEntry]] | None = None,
+) -> None:
+    """Write a model as a folder that `timm.create_model("local-dir:FOLDER")` reads, by `replaced_folder`.
+
+    Args:
+        folder: Where to write it.
+        model: A model that `timm.create_model` made.
+        card: Its card.
+        label_names: Name of each class.
+        metadata: What the weights' file is to say of itself.
+        eval_results: Files of the folder `.eval_results`, by name.
+    """
+    with replaced_folder(folder) as new:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_weights(tensors, new / WEIGHTS, metadata or {})
+        save_config_for_hf(model, str(new / "config.json"), model_config={"label_names": list(label_names or [])})
+        card.save(new / "README.md")
+        for name, entries in (eval_results or {}).items():
+            (new / EVAL_RESULTS).mkdir(exist_ok=True)
+            (new / EVAL_RESULTS / name).write_text(yaml_dump(eval_result_entries_to_yaml(list(entries))))
+        fingerprint.write(new)
+
+
+def write_backbone(
+    folder: Path, architecture: str, state: Mapping[str, torch.Tensor], preprocessing: Mapping[str, Any]
+) -> None:
+    """Write a backbone without a classifier, as timm reads it as `local-dir:FOLDER`.
+
+    Args:
+        folder: Where; it is made.
+        architecture: Its name.
+        state: Its state dict, of timm's `features_only` model.
+        preprocessing: What differs from that of the architecture's published weights, such as `mean`.
+    """
+    with torch.device("meta"):
+        model: Any = timm.create_model(architecture, num_classes=0)
+    # It is none of the published weights any more.
+    model.pretrained_cfg = {
+        "architecture": architecture,
+        "input_size": model.pretrained_cfg["input_size"],
+        **preprocessing,
+    }
+    for key in ("first_conv", "classifier", "interpolation", "crop_pct", "pool_size"):
+        model.pretrained_cfg[key] = model.default_cfg[key]
+    folder.mkdir()
+    tensors = {name: state[name].detach().cpu().contiguous() for name in model.state_dict()}
+    save_weights(tensors, folder / WEIGHTS, {})
+    save_config_for_hf(model, str(folder / "config.json"))
 
 
 def write_converted(

@@ -135,7 +135,7 @@ def progress_bar(accelerator: "Accelerator | None", iterable: Iterable | None = 
     """Return a progress bar with an ETA, on the main process only.
 
     Args:
-        accelerator: The processes, or None for a program of a single one.
+        accelerator: The processes, or None where they are not at hand.
         iterable: What to go through, or None to call `update`.
         **kwargs: As for tqdm.
     """
@@ -143,7 +143,7 @@ def progress_bar(accelerator: "Accelerator | None", iterable: Iterable | None = 
 
     # In a log file every update is a line of its own; what is done at once needs no bar at all.
     interval, delay = (0.1, 1) if sys.stderr.isatty() else (10, 10)
-    silent = accelerator is not None and not accelerator.is_main_process
+    silent = int(os.environ.get("RANK", "0")) > 0 if accelerator is None else not accelerator.is_main_process
     return tqdm(iterable, disable=silent, leave=False, mininterval=interval, delay=delay, **kwargs)
 
 

@@ -35,7 +35,7 @@ class Res2Net(ResNet):
         x = self.maxpool(self.forward_stem(self.conv1(x)))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq([self.layer1, self.layer2, self.layer3, self.layer4], x, flatten=True)
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))  # type: ignore[operator]
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
     def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
         """Normalize and activate what conv1 computed."""

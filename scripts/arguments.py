@@ -26,11 +26,11 @@ def within(kind: Callable[[str], float], low: float, high: float = math.inf) -> 
     return parse
 
 
-def find_recipe(parser: argparse.ArgumentParser, name: str) -> Path:
-    """Return the file of a recipe: one of scripts/recipes by its name, or any by its path."""
-    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+def find_recipe(parser: argparse.ArgumentParser, name: str, folder: Path = RECIPES) -> Path:
+    """Return the file of a recipe: one of a folder by its name, or any by its path."""
+    path = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
     if not path.is_file():
-        names = sorted(recipe.stem for recipe in RECIPES.glob("*.toml"))
+        names = sorted(recipe.stem for recipe in folder.glob("*.toml"))
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
         parser.error(f"no recipe {name}; {hint}")

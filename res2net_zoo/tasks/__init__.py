@@ -1,0 +1,22 @@
+"""The paper's downstream tasks on backbones of the zoo (Gao et al., TPAMI 2021, Sections 4.6 to 4.9).
+
+A task is one class: its network, its losses, its predictions, its data and its figures, in one short
+file. What they share is in `base` (a model and its folder) and `engine` (training and evaluation).
+"""
+
+from importlib import import_module
+
+from res2net_zoo.tasks.base import TaskModel, load, load_settings
+
+__all__ = ["TASKS", "TaskModel", "load", "load_settings", "task_class"]
+
+# Imported when asked for: each needs libraries that the others do not.
+TASKS = {
+    "saliency": "Saliency",
+    "segmentation": "Segmentation",
+}
+
+
+def task_class(task: str) -> type[TaskModel]:
+    """Return the class of a task, of those in `TASKS`."""
+    return getattr(import_module(f"res2net_zoo.tasks.{task}"), TASKS[task])

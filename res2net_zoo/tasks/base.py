@@ -1,0 +1,318 @@
+"""A model for a task: a backbone of the zoo and a head, as a folder that goes to the Hub and comes back."""
+
+import importlib.util
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import timm
+import torch
+from accelerate import Accelerator
+from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import parse_model_name
+from torch import nn
+from torch.utils.data import Dataset
+
+from res2net_zoo.folder import replaced_folder, write_backbone
+from res2net_zoo.pretrained import create_model
+from res2net_zoo.program import WEIGHTS, InputError
+from res2net_zoo.training import freeze
+from res2net_zoo.weights import save_weights
+
+Figures = dict[str, float]
+
+
+class Annotated(Dataset, ABC):
+    """Images and what is known of them. Opening one checks all annotations; images are read one by one.
+
+    Attributes:
+        classes: Name of each class.
+    """
+
+    classes: list[str]
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    @abstractmethod
+    def __getitem__(self, i: int) -> tuple[Image.Image, dict[str, Any]]:
+        """Return an image in RGB and what is known of it."""
+
+    @abstractmethod
+    def path(self, i: int) -> Path:
+        """Return an image's file."""
+
+
+class Score(ABC):
+    """The figures of an evaluation, exact on any number of processes.
+
+    Each process tells of its own images; `compute` is called by all of them and returns the same in all.
+    """
+
+    @abstractmethod
+    def update(self, i: int, target: dict[str, Any], prediction: Any) -> None:
+        """Take note of what a model said of image `i`."""
+
+    @abstractmethod
+    def compute(self, accelerator: Accelerator) -> Figures:
+        """Return the figures, by the names that the paper's tables use."""
+
+
+class TaskModel(nn.Module, ABC):
+    """A backbone of the zoo with a task's head.
+
+    Args:
+        model: What `timm.create_model` takes: the backbone.
+        classes: Name of each class that is told apart.
+        head: One of the task's `heads`; default the first.
+        img_size: Length of an image's side in training and evaluation, in pixels; default the task's.
+        output_stride: Of the backbone, where the head can have another than 32.
+        mean: Of the images' channels, from 0 to 1; default the backbone's. So with `std`.
+        std: Their standard deviation.
+        pretrained: Whether to load the backbone's weights.
+
+    Attributes:
+        settings: All of these, by which the model is built again; `model` is the architecture.
+        network: Backbone and head.
+
+    Raises:
+        InputError: No such head, or no such backbone for it.
+    """
+
+    task: ClassVar[str]
+    heads: ClassVar[tuple[str, ...]]
+    img_size: ClassVar[int]  # the default
+    best: ClassVar[str]  # the figure by which the best epoch is chosen, of which more is better
+    requires: ClassVar[dict[str, str]] = {}  # package by module
+    less_is_better: ClassVar[frozenset[str]] = frozenset()  # figures that are errors
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(
+        self,
+        model: str,
+        classes: Sequence[str],
+        head: str | None = None,
+        img_size: int | None = None,
+        output_stride: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        pretrained: bool = False,
+    ) -> None:
+        super().__init__()
+        self.check_installed()
+        head = self.heads[0] if head is None else head
+        if head not in self.heads:
+            raise InputError(f"{self.task} has no head {head}; there are {', '.join(self.heads)}")
+        options: dict[str, Any] = {} if output_stride is None else {"output_stride": output_stride}
+        features: Any = create_model(model, pretrained, features_only=True, **options)
+        config = features.pretrained_cfg
+        self.settings: dict[str, Any] = dict(
+            model=config["architecture"],
+            classes=list(classes),
+            head=head,
+            img_size=img_size or type(self).img_size,
+            output_stride=output_stride,
+            mean=list(config["mean"] if mean is None else mean),
+            std=list(config["std"] if std is None else std),
+        )
+        for key in ("mean", "std"):
+            self.register_buffer(key, torch.tensor(self.settings[key]).view(-1, 1, 1), persistent=False)
+        if len(self.mean) != 3:
+            raise InputError(f"{model} takes images of {len(self.mean)} channels; the tasks are on RGB")
+        self._stay: list[nn.Module] = []
+        self.network = self.build(features)
+
+    @classmethod
+    def check_installed(cls) -> None:
+        """Check that what the task needs is installed.
+
+        Raises:
+            InputError: It is not.
+        """
+        missing = [package for module, package in cls.requires.items() if importlib.util.find_spec(module) is None]
+        if missing:
+            raise InputError(f"{cls.task} needs {' and '.join(missing)}; pip install 'res2net-zoo[tasks]'")
+
+    @classmethod
+    @abstractmethod
+    def open(cls, data: str, split: str, head: str, classes: Sequence[str] | None = None) -> Annotated:
+        """Open annotated images.
+
+        Args:
+            data: What --data names.
+            split: Which of its splits.
+            head: The model's; some need to know more of an image than others.
+            classes: What the classes must be, where a model is given; else those of the data.
+
+        Raises:
+            InputError: No such data, or annotations that cannot be right.
+        """
+
+    @abstractmethod
+    def build(self, features: Any) -> nn.Module:
+        """Build the network on a backbone, which is timm's `features_only` model."""
+
+    @property
+    @abstractmethod
+    def features(self) -> nn.Module:
+        """The backbone in the network."""
+
+    @abstractmethod
+    def transform(self, image: Image.Image, target: dict[str, Any], train: bool) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Turn an image and what is known of it into what `forward` takes; augmented if for training.
+
+        What is random follows from the global random states of torch, numpy and Python.
+
+        Returns:
+            The image (3, H, W) from 0 to 1, and its target.
+        """
+
+    def collate(self, samples: list[tuple[torch.Tensor, dict[str, Any]]]) -> tuple[Any, list[dict[str, Any]]]:
+        """Make a batch of what `transform` returned."""
+        return torch.stack([image for image, _ in samples]), [target for _, target in samples]
+
+    @abstractmethod
+    def forward(self, images: Any, targets: list[dict[str, Any]] | None = None) -> Any:
+        """Return the losses by name in training, and in evaluation a prediction for each image."""
+
+    @abstractmethod
+    def score(self, data: Annotated) -> Score:
+        """Return what collects the figures of an evaluation on `data`."""
+
+    @abstractmethod
+    def draw(self, image: Image.Image, prediction: Any) -> Image.Image:
+        """Return the image with what was predicted drawn on it."""
+
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """Return images (..., 3, H, W) from 0 to 1 as the backbone takes them."""
+        return (images - self.mean) / self.std
+
+    def freeze(self, stages: str, batch_norm: bool) -> None:
+        """Freeze the backbone's first stages.
+
+        Args:
+            stages: How many, the stem being the first, or `all`.
+            batch_norm: Whether every BatchNorm of the backbone stays what it is, statistics and all.
+
+        Raises:
+            InputError: The backbone has fewer stages.
+        """
+        twin: Any = timm.create_model(self.settings["model"])
+        freeze(twin, stages)
+        frozen = {name for name, parameter in twin.named_parameters() if not parameter.requires_grad}
+        modules = dict(self.features.named_modules())
+        for name, parameter in self.features.named_parameters():
+            owner = modules[name.rpartition(".")[0]]
+            norm = isinstance(owner, nn.BatchNorm2d)
+            if name in frozen or (batch_norm and norm):
+                parameter.requires_grad_(False)
+                if norm:
+                    self._stay.append(owner)
+
+    def train(self, mode: bool = True) -> "TaskModel":
+        """Set training or evaluation; what is frozen stays in evaluation."""
+        super().train(mode)
+        for module in self._stay:
+            module.eval()
+        return self
+
+    def save(self, folder: Path, card: ModelCard) -> None:
+        """Write the model as a folder, which `load` and the Hub read.
+
+        The folder is at any moment the old one or the new one, whole. In it `backbone` is a folder of its
+        own, which timm reads as `local-dir:FOLDER/backbone`: a start for any other task.
+
+        Args:
+            folder: Where to write it.
+            card: Its card.
+        """
+        with replaced_folder(folder) as new:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+            save_weights(tensors, new / WEIGHTS, {})
+            config = {"library_name": "res2net-zoo", "task": self.task, **self.settings}
+            (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            card.save(new / "README.md")
+            preprocessing = {key: tuple(self.settings[key]) for key in ("mean", "std")}
+            write_backbone(new / "backbone", self.settings["model"], self.features.state_dict(), preprocessing)
+
+
+def find_folder(name: str) -> Path:
+    """Return the folder of a task's model: a path, `local-dir:DIR`, or `hf-hub:ORG/NAME`, which is downloaded.
+
+    Raises:
+        InputError: There is none.
+    """
+    if ":" not in name:
+        name = f"local-dir:{name}"
+    try:
+        source, identifier = parse_model_name(name)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if source == "local-dir":
+        if not (Path(identifier) / "config.json").is_file():
+            raise InputError(f"there is no model folder {identifier}; `train` writes one")
+        return Path(identifier)
+    repository, _, revision = identifier.partition("@")
+    try:
+        files = ["config.json", WEIGHTS, "README.md"]
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
+    except LocalEntryNotFoundError as error:
+        raise InputError(f"the Hub is out of reach and {repository} is not in its cache") from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise InputError(f"cannot read {repository} from the Hub: {error}") from error
+
+
+def load_settings(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Return the task of a model folder and the settings that build its model.
+
+    Raises:
+        InputError: It is no such folder.
+    """
+    from res2net_zoo.tasks import TASKS
+
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        task = config.pop("task")
+        config.pop("library_name", None)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{folder} is no folder of a task's model: its config.json names no task") from error
+    if task not in TASKS:
+        raise InputError(f"{folder} is of the task {task}, which is not known here; there are {', '.join(TASKS)}")
+    return task, config
+
+
+def load(name: str) -> TaskModel:
+    """Load a task's model with its weights, in evaluation mode.
+
+    Args:
+        name: A folder's path, `local-dir:DIR`, or `hf-hub:ORG/NAME`.
+
+    Raises:
+        InputError: There is none, or it is damaged.
+    """
+    from res2net_zoo.tasks import task_class
+
+    folder = find_folder(name)
+    task, settings = load_settings(folder)
+    try:
+        model = task_class(task)(**settings)
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except TypeError as error:
+        raise InputError(f"{folder}/config.json does not build a model: {error}") from error
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} has no {WEIGHTS}; fetch or make it again") from error
+    except SafetensorError as error:
+        raise InputError(
+            f"{folder / WEIGHTS} is no whole safetensors file ({error}); fetch or make it again"
+        ) from error
+    except RuntimeError as error:
+        raise InputError(f"the weights in {folder} are not those of its config.json: {error}") from error
+    return model.eval()

@@ -1,0 +1,381 @@
+"""Training and evaluation of any task's model, on any number of processes."""
+
+import csv
+import io
+import json
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from PIL import Image
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch.utils.data import DataLoader, Dataset
+
+from res2net_zoo import catalog
+from res2net_zoo.checkpoints import Checkpoints
+from res2net_zoo.program import InputError, markdown_table, progress_bar, write_atomically
+from res2net_zoo.report import hardware
+from res2net_zoo.stop import Stop, spare_worker
+from res2net_zoo.tasks.base import Annotated, Figures, TaskModel
+from res2net_zoo.training_data import seed_of
+
+
+class Prepared(Dataset):
+    """Images as a model takes them, with their numbers. What is random follows from (seed, epoch, image)."""
+
+    def __init__(self, data: Annotated, model: TaskModel, train: bool, seed: int = 0, epoch: int = 0) -> None:
+        self.data, self.model, self.train, self.seed, self.epoch = data, model, train, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> tuple[int, Any]:
+        try:
+            image, target = self.data[i]
+        except OSError as error:
+            return i, str(error)  # an exception of a loader's process would come with its traceback
+        if self.train:
+            set_seed(seed_of(self.seed, 1, self.epoch, i))
+        return i, self.model.transform(image, target, self.train)
+
+    def collate(self, samples: list[tuple[int, Any]]) -> tuple[list[int], Any, Any]:
+        """Make a batch: numbers, images, targets; or the number of an image that is none, and why."""
+        for i, sample in samples:
+            if isinstance(sample, str):
+                return [i], sample, None
+        return [i for i, _ in samples], *self.model.collate([sample for _, sample in samples])
+
+    def batches(self, batches: Sequence[Sequence[int]], workers: int) -> Iterator[tuple[list[int], Any, Any]]:
+        """Read batches of images, by their numbers.
+
+        Raises:
+            InputError: An image cannot be decoded.
+        """
+        for numbers, images, targets in DataLoader(
+            self,
+            batch_sampler=[list(batch) for batch in batches],
+            num_workers=workers,
+            collate_fn=self.collate,
+            worker_init_fn=spare_worker,
+        ):
+            if isinstance(images, str):
+                raise InputError(f"cannot decode {self.data.path(numbers[0])}: {images}")
+            yield numbers, images, targets
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move the tensors in lists and dictionaries."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, list):
+        return [to_device(item, device) for item in value]
+    return {key: to_device(item, device) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+@torch.inference_mode()
+def evaluate(model: TaskModel, data: Annotated, accelerator: Accelerator, batch_size: int, workers: int) -> Figures:
+    """Measure a model on annotated images, each of which counts once on any number of processes.
+
+    Args:
+        model: The model, on its device.
+        data: The images.
+        accelerator: The processes.
+        batch_size: Images a batch and process.
+        workers: Loader processes of each process.
+
+    Returns:
+        The figures, the same in all processes.
+    """
+    was_training = model.training
+    model.eval()
+    score = model.score(data)
+    mine = range(accelerator.process_index, len(data), accelerator.num_processes)
+    batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    with progress_bar(accelerator, total=len(mine), desc="evaluate", unit="image") as bar:
+        for numbers, images, targets in Prepared(data, model, train=False).batches(batches, workers):
+            with accelerator.autocast():
+                predictions = model(to_device(images, accelerator.device))
+            for i, target, prediction in zip(numbers, targets, predictions, strict=True):
+                score.update(i, target, prediction)
+            bar.update(len(numbers))
+    model.train(was_training)
+    return score.compute(accelerator)
+
+
+@dataclass
+class Plan:
+    """How to train.
+
+    Attributes:
+        output: Folder of the best model; `OUTPUT.run` holds the checkpoints.
+        epochs: Times that every image is seen.
+        batch_size: Images a batch and process.
+        opt: timm's name of the optimizer.
+        lr: Highest learning rate.
+        weight_decay: Weight decay.
+        momentum: Momentum.
+        sched: timm's name of the schedule, `multistep` with `milestones`.
+        milestones: Epochs after which the learning rate is a tenth.
+        warmup_epochs: Epochs in which the learning rate grows.
+        clip_grad: Largest norm of the gradient; None for any.
+        seed: Of all that is random.
+        workers: Loader processes of each process.
+        keep: Checkpoints to keep.
+        save_minutes: Time between checkpoints within an epoch.
+    """
+
+    output: Path
+    epochs: int = 12
+    batch_size: int = 8
+    opt: str = "sgd"
+    lr: float = 0.01
+    weight_decay: float = 1e-4
+    momentum: float = 0.9
+    sched: str = "cosine"
+    milestones: list[int] = field(default_factory=list)
+    warmup_epochs: int = 0
+    clip_grad: float | None = None
+    seed: int = 0
+    workers: int = 1
+    keep: int = 2
+    save_minutes: float = 15.0
+    facts: dict[str, Any] = field(default_factory=dict)  # of the data and the command, for the card
+
+
+def batches_of(images: int, plan: Plan, epoch: int, rank: int, world: int) -> list[list[int]]:
+    """Return a process's batches of an epoch: its part of each step's images.
+
+    The step's images do not depend on the number of processes, if they are as many together.
+    """
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(seed_of(plan.seed, 2, epoch))).tolist()
+    whole = plan.batch_size * world
+    starts = range(rank * plan.batch_size, images - images % whole, whole)
+    return [order[i : i + plan.batch_size] for i in starts]
+
+
+def train(model: TaskModel, data: Annotated, valid: Annotated, accelerator: Accelerator, plan: Plan) -> int:
+    """Train a model, and write the best by its task's figure as a folder.
+
+    Args:
+        model: The model, with the weights to start from.
+        data: Images to train on.
+        valid: Images to measure it on, after each epoch.
+        accelerator: The processes.
+        plan: How.
+
+    Returns:
+        0, or 128 and a signal's number where that stopped it; `train` goes on from the last checkpoint.
+
+    Raises:
+        InputError: It cannot be trained so, or the loss is no number any more.
+    """
+    world, main_process = accelerator.num_processes, accelerator.is_main_process
+    steps = len(data) // (plan.batch_size * world)
+    if not steps:
+        raise InputError(
+            f"there are {len(data)} images to train on, and a step takes {plan.batch_size * world}; lower --batch-size"
+        )
+    checkpoints = Checkpoints(run_folder(plan.output) / "checkpoints", plan.keep)
+    bare: Any = model
+    bare.to(accelerator.device, memory_format=torch.channels_last)
+    optimizer = create_optimizer_v2(model, plan.opt, lr=plan.lr, weight_decay=plan.weight_decay, momentum=plan.momentum)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        plan.sched,
+        num_epochs=plan.epochs,
+        warmup_epochs=plan.warmup_epochs,
+        warmup_lr=plan.lr / 1000,
+        decay_milestones=plan.milestones or [90],
+        step_on_epochs=False,
+        updates_per_epoch=steps,
+    )
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    now = {"settings": bare.settings, "task": bare.task, "images": len(data), "step": plan.batch_size * world}
+    done, metrics = 0, []
+    if (state := checkpoints.load()) is not None:
+        for key, value in now.items():
+            if state["plan"][key] != value:
+                raise InputError(
+                    f"the run in {plan.output} was started with {key} {state['plan'][key]}, and has now {value}; "
+                    "go on with the same, or --overwrite it"
+                )
+        bare.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        done, metrics = state["done"], state["metrics"]
+        accelerator.print(f"goes on after step {done} of {plan.epochs * steps}", flush=True)
+        scheduler.step_update(done)
+
+    def save() -> None:
+        if main_process:
+            scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
+            everything = {"model": bare.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler}
+            checkpoints.save(done, {"plan": now, "done": done, "metrics": metrics, **everything})
+
+    bar = progress_bar(accelerator, total=plan.epochs * steps, initial=done, desc="train", unit="step")
+    saved = time.monotonic()
+    with Stop(accelerator) as stop, bar as progress:
+        for epoch in range(len(metrics), plan.epochs):
+            wrapped.train()
+            total, number = torch.zeros(2, device=accelerator.device)
+            batches = batches_of(len(data), plan, epoch, accelerator.process_index, world)[done - epoch * steps :]
+            prepared = Prepared(data, bare, train=True, seed=plan.seed, epoch=epoch)
+            for _, images, targets in prepared.batches(batches, plan.workers):
+                # All that is random from here on follows from the place in the run, so that it can go on anywhere.
+                set_seed(seed_of(plan.seed, 3, done, accelerator.process_index))
+                with accelerator.autocast():
+                    losses = wrapped(to_device(images, accelerator.device), to_device(targets, accelerator.device))
+                loss = sum(losses.values())
+                accelerator.backward(loss)
+                if plan.clip_grad is not None:
+                    accelerator.clip_grad_norm_(wrapped.parameters(), plan.clip_grad)
+                optimizer.step()
+                optimizer.zero_grad()
+                done += 1
+                total, number = total + loss.detach(), number + 1
+                scheduler.step_update(done)
+                progress.update()
+                progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                late = main_process and time.monotonic() - saved > 60 * plan.save_minutes
+                heard, bad, late = stop.agree(0 if torch.isfinite(loss) else done, late)
+                if bad:
+                    raise InputError(
+                        f"the training has diverged: the loss is no number, in step {bad}; a lower --lr may help"
+                    )
+                if late or heard:
+                    save()
+                    saved = time.monotonic()
+                if heard:
+                    progress.close()
+                    accelerator.print(
+                        f"stopped by {signal.Signals(heard).name} after step {done}; the same command "
+                        "with --resume goes on",
+                        flush=True,
+                    )
+                    accelerator.wait_for_everyone()
+                    return 128 + heard
+            figures = evaluate(bare, valid, accelerator, plan.batch_size, plan.workers)
+            mean = accelerator.reduce(torch.stack([total, number]), "sum")
+            metrics.append({"epoch": epoch + 1, "loss": round(float(mean[0] / mean[1].clamp(min=1)), 5), **figures})
+            best = max(range(len(metrics)), key=lambda i: metrics[i][bare.best])
+            if main_process:
+                with progress.external_write_mode():
+                    shown = ", ".join(f"{name} {value:.3f}" for name, value in metrics[-1].items() if name != "epoch")
+                    print(f"epoch {epoch + 1:3}: {shown}", flush=True)
+                if best == len(metrics) - 1:
+                    bare.save(plan.output, make_card(bare, metrics, accelerator, plan))
+                write_table(plan.output / "metrics.csv", metrics)
+            save()
+            saved = time.monotonic()
+    if main_process:
+        print(f"best in epoch {best + 1}: {bare.best} {metrics[best][bare.best]:.3f}; the model is in {plan.output}")
+    accelerator.wait_for_everyone()
+    return 0
+
+
+def run_folder(output: Path) -> Path:
+    """Return where the checkpoints of a run are: beside its model."""
+    return output.with_name(f"{output.name}.run")
+
+
+def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows as CSV."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(rows[0]))
+    table.writeheader()
+    table.writerows(rows)
+    write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
+
+
+def make_card(model: TaskModel, metrics: Sequence[dict[str, Any]], accelerator: Accelerator, plan: Plan) -> ModelCard:
+    """Make the card of the model as it is after the last of these epochs."""
+    figures = {name: value for name, value in metrics[-1].items() if name not in ("epoch", "loss")}
+    facts = {"task": model.task, **{key: value for key, value in model.settings.items() if key != "classes"}}
+    facts |= {"classes": len(model.settings["classes"]), **plan.facts, "hardware": hardware(accelerator)}
+    results = [
+        EvalResult(
+            model.task, plan.facts["data"], plan.facts["data"], name, round(value, 4), dataset_split=plan.facts["split"]
+        )
+        for name, value in figures.items()
+    ]
+    data = ModelCardData(
+        model_name=plan.output.name,
+        library_name="res2net-zoo",
+        tags=[model.task],
+        eval_results=results,
+        license=plan.facts.get("license"),
+    )
+    rows = [(name.replace("_", " "), value) for name, value in facts.items() if value is not None]
+    text = "\n\n".join(
+        [
+            f"# {plan.output.name}",
+            f"{model.task.capitalize()} by {model.settings['head']} on {model.settings['model']}, a Res2Net "
+            "(Gao et al., TPAMI 2021, arXiv 1904.01169).",
+            markdown_table(("figure", "value"), [(name, f"{value:.3f}") for name, value in figures.items()]),
+            markdown_table(("setting", "value"), rows),
+            '```python\nfrom res2net_zoo import tasks\n\nmodel = tasks.load("hf-hub:ORG/NAME")  # or this folder\n```',
+        ]
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
+
+
+def expected_figures(
+    model: TaskModel, folder: Path, data: str, split: str, published: str | None
+) -> tuple[Figures, str]:
+    """Return the figures that a model is to reach, and where they are from.
+
+    Args:
+        model: The model.
+        folder: Its folder.
+        data: What it is measured on.
+        split: Which split of it.
+        published: Data of the paper's tables, to take its figures; else those of the model's card.
+
+    Raises:
+        InputError: There are none.
+    """
+    if published is not None:
+        target = catalog.load().target(model.task, model.settings["head"], model.settings["model"], published)
+        return target.figures, target.source
+    card = folder / "README.md"
+    if not card.is_file():
+        raise InputError(f"{folder} has no card to compare with")
+    results = ModelCard.load(card).data.eval_results or []
+    figures = {
+        result.metric_type: float(result.metric_value)
+        for result in results
+        if (result.dataset_type, result.dataset_split) == (data, split)
+    }
+    if not figures:
+        there = sorted({f"{result.dataset_type}, {result.dataset_split}" for result in results})
+        raise InputError(f"the card in {folder} has no figures of {data}, {split}; it has some of {there or 'nothing'}")
+    return figures, f"model card in {folder}"
+
+
+def pictures(model: TaskModel, paths: Sequence[Path], accelerator: Accelerator) -> Iterator[tuple[Path, Image.Image]]:
+    """Draw what a model sees in images, one after the other."""
+    for path in progress_bar(accelerator, paths, desc="predict", unit="image"):
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        except OSError as error:
+            raise InputError(f"cannot decode {path}: {error}") from error
+        blank = model.transform(image, {}, False)
+        images, _ = model.collate([blank])
+        with torch.inference_mode(), accelerator.autocast():
+            (prediction,) = model(to_device(images, accelerator.device))
+        yield path, model.draw(image, prediction)
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Write an evaluation as JSON."""
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps([results], indent=2) + "\n"))

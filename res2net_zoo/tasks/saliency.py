@@ -1,0 +1,280 @@
+"""Salient object detection (paper, Section 4.9 and Table 9): how much each pixel belongs to what stands out.
+
+The network is DSS (Hou et al., "Deeply Supervised Salient Object Detection with Short Connections", CVPR
+2017 and TPAMI 2019, arXiv 1611.04849, Section 3), without the conditional random field that its authors can
+put behind it. Data are folders of images and of grey masks, in any of the layouts of `Masks`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+from torch import nn
+from torchvision.transforms.v2 import functional as TF
+
+from res2net_zoo.program import InputError, progress_bar
+from res2net_zoo.tasks.base import Annotated, Figures, Score, TaskModel
+
+IMAGE_FOLDERS = ("images", "image", "imgs", "img")  # in any case
+MASK_FOLDERS = ("masks", "mask", "ground_truth_mask", "gt")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
+
+
+def by_name(root: Path, folders: Sequence[str]) -> dict[str, Path]:
+    """Return image files by name without suffix, in order, of the folder in `root` that has one of these names."""
+    there = [path for path in sorted(root.iterdir()) if path.is_dir() and path.name.lower() in folders]
+    if not there:
+        raise InputError(f"{root} has no folder {folders[0]} (or {', '.join(folders[1:])})")
+    found: dict[str, Path] = {}
+    for path in sorted(there[0].iterdir()):
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            if path.stem in found:
+                raise InputError(f"{path} has the name of {found[path.stem].name}; leave one of them")
+            found[path.stem] = path
+    return found
+
+
+class Masks(Annotated):
+    """Images with a mask each, in which a salient pixel is over half of white.
+
+    Args:
+        folder: It holds SPLIT/images/NAME.jpg and SPLIT/masks/NAME.png, or images and masks themselves with
+            a list SPLIT.txt, whose lines begin with an image. Folders may have the names that the benchmarks
+            give them, such as ECSSD's ground_truth_mask or HKU-IS's imgs and gt.
+        split: Name of the folder or of the list.
+
+    Raises:
+        InputError: No images, or a mask that is missing, that cannot be read or that is not one of its image.
+    """
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.classes = ["salient object"]
+        root, listed = folder / split, folder / f"{split}.txt"
+        if not root.is_dir():
+            if not listed.is_file():
+                raise InputError(f"{folder} has neither a folder {split} nor a list {split}.txt")
+            root = folder
+        images, masks = by_name(root, IMAGE_FOLDERS), by_name(root, MASK_FOLDERS)
+        names = list(images)
+        if root == folder:
+            files = [Path(line.split()[0]) for line in listed.read_text().splitlines() if line.strip()]
+            names = [file.stem if file.suffix.lower() in SUFFIXES else file.name for file in files]
+        if not names:
+            raise InputError(f"{listed if root == folder else root} has no images")
+        for name in names:
+            if name not in images:
+                raise InputError(f"there is no image {name}, which {listed} names")
+            if name not in masks:
+                raise InputError(f"there is no mask for {images[name]}")
+        self.pairs = [(images[name], masks[name]) for name in names]
+        every = progress_bar(None, self.pairs, desc="check the masks", unit="mask")
+        # One without an object may be, but what marks it by 1 of 255 would be none in all of them.
+        if not any([self._check(*pair) for pair in every]):  # noqa: C419  all are to be checked
+            raise InputError(f"no mask like {self.pairs[0][1]} has a salient pixel: a value over 128")
+
+    def _check(self, path: Path, mask_path: Path) -> bool:
+        try:
+            with Image.open(path) as image:
+                w, h = image.size
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error}") from error
+        try:
+            mask = read_mask(mask_path)
+        except (OSError, SyntaxError, ValueError) as error:  # the last two are Pillow's of a broken PNG
+            raise InputError(f"cannot read the mask {mask_path}: {error}") from error
+        if mask.shape != (h, w):
+            sizes = f"{mask.shape[1]} x {mask.shape[0]}, its image {w} x {h}"
+            raise InputError(f"the mask {mask_path} is {sizes}; they must be alike")
+        return bool(mask.any())
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def path(self, i: int) -> Path:
+        """Return an image's file."""
+        return self.pairs[i][0]
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, dict[str, Any]]:
+        path, mask_path = self.pairs[i]
+        with Image.open(path) as image:
+            return image.convert("RGB"), {"mask": torch.from_numpy(read_mask(mask_path))}
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Return where a mask (H, W) is salient, as pysodmetrics has it."""
+    with Image.open(path) as mask:
+        return np.asarray(mask.convert("L")) > 128
+
+
+class MaxFAndMAE(Score):
+    """Maximal F-measure (beta^2 = 0.3) and mean absolute error, of maps of 8 bits, by pysodmetrics.
+
+    The F-measure is the mean over the images at the best of 256 thresholds, which is the same for all of
+    them, and each map is stretched to 0 to 1 first. An image without an object counts with F-measure 0.
+    """
+
+    def __init__(self) -> None:
+        from py_sod_metrics import MAE, FmeasureHandler, FmeasureV2
+
+        self.images: list[int] = []
+        self.f = FmeasureHandler(with_dynamic=True, with_adaptive=False, beta=0.3)
+        self.counts, self.mae = FmeasureV2({"F": self.f}), MAE()
+
+    def update(self, i: int, target: dict[str, Any], prediction: torch.Tensor) -> None:
+        """Take note of an image's F-measure at each threshold, and of its error."""
+        for measure in (self.counts, self.mae):
+            measure.step(eight_bits(prediction), target["mask"].numpy().astype(np.uint8) * 255)
+        self.images.append(i)
+
+    def compute(self, accelerator: Accelerator) -> Figures:
+        """Return both figures, from 0 to 1."""
+        rows = gather_object(list(zip(self.images, self.f.dynamic_results, self.mae.maes, strict=True)))
+        _, curves, errors = zip(*sorted(rows, key=lambda row: row[0]), strict=True)
+        return {"F-measure": float(np.mean(curves, axis=0).max()), "MAE": float(np.mean(errors))}
+
+
+def resize(images: torch.Tensor, size: Sequence[int], antialias: bool = False) -> torch.Tensor:
+    """Resize (N, C, H, W) by bilinear interpolation."""
+    return F.interpolate(images, tuple(size), mode="bilinear", antialias=antialias)
+
+
+def weighted_sum(maps: int) -> nn.Conv2d:
+    """Return a learned weighting of maps, which begins with their mean."""
+    conv = nn.Conv2d(maps, 1, 1, bias=False)
+    nn.init.constant_(conv.weight, 1 / maps)
+    return conv
+
+
+class DSS(nn.Module):
+    """Side outputs at each of a backbone's features, with short connections from the deeper to the shallower.
+
+    Side output m is R(m) = A(m) + the sum over i > m of r(m, i) R(i), where A(m) is of its own branch and the
+    r are learned. The paper has this for its six of VGG, without some of the pairs; the branches here are
+    those of the same stride there (its Table 1), but no wider than their features.
+
+    Args:
+        backbone: timm's `features_only` model.
+    """
+
+    # Of both convolutions in a branch, by the stride of its features: channels and kernel.
+    BRANCHES: ClassVar = {1: (128, 3), 2: (128, 3), 4: (256, 5), 8: (256, 5), 16: (512, 5), 32: (512, 7)}
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.strides: list[int] = backbone.feature_info.reduction()
+        channels: list[int] = backbone.feature_info.channels()
+        self.branches = nn.ModuleList(map(self._branch, channels, self.strides))
+        n = len(channels)
+        self.short = nn.ModuleList(weighted_sum(n - 1 - m) for m in range(n - 1))
+        self.fuse = weighted_sum(n)
+
+    @classmethod
+    def _branch(cls, channels: int, stride: int) -> nn.Sequential:
+        width, kernel = cls.BRANCHES[stride]
+        width = min(width, channels)
+        convs = [nn.Conv2d(inputs, width, kernel, padding=kernel // 2) for inputs in (channels, width)]
+        for conv in convs:
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        return nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), nn.Conv2d(width, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Return the logits (N, 1, H, W) of the side outputs of images (N, 3, H, W), and the fused ones last."""
+        sides: list[torch.Tensor] = []
+        features = self.backbone(images)
+        for m in reversed(range(len(features))):
+            side = self.branches[m](features[m])
+            if sides:
+                side = side + self.short[m](torch.cat([resize(deeper, side.shape[2:]) for deeper in sides], 1))
+            sides = [side, *sides]
+        sides = [resize(side, images.shape[2:]) for side in sides]
+        return [*sides, self.fuse(torch.cat(sides, 1))]
+
+
+class Saliency(TaskModel):
+    """Salient object detection."""
+
+    task = "saliency"
+    heads = ("dss",)
+    img_size = 352  # usual in the field, and as many pixels as an image of MSRA-B has
+    best = "F-measure"
+    less_is_better: ClassVar = frozenset({"MAE"})
+    requires: ClassVar = {"py_sod_metrics": "pysodmetrics"}
+    network: DSS
+
+    @classmethod
+    def open(cls, data: str, split: str, head: str, classes: Sequence[str] | None = None) -> Masks:
+        """Open folders of images and masks."""
+        return Masks(Path(data), split)
+
+    def build(self, features: Any) -> DSS:
+        """Put DSS on the backbone."""
+        if (stride := self.settings["output_stride"]) not in (None, 32):
+            raise InputError(f"dss takes features of stride 32, not {stride}")
+        if (size := self.settings["img_size"]) % 32:
+            raise InputError(f"dss takes an image size that is a multiple of 32, not {size}")
+        return DSS(features)
+
+    @property
+    def features(self) -> nn.Module:
+        """The backbone in DSS."""
+        return self.network.backbone
+
+    def transform(self, image: Image.Image, target: dict[str, Any], train: bool) -> tuple[torch.Tensor, dict[str, Any]]:
+        """For training resize to a square and mirror half of the images; else take the image as it is."""
+        pixels = TF.to_dtype(TF.pil_to_tensor(image), scale=True)
+        if not train:
+            return pixels, target
+        square = [self.settings["img_size"]] * 2
+        pixels = resize(pixels[None], square, antialias=True)[0]
+        mask = resize(target["mask"][None, None].float(), square, antialias=True)[0] > 0.5
+        if torch.rand(()) < 0.5:
+            pixels, mask = pixels.flip(2), mask.flip(2)
+        return pixels, {"mask": mask.float()}
+
+    def collate(self, samples: list[tuple[torch.Tensor, dict[str, Any]]]) -> tuple[Any, list[dict[str, Any]]]:
+        """Keep images apart: in evaluation each has its own size, which its map is to have."""
+        return [image for image, _ in samples], [target for _, target in samples]
+
+    def forward(self, images: list[torch.Tensor], targets: list[dict[str, Any]] | None = None) -> Any:
+        """Return the cross entropy of each side output and of the fused one, or for each image its map (H, W).
+
+        As in the paper all outputs and pixels weigh the same, with the mean over pixels in place of its sum.
+        """
+        if targets is not None and self.training:
+            masks = torch.stack([target["mask"] for target in targets])
+            outputs = self._outputs(torch.stack(images))
+            names = [*(f"side {m}" for m in range(1, len(outputs))), "fused"]
+            losses = (F.binary_cross_entropy_with_logits(output.float(), masks) for output in outputs)
+            return dict(zip(names, losses, strict=True))
+        # One after the other, so that a map, to the last bit, does not depend on its company.
+        return [self._map(image) for image in images]
+
+    def _outputs(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return self.network(self.normalize(images).contiguous(memory_format=torch.channels_last))
+
+    def _map(self, image: torch.Tensor) -> torch.Tensor:
+        *sides, fused = self._outputs(resize(image[None], [self.settings["img_size"]] * 2, antialias=True))
+        # The paper's choice: the fused map and those of VGG's second to fourth side outputs, by their strides.
+        chosen = [side for side, stride in zip(sides, self.network.strides, strict=True) if stride in (2, 4, 8)]
+        saliency = torch.stack([*chosen, fused]).float().sigmoid().mean(0)
+        return resize(saliency, image.shape[1:], antialias=True)[0, 0].clamp(0, 1).cpu()
+
+    def score(self, data: Annotated) -> MaxFAndMAE:
+        """Return maximal F-measure and mean absolute error."""
+        return MaxFAndMAE()
+
+    def draw(self, image: Image.Image, prediction: torch.Tensor) -> Image.Image:
+        """Return the map itself, as a grey image of 8 bits."""
+        return Image.fromarray(eight_bits(prediction))
+
+
+def eight_bits(saliency: torch.Tensor) -> np.ndarray:
+    """Return a map (H, W) from 0 to 1 as the numbers 0 to 255."""
+    return (saliency * 255).round().byte().numpy()

@@ -1,0 +1,65 @@
+"""Draw what a task's model sees in images.
+
+Usage: python scripts/predict_task.py MODEL IMAGE | FOLDER | 'GLOB' ... --output DIR
+
+MODEL is a folder that scripts/train_task.py wrote, or hf-hub:ORG/NAME. DIR gets a PNG for each image:
+boxes, masks or joints drawn on it, or the saliency map itself.
+
+Exit codes: 0 done; 2 bad input.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from arguments import within
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,  # so that a wrong argument is told in one line
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder, local-dir:DIR or hf-hub:ORG/NAME")
+    add("images", nargs="+", metavar="IMAGE", help="image files, folders of them, or quoted patterns such as 'a/*.jpg'")
+    add("--output", type=Path, required=True, metavar="DIR", help="where to write the pictures")
+    add("--threads", type=within(int, 1), metavar="N", help="CPU threads (default all cores)")
+    add("--mixed-precision", choices=("no", "bf16", "fp16"), help="default as `accelerate config` says, else no")
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> int:
+    import torch
+
+    from res2net_zoo.images import find_images
+    from res2net_zoo.program import InputError, check_can_make, start_processes, temporary_file
+    from res2net_zoo.tasks import load
+    from res2net_zoo.tasks.engine import pictures
+
+    accelerator = start_processes(args.threads, args.mixed_precision)
+    if accelerator.num_processes > 1:
+        raise InputError("pictures are drawn by one process; start this without accelerate launch")
+    paths = [Path(path) for path in find_images(args.images)]
+    outputs = [args.output / f"{path.stem}.png" for path in paths]
+    if len(set(outputs)) < len(outputs):
+        raise InputError("some of the images have the same name, and so would their pictures; draw them one by one")
+    check_can_make(args.output)
+    model: Any = load(args.model)
+    model = model.to(accelerator.device, memory_format=torch.channels_last)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for (_, picture), output in zip(pictures(model, paths, accelerator), outputs, strict=True):
+        with temporary_file(output) as temporary:
+            picture.save(temporary, "PNG")
+    print(f"{len(outputs)} pictures in {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+
+    from res2net_zoo.program import run
+
+    sys.exit(run(lambda: main(arguments)))

@@ -1,0 +1,170 @@
+"""Train a model for a task beyond classification on a backbone of the zoo, and write the best one as a folder.
+
+Usage: accelerate launch scripts/train_task.py --task TASK --data SRC [--model NAME] [--pretrained]
+                                               [--head HEAD] [--recipe NAME] [--output DIR] [--resume]
+
+NAME is the backbone, as everywhere what timm.create_model takes; a folder that another task's training
+wrote has one too, local-dir:DIR/backbone. docs/tasks.md says what SRC must look like for each task.
+
+A recipe is a file of scripts/recipes/tasks/ (or the path of one) with values for any of the settings below;
+what stands on the command line goes before it. DIR holds the best model by its task's figure, its card and
+metrics.csv; DIR.run holds what a run needs to go on.
+
+Exit codes: 0 done; 2 bad input; 130 and 143 stopped by Ctrl-C or SIGTERM. `accelerate launch` turns every
+failure into 1.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from arguments import RECIPES, find_recipe, parse_over, within
+
+TASKS = ("saliency", "segmentation")
+NOT_SETTINGS = {"output", "recipe", "resume", "overwrite", "data", "model"}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,  # so that a wrong argument is told in one line
+    )
+    flag = argparse.BooleanOptionalAction
+
+    add = parser.add_argument_group("what to train, and on what").add_argument
+    add("--task", choices=TASKS, help="or by the recipe")
+    add("--data", help="what docs/tasks.md says for the task")
+    add("--train-split", default="train", help="(%(default)s)")
+    add("--eval-split", default="val", help="(%(default)s)")
+    add("--model", default="res2net50_26w_4s", help="the backbone, what timm.create_model takes (%(default)s)")
+    add("--pretrained", action=flag, default=False, help="start from the backbone's weights")
+    add("--head", help="one of the task's; default its first")
+    add("--output-stride", type=int, choices=(8, 16, 32), help="of the backbone, where the head can have another")
+    add("--img-size", type=within(int, 32), help="pixels of a side; default the task's")
+    add("--freeze", default="0", help="stages of the backbone, the stem being the first; or all (%(default)s)")
+    add("--freeze-bn", action=flag, default=False, help="keep every BatchNorm of the backbone as it is")
+    add("--recipe", help="name in scripts/recipes/tasks or a .toml file")
+    add("--license", help="licence of the result, for its card")
+
+    add = parser.add_argument_group("files").add_argument
+    add("--output", type=Path, default=Path("outputs/task"), help="model folder to write (%(default)s)")
+    add("--resume", action="store_true", help="go on with the run in --output")
+    add("--overwrite", action="store_true", help="replace the run in --output")
+    add("--save-minutes", type=within(float, 0), default=15, help="between checkpoints in an epoch (%(default)s)")
+    add("--keep", type=within(int, 1), default=2, help="checkpoints to keep (%(default)s)")
+
+    add = parser.add_argument_group("optimizer and schedule, by timm's names").add_argument
+    add("--epochs", type=within(int, 1), default=12, help="(%(default)s)")
+    add("--batch-size", type=within(int, 1), default=8, help="images a batch and process (%(default)s)")
+    add("--opt", default="adamw", help="(%(default)s)")
+    add("--lr", type=within(float, 0), default=5e-4, help="highest learning rate (%(default)s)")
+    add("--momentum", type=within(float, 0, 1), default=0.9, help="(%(default)s)")
+    add("--weight-decay", type=within(float, 0), default=1e-4, help="(%(default)s)")
+    add("--sched", default="cosine", help="(%(default)s)")
+    add("--milestones", type=within(int, 1), nargs="+", default=[], help="epochs of --sched multistep")
+    add("--warmup-epochs", type=within(int, 0), default=0, help="(%(default)s)")
+    add("--clip-grad", type=within(float, 0), help="largest norm of the gradient")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--seed", type=within(int, 0, 2**31), default=0, help="(%(default)s)")
+    add("--workers", type=within(int, 0), help="loader processes for each process (default by the machine)")
+    add("--threads", type=within(int, 1), help="CPU threads for each process (default its share of the cores)")
+    add("--mixed-precision", choices=("no", "bf16", "fp16"), help="default as `accelerate config` says, else no")
+
+    first = parser.parse_args()
+    recipes = [find_recipe(parser, first.recipe, RECIPES / "tasks")] if first.recipe else []
+    args = parse_over(parser, recipes, NOT_SETTINGS)
+    if args.task is None:
+        parser.error(f"name the --task: {', '.join(TASKS)}")
+    if args.data is None:
+        parser.error("name the --data; docs/tasks.md says what it must look like")
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on with a run, --overwrite replaces it; name one of them")
+    return args
+
+
+def main(args: argparse.Namespace) -> int:
+    from accelerate.utils import set_seed
+
+    from res2net_zoo.checkpoints import Checkpoints
+    from res2net_zoo.program import InputError, all_or_none, check_can_make, default_workers, start_processes
+    from res2net_zoo.tasks import task_class
+    from res2net_zoo.tasks.engine import Plan, run_folder, train
+
+    accelerator = start_processes(args.threads, args.mixed_precision)
+    task = task_class(args.task)
+    task.check_installed()
+
+    def check_output() -> None:
+        check_can_make(args.output)
+        checkpoints = Checkpoints(run_folder(args.output) / "checkpoints")
+        if args.overwrite:
+            checkpoints.clear()
+        elif args.resume:
+            checkpoints.sweep()
+        elif checkpoints.paths() or (args.output / "config.json").exists():
+            raise InputError(
+                f"--output {args.output} holds another run; name another folder, or --resume to go on with it, "
+                "or --overwrite to replace it"
+            )
+
+    all_or_none(lambda: check_output() if accelerator.is_main_process else None)
+    head = args.head or task.heads[0]
+    data = all_or_none(lambda: task.open(args.data, args.train_split, head))
+    valid = all_or_none(lambda: task.open(args.data, args.eval_split, head, data.classes))
+    set_seed(args.seed)  # the same random weights in all processes
+    model = all_or_none(
+        lambda: task(
+            args.model,
+            data.classes,
+            head=head,
+            img_size=args.img_size,
+            output_stride=args.output_stride,
+            pretrained=args.pretrained,
+        )
+    )
+    model.freeze(args.freeze, args.freeze_bn)
+    facts = {
+        "data": args.data,
+        "split": args.eval_split,
+        "images": f"{len(data)} of {args.train_split}, {len(valid)} of {args.eval_split}",
+        "start": args.model if args.pretrained else "random weights",
+        "license": args.license,
+        "recipe": args.recipe,
+        "command": f"train_task.py {shlex.join(sys.argv[1:])}",
+    }
+    plan = Plan(
+        output=args.output,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        opt=args.opt,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        momentum=args.momentum,
+        sched=args.sched,
+        milestones=args.milestones,
+        warmup_epochs=args.warmup_epochs,
+        clip_grad=args.clip_grad,
+        seed=args.seed,
+        workers=default_workers(accelerator.device) if args.workers is None else args.workers,
+        keep=args.keep,
+        save_minutes=args.save_minutes,
+        facts=facts,
+    )
+    accelerator.print(
+        f"task: {task.task}, {head} on {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters",
+        f"data: {args.data}, {facts['images']}, {len(data.classes)} classes",
+        sep="\n",
+        flush=True,
+    )
+    return train(model, data, valid, accelerator, plan)
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+
+    from res2net_zoo.program import run
+
+    sys.exit(run(lambda: main(arguments)))

@@ -1,0 +1,112 @@
+"""Measure a task's model on annotated images, exactly on any number of processes.
+
+Usage: accelerate launch scripts/validate_task.py MODEL --data SRC [--split NAME] [--check]
+
+MODEL is a folder that scripts/train_task.py wrote, or hf-hub:ORG/NAME. --check compares every figure with
+what the model's card says of this data, and with --published what the paper prints in its Tables 5 to 10
+for this backbone: the model passes if no figure is more than --tolerance worse.
+
+Exit codes: 0 done, 1 a figure is not reached, 2 bad input. `accelerate launch` turns any failure into 1.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from arguments import within
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,  # so that a wrong argument is told in one line
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder, local-dir:DIR or hf-hub:ORG/NAME")
+    add("--data", required=True, metavar="SRC", help="what docs/tasks.md says for the model's task")
+    add("--split", default="val", metavar="NAME", help="(%(default)s)")
+    add("--check", action="store_true", help="compare with the figures of the card, or of --published")
+    add("--published", metavar="DATA", help="compare with the paper's figures on this data, such as COCO")
+    add("--tolerance", type=within(float, 0), default=0.005, help="how much worse a figure may be (%(default)s)")
+    add("--batch-size", type=within(int, 1), default=8, metavar="N", help="images a batch and process (%(default)s)")
+    add("--workers", type=within(int, 0), metavar="N", help="loader processes a process (default by the machine)")
+    add("--threads", type=within(int, 1), metavar="N", help="CPU threads for each process (default its share)")
+    add("--mixed-precision", choices=("no", "bf16", "fp16"), help="default as `accelerate config` says, else no")
+    add("--output", type=Path, metavar="FILE", help="write the figures as JSON")
+    args = parser.parse_args()
+    args.check = args.check or args.published is not None
+    return args
+
+
+def main(args: argparse.Namespace) -> int:
+    import torch
+
+    from res2net_zoo.program import (
+        InputError,
+        all_or_none,
+        check_writable,
+        default_workers,
+        main_first,
+        markdown_table,
+        start_processes,
+    )
+    from res2net_zoo.tasks import load
+    from res2net_zoo.tasks.base import find_folder
+    from res2net_zoo.tasks.engine import evaluate, expected_figures, write_results
+
+    accelerator = start_processes(args.threads, args.mixed_precision)
+    if args.output:
+        check_writable(args.output.resolve().parent)
+    model: Any = main_first(accelerator, lambda: load(args.model))
+    data = all_or_none(lambda: model.open(args.data, args.split, model.settings["head"], model.settings["classes"]))
+    expected: dict[str, float] = {}
+    source = None
+    if args.check:
+        expected, source = all_or_none(
+            lambda: expected_figures(model, find_folder(args.model), args.data, args.split, args.published)
+        )
+    model = model.to(accelerator.device, memory_format=torch.channels_last)
+    workers = default_workers(accelerator.device) if args.workers is None else args.workers
+    figures = evaluate(model, data, accelerator, args.batch_size, workers)
+    if args.check and not set(expected) & set(figures):
+        raise InputError(f"{source} has none of the figures {', '.join(figures)}")
+    rows, passed = [], True
+    for name, value in figures.items():
+        wanted = expected.get(name)
+        worse = 0.0 if wanted is None else (value - wanted if name in model.less_is_better else wanted - value)
+        passed &= worse <= args.tolerance
+        cells = (
+            []
+            if not args.check
+            else ["-" if wanted is None else f"{wanted:.3f}", "no" if worse > args.tolerance else "yes"]
+        )
+        rows.append((name, f"{value:.3f}", *cells))
+    if accelerator.is_main_process:
+        header = ("figure", "measured", *(("published", "reached") if args.check else ()))
+        print(
+            f"{model.task}, {model.settings['head']} on {model.settings['model']}: "
+            f"{len(data)} images of {args.data}, {args.split}; num_processes {accelerator.num_processes}"
+        )
+        print(markdown_table(header, rows))
+        if source:
+            print(f"published: {source}")
+        if args.output:
+            write_results(
+                args.output,
+                {
+                    **{"model": args.model, "task": model.task, "data": args.data, "split": args.split},
+                    **{"samples": len(data), "figures": figures, "published": expected, "published_source": source},
+                    **{"passed": passed, "num_processes": accelerator.num_processes},
+                },
+            )
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+
+    from res2net_zoo.program import run
+
+    sys.exit(run(lambda: main(arguments)))

@@ -1,0 +1,368 @@
+"""What all tasks share, and semantic segmentation: exact figures, trainings that go on, folders that travel."""
+
+import csv
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from huggingface_hub import HfApi, ModelCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+
+from res2net_zoo import catalog, tasks
+from res2net_zoo.program import InputError
+from res2net_zoo.tasks.segmentation import IGNORED, MeanIoU, Segmentation, voc_colour
+from tests.conftest import input_error
+from tests.scenes import KINDS, render, save_saliency, save_voc
+from tests.test_hub import hub  # noqa: F401  a fixture
+from tests.test_survival import Running
+
+TRAIN, VALIDATE, PREDICT = (f"scripts/{name}_task.py" for name in ("train", "validate", "predict"))
+SMALL = ["--task", "segmentation", "--model", "res2net_tiny", "--img-size", 64, "--workers", 1, "--threads", 1]
+CLASSES = ["background", *KINDS]
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory) -> Path:
+    return save_voc(tmp_path_factory.mktemp("data") / "voc", train=16, val=7)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, voc) -> Path:
+    """A folder that a short training wrote."""
+    folder = tmp_path_factory.mktemp("trained") / "unet"
+    done = Running(folder, *SMALL, "--data", voc, "--head", "unet", "--epochs", 2, script=TRAIN).end()
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def figures_of(path: Path) -> dict[str, float]:
+    (result,) = json.loads(path.read_text())
+    return result["figures"]
+
+
+def test_what_comes_out(trained, voc, in_process, tmp_path):
+    rows = list(csv.DictReader((trained / "metrics.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    best = max(rows, key=lambda row: float(row["mIoU"]))
+    done = in_process(VALIDATE, trained, "--data", voc, "--check", "--output", tmp_path / "figures.json")
+    assert done.returncode == 0 and "mIoU" in done.stdout
+    assert figures_of(tmp_path / "figures.json")["mIoU"] == pytest.approx(float(best["mIoU"]), abs=1e-9)
+    card = ModelCard.load(trained / "README.md")
+    assert {result.metric_type for result in card.data.eval_results} == {"mIoU", "pixel accuracy"}
+
+
+def test_a_card_that_promises_more_is_not_reached(trained, voc, in_process, tmp_path):
+    folder = Path(shutil.copytree(trained, tmp_path / "unet"))
+    card = (folder / "README.md").read_text()
+    value = next(line for line in card.splitlines() if "value:" in line)
+    (folder / "README.md").write_text(card.replace(value, "      value: 99.9", 1))
+    done = in_process(VALIDATE, folder, "--data", voc, "--check")
+    assert done.returncode == 1 and "no" in done.stdout
+    line = input_error(in_process(VALIDATE, folder, "--data", voc, "--split", "train", "--check"))
+    assert "no figures of" in line and "train" in line
+
+
+def test_two_processes_measure_the_same(trained, voc, program, tmp_path):
+    for number in (1, 2):
+        done = program(
+            VALIDATE,
+            trained,
+            "--data",
+            voc,
+            "--batch-size",
+            2,
+            "--output",
+            tmp_path / f"{number}.json",
+            processes=number,
+        )
+        assert done.returncode == 0, done.stderr
+    assert figures_of(tmp_path / "1.json") == figures_of(tmp_path / "2.json")
+
+
+def test_two_processes_train_the_same(tmp_path):
+    """Fixed BatchNorm, and a head without any: what a step computes does not depend on the image's company."""
+    data = save_saliency(tmp_path / "data", train=16, val=2)
+    common = ["--task", "saliency", "--model", "res2net_tiny", "--img-size", 64, "--threads", 1, "--data", data]
+    common += ["--freeze-bn", "--epochs", 1, "--opt", "sgd", "--lr", 0.01]
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        done = Running(folder, *common, "--batch-size", 8 // number, processes=number, script=TRAIN).end()
+        assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in "12")
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+    start = tasks.task_class("saliency")("res2net_tiny", ["salient object"], img_size=64).state_dict()
+    moved = [name for name in one if not torch.allclose(one[name], start[name], atol=1e-3)]
+    assert "network.fuse.weight" in moved
+
+
+def test_killed_and_resumed_it_ends_the_same(voc, tmp_path, trained):
+    common = [*SMALL, "--data", voc, "--head", "unet", "--epochs", 2]
+    running = Running(tmp_path / "unet", *common, "--save-minutes", 0, script=TRAIN)
+    running.wait_for_step(3)  # of 4: in the second epoch
+    running.signal(signal.SIGKILL)
+    running.end()
+    done = Running(tmp_path / "unet", *common, "--resume", script=TRAIN).end()
+    assert done.returncode == 0 and "goes on after step" in done.stdout, done.stderr
+    one, two = (load_file(folder / "model.safetensors") for folder in (trained, tmp_path / "unet"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_backbone_starts_another_task_and_a_classifier(trained, voc):
+    weights = load_file(trained / "model.safetensors")
+    name = f"local-dir:{trained / 'backbone'}"
+    classifier = timm.create_model(name, pretrained=True, num_classes=5)
+    other = Segmentation(name, CLASSES, "fpn", 64, pretrained=True)
+    for found in (classifier.state_dict(), other.features.state_dict()):
+        same = [
+            torch.equal(weights[f"network.encoder.model.{key}"], value)
+            for key, value in found.items()
+            if "fc" not in key
+        ]
+        assert len(same) > 50 and all(same)
+    assert other.settings["model"] == "res2net_tiny" and classifier.num_classes == 5
+
+
+def test_through_the_hub_and_back(trained, hub, voc):  # noqa: F811
+    api = HfApi()
+    api.create_repo("zoo/shapes")
+    api.upload_folder(repo_id="zoo/shapes", folder_path=trained)
+    ours, theirs = tasks.load(str(trained)), tasks.load("hf-hub:zoo/shapes")
+    image = torch.rand(3, 70, 50)
+    assert torch.equal(ours([image])[0], theirs([image])[0])
+    with pytest.raises(InputError, match="cannot read zoo/nothing"):
+        tasks.load("hf-hub:zoo/nothing")
+
+
+def test_a_picture(trained, voc, in_process, tmp_path):
+    images = voc / "JPEGImages"
+    done = in_process(
+        PREDICT, trained, images / "val_00000.jpg", images / "val_00001.jpg", "--output", tmp_path / "seen"
+    )
+    assert done.returncode == 0
+    pictures = sorted((tmp_path / "seen").iterdir())
+    assert [path.name for path in pictures] == ["val_00000.png", "val_00001.png"]
+    assert Image.open(pictures[0]).size == Image.open(images / "val_00000.jpg").size
+
+
+def test_colours_are_those_of_voc():
+    assert [voc_colour(number) for number in (0, 1, 2, 15, 20)] == [
+        (0, 0, 0),
+        (128, 0, 0),
+        (0, 128, 0),
+        (192, 128, 128),
+        (0, 64, 128),
+    ]
+
+
+@settings(deadline=None, max_examples=30)
+@given(data=st.data())
+def test_mean_iou_by_hand(data):
+    classes, images = data.draw(st.integers(2, 5)), data.draw(st.integers(1, 4))
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    score, rights, saids = MeanIoU([str(i) for i in range(classes)]), [], []
+    for i in range(images):
+        shape = tuple(rng.integers(1, 9, 2))
+        right, said = rng.integers(0, classes, shape), rng.integers(0, classes, shape)
+        right[rng.random(shape) < 0.2] = IGNORED
+        right.flat[0] = 0
+        score.update(i, {"mask": torch.from_numpy(right)}, torch.from_numpy(said))
+        kept = right != IGNORED
+        rights, saids = [*rights, *right[kept]], [*saids, *said[kept]]
+    pairs = list(zip(rights, saids, strict=True))
+    ious = []
+    for number in range(classes):
+        either = [pair for pair in pairs if number in pair]
+        if either:
+            ious.append(100 * sum(a == b for a, b in either) / len(either))
+    figures = score.compute(Accelerator(cpu=True))
+    assert figures["mIoU"] == pytest.approx(np.mean(ious))
+    assert figures["pixel accuracy"] == pytest.approx(100 * np.mean([a == b for a, b in pairs]))
+
+
+@pytest.mark.parametrize(
+    ("model", "head"), [("res2net50_26w_4s", "deeplabv3plus"), ("dla60_res2net", "unet"), ("blres2net50", "fpn")]
+)
+def test_every_head_and_family(model, head):
+    network = Segmentation(model, CLASSES, head, 64)
+    assert network.settings["output_stride"] == (16 if head == "deeplabv3plus" else None)
+    images, target = [torch.rand(3, 64, 64)] * 2, {"mask": torch.randint(0, 4, (64, 64))}
+    losses = network.train()(images, [target, target])
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in network.features.parameters())
+    (mask,) = network.eval()([torch.rand(3, 50, 41)])
+    assert mask.shape == (50, 41)
+
+
+def test_what_is_frozen_stays():
+    network = Segmentation("res2net_tiny", CLASSES, "unet", 64)
+    network.freeze("2", batch_norm=True)
+    network.train()
+    before = {name: value.clone() for name, value in network.features.state_dict().items()}
+    network([torch.rand(3, 64, 64)] * 2, [{"mask": torch.zeros(64, 64, dtype=torch.long)}] * 2)["loss"].backward()
+    torch.optim.SGD([p for p in network.parameters() if p.requires_grad], 0.1).step()
+    after = network.features.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and not any(name.startswith(("conv1", "bn1", "layer1")) or "bn" in name for name in changed)
+
+
+def test_masks_follow_their_images():
+    """What is random in training is the same for both: the object's pixels stay the object's."""
+    network = Segmentation("res2net_tiny", CLASSES, "unet", 64)
+    scene = render(3)
+    mask = torch.zeros(scene.image.size[::-1], dtype=torch.long)
+    for thing in scene.things:
+        mask[torch.from_numpy(thing.mask)] = 1
+    flat = Image.fromarray((np.asarray(mask) * 255).astype(np.uint8)).convert("RGB")
+    for seed in range(5):
+        torch.manual_seed(seed)
+        image, target = network.transform(flat, {"mask": mask}, train=True)
+        assert image.shape == (3, 64, 64) and target["mask"].shape == (64, 64)
+        kept = target["mask"] != IGNORED
+        assert ((image[0] > 0.5) == (target["mask"] == 1))[kept].float().mean() > 0.97
+
+
+def list_nothing(voc: Path) -> None:
+    (voc / "ImageSets/Segmentation/train.txt").unlink()
+
+
+def lose_a_mask(voc: Path) -> None:
+    (voc / "SegmentationClass/train_00002.png").unlink()
+
+
+def shrink_a_mask(voc: Path) -> None:
+    path = voc / "SegmentationClass/train_00002.png"
+    Image.open(path).resize((9, 9)).save(path)
+
+
+def name_a_class_less(voc: Path) -> None:
+    (voc / "classes.txt").write_text("background\ndisc\n")
+
+
+def paint_a_mask(voc: Path) -> None:
+    path = voc / "SegmentationClass/train_00002.png"
+    Image.open(path).convert("RGB").save(path)
+
+
+def cut_an_image(voc: Path) -> None:
+    path = voc / "JPEGImages/train_00002.jpg"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (list_nothing, "no ImageSets/Segmentation/train.txt of VOC's layout; lists there: val"),
+        (lose_a_mask, "there is no .*train_00002.png"),
+        (shrink_a_mask, "train_00002.png is 9 x 9, its image 128 x 96"),
+        (name_a_class_less, "train_.*png has the number [23], and there are 2 classes"),
+        (paint_a_mask, "train_00002.png is of mode RGB"),
+        (cut_an_image, "cannot decode .*train_00002.jpg"),
+    ],
+)
+def test_bad_annotations(voc, tmp_path, in_process, harm, told):
+    data = Path(shutil.copytree(voc, tmp_path / "voc"))
+    harm(data)
+    line = input_error(in_process(TRAIN, *SMALL, "--data", data, "--head", "unet", "--output", tmp_path / "out"))
+    assert re.search(told, line), line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--head", "unnet"], "has no head unnet; there are deeplabv3plus, unet, fpn"),
+        (["--head", "unet", "--batch-size", 17], "16 images to train on, and a step takes 17"),
+        (["--head", "fpn", "--output-stride", 8], "fpn takes features of stride 32, not 8"),
+        (["--model", "dla60_res2net"], "DLA has 32 alone"),
+        (["--recipe", "segmentation_vok"], "did you mean segmentation_voc"),
+        (["--model", "res2net50_26w"], "did you mean"),
+        (["--freeze", "9", "--head", "unet"], "has 5 stages"),
+    ],
+)
+def test_bad_commands(voc, tmp_path, in_process, args, told):
+    line = input_error(in_process(TRAIN, *SMALL, "--data", voc, "--output", tmp_path / "out", *args))
+    assert told in line
+
+
+def test_another_run_is_not_replaced(trained, voc, in_process):
+    again = [*SMALL, "--data", voc, "--output", trained]
+    assert "holds another run" in input_error(in_process(TRAIN, *again, "--head", "unet"))
+    line = input_error(in_process(TRAIN, *again, "--head", "fpn", "--resume"))
+    assert "was started with settings" in line
+
+
+def test_a_model_of_other_classes(trained, tmp_path, in_process):
+    other = save_voc(tmp_path / "voc", train=1, val=2)
+    (other / "classes.txt").write_text("ground\n" + "\n".join(KINDS))
+    assert "has other classes" in input_error(in_process(VALIDATE, trained, "--data", other))
+
+
+@pytest.mark.parametrize("harm", ["cut", "lost", "other", "no task"])
+def test_a_damaged_folder(trained, tmp_path, harm):
+    folder = Path(shutil.copytree(trained, tmp_path / "unet"))
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if harm == "cut":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif harm == "lost":
+        weights.unlink()
+    elif harm == "other":
+        config.write_text(config.read_text().replace("unet", "fpn"))
+    else:
+        config.write_text("{}")
+    with pytest.raises(InputError) as error:
+        tasks.load(str(folder))
+    assert str(folder) in str(error.value)
+
+
+def test_targets_are_of_tasks_and_models_that_there_are(trained):
+    targets = catalog.load().targets
+    assert len(targets) == 32
+    assert all(timm.is_model(target.model) for target in targets)
+    for target in targets:
+        if target.task in tasks.TASKS:
+            assert target.head in tasks.task_class(target.task).heads
+    assert catalog.load().target("segmentation", "deeplabv3plus", "res2net50_26w_4s", "VOC12").figures == {"mIoU": 79.2}
+    with pytest.raises(InputError, match="nothing is published of unet on res2net_tiny with VOC12"):
+        catalog.load().target("segmentation", "unet", "res2net_tiny", "VOC12")
+
+
+def test_recipes_are_read(in_process, voc, tmp_path):
+    """Each names a task that is there, and only settings that there are."""
+    for path in sorted(Path("scripts/recipes/tasks").glob("*.toml")):
+        line = input_error(in_process(TRAIN, "--recipe", path.stem, "--data", tmp_path / "nowhere"))
+        assert "nowhere" in line, line
+
+
+@pytest.mark.slow
+def test_it_learns(tmp_path):
+    """Two to three minutes on two cores: 120 rendered scenes."""
+    data = save_voc(tmp_path / "voc", train=240, val=60)
+    done = Running(
+        tmp_path / "out",
+        *SMALL[:4],
+        "--data",
+        data,
+        "--head",
+        "unet",
+        "--img-size",
+        96,
+        "--epochs",
+        30,
+        "--lr",
+        2e-3,
+        script=TRAIN,
+    ).end(1200)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    best = max(float(row["mIoU"]) for row in csv.DictReader((tmp_path / "out/metrics.csv").open()))
+    assert best > 80
