@@ -21,7 +21,7 @@ from pathlib import Path
 
 from arguments import RECIPES, find_recipe, parse_over, within
 
-TASKS = ("saliency", "segmentation")
+TASKS = ("keypoints", "saliency", "segmentation")
 NOT_SETTINGS = {"output", "recipe", "resume", "overwrite", "data", "model"}
 
 
@@ -155,7 +155,7 @@ def main(args: argparse.Namespace) -> int:
     )
     accelerator.print(
         f"task: {task.task}, {head} on {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters",
-        f"data: {args.data}, {facts['images']}, {len(data.classes)} classes",
+        f"data: {args.data}, {facts['images']}; {', '.join(data.classes[:5])}{', ...' * (len(data.classes) > 5)}",
         sep="\n",
         flush=True,
     )

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -100,7 +101,80 @@ def save_saliency(folder: Path, train: int = 120, val: int = 40, size: tuple[int
     return folder
 
 
-LAYOUTS: dict[str, Callable[[Path], Path]] = {"saliency": save_saliency, "voc": save_voc}
+# Joints of a stick figure, by COCO's names. Each part of the body has its own colour, the same on both sides.
+PARTS = ("shoulder", "elbow", "wrist", "hip", "knee", "ankle")
+JOINTS = ("nose", *(f"{side}_{part}" for part in PARTS for side in ("left", "right")))
+SHADES = dict(
+    zip(("nose", *PARTS), ("#ffd0b0", "#20c020", "#e0e000", "#e02020", "#00c8c8", "#c000c0", "#2040ff"), strict=True)
+)
+BONES = [
+    *((f"{side}_{PARTS[i]}", f"{side}_{PARTS[i + 1]}") for side in ("left", "right") for i in (0, 1, 3, 4)),
+    *((f"{side}_shoulder", f"{side}_hip") for side in ("left", "right")),
+    *((f"left_{part}", f"right_{part}") for part in ("shoulder", "hip")),
+]
+
+
+def render_person(rng: np.random.Generator, draw: ImageDraw.ImageDraw, box: tuple[float, ...]) -> np.ndarray:
+    """Draw a stick figure that faces us, so that its left is on our right, and return its joints (J, 3)."""
+    x, y, w, h = box
+    unit = 0.2 * min(h, 1.3 * w)
+    turn, centre = rng.uniform(-0.3, 0.3), np.array([x + w / 2, y + h / 2])
+    places = {"nose": np.array([0, -1.75])}
+    for side, sign in (("left", 1), ("right", -1)):
+        shoulder, hip = np.array([0.5 * sign, -1.1]), np.array([0.35 * sign, 0.1])
+        angles = rng.uniform([0.1, 0.1, 0.0, 0.0], [1.9, 2.2, 0.5, 0.4])  # from straight down, outwards
+        arm, fore, thigh, shin = (0.8 * np.array([sign * math.sin(a), math.cos(a)]) for a in angles)
+        limbs = (shoulder, shoulder + arm, shoulder + arm + fore, hip, hip + thigh, hip + thigh + shin)
+        places |= {f"{side}_{part}": place for part, place in zip(PARTS, limbs, strict=True)}
+    spin = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+    places = {name: centre + unit * spin @ places[name] for name in JOINTS}
+    cloth = tuple(int(value) for value in rng.integers(0, 60, 3))
+    for one, other in BONES:
+        draw.line([*places[one], *places[other]], cloth, max(2, round(unit / 7)))
+    joints = np.zeros((len(JOINTS), 3))
+    for joint, (name, place) in zip(joints, places.items(), strict=True):
+        joint[:] = [*place.round(1), rng.choice([0, 1, 2], p=[0.05, 0.05, 0.9])]
+        r = unit * (0.4 if name == "nose" else 0.14)
+        if joint[2] != 1:  # a hidden joint is where its limbs meet, all the same
+            shade = SHADES[name.rpartition("_")[2]]
+            draw.ellipse([*(place - r), *(place + r)], shade)
+    joints[joints[:, 2] == 0] = 0
+    return joints
+
+
+def save_keypoints(folder: Path, train: int = 120, val: int = 40, size: tuple[int, int] = (160, 120)) -> Path:
+    """Write COCO's layout of persons with joints: one or two stick figures in an image."""
+    (folder / "annotations").mkdir(parents=True)
+    for split, number, first in (("train", train, 0), ("val", val, 10_000)):
+        (folder / split).mkdir()
+        images, persons = [], []
+        for i in range(number):
+            rng = np.random.default_rng([8, first + i])
+            ground = Image.fromarray(rng.integers(90, 230, (4, 4, 3), dtype=np.uint8)).resize(
+                size, Image.Resampling.BICUBIC
+            )
+            draw, many = ImageDraw.Draw(ground), int(rng.integers(1, 3))
+            for place in range(many):
+                room = (place * size[0] / many, 0, size[0] / many, size[1])
+                joints = render_person(rng, draw, room)
+                seen = joints[joints[:, 2] > 0, :2]
+                low, high = np.maximum(seen.min(0) - 4, 0), np.minimum(seen.max(0) + 5, size)
+                bbox = [*low.tolist(), *(high - low).tolist()]
+                about = {"area": 0.6 * bbox[2] * bbox[3], "iscrowd": 0, "num_keypoints": len(seen)}
+                record = {"id": len(persons) + 1, "image_id": i + 1, "category_id": 1, "bbox": bbox, **about}
+                persons.append({**record, "keypoints": joints.flatten().tolist()})
+            pixels = np.asarray(ground, dtype=np.float64) + rng.normal(0, 6, (*size[::-1], 3))
+            name = f"{split}_{i:05}.jpg"
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / split / name, quality=95)
+            images.append({"id": i + 1, "file_name": name, "width": size[0], "height": size[1]})
+        bones = [[1 + JOINTS.index(one), 1 + JOINTS.index(other)] for one, other in BONES]
+        category = {"id": 1, "name": "person", "keypoints": JOINTS, "skeleton": bones}
+        content = {"images": images, "annotations": persons, "categories": [category]}
+        (folder / "annotations" / f"person_keypoints_{split}.json").write_text(json.dumps(content))
+    return folder
+
+
+LAYOUTS: dict[str, Callable[[Path], Path]] = {"keypoints": save_keypoints, "saliency": save_saliency, "voc": save_voc}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

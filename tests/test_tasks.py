@@ -105,6 +105,15 @@ def test_two_processes_train_the_same(tmp_path):
     assert "network.fuse.weight" in moved
 
 
+def test_two_processes_write_what_they_measured(voc, tmp_path, in_process):
+    """Each has seen other images, and so has other statistics of BatchNorm until they agree."""
+    args = [*SMALL, "--data", voc, "--head", "unet", "--epochs", 1, "--batch-size", 4]
+    done = Running(tmp_path / "out", *args, processes=2, script=TRAIN).end()
+    assert done.returncode == 0, done.stderr
+    checked = in_process(VALIDATE, tmp_path / "out", "--data", voc, "--check", "--tolerance", 1e-4)
+    assert checked.returncode == 0, checked.stdout
+
+
 def test_killed_and_resumed_it_ends_the_same(voc, tmp_path, trained):
     common = [*SMALL, "--data", voc, "--head", "unet", "--epochs", 2]
     running = Running(tmp_path / "unet", *common, "--save-minutes", 0, script=TRAIN)
@@ -299,6 +308,8 @@ def test_another_run_is_not_replaced(trained, voc, in_process):
     assert "holds another run" in input_error(in_process(TRAIN, *again, "--head", "unet"))
     line = input_error(in_process(TRAIN, *again, "--head", "fpn", "--resume"))
     assert "was started with settings" in line
+    line = input_error(in_process(TRAIN, *again, "--head", "unet", "--epochs", 2, "--resume"))
+    assert "has done 2 epochs" in line
 
 
 def test_a_model_of_other_classes(trained, tmp_path, in_process):

@@ -1,4 +1,4 @@
-"""The paper's downstream tasks on backbones of the zoo (Gao et al., TPAMI 2021, Sections 4.6 to 4.9).
+"""The paper's downstream tasks on backbones of the zoo (Gao et al., TPAMI 2021, Tables 5 to 10).
 
 A task is one class: its network, its losses, its predictions, its data and its figures, in one short
 file. What they share is in `base` (a model and its folder) and `engine` (training and evaluation).
@@ -12,6 +12,7 @@ __all__ = ["TASKS", "TaskModel", "load", "load_settings", "task_class"]
 
 # Imported when asked for: each needs libraries that the others do not.
 TASKS = {
+    "keypoints": "Keypoints",
     "saliency": "Saliency",
     "segmentation": "Segmentation",
 }

@@ -91,6 +91,7 @@ class TaskModel(nn.Module, ABC):
     img_size: ClassVar[int]  # the default
     best: ClassVar[str]  # the figure by which the best epoch is chosen, of which more is better
     requires: ClassVar[dict[str, str]] = {}  # package by module
+    extra: ClassVar[str] = "tasks"  # of ours, which has them
     less_is_better: ClassVar[frozenset[str]] = frozenset()  # figures that are errors
     mean: torch.Tensor
     std: torch.Tensor
@@ -139,7 +140,7 @@ class TaskModel(nn.Module, ABC):
         """
         missing = [package for module, package in cls.requires.items() if importlib.util.find_spec(module) is None]
         if missing:
-            raise InputError(f"{cls.task} needs {' and '.join(missing)}; pip install 'res2net-zoo[tasks]'")
+            raise InputError(f"{cls.task} needs {' and '.join(missing)}; pip install 'res2net-zoo[{cls.extra}]'")
 
     @classmethod
     @abstractmethod
@@ -176,12 +177,12 @@ class TaskModel(nn.Module, ABC):
         """
 
     def collate(self, samples: list[tuple[torch.Tensor, dict[str, Any]]]) -> tuple[Any, list[dict[str, Any]]]:
-        """Make a batch of what `transform` returned."""
-        return torch.stack([image for image, _ in samples]), [target for _, target in samples]
+        """Make a batch of what `transform` returned; images stay apart, for in evaluation each has its own size."""
+        return [image for image, _ in samples], [target for _, target in samples]
 
     @abstractmethod
     def forward(self, images: Any, targets: list[dict[str, Any]] | None = None) -> Any:
-        """Return the losses by name in training, and in evaluation a prediction for each image."""
+        """Return the losses by name in training; in evaluation, where no targets come, a prediction for each image."""
 
     @abstractmethod
     def score(self, data: Annotated) -> Score:

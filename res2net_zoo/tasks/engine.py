@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
+from timm.utils import distribute_bn
 from torch.utils.data import DataLoader, Dataset
 
 from res2net_zoo import catalog
@@ -40,7 +41,7 @@ class Prepared(Dataset):
     def __getitem__(self, i: int) -> tuple[int, Any]:
         try:
             image, target = self.data[i]
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError) as error:  # the last two are Pillow's of a broken PNG
             return i, str(error)  # an exception of a loader's process would come with its traceback
         if self.train:
             set_seed(seed_of(self.seed, 1, self.epoch, i))
@@ -130,6 +131,7 @@ class Plan:
         workers: Loader processes of each process.
         keep: Checkpoints to keep.
         save_minutes: Time between checkpoints within an epoch.
+        facts: What the card tells beside these: at least `data` and `split`, that the figures are of.
     """
 
     output: Path
@@ -147,7 +149,7 @@ class Plan:
     workers: int = 1
     keep: int = 2
     save_minutes: float = 15.0
-    facts: dict[str, Any] = field(default_factory=dict)  # of the data and the command, for the card
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def batches_of(images: int, plan: Plan, epoch: int, rank: int, world: int) -> list[list[int]]:
@@ -212,6 +214,10 @@ def train(model: TaskModel, data: Annotated, valid: Annotated, accelerator: Acce
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         done, metrics = state["done"], state["metrics"]
+        if len(metrics) >= plan.epochs:
+            raise InputError(
+                f"the run in {plan.output} has done {len(metrics)} epochs; --epochs {plan.epochs} is no more"
+            )
         accelerator.print(f"goes on after step {done} of {plan.epochs * steps}", flush=True)
         scheduler.step_update(done)
 
@@ -244,7 +250,7 @@ def train(model: TaskModel, data: Annotated, valid: Annotated, accelerator: Acce
                 total, number = total + loss.detach(), number + 1
                 scheduler.step_update(done)
                 progress.update()
-                progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                progress.set_postfix(loss=f"{loss.item():.4g}", refresh=False)
                 late = main_process and time.monotonic() - saved > 60 * plan.save_minutes
                 heard, bad, late = stop.agree(0 if torch.isfinite(loss) else done, late)
                 if bad:
@@ -263,13 +269,15 @@ def train(model: TaskModel, data: Annotated, valid: Annotated, accelerator: Acce
                     )
                     accelerator.wait_for_everyone()
                     return 128 + heard
+            if world > 1:  # as each process has seen other batches
+                distribute_bn(bare, world, reduce=False)
             figures = evaluate(bare, valid, accelerator, plan.batch_size, plan.workers)
             mean = accelerator.reduce(torch.stack([total, number]), "sum")
-            metrics.append({"epoch": epoch + 1, "loss": round(float(mean[0] / mean[1].clamp(min=1)), 5), **figures})
+            metrics.append({"epoch": epoch + 1, "loss": float(f"{mean[0] / mean[1].clamp(min=1):.5g}"), **figures})
             best = max(range(len(metrics)), key=lambda i: metrics[i][bare.best])
             if main_process:
                 with progress.external_write_mode():
-                    shown = ", ".join(f"{name} {value:.3f}" for name, value in metrics[-1].items() if name != "epoch")
+                    shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics[-1].items() if name != "epoch")
                     print(f"epoch {epoch + 1:3}: {shown}", flush=True)
                 if best == len(metrics) - 1:
                     bare.save(plan.output, make_card(bare, metrics, accelerator, plan))
@@ -367,7 +375,7 @@ def pictures(model: TaskModel, paths: Sequence[Path], accelerator: Accelerator) 
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError) as error:
             raise InputError(f"cannot decode {path}: {error}") from error
         blank = model.transform(image, {}, False)
         images, _ = model.collate([blank])

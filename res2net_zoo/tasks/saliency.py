@@ -1,4 +1,4 @@
-"""Salient object detection (paper, Section 4.9 and Table 9): how much each pixel belongs to what stands out.
+"""Salient object detection (paper, Table 9): how much each pixel belongs to what stands out.
 
 The network is DSS (Hou et al., "Deeply Supervised Salient Object Detection with Short Connections", CVPR
 2017 and TPAMI 2019, arXiv 1611.04849, Section 3), without the conditional random field that its authors can
@@ -206,6 +206,7 @@ class Saliency(TaskModel):
     best = "F-measure"
     less_is_better: ClassVar = frozenset({"MAE"})
     requires: ClassVar = {"py_sod_metrics": "pysodmetrics"}
+    extra = "saliency"
     network: DSS
 
     @classmethod
@@ -237,10 +238,6 @@ class Saliency(TaskModel):
         if torch.rand(()) < 0.5:
             pixels, mask = pixels.flip(2), mask.flip(2)
         return pixels, {"mask": mask.float()}
-
-    def collate(self, samples: list[tuple[torch.Tensor, dict[str, Any]]]) -> tuple[Any, list[dict[str, Any]]]:
-        """Keep images apart: in evaluation each has its own size, which its map is to have."""
-        return [image for image, _ in samples], [target for _, target in samples]
 
     def forward(self, images: list[torch.Tensor], targets: list[dict[str, Any]] | None = None) -> Any:
         """Return the cross entropy of each side output and of the fused one, or for each image its map (H, W).

@@ -1,4 +1,4 @@
-"""Semantic segmentation (paper, Section 4.7 and Table 7): which class each pixel is of.
+"""Semantic segmentation (paper, Table 7): which class each pixel is of.
 
 Networks are segmentation_models_pytorch's: DeepLab v3+ (Chen et al., arXiv 1802.02611) at output stride
 16, as in the paper, U-Net and FPN. Data are in PASCAL VOC's layout: JPEGImages, SegmentationClass with a
@@ -195,10 +195,6 @@ class Segmentation(TaskModel):
         if torch.rand(()) < 0.5:
             pixels, mask = pixels.flip(2), mask.flip(1)
         return pixels, {"mask": mask}
-
-    def collate(self, samples: list[tuple[torch.Tensor, dict[str, Any]]]) -> tuple[Any, list[dict[str, Any]]]:
-        """Keep images apart: in evaluation each has its own size."""
-        return [image for image, _ in samples], [target for _, target in samples]
 
     def forward(self, images: list[torch.Tensor], targets: list[dict[str, Any]] | None = None) -> Any:
         """Return the mean cross entropy of the pixels, or for each image its mask (H, W)."""

@@ -1,0 +1,437 @@
+"""Keypoint estimation (paper, Table 10): where the joints of a person are.
+
+The network is SimpleBaseline (Xiao, Wu and Wei, "Simple Baselines for Human Pose Estimation and Tracking",
+ECCV 2018, arXiv 1804.06208). Data are in COCO's layout: annotations/person_keypoints_SPLIT.json, and images
+in SPLIT. A sample is one person, in the annotated box, in evaluation too. Table 10's boxes are of a detector
+with 56.4 AP of persons on val, and some are false: figures here are higher than with those.
+
+Places in an image, in a crop of it and in heatmaps are (x, y) from the upper left corner, so that the centre
+of the first pixel is at (0.5, 0.5). COCO has (0, 0) there, and so have predictions.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image, ImageDraw
+from torch import nn
+from torchvision.transforms.v2 import functional as TF
+
+from res2net_zoo.program import InputError, progress_bar
+from res2net_zoo.tasks.base import Annotated, Figures, Score, TaskModel
+
+# How far apart people put a joint, of COCO's joints: the sigma of its OKS. Of any other joint it is SIGMA.
+COCO = {
+    **{"nose": 0.026, "left_eye": 0.025, "right_eye": 0.025, "left_ear": 0.035, "right_ear": 0.035},
+    **{"left_shoulder": 0.079, "right_shoulder": 0.079, "left_elbow": 0.072, "right_elbow": 0.072},
+    **{"left_wrist": 0.062, "right_wrist": 0.062, "left_hip": 0.107, "right_hip": 0.107},
+    **{"left_knee": 0.087, "right_knee": 0.087, "left_ankle": 0.089, "right_ankle": 0.089},
+}
+SIGMA = 0.05
+LIMBS = [
+    *(("shoulder", "elbow"), ("elbow", "wrist"), ("shoulder", "hip"), ("hip", "knee"), ("knee", "ankle")),
+    *(("eye", "ear"), ("ear", "shoulder")),
+]
+BONES = [
+    *((f"{side}_{one}", f"{side}_{other}") for side in ("left", "right") for one, other in LIMBS),
+    *((f"left_{name}", f"right_{name}") for name in ("shoulder", "hip", "eye")),
+    *(("nose", "left_eye"), ("nose", "right_eye")),
+]
+COLOURS = {"left": (40, 120, 255), "right": (255, 120, 20)}  # and what is in the middle:
+MIDDLE = (60, 210, 90)
+MARGIN = 1.25  # a crop is larger than its box by this factor
+SEEN = 0.2  # a joint that peaks below counts for nothing in its person's score, as with SimpleBaseline; it is not drawn
+
+
+@dataclass(slots=True)
+class Person:
+    """An annotation.
+
+    Attributes:
+        image: Number of the image.
+        joints: Of each x, y and 0, 1 or 2: not labelled, hidden, visible; (J, 3), as COCO has them.
+        labelled: How many are labelled.
+        bbox: Left, top, width and height.
+        area: Of the person, in pixels, by which COCO measures distances.
+        crowd: Whether it is of many people together.
+    """
+
+    image: int
+    joints: np.ndarray
+    labelled: int
+    bbox: list[float]
+    area: float
+    crowd: bool
+
+
+class COCOPersons(Annotated):
+    """Persons with joints, in COCO's layout: those that are no crowd and have any joint labelled.
+
+    Args:
+        folder: The folder of `annotations` and of images in a folder for each split.
+        split: Such as train2017.
+
+    Attributes:
+        images: File, width and height of each image.
+        annotations: All of them, as COCO's evaluation needs crowds and people without joints too.
+        persons: The samples.
+
+    Raises:
+        InputError: Annotations that cannot be right, or an image that is missing.
+    """
+
+    def __init__(self, folder: Path, split: str) -> None:
+        path = folder / "annotations" / f"person_keypoints_{split}.json"
+        if not path.is_file():
+            files = sorted(path.parent.glob("person_keypoints_*.json"))
+            there = ", ".join(file.stem.removeprefix("person_keypoints_") for file in files) or "none"
+            raise InputError(f"there is no {path}, as COCO's layout has it; splits there: {there}")
+        try:
+            content = json.loads(path.read_text())
+            (category,) = (category for category in content["categories"] if category.get("keypoints"))
+            self.classes: list[str] = [str(name) for name in category["keypoints"]]
+            self.images = [(folder / split / x["file_name"], x["width"], x["height"]) for x in content["images"]]
+            numbers = {image["id"]: i for i, image in enumerate(content["images"])}
+            records = [(record["id"], record) for record in content["annotations"]]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path} is no file of COCO's with one category of joints: {type(error).__name__}: {error}"
+            ) from error
+        mirrored(self.classes)
+        self.annotations = []
+        for number, record in progress_bar(None, records, desc="check the annotations", unit="annotation"):
+            try:
+                self.annotations.append(self._person(record, numbers, category["id"]))
+            except (KeyError, TypeError, ValueError) as error:
+                what = f"it has no {error}" if isinstance(error, KeyError) else error
+                raise InputError(f"{path}, annotation {number}: {what}") from error
+        self.persons = [person for person in self.annotations if person.labelled and not person.crowd]
+        if not self.persons:
+            raise InputError(f"{path} has no person with a labelled joint")
+        for i in progress_bar(None, sorted({person.image for person in self.persons}), desc="check", unit="image"):
+            file, *size = self.images[i]
+            try:
+                with Image.open(file) as image:
+                    found = list(image.size)
+            except (OSError, SyntaxError, ValueError) as error:  # the last two are Pillow's of a broken PNG
+                raise InputError(f"cannot read {file}, which {path} names: {error}") from error
+            if found != size:
+                raise InputError("{} is {} x {}, and {} says {} x {}".format(file, *found, path, *size))
+
+    def _person(self, record: dict[str, Any], numbers: dict[Any, int], category: Any) -> Person:
+        """Read an annotation; what is wrong with it is raised as ValueError."""
+        if record["category_id"] != category:
+            raise ValueError(f"its category {record['category_id']} is not that of the joints, {category}")
+        if record["image_id"] not in numbers:
+            raise ValueError(f"its image {record['image_id']} is not in the list of images")
+        values = np.asarray(record["keypoints"], dtype=np.float64)
+        if values.shape != (3 * len(self.classes),):
+            raise ValueError(f"it has {values.size} numbers for {len(self.classes)} joints, not 3 for each")
+        i, joints = numbers[record["image_id"]], values.reshape(-1, 3)
+        labelled, bbox, area = joints[:, 2] > 0, [float(value) for value in record["bbox"]], float(record["area"])
+        person = Person(i, joints, int(labelled.sum()), bbox, area, bool(record.get("iscrowd", 0)))
+        if not np.isin(joints[:, 2], (0, 1, 2)).all():
+            raise ValueError("a joint's visibility is not 0, 1 or 2")
+        if person.labelled and not person.crowd:
+            x, y, w, h = bbox
+            _, width, height = self.images[i]
+            if not (x >= -1 and y >= -1 and x + w <= width + 1 and y + h <= height + 1):
+                raise ValueError(f"its box {bbox} is not within its image, {width} x {height}")
+            if not (min(x + w, width) > max(x, 0) and min(y + h, height) > max(y, 0) and area > 0):
+                raise ValueError(f"its box {bbox} or its area {area} is empty")
+            # Some data have joints that the image's edge cuts off, but not as far away as wrong coordinates are.
+            far, places = max(width, height) / 4, joints[labelled, :2]
+            if not ((places >= -far) & (places <= np.array([width, height]) + far)).all():
+                raise ValueError(f"a joint is far out of its image, {width} x {height}")
+        return person
+
+    def __len__(self) -> int:
+        return len(self.persons)
+
+    def path(self, i: int) -> Path:
+        """Return the file of a person's image."""
+        return self.images[self.persons[i].image][0]
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, dict[str, Any]]:
+        person = self.persons[i]
+        x, y, w, h = person.bbox
+        left, top = max(x, 0), max(y, 0)
+        _, width, height = self.images[person.image]
+        box = (left, top, min(x + w, width) - left, min(y + h, height) - top)
+        joints = torch.from_numpy(person.joints).float()
+        with Image.open(self.path(i)) as image:
+            return image.convert("RGB"), {"box": box, "joints": joints[:, :2] + 0.5, "visible": joints[:, 2] > 0}
+
+
+def mirrored(names: Sequence[str]) -> list[int]:
+    """Return for each joint the number of the one that it becomes in a mirror, by names left_X and right_X.
+
+    Raises:
+        InputError: A joint of a side without its partner.
+    """
+    other = {"left": "right", "right": "left"}
+    partners = []
+    for name in names:
+        side, _, rest = name.partition("_")
+        partner = f"{other[side]}_{rest}" if side in other else name
+        if partner not in names or (partner == name and any(word in name.lower() for word in other)):
+            raise InputError(f"the joint {name} has no partner; joints of the sides are named left_X and right_X")
+        partners.append(names.index(partner))
+    return partners
+
+
+def crop_matrix(
+    box: Sequence[float], size: Sequence[int], scale: float = 1, turn: float = 0, mirror: bool = False
+) -> torch.Tensor:
+    """Return the affine map (2, 3) from places in a person's crop to places in the image.
+
+    Args:
+        box: Left, top, width and height.
+        size: Width and height of the crop; the box is widened to its aspect ratio, and by `MARGIN`.
+        scale: By which the crop takes in more.
+        turn: Of the crop, in radians.
+        mirror: Whether left becomes right.
+    """
+    x, y, w, h = box
+    unit = scale * MARGIN * max(w / size[0], h / size[1])
+    cos, sin = unit * math.cos(turn), unit * math.sin(turn)
+    linear = torch.tensor([[-cos if mirror else cos, -sin], [-sin if mirror else sin, cos]])
+    offset = torch.tensor([x + w / 2, y + h / 2]) - linear @ torch.tensor([size[0] / 2, size[1] / 2])
+    return torch.cat([linear, offset[:, None]], 1)
+
+
+def to_image(places: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Return where places (..., 2) in a crop are in the image."""
+    return places @ matrix[:, :2].T + matrix[:, 2]
+
+
+def to_crop(places: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Return where places (..., 2) in an image are in the crop."""
+    return (places - matrix[:, 2]) @ torch.linalg.inv(matrix[:, :2]).T
+
+
+def encode(places: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Return heatmaps (..., h, w) with a Gaussian at each place (..., 2), counted in cells.
+
+    Its sigma is 2 cells where a heatmap is 64 high, as in SimpleBaseline's configuration, and grows with it.
+    """
+    h, w = size
+    centres = torch.arange(max(h, w), device=places.device) + 0.5
+    columns, rows = (torch.exp(-((centres - places[..., axis, None]) ** 2) / (2 * (h / 32) ** 2)) for axis in (0, 1))
+    return rows[..., :h, None] * columns[..., None, :w]
+
+
+def decode(heatmaps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where heatmaps (J, h, w) peak (J, 2), in cells, and how high (J,).
+
+    From the centre of the highest cell it is a quarter of a cell to the higher of its neighbours, in x and in y.
+    """
+    joints, _, w = heatmaps.shape
+    scores, best = heatmaps.flatten(1).max(1)
+    x, y, j = best % w, best // w, torch.arange(joints, device=best.device)
+    # Reflected, both neighbours of a cell at the edge are the same, and it is its centre.
+    around = F.pad(heatmaps[None], (1, 1, 1, 1), mode="reflect")[0]
+    dx = around[j, y + 1, x + 2] - around[j, y + 1, x]
+    dy = around[j, y + 2, x + 1] - around[j, y, x + 1]
+    return torch.stack([x, y], 1) + 0.5 + 0.25 * torch.stack([dx, dy], 1).sign(), scores
+
+
+class OKSAP(Score):
+    """Average precision and recall by object keypoint similarity, as COCO has it, by faster_coco_eval, in percent.
+
+    A person's score is the mean of the heights of its joints' peaks, of those above `SEEN`. A figure of which
+    the data have nothing, such as that of large persons, is left out.
+    """
+
+    def __init__(self, data: COCOPersons) -> None:
+        self.data = data
+        self.said: list[tuple[int, list[float], float]] = []
+
+    def update(self, i: int, target: dict[str, Any], prediction: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Take note of a person's joints."""
+        places, scores = (tensor.double().cpu() for tensor in prediction)
+        seen = scores[scores > SEEN]
+        joints = torch.cat([places, torch.ones_like(scores)[:, None]], 1)
+        self.said.append((i, joints.flatten().tolist(), seen.mean().item() if len(seen) else 0.0))
+
+    def compute(self, accelerator: Accelerator) -> Figures:
+        """Return AP, AP50, AP75, AP_medium, AP_large and AR."""
+        from faster_coco_eval import COCO as Persons
+        from faster_coco_eval import COCOeval_faster
+
+        data = self.data
+        truth = Persons(
+            {
+                "images": [{"id": i, "width": w, "height": h} for i, (_, w, h) in enumerate(data.images)],
+                "categories": [{"id": 1, "name": "person"}],
+                "annotations": [
+                    {
+                        **{"id": i, "image_id": person.image, "category_id": 1, "bbox": person.bbox},
+                        **{"area": person.area, "iscrowd": int(person.crowd), "num_keypoints": person.labelled},
+                        "keypoints": person.joints.flatten().tolist(),
+                    }
+                    for i, person in enumerate(data.annotations, 1)  # COCO's code takes 0 for no annotation
+                ],
+            }
+        )
+        found = [
+            {"image_id": data.persons[i].image, "category_id": 1, "keypoints": joints, "score": score}
+            for i, joints, score in sorted(gather_object(self.said))
+        ]
+        sigmas: Any = [COCO.get(name, SIGMA) for name in data.classes]
+        measured = COCOeval_faster(truth, truth.loadRes(found), "keypoints", kpt_oks_sigmas=sigmas)
+        measured.evaluate()
+        measured.accumulate()
+        measured.summarize()
+        names = ("AP", "AP50", "AP75", "AP_medium", "AP_large", "AR")
+        return {name: 100 * float(x) for name, x in zip(names, measured.all_stats, strict=False) if x >= 0}
+
+
+class SimpleBaseline(nn.Module):
+    """Three deconvolutions on a backbone's last feature, and a heatmap for each joint (Xiao et al., Section 2).
+
+    Args:
+        backbone: timm's `features_only` model.
+        joints: How many.
+
+    Attributes:
+        stride: Pixels of a heatmap's cell: 4 where the last feature's stride is 32.
+    """
+
+    def __init__(self, backbone: Any, joints: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.stride: float = backbone.feature_info.reduction()[-1] / 8
+        layers: list[nn.Module] = []
+        channels = backbone.feature_info.channels()[-1]
+        for inputs in (channels, 256, 256):
+            layers += [nn.ConvTranspose2d(inputs, 256, 4, 2, 1, bias=False), nn.BatchNorm2d(256), nn.ReLU()]
+        layers.append(nn.Conv2d(256, joints, 1))
+        for layer in layers:
+            if isinstance(layer, nn.ConvTranspose2d | nn.Conv2d):
+                nn.init.normal_(layer.weight, std=0.001)
+        nn.init.zeros_(layers[-1].bias)  # type: ignore[arg-type]
+        self.head = nn.Sequential(*layers)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return heatmaps (N, J, H / stride, W / stride) of images (N, 3, H, W)."""
+        return self.head(self.backbone(images)[-1])
+
+
+class Keypoints(TaskModel):
+    """Keypoint estimation: `classes` are the joints, and `img_size` is a crop's height; its width is 3/4 of it."""
+
+    task = "keypoints"
+    heads = ("simplebaseline",)
+    img_size = 256
+    best = "AP"
+    requires: ClassVar = {"faster_coco_eval": "faster-coco-eval"}
+
+    @classmethod
+    def open(cls, data: str, split: str, head: str, classes: Sequence[str] | None = None) -> COCOPersons:
+        """Open a folder in COCO's layout."""
+        found = COCOPersons(Path(data), split)
+        if classes is not None and list(classes) != found.classes:
+            raise InputError(
+                f"{data} has other joints ({', '.join(found.classes)}) than the model ({', '.join(classes)})"
+            )
+        return found
+
+    def build(self, features: Any) -> nn.Module:
+        """Put the deconvolutions on the backbone."""
+        height, stride = self.settings["img_size"], features.feature_info.reduction()[-1]
+        if height % (4 * stride):
+            raise InputError(
+                f"keypoints with features of stride {stride} take an image size that is a multiple of {4 * stride}, "
+                f"not {height}: the width is 3/4 of it"
+            )
+        self.size = (3 * height // 4, height)
+        self.partners = mirrored(self.settings["classes"])
+        return SimpleBaseline(features, len(self.partners))
+
+    @property
+    def features(self) -> nn.Module:
+        """The backbone below the deconvolutions."""
+        network: Any = self.network
+        return network.backbone
+
+    @property
+    def stride(self) -> float:
+        """Pixels of a crop that a heatmap's cell covers."""
+        network: Any = self.network
+        return network.stride
+
+    def transform(self, image: Image.Image, target: dict[str, Any], train: bool) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Cut out the person, or the whole image where no box is known; turned, scaled and mirrored for training."""
+        scale, turn, mirror = 1.0, 0.0, False
+        if train:
+            scale = float(torch.empty(()).uniform_(0.7, 1.3))
+            turn = math.radians(float(torch.empty(()).uniform_(-40, 40)))
+            mirror = bool(torch.rand(()) < 0.5)
+        matrix = crop_matrix(target.get("box", (0, 0, *image.size)), self.size, scale, turn, mirror)
+        numbers: Any = matrix.flatten().tolist()
+        crop = image.transform(self.size, Image.Transform.AFFINE, numbers, Image.Resampling.BILINEAR)
+        pixels = TF.to_dtype(TF.pil_to_tensor(crop), scale=True)
+        if not train:
+            return pixels, {"matrix": matrix}
+        order = self.partners if mirror else list(range(len(self.partners)))
+        places = to_crop(target["joints"][order], matrix) / self.stride
+        return pixels, {"matrix": matrix, "places": places, "visible": target["visible"][order]}
+
+    def collate(self, samples: list[tuple[torch.Tensor, dict[str, Any]]]) -> tuple[Any, list[dict[str, Any]]]:
+        """Put with the crops how the way back from each into its image is."""
+        targets = [target for _, target in samples]
+        matrices = torch.stack([target["matrix"] for target in targets])
+        return {"crops": torch.stack([crop for crop, _ in samples]), "matrices": matrices}, targets
+
+    def forward(self, images: dict[str, torch.Tensor], targets: list[dict[str, Any]] | None = None) -> Any:
+        """Return the mean squared error of the heatmaps, or for each person its joints (J, 2) and scores (J,).
+
+        Joints are in pixels of the person's image. A joint that is not labelled, or not in the crop, has no error.
+        """
+        if targets is not None and self.training:
+            heatmaps = self.heatmaps(images["crops"])
+            places, visible = (torch.stack([target[key] for target in targets]) for key in ("places", "visible"))
+            h, w = heatmaps.shape[2:]
+            inside = ((places >= 0) & (places < places.new_tensor([w, h]))).all(-1)
+            errors = (heatmaps - encode(places, (h, w))).square().mean((2, 3))
+            return {"loss": (errors * (visible & inside)).mean()}
+        # One after the other, so that a joint, to the last bit, does not depend on its company.
+        return [self._joints(*person) for person in zip(images["crops"], images["matrices"], strict=True)]
+
+    def heatmaps(self, crops: torch.Tensor) -> torch.Tensor:
+        """Return the joints' heatmaps (N, J, h, w) of crops (N, 3, H, W)."""
+        return self.network(self.normalize(crops).contiguous(memory_format=torch.channels_last)).float()
+
+    def _joints(self, crop: torch.Tensor, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        here, there = self.heatmaps(torch.stack([crop, crop.flip(2)]))
+        places, scores = decode((here + there.flip(2)[self.partners]) / 2)
+        return to_image(places * self.stride, matrix).cpu() - 0.5, scores.cpu()
+
+    def score(self, data: Any) -> OKSAP:
+        """Return average precision."""
+        return OKSAP(data)
+
+    def draw(self, image: Image.Image, prediction: tuple[torch.Tensor, torch.Tensor]) -> Image.Image:
+        """Draw joints, and bones between those that have COCO's names; left in blue, right in orange."""
+        drawn = image.copy()
+        draw, radius = ImageDraw.Draw(drawn), max(2, round(max(image.size) / 120))
+        names, (places, scores) = self.settings["classes"], prediction
+        seen = {names[j]: tuple(places[j].tolist()) for j in range(len(names)) if scores[j] > SEEN}
+        sides = {name: name.partition("_")[0] for name in seen}
+        for one, other in BONES:
+            if one in seen and other in seen:
+                colour = COLOURS.get(sides[one], MIDDLE) if sides[one] == sides[other] else MIDDLE
+                draw.line((seen[one], seen[other]), colour, max(1, radius // 2))
+        for name, (x, y) in seen.items():
+            around = (x - radius, y - radius, x + radius, y + radius)
+            draw.ellipse(around, COLOURS.get(sides[name], MIDDLE), (255, 255, 255))
+        return drawn

@@ -1,0 +1,429 @@
+"""Keypoints: places that go to a crop, to heatmaps and back, COCO's figures, data that cannot be right."""
+
+import csv
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from huggingface_hub import ModelCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+
+from res2net_zoo import tasks
+from res2net_zoo.program import InputError
+from res2net_zoo.tasks import keypoints
+from res2net_zoo.tasks.keypoints import OKSAP, COCOPersons, Keypoints, SimpleBaseline
+from tests.conftest import SMALL, input_error, spread
+from tests.scenes import JOINTS, save_keypoints
+from tests.test_survival import Running
+
+TRAIN, VALIDATE, PREDICT = (f"scripts/{name}_task.py" for name in ("train", "validate", "predict"))
+TINY = ["--task", "keypoints", "--model", "res2net_tiny", "--img-size", 128, "--workers", 1]
+VAL = "annotations/person_keypoints_val.json"
+LEFT, RIGHT = JOINTS.index("left_wrist"), JOINTS.index("right_wrist")
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory) -> Path:
+    return save_keypoints(tmp_path_factory.mktemp("data") / "people", train=6, val=5)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, people) -> Path:
+    """A folder that a short training wrote."""
+    folder = tmp_path_factory.mktemp("trained") / "joints"
+    args = ["--data", people, "--epochs", 1, "--batch-size", 2, "--threads", 1]
+    done = Running(folder, *TINY, *args, script=TRAIN).end()
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wild(tmp_path_factory) -> Path:
+    """A folder of a model whose heatmaps are of any height and peak anywhere."""
+    folder = tmp_path_factory.mktemp("wild") / "joints"
+    spread(Keypoints("res2net_tiny", JOINTS, img_size=128)).save(folder, ModelCard("---\n---\n"))
+    return folder
+
+
+def edit(path: Path, change: Callable[[Any], None]) -> None:
+    """Change the content of a JSON file."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def lenient(people: Path, folder: Path) -> Path:
+    """Copy the data, with persons so large that even wild joints count as near to some of theirs."""
+    data = Path(shutil.copytree(people, folder))
+    edit(data / VAL, lambda content: [person.update(area=3e5) for person in content["annotations"]])
+    return data
+
+
+def test_what_comes_out(trained, people, in_process, tmp_path):
+    """The figures of the training and of validation are the same, and pictures are of their images' size."""
+    (row,) = csv.DictReader((trained / "metrics.csv").open())
+    done = in_process(VALIDATE, trained, "--data", people, "--check", "--output", tmp_path / "figures.json")
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads((tmp_path / "figures.json").read_text())
+    # No stick figure is large.
+    assert list(result["figures"]) == ["AP", "AP50", "AP75", "AP_medium", "AR"]
+    assert {name: float(row[name]) for name in result["figures"]} == result["figures"]
+    assert result["samples"] == len(json.loads((people / VAL).read_text())["annotations"])
+    done = in_process(PREDICT, trained, people / "val", "--output", tmp_path / "seen")
+    assert done.returncode == 0, done.stderr
+    assert {Image.open(path).size for path in (tmp_path / "seen").iterdir()} == {(160, 120)}
+
+
+def test_two_processes_measure_the_same(wild, people, program, tmp_path):
+    data, found = lenient(people, tmp_path / "people"), []
+    for number in (1, 2):
+        output = tmp_path / f"{number}.json"
+        args = ["--data", data, "--batch-size", 3, "--threads", 1, "--output", output]
+        done = program(VALIDATE, wild, *args, processes=number)
+        assert done.returncode == 0, done.stderr
+        assert "Average" not in done.stdout
+        (result,) = json.loads(output.read_text())
+        assert result["num_processes"] == number
+        found.append(result["figures"])
+    assert found[0] == found[1] and 0 < found[0]["AP"] < 100
+
+
+def test_a_folder_gives_the_same_joints(wild, people):
+    """To the last bit also in company."""
+    model, again = tasks.load(str(wild)), tasks.load(str(wild))
+    data = model.open(str(people), "val", "simplebaseline", JOINTS)
+    samples = [model.transform(*data[i], False) for i in range(3)]
+    with torch.inference_mode():
+        many = model(model.collate(samples)[0])
+        for sample, (places, scores) in zip(samples, many, strict=True):
+            assert places.shape == (len(JOINTS), 2) and scores.shape == (len(JOINTS),)
+            ((alone, heights),) = again(again.collate([sample])[0])
+            assert torch.equal(alone, places) and torch.equal(heights, scores)
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_there_and_back(data):
+    """A joint in an image, its place in the crop, its heatmap, and the joint again: within half a cell."""
+    number = lambda low, high: data.draw(st.floats(low, high))  # noqa: E731
+    box = (number(0, 300), number(0, 300), number(5, 400), number(5, 400))
+    size, stride = data.draw(st.sampled_from([((96, 128), 4), ((192, 256), 4), ((48, 64), 2), ((24, 32), 0.5)]))
+    mirror, turn = data.draw(st.booleans()), math.radians(number(-180, 180))
+    matrix = keypoints.crop_matrix(box, size, number(0.7, 1.3), turn, mirror)
+    place = torch.tensor([[number(0, size[0] - 1e-3), number(0, size[1] - 1e-3)]])
+    joint = keypoints.to_image(place, matrix)
+    there = keypoints.to_crop(joint, matrix)
+    assert (there - place).abs().max() < 0.01
+    shape = (round(size[1] / stride), round(size[0] / stride))
+    heatmaps = keypoints.encode(there / stride, shape)
+    assert heatmaps.shape == (1, *shape)
+    back, (height,) = keypoints.decode(heatmaps)
+    assert (back * stride - place).abs().max() <= 0.501 * stride
+    assert 0.77 < height <= 1  # at a corner of four cells it is lowest
+
+
+def test_a_crop_is_the_box_widened():
+    """Without augmentation a crop has the box in its middle, with a margin of a quarter, upright."""
+    for box in ((10, 20, 60, 200), (10, 20, 300, 40)):
+        matrix = keypoints.crop_matrix(box, (96, 128))
+        low, high = keypoints.to_image(torch.tensor([[0.0, 0.0], [96.0, 128.0]]), matrix)
+        width, height = (high - low).tolist()
+        assert height / width == pytest.approx(4 / 3)
+        assert ((low + high) / 2).tolist() == pytest.approx([box[0] + box[2] / 2, box[1] + box[3] / 2])
+        assert min(width / box[2], height / box[3]) == pytest.approx(1.25)
+
+
+def test_joints_follow_their_images():
+    """What is random in training is the same for both; in a mirror left is right."""
+    model = Keypoints("res2net_tiny", JOINTS, img_size=128)
+    image, joints = Image.new("RGB", (200, 150)), torch.zeros(len(JOINTS), 2)
+    joints[LEFT], joints[RIGHT] = torch.tensor([130.0, 60.0]), torch.tensor([70.0, 90.0])
+    draw = ImageDraw.Draw(image)
+    for joint, colour in ((LEFT, (255, 0, 0)), (RIGHT, (0, 0, 255))):
+        x, y = joints[joint].tolist()
+        draw.rectangle((x - 4, y - 4, x + 3, y + 3), colour)  # its edges are 4 pixels away
+    visible = torch.zeros(len(JOINTS), dtype=torch.bool)
+    visible[[LEFT, RIGHT]] = True
+    target, swapped = {"box": (40, 20, 120, 110), "joints": joints, "visible": visible}, set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        crop, found = model.transform(image, target, True)
+        assert crop.shape == (3, 128, 96) and found["visible"].equal(visible)
+        rows, columns = torch.arange(128) + 0.5, torch.arange(96) + 0.5
+        spots = {}
+        for channel in (0, 2):
+            light = crop[channel] / crop[channel].sum()
+            spots[channel] = torch.stack([(light.sum(0) * columns).sum(), (light.sum(1) * rows).sum()])
+        left, right = (found["places"][joint] * 4 for joint in (LEFT, RIGHT))
+        mirrored = bool((left - spots[0]).norm() > 10)
+        swapped.add(mirrored)
+        assert (left - spots[2 if mirrored else 0]).norm() < 0.3
+        assert (right - spots[0 if mirrored else 2]).norm() < 0.3
+    assert swapped == {True, False}
+
+
+def test_a_mirrored_image_has_mirrored_joints(wild):
+    """Evaluation sees each person in a mirror too."""
+    model: Any = tasks.load(str(wild))
+    image = Image.effect_noise((150, 120), 90).convert("RGB")
+    mirror = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    with torch.inference_mode():
+        (one,), (two,) = (model(model.collate([model.transform(x, {}, False)])[0]) for x in (image, mirror))
+    places = two[0][model.partners]
+    places[:, 0] = 149 - places[:, 0]
+    assert torch.allclose(one[0], places, atol=1e-2) and torch.allclose(one[1], two[1][model.partners], atol=1e-4)
+
+
+def test_partners():
+    assert keypoints.mirrored(["right_a", "nose", "left_a"]) == [2, 1, 0]
+    for names in (["left_ear", "nose"], ["ear_left", "ear_right"], ["LShoulder left", "a"]):
+        with pytest.raises(InputError, match="has no partner"):
+            keypoints.mirrored(names)
+
+
+def test_losses_by_hand():
+    model = spread(Keypoints("res2net_tiny", ["a", "b"], img_size=128))
+    model.freeze("all", batch_norm=True)
+    model.train()
+    for module in model.network.head:
+        module.eval()
+    crops = torch.rand(2, 3, 128, 96)
+    places = torch.tensor([[[3.2, 9.9], [40.0, 5.0]], [[20.5, 30.5], [7.0, 8.0]]])
+    visible = torch.tensor([[True, True], [True, False]])  # of these the second is not in the crop
+    targets = [{"places": p, "visible": v} for p, v in zip(places, visible, strict=True)]
+    (loss,) = model({"crops": crops}, targets).values()
+    errors = []
+    with torch.inference_mode():
+        heatmaps = model.heatmaps(crops)
+        assert heatmaps.shape == (2, 2, 32, 24)
+        for i, joint in ((0, 0), (1, 0)):
+            x, y = places[i, joint].tolist()
+            right = [
+                [math.exp(-((c + 0.5 - x) ** 2 + (r + 0.5 - y) ** 2) / 2) for c in range(24)]  # sigma 1 at this size
+                for r in range(32)
+            ]
+            errors.append(((heatmaps[i, joint] - torch.tensor(right)) ** 2).mean().item())
+    assert loss.item() == pytest.approx(sum(errors) / 4, rel=1e-4)
+
+
+@pytest.mark.parametrize("model", SMALL)
+def test_every_family(model):
+    backbone: Any = timm.create_model(model, features_only=True, **SMALL[model])
+    network = SimpleBaseline(backbone, 5)
+    size = (32, 24) if network.stride < 1 else (128, 96)
+    heatmaps = network(torch.rand(2, 3, *size))
+    assert heatmaps.shape == (2, 5, int(size[0] / network.stride), int(size[1] / network.stride))
+    assert network.stride == (0.5 if "next29" in model else 4)
+    heatmaps.square().mean().backward()
+    assert all(p.grad is not None for p in network.parameters())
+
+
+def test_it_takes_an_output_stride():
+    model = Keypoints("res2net_tiny", ["a"], img_size=64, output_stride=16)
+    assert model.stride == 2 and model.heatmaps(torch.rand(1, 3, 64, 48)).shape == (1, 1, 32, 24)
+
+
+def test_sigmas_are_those_of_coco():
+    from pycocotools.cocoeval import Params
+
+    assert list(keypoints.COCO.values()) == pytest.approx(Params(iouType="keypoints").kpt_oks_sigmas.tolist())
+    assert all(name in keypoints.COCO for bone in keypoints.BONES for name in bone)
+
+
+def crowd_in(content: dict[str, Any]) -> None:
+    """Add to each image a crowd, somebody whose joints nobody has labelled, and change sizes."""
+    rng = np.random.default_rng(0)
+    persons = content["annotations"]
+    for person in persons:
+        person["area"] *= float(rng.choice([0.2, 1, 30]))
+    for image in content["images"]:
+        for crowd in (0, 1):
+            place = [float(value) for value in rng.uniform(0, 60, 4)]
+            about = {"area": place[2] * place[3], "iscrowd": crowd, "num_keypoints": 0, "category_id": 1}
+            nothing = {"keypoints": [0] * 3 * len(JOINTS), "bbox": place, "image_id": image["id"], **about}
+            persons.append({"id": len(persons) + 1, **nothing})
+
+
+def pycocotools_figures(path: Path, found: list[dict[str, Any]], names: list[str]) -> dict[str, float]:
+    """Return what pycocotools says of joints."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    truth = COCO(str(path))
+    measured = COCOeval(truth, truth.loadRes(found), "keypoints")
+    measured.params.kpt_oks_sigmas = np.array([keypoints.COCO.get(name, 0.05) for name in names])
+    measured.evaluate()
+    measured.accumulate()
+    measured.summarize()
+    figures = zip(("AP", "AP50", "AP75", "AP_medium", "AP_large", "AR"), measured.stats, strict=False)
+    return {name: 100 * value for name, value in figures if value >= 0}
+
+
+@pytest.mark.parametrize("names", [JOINTS, [f"joint {i}" for i in range(len(JOINTS))]])
+def test_figures_are_those_of_pycocotools(people, tmp_path, names):
+    data = Path(shutil.copytree(people, tmp_path / "people"))
+    edit(data / VAL, crowd_in)
+    edit(data / VAL, lambda content: content["categories"][0].update(keypoints=list(names)))
+    persons, rng = COCOPersons(data, "val"), np.random.default_rng(1)
+    records = json.loads((data / VAL).read_text())["annotations"]
+    labelled = [record for record in records if record["num_keypoints"]]
+    assert len(persons) == len(labelled) < len(records)
+    for noise in (0, 2, 5):
+        score, found = OKSAP(persons), []
+        for i in rng.permutation(len(persons)).tolist():
+            _, target = persons[i]
+            places = target["joints"] - 0.5 + noise * torch.from_numpy(rng.normal(0, 1, (len(names), 2))).float()
+            heights = torch.from_numpy(rng.uniform(0.1, 1, len(names))).float()
+            score.update(i, target, (places, heights))
+            joints = torch.cat([places, torch.ones(len(names), 1)], 1).double().flatten().tolist()
+            mean = heights[heights > 0.2].double().mean().item()
+            person = {"image_id": labelled[i]["image_id"], "category_id": 1}
+            found.append({**person, "keypoints": joints, "score": mean})
+        figures = score.compute(Accelerator(cpu=True))
+        assert figures == pytest.approx(pycocotools_figures(data / VAL, found, names), abs=1e-9)
+        assert len(figures) == 6 and (figures["AP"] == pytest.approx(100) if noise == 0 else 0 < figures["AP"] < 100)
+
+
+def test_what_is_drawn():
+    """Joints of which the model is sure, each side in its colour, on the image, which stays as it was."""
+    model = Keypoints("res2net_tiny", JOINTS, img_size=128)
+    image = Image.new("RGB", (200, 150))
+    places = torch.full((len(JOINTS), 2), 75.0)
+    places[LEFT], places[JOINTS.index("left_elbow")] = torch.tensor([150.0, 30.0]), torch.tensor([150.0, 90.0])
+    scores = torch.zeros(len(JOINTS))
+    scores[[LEFT, JOINTS.index("left_elbow")]] = 0.9
+    drawn = model.draw(image, (places, scores))
+    assert drawn.getpixel((150, 30)) == drawn.getpixel((150, 60)) == keypoints.COLOURS["left"]
+    assert drawn.getpixel((75, 75)) == (0, 0, 0) and image.getbbox() is None
+
+
+def first(**changes: Any) -> Callable[[Path], None]:
+    """Return what changes the first annotation."""
+
+    def harm(data: Path) -> None:
+        def change(content: Any) -> None:
+            content["annotations"][0].update(changes)
+            for key in [key for key, value in changes.items() if value is None]:
+                del content["annotations"][0][key]
+
+        edit(data / VAL, change)
+
+    return harm
+
+
+def joint(index: int, value: float) -> Callable[[Path], None]:
+    """Return what changes a number of the first person's joints, all of which are then labelled."""
+
+    def change(content: Any) -> None:
+        person = content["annotations"][0]
+        person["keypoints"] = [20, 20, 2] * len(JOINTS)
+        person["keypoints"][index] = value
+
+    return lambda data: edit(data / VAL, change)
+
+
+def cut_the_list(data: Path) -> None:
+    (data / VAL).write_text((data / VAL).read_text()[:100])
+
+
+def write_something_else(data: Path) -> None:
+    (data / VAL).write_text("[]")
+
+
+def lose_the_list(data: Path) -> None:
+    (data / VAL).unlink()
+
+
+def lose_an_image(data: Path) -> None:
+    (data / "val/val_00000.jpg").unlink()
+
+
+def shrink_an_image(data: Path) -> None:
+    path = data / "val/val_00000.jpg"
+    Image.open(path).resize((80, 60)).save(path)
+
+
+def lose_a_joint(data: Path) -> None:
+    edit(data / VAL, lambda content: content["categories"][0]["keypoints"].pop())
+
+
+def rename_a_joint(data: Path) -> None:
+    edit(data / VAL, lambda content: content["categories"][0]["keypoints"].__setitem__(0, "snout"))
+
+
+def label_nothing(data: Path) -> None:
+    nothing = {"keypoints": [0] * 3 * len(JOINTS), "num_keypoints": 0}
+    edit(data / VAL, lambda content: [person.update(nothing) for person in content["annotations"]])
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (cut_the_list, "person_keypoints_val.json is no file of COCO's with one category of joints: JSONDecodeError"),
+        (write_something_else, "person_keypoints_val.json is no file of COCO's with one category of joints"),
+        (lose_the_list, "there is no .*person_keypoints_val.json, as COCO's layout has it; splits there: train"),
+        (lose_an_image, "cannot read .*val_00000.jpg, which .*person_keypoints_val.json names"),
+        (shrink_an_image, "val_00000.jpg is 80 x 60, and .*person_keypoints_val.json says 160 x 120"),
+        (lose_a_joint, "joint left_ankle has no partner"),
+        (rename_a_joint, r"has other joints \(snout, .*than the model \(nose, "),
+        (label_nothing, "person_keypoints_val.json has no person with a labelled joint"),
+        (first(image_id=99), "val.json, annotation 1: its image 99 is not in the list of images"),
+        (first(bbox=[5, 5, 0, 9]), r"val.json, annotation 1: its box \[5.0, 5.0, 0.0, 9.0\] or its area .* is empty"),
+        (first(bbox=[-0.9, 5, 0.8, 9]), "val.json, annotation 1: its box .* or its area .* is empty"),
+        (first(bbox=[100, 5, 62, 9]), "val.json, annotation 1: its box .* is not within its image, 160 x 120"),
+        (first(bbox=[1, 2]), "val.json, annotation 1: "),
+        (first(area=None), "val.json, annotation 1: it has no 'area'"),
+        (first(category_id=2), "val.json, annotation 1: its category 2 is not that of the joints, 1"),
+        (first(keypoints=[3, 4, 2]), "val.json, annotation 1: it has 3 numbers for 13 joints, not 3 for each"),
+        (joint(2, 3), "val.json, annotation 1: a joint's visibility is not 0, 1 or 2"),
+        (joint(0, 500), "val.json, annotation 1: a joint is far out of its image, 160 x 120"),
+        (joint(0, math.nan), "val.json, annotation 1: a joint is far out of its image, 160 x 120"),
+    ],
+)
+def test_bad_data(wild, people, tmp_path, in_process, harm, told):
+    data = Path(shutil.copytree(people, tmp_path / "people"))
+    harm(data)
+    line = input_error(in_process(VALIDATE, wild, "--data", data))
+    assert re.search(told, line), line
+
+
+def test_a_box_may_be_rounded(people, tmp_path):
+    """What is out of the image by one pixel is cut off."""
+    data = Path(shutil.copytree(people, tmp_path / "people"))
+    first(bbox=[-1, 0, 162, 120.5])(data)
+    assert COCOPersons(data, "val")[0][1]["box"] == (0, 0, 160, 120)
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--head", "hrnet"], "has no head hrnet; there are simplebaseline"),
+        (["--img-size", 192], "stride 32 take an image size that is a multiple of 128, not 192"),
+    ],
+)
+def test_bad_commands(people, tmp_path, in_process, args, told):
+    line = input_error(in_process(TRAIN, *TINY, "--data", people, "--output", tmp_path / "out", *args))
+    assert told in line
+
+
+@pytest.mark.slow
+def test_it_learns(tmp_path):
+    """Five to ten minutes on two cores: 320 images of stick figures. The mean pose in each box would have AP 33."""
+    data = save_keypoints(tmp_path / "people", train=320, val=30)
+    how = ["--epochs", 8, "--batch-size", 8, "--opt", "adam", "--lr", 1e-3, "--weight-decay", 0]
+    done = Running(tmp_path / "out", *TINY, "--data", data, *how, script=TRAIN).end(1800)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    best = max(float(row["AP"]) for row in csv.DictReader((tmp_path / "out/metrics.csv").open()))
+    assert best > 70
