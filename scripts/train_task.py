@@ -21,7 +21,7 @@ from pathlib import Path
 
 from arguments import RECIPES, find_recipe, parse_over, within
 
-TASKS = ("keypoints", "saliency", "segmentation")
+TASKS = ("detection", "keypoints", "saliency", "segmentation")
 NOT_SETTINGS = {"output", "recipe", "resume", "overwrite", "data", "model"}
 
 

@@ -88,6 +88,76 @@ def save_voc(folder: Path, train: int = 120, val: int = 40, size: tuple[int, int
     return folder
 
 
+def polygon_of(mask: np.ndarray) -> list[float]:
+    """Return the corners of a mask's rows, as a polygon that goes down on the left and up on the right."""
+    rows = np.flatnonzero(mask.any(1))
+    left = [(int(mask[y].argmax()), int(y)) for y in rows]
+    right = [(mask.shape[1] - int(mask[y, ::-1].argmax()), int(y)) for y in rows]
+    down = [value for x, y in left for value in (x, y, x, y + 1)]
+    up = [value for x, y in reversed(right) for value in (x, y + 1, x, y)]
+    return [float(value) for value in (*down, *up)]
+
+
+def run_lengths(mask: np.ndarray) -> dict:
+    """Return a mask as COCO's uncompressed run lengths, column by column, the first of what is not in it."""
+    pixels = np.concatenate([[0], mask.T.flatten(), [0]]).astype(np.int8)
+    edges = np.flatnonzero(np.diff(pixels))
+    return {"size": list(mask.shape), "counts": np.diff([0, *edges, mask.size]).tolist()}
+
+
+def box_of(mask: np.ndarray) -> list[float]:
+    """Return left, top, width and height of a mask."""
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    return [float(value) for value in (columns[0], rows[0], np.ptp(columns) + 1, np.ptp(rows) + 1)]
+
+
+def save_coco(folder: Path, train: int = 120, val: int = 40, size: tuple[int, int] = (128, 96)) -> Path:
+    """Write COCO's layout of instances, with ids that are not contiguous, polygons, and run lengths where hidden."""
+    (folder / "annotations").mkdir(parents=True)
+    categories = [{"id": 3 * k + 2, "name": kind} for k, kind in enumerate(KINDS)]
+    for split, number, first in (("train", train, 0), ("val", val, 10_000)):
+        (folder / split).mkdir()
+        images, annotations = [], []
+        for i in range(number):
+            scene, name = render(first + i, size), f"{split}_{i:05}.jpg"
+            scene.image.save(folder / split / name, quality=95)
+            images.append({"id": 10 * i + 7, "file_name": name, "width": size[0], "height": size[1]})
+            for thing in scene.things:
+                # All rows of a thing that nothing hides are in one piece.
+                whole = all(np.abs(np.diff(row.astype(int), prepend=0, append=0)).sum() <= 2 for row in thing.mask)
+                shape = [polygon_of(thing.mask)] if whole else run_lengths(thing.mask)
+                about = {"category_id": 3 * KINDS.index(thing.kind) + 2, "area": int(thing.mask.sum()), "iscrowd": 0}
+                about |= {"id": len(annotations) + 1, "image_id": 10 * i + 7}
+                annotations.append({**about, "bbox": box_of(thing.mask), "segmentation": shape})
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return folder
+
+
+def save_voc_boxes(folder: Path, train: int = 120, val: int = 40, size: tuple[int, int] = (128, 96)) -> Path:
+    """Write PASCAL VOC's layout of detection, in which things of which little is seen are difficult."""
+    for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (folder / name).mkdir(parents=True)
+    (folder / "classes.txt").write_text("\n".join(KINDS) + "\n")
+    for split, number, first in (("train", train, 0), ("val", val, 10_000)):
+        names = [f"{split}_{i:05}" for i in range(number)]
+        for i, name in enumerate(names):
+            scene, objects = render(first + i, size), []
+            scene.image.save(folder / "JPEGImages" / f"{name}.jpg", quality=95)
+            for thing in scene.things:
+                x, y, w, h = (int(value) for value in box_of(thing.mask))
+                corners = {"xmin": x + 1, "ymin": y + 1, "xmax": x + w, "ymax": y + h}
+                box = "".join(f"<{corner}>{value}</{corner}>" for corner, value in corners.items())
+                difficult = int(thing.mask.sum() < 150)
+                about = f"<name>{thing.kind}</name><difficult>{difficult}</difficult>"
+                objects.append(f"<object>{about}<bndbox>{box}</bndbox></object>")
+            shape = f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"
+            text = f"<annotation><filename>{name}.jpg</filename>{shape}{''.join(objects)}</annotation>"
+            (folder / "Annotations" / f"{name}.xml").write_text(text)
+        (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names) + "\n")
+    return folder
+
+
 def save_saliency(folder: Path, train: int = 120, val: int = 40, size: tuple[int, int] = (128, 96)) -> Path:
     """Write SPLIT/images and SPLIT/masks, in which all objects are white."""
     for split, number, first in (("train", train, 0), ("val", val, 10_000)):
@@ -174,7 +244,13 @@ def save_keypoints(folder: Path, train: int = 120, val: int = 40, size: tuple[in
     return folder
 
 
-LAYOUTS: dict[str, Callable[[Path], Path]] = {"keypoints": save_keypoints, "saliency": save_saliency, "voc": save_voc}
+LAYOUTS: dict[str, Callable[[Path], Path]] = {
+    "coco": save_coco,
+    "keypoints": save_keypoints,
+    "saliency": save_saliency,
+    "voc": save_voc,
+    "voc-boxes": save_voc_boxes,
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

@@ -12,6 +12,7 @@ __all__ = ["TASKS", "TaskModel", "load", "load_settings", "task_class"]
 
 # Imported when asked for: each needs libraries that the others do not.
 TASKS = {
+    "detection": "Detection",
     "keypoints": "Keypoints",
     "saliency": "Saliency",
     "segmentation": "Segmentation",

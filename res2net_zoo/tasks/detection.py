@@ -1,0 +1,253 @@
+"""Object detection and instance segmentation (paper, Sections 4.8 and 4.9; Tables 5, 6 and 8).
+
+Networks are torchvision's Faster R-CNN (Ren et al., arXiv 1506.01497), RetinaNet (Lin et al., arXiv
+1708.02002) and Mask R-CNN (He et al., arXiv 1703.06870), all on a feature pyramid (Lin et al., arXiv
+1612.03144). What they read is in `instances`.
+
+Boxes are left, top, right and bottom, from the upper left corner of the first pixel; COCO's annotations
+have width and height instead of the last two.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+from torch import nn
+from torchvision.models import detection
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+from res2net_zoo.program import InputError
+from res2net_zoo.tasks.base import Figures, Score, TaskModel
+from res2net_zoo.tasks.instances import Instances
+from res2net_zoo.tasks.segmentation import voc_colour
+
+SHOWN = 0.5  # the least score of what is drawn
+ASPECTS = (0.5, 1.0, 2.0)  # of anchors
+LONGER = 1333 / 800  # the longest side of an image by its shorter one, `img_size`, as the papers limit it
+FIGURES = (
+    *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
+    *("AR1", "AR10", "AR", "AR_small", "AR_medium", "AR_large"),
+)
+
+
+class COCOFigures(Score):
+    """COCO's average precision and recall, by faster_coco_eval, in percent.
+
+    With masks the figures are of these, and those of the boxes are called `box AP` and so on. A figure of
+    which the data have nothing, such as that of large objects, is left out. Of data in VOC's layout AP50 is
+    the figure to compare: VOC07's own takes the precision at 11 recalls, COCO's at 101.
+    """
+
+    def __init__(self, data: Instances) -> None:
+        self.data = data
+        self.said: list[tuple[int, list[dict[str, Any]]]] = []
+
+    def update(self, i: int, target: dict[str, Any], prediction: dict[str, torch.Tensor]) -> None:
+        """Take note of the objects that were found in image `i`."""
+        from faster_coco_eval.core import mask
+
+        boxes = prediction["boxes"].double()
+        boxes[:, 2:] -= boxes[:, :2]
+        columns = zip(*(x.tolist() for x in (boxes, prediction["labels"], prediction["scores"].double())), strict=True)
+        found = [{"image_id": i, "category_id": label, "bbox": box, "score": score} for box, label, score in columns]
+        if self.data.masks:
+            for one, pixels in zip(found, prediction["masks"], strict=True):
+                one["segmentation"] = mask.encode(np.asfortranarray(pixels.numpy(), dtype=np.uint8))
+        self.said.append((i, found))
+
+    def compute(self, accelerator: Accelerator) -> Figures:
+        """Return AP, AP50, AP75 and AR, and AP and AR of small, medium and large objects."""
+        gathered = sorted(gather_object(self.said), key=lambda image: image[0])
+        found = [one for _, image in gathered for one in image]
+        if not self.data.masks:
+            return self._figures("bbox", found)
+        shapes = [{key: value for key, value in one.items() if key != "bbox"} for one in found]
+        boxes = [{key: value for key, value in one.items() if key != "segmentation"} for one in found]
+        of_boxes = {f"box {name}": value for name, value in self._figures("bbox", boxes).items()}
+        return {**self._figures("segm", shapes), **of_boxes}
+
+    def _figures(self, kind: Any, found: list[dict[str, Any]]) -> Figures:
+        from faster_coco_eval import COCO, COCOeval_faster
+
+        annotations: list[dict[str, Any]] = []
+        for i, instances in enumerate(self.data.instances):
+            for instance in instances:
+                about: dict[str, Any] = {} if instance.rle is None else {"segmentation": instance.rle}
+                about |= {"category_id": instance.label, "bbox": instance.bbox, "area": instance.area}
+                # COCO's code takes an id of 0 for no annotation.
+                about |= {"id": len(annotations) + 1, "image_id": i, "iscrowd": int(instance.crowd)}
+                annotations.append(about)
+        truth = COCO(
+            {
+                "images": [{"id": i, "width": w, "height": h} for i, (_, w, h) in enumerate(self.data.images)],
+                "categories": [{"id": number, "name": name} for number, name in enumerate(self.data.classes, 1)],
+                "annotations": annotations,
+            }
+        )
+        measured = COCOeval_faster(truth, truth.loadRes(found), kind)
+        measured.evaluate()
+        measured.accumulate()
+        measured.summarize()
+        figures = zip(FIGURES, measured.all_stats, strict=False)
+        return {name: 100 * float(value) for name, value in figures if value >= 0 and name not in ("AR1", "AR10")}
+
+
+class Pyramid(nn.Module):
+    """A backbone with a feature pyramid on its last levels, the finest of which is called "0".
+
+    Args:
+        backbone: timm's `features_only` model.
+        finest: How many of its levels; fewer if it has not as many.
+        extended: Whether two coarser levels follow, as in RetinaNet, or one for anchors only.
+
+    Attributes:
+        strides: Of all levels, in pixels.
+        out_channels: Of each level: 256, or less for a narrow backbone.
+    """
+
+    def __init__(self, backbone: Any, finest: int, extended: bool) -> None:
+        super().__init__()
+        self.backbone = backbone
+        last = {stride: i for i, stride in enumerate(backbone.feature_info.reduction())}  # of each stride
+        self.strides = sorted(last)[-finest:]
+        self.levels = [last[stride] for stride in self.strides]
+        channels = [backbone.feature_info.channels()[i] for i in self.levels]
+        self.out_channels = min(256, channels[-1] // 4)
+        more = LastLevelP6P7(self.out_channels, self.out_channels) if extended else LastLevelMaxPool()
+        self.pyramid = FeaturePyramidNetwork(channels, self.out_channels, more)
+        self.names = [str(level) for level in range(len(self.levels))]  # of those that boxes are cut from
+        for _ in range(2 if extended else 1):
+            self.strides.append(2 * self.strides[-1])
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the levels of images (N, 3, H, W), each (N, out_channels, H / stride, W / stride)."""
+        features = self.backbone(images.contiguous(memory_format=torch.channels_last))
+        chosen = OrderedDict((name, features[i]) for name, i in zip(self.names, self.levels, strict=True))
+        return self.pyramid(chosen)
+
+
+def full_precision(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    """Turn a module's outputs into float32, by which torchvision makes anchors and boxes, in place of bfloat16."""
+    if isinstance(outputs, torch.Tensor):
+        return outputs.float()
+    if isinstance(outputs, dict):
+        return OrderedDict((name, full_precision(module, inputs, value)) for name, value in outputs.items())
+    return type(outputs)(full_precision(module, inputs, value) for value in outputs)
+
+
+class Detection(TaskModel):
+    """Object detection, and with `maskrcnn` instance segmentation; `img_size` is an image's shorter side."""
+
+    task = "detection"
+    heads = ("fasterrcnn", "retinanet", "maskrcnn")
+    img_size = 800
+    best = "AP"
+    requires: ClassVar = {"faster_coco_eval": "faster-coco-eval"}
+
+    @classmethod
+    def open(cls, data: str, split: str, head: str, classes: Sequence[str] | None = None) -> Instances:
+        """Open a folder in COCO's or VOC's layout."""
+        return Instances(Path(data), split, head == "maskrcnn", classes)
+
+    def build(self, features: Any) -> nn.Module:
+        """Build torchvision's network. The papers' anchors are of 8 strides' side, with RetinaNet of 4 to 6.3."""
+        settings, number = self.settings, len(self.settings["classes"]) + 1
+        if (stride := settings["output_stride"]) not in (None, 32):
+            raise InputError(f"detection takes features of stride 32, not {stride}")
+        options: dict[str, Any] = {f"image_{key}": settings[key] for key in ("mean", "std")}
+        options |= {"min_size": settings["img_size"], "max_size": round(settings["img_size"] * LONGER)}
+        network: Any
+        if settings["head"] == "retinanet":
+            backbone = Pyramid(features, 3, extended=True)
+            sizes = [tuple(int(4 * stride * 2 ** (k / 3)) for k in range(3)) for stride in backbone.strides]
+            anchors = AnchorGenerator(tuple(sizes), (ASPECTS,) * len(sizes))
+            network = detection.RetinaNet(backbone, number, anchor_generator=anchors, **options)
+            heads = [network.head]
+        else:
+            backbone = Pyramid(features, 4, extended=False)
+            width = backbone.out_channels
+            anchors = AnchorGenerator(
+                tuple((8 * stride,) for stride in backbone.strides), (ASPECTS,) * len(backbone.strides)
+            )
+            options |= {
+                "rpn_anchor_generator": anchors,
+                "box_roi_pool": MultiScaleRoIAlign(backbone.names, 7, 2),
+                "box_head": TwoMLPHead(width * 7**2, 4 * width),
+                "box_predictor": FastRCNNPredictor(4 * width, number),
+            }
+            if settings["head"] == "maskrcnn":
+                options["mask_roi_pool"] = MultiScaleRoIAlign(backbone.names, 14, 2)
+                options["mask_head"] = MaskRCNNHeads(width, (width,) * 4, 1)
+                options["mask_predictor"] = MaskRCNNPredictor(width, width, number)
+            kind = detection.MaskRCNN if settings["head"] == "maskrcnn" else detection.FasterRCNN
+            network = kind(backbone, **options)
+            heads = [network.rpn.head, network.roi_heads.box_predictor]
+            heads += [network.roi_heads.mask_predictor] if settings["head"] == "maskrcnn" else []
+        for module in (backbone, *heads):
+            module.register_forward_hook(full_precision)
+        return network
+
+    @property
+    def features(self) -> nn.Module:
+        """The backbone below the pyramid."""
+        network: Any = self.network
+        return network.backbone.backbone
+
+    def transform(self, image: Image.Image, target: dict[str, Any], train: bool) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Mirror half of the images for training; torchvision's networks resize and normalize them."""
+        pixels = TF.to_dtype(TF.pil_to_tensor(image), scale=True)
+        if train and torch.rand(()) < 0.5:
+            pixels, boxes = pixels.flip(2), target["boxes"].clone()
+            boxes[:, [0, 2]] = image.width - boxes[:, [2, 0]]
+            target = {**target, "boxes": boxes}
+            if "masks" in target:
+                target["masks"] = target["masks"].flip(2)
+        return pixels, target
+
+    def forward(self, images: list[torch.Tensor], targets: list[dict[str, Any]] | None = None) -> Any:
+        """Return the losses, or for each image its objects, the surest first, on the CPU.
+
+        They are `boxes` (N, 4) in pixels of the image, `labels` (N,) from 1, `scores` (N,) and with Mask R-CNN
+        `masks` (N, H, W) of bool.
+        """
+        if targets is not None and self.training:
+            return self.network(images, targets)
+        # One after the other: padded to the largest, an image would be told otherwise in other company.
+        return [self._found(image) for image in images]
+
+    def _found(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        (found,) = self.network([image])
+        if "masks" in found:
+            found["masks"] = found["masks"][:, 0] > 0.5
+        return {name: value.cpu() for name, value in found.items()}
+
+    def score(self, data: Any) -> COCOFigures:
+        """Return COCO's figures."""
+        return COCOFigures(data)
+
+    def draw(self, image: Image.Image, prediction: dict[str, torch.Tensor]) -> Image.Image:
+        """Draw boxes with classes and scores, and masks, in VOC's colours."""
+        shown = {name: value[prediction["scores"] >= SHOWN] for name, value in prediction.items()}
+        numbers = shown["labels"].tolist()
+        if not numbers:
+            return image.copy()
+        names = [self.settings["classes"][number - 1] for number in numbers]
+        labels = [f"{name} {score:.2f}" for name, score in zip(names, shown["scores"].tolist(), strict=True)]
+        colours: Any = [voc_colour(number) for number in numbers]
+        drawn = TF.pil_to_tensor(image)
+        if "masks" in shown:
+            drawn = draw_segmentation_masks(drawn, shown["masks"], alpha=0.5, colors=colours)
+        options: dict[str, Any] = dict(colors=colours, label_colors="white", fill_labels=True)
+        return TF.to_pil_image(draw_bounding_boxes(drawn, shown["boxes"], labels, width=2, **options))
