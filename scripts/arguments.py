@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import math
 import sys
 import tomllib
@@ -24,6 +25,17 @@ def within(kind: Callable[[str], float], low: float, high: float = math.inf) -> 
 
     parse.__name__ = kind.__name__  # argparse names it when the text is no number at all
     return parse
+
+
+def named(text: str) -> tuple[str, object]:
+    """Read NAME=VALUE, an argument type; a value that is no JSON is text."""
+    name, equals, value = text.partition("=")
+    if not (name.isidentifier() and equals):
+        raise argparse.ArgumentTypeError(f"{text} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def find_recipe(parser: argparse.ArgumentParser, name: str, folder: Path = RECIPES) -> Path:
@@ -73,6 +85,8 @@ def parse_over(
             option = key.replace("_", "-")
             if isinstance(value, bool):
                 words.append(f"--{option}" if value else f"--no-{option}")
+            elif isinstance(value, dict):
+                words += [f"--{option}", *(f"{name}={json.dumps(entry)}" for name, entry in value.items())]
             else:
                 words += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
     return parser.parse_args([*words, *(sys.argv[1:] if options is None else options)])

@@ -1,15 +1,17 @@
 """Draw what a task's model sees in images.
 
-Usage: python scripts/predict_task.py MODEL IMAGE | FOLDER | 'GLOB' ... --output DIR
+Usage: python scripts/predict_task.py MODEL IMAGE | FOLDER | 'GLOB' ... --output DIR [--detector MODEL]
 
 MODEL is a folder that scripts/train_task.py wrote, or hf-hub:ORG/NAME. DIR gets a PNG for each image:
-boxes, masks or joints drawn on it, or the saliency map itself.
+boxes, masks or joints drawn on it, or the saliency map itself. Joints are those of one person who fills the
+image, or with --detector, another folder of the like, of everybody whom that one finds.
 
 Exit codes: 0 done; 2 bad input.
 """
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ def parse_args() -> argparse.Namespace:
     add("model", metavar="MODEL", help="folder, local-dir:DIR or hf-hub:ORG/NAME")
     add("images", nargs="+", metavar="IMAGE", help="image files, folders of them, or quoted patterns such as 'a/*.jpg'")
     add("--output", type=Path, required=True, metavar="DIR", help="where to write the pictures")
+    add("--detector", metavar="MODEL", help="what finds the persons whose joints are drawn")
     add("--threads", type=within(int, 1), metavar="N", help="CPU threads (default all cores)")
     add("--mixed-precision", choices=("no", "bf16", "fp16"), help="default as `accelerate config` says, else no")
     return parser.parse_args()
@@ -38,6 +41,7 @@ def main(args: argparse.Namespace) -> int:
     from res2net_zoo.program import InputError, check_can_make, start_processes, temporary_file
     from res2net_zoo.tasks import load
     from res2net_zoo.tasks.engine import pictures
+    from res2net_zoo.tasks.keypoints import boxes_of
 
     accelerator = start_processes(args.threads, args.mixed_precision)
     if accelerator.num_processes > 1:
@@ -49,8 +53,15 @@ def main(args: argparse.Namespace) -> int:
     check_can_make(args.output)
     model: Any = load(args.model)
     model = model.to(accelerator.device, memory_format=torch.channels_last)
+    boxes = None
+    if args.detector is not None:
+        if model.task != "keypoints":
+            raise InputError(f"--detector is for keypoints; {args.model} is of {model.task}")
+        detector: Any = load(args.detector)
+        detector = detector.to(accelerator.device, memory_format=torch.channels_last)
+        boxes = partial(boxes_of, detector)
     args.output.mkdir(parents=True, exist_ok=True)
-    for (_, picture), output in zip(pictures(model, paths, accelerator), outputs, strict=True):
+    for (_, picture), output in zip(pictures(model, paths, accelerator, boxes), outputs, strict=True):
         with temporary_file(output) as temporary:
             picture.save(temporary, "PNG")
     print(f"{len(outputs)} pictures in {args.output}")

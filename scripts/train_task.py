@@ -19,7 +19,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from arguments import RECIPES, find_recipe, parse_over, within
+from arguments import RECIPES, find_recipe, named, parse_over, within
 
 TASKS = ("detection", "keypoints", "saliency", "segmentation")
 NOT_SETTINGS = {"output", "recipe", "resume", "overwrite", "data", "model"}
@@ -41,8 +41,17 @@ def parse_args() -> argparse.Namespace:
     add("--model", default="res2net50_26w_4s", help="the backbone, what timm.create_model takes (%(default)s)")
     add("--pretrained", action=flag, default=False, help="start from the backbone's weights")
     add("--head", help="one of the task's; default its first")
+    about = "options of the head's network, by the names of torchvision or segmentation_models_pytorch"
+    add("--head-kwargs", type=named, nargs="+", default=[], metavar="NAME=VALUE", help=about)
     add("--output-stride", type=int, choices=(8, 16, 32), help="of the backbone, where the head can have another")
     add("--img-size", type=within(int, 32), help="pixels of a side; default the task's")
+    add(
+        "--scales",
+        type=within(float, 0.01),
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="by which images are scaled at random",
+    )
     add("--freeze", default="0", help="stages of the backbone, the stem being the first; or all (%(default)s)")
     add("--freeze-bn", action=flag, default=False, help="keep every BatchNorm of the backbone as it is")
     add("--recipe", help="name in scripts/recipes/tasks or a .toml file")
@@ -64,7 +73,7 @@ def parse_args() -> argparse.Namespace:
     add("--weight-decay", type=within(float, 0), default=1e-4, help="(%(default)s)")
     add("--sched", default="cosine", help="(%(default)s)")
     add("--milestones", type=within(int, 1), nargs="+", default=[], help="epochs of --sched multistep")
-    add("--warmup-epochs", type=within(int, 0), default=0, help="(%(default)s)")
+    add("--warmup-epochs", type=within(float, 0), default=0, help="or a part of one, such as 0.1 (%(default)s)")
     add("--clip-grad", type=within(float, 0), help="largest norm of the gradient")
 
     add = parser.add_argument_group("machine").add_argument
@@ -122,10 +131,20 @@ def main(args: argparse.Namespace) -> int:
             head=head,
             img_size=args.img_size,
             output_stride=args.output_stride,
+            head_kwargs=dict(args.head_kwargs),
             pretrained=args.pretrained,
         )
     )
+    if args.scales is not None:
+        if model.scales is None:
+            raise InputError(f"{task.task} does not scale its images at random; leave --scales out")
+        low, high = sorted(args.scales)
+        model.scales = (low, high)
     model.freeze(args.freeze, args.freeze_bn)
+    if args.freeze_bn and not args.pretrained and accelerator.is_main_process:
+        print(
+            "warning: --freeze-bn fixes what --pretrained would load; random weights hardly learn so", file=sys.stderr
+        )
     facts = {
         "data": args.data,
         "split": args.eval_split,

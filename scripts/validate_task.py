@@ -29,6 +29,8 @@ def parse_args() -> argparse.Namespace:
     add("--split", default="val", metavar="NAME", help="(%(default)s)")
     add("--check", action="store_true", help="compare with the figures of the card, or of --published")
     add("--published", metavar="DATA", help="compare with the paper's figures on this data, such as COCO")
+    add("--boxes", type=Path, metavar="FILE", help="keypoints in a detector's boxes, in COCO's format of results")
+    add("--results", type=Path, metavar="FILE", help="write what was found in COCO's format of results")
     add("--tolerance", type=within(float, 0), default=0.005, help="how much worse a figure may be (%(default)s)")
     add("--batch-size", type=within(int, 1), default=8, metavar="N", help="images a batch and process (%(default)s)")
     add("--workers", type=within(int, 0), metavar="N", help="loader processes a process (default by the machine)")
@@ -54,13 +56,19 @@ def main(args: argparse.Namespace) -> int:
     )
     from res2net_zoo.tasks import load
     from res2net_zoo.tasks.base import find_folder
-    from res2net_zoo.tasks.engine import evaluate, expected_figures, write_results
+    from res2net_zoo.tasks.engine import evaluate, expected_figures, write_json
+    from res2net_zoo.tasks.keypoints import COCOPersons
 
     accelerator = start_processes(args.threads, args.mixed_precision)
-    if args.output:
-        check_writable(args.output.resolve().parent)
+    for path in (args.output, args.results):
+        if path is not None:
+            check_writable(path.resolve().parent)
     model: Any = main_first(accelerator, lambda: load(args.model))
     data = all_or_none(lambda: model.open(args.data, args.split, model.settings["head"], model.settings["classes"]))
+    if args.boxes is not None:
+        if not isinstance(data, COCOPersons):
+            raise InputError(f"--boxes is for keypoints; {args.model} is of {model.task}")
+        all_or_none(lambda: data.take_boxes(args.boxes))
     expected: dict[str, float] = {}
     source = None
     if args.check:
@@ -69,7 +77,11 @@ def main(args: argparse.Namespace) -> int:
         )
     model = model.to(accelerator.device, memory_format=torch.channels_last)
     workers = default_workers(accelerator.device) if args.workers is None else args.workers
-    figures = evaluate(model, data, accelerator, args.batch_size, workers)
+    score = model.score(data)
+    if args.results is not None:
+        score.results()  # of nothing yet, to hear whether there are any for this task
+    figures = evaluate(model, data, accelerator, args.batch_size, workers, score)
+    results = [] if args.results is None else score.results()
     if args.check and not set(expected) & set(figures):
         raise InputError(f"{source} has none of the figures {', '.join(figures)}")
     rows, passed = [], True
@@ -92,15 +104,14 @@ def main(args: argparse.Namespace) -> int:
         print(markdown_table(header, rows))
         if source:
             print(f"published: {source}")
-        if args.output:
-            write_results(
-                args.output,
-                {
-                    **{"model": args.model, "task": model.task, "data": args.data, "split": args.split},
-                    **{"samples": len(data), "figures": figures, "published": expected, "published_source": source},
-                    **{"passed": passed, "num_processes": accelerator.num_processes},
-                },
-            )
+        if args.results is not None:
+            write_json(args.results, results)
+        if args.output is not None:
+            about = {"model": args.model, "task": model.task, "data": args.data, "split": args.split}
+            about |= {} if args.boxes is None else {"boxes": str(args.boxes)}
+            measured = {"samples": len(data), "figures": figures, "published": expected, "published_source": source}
+            done = {"passed": passed, "num_processes": accelerator.num_processes}
+            write_json(args.output, [{**about, **measured, **done}])
     return 0 if passed else 1
 
 

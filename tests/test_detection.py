@@ -75,7 +75,8 @@ def found_as_true(model: Any, shapes: Path, folder: Path) -> Path:
         for j in range(0, len(found["boxes"]), 7):
             left, top, right, bottom = found["boxes"][j].tolist()
             about = {"image_id": numbers[i], "category_id": 3 * found["labels"][j].item() - 1, "iscrowd": 0}
-            about |= {"bbox": [left, top, right - left, bottom - top], "id": len(annotations)}
+            about |= {"bbox": [left, top, right - left, bottom - top], "id": len(annotations) + 1}
+            about["area"] = about["bbox"][2] * about["bbox"][3]
             annotations.append({**about, "segmentation": run_lengths(found["masks"][j].numpy())})
     assert len(annotations) > 20
     edit(data / VAL, lambda content: content.update(annotations=annotations))
@@ -97,17 +98,25 @@ def test_what_comes_out(trained, shapes, in_process, tmp_path):
 
 
 def test_two_processes_measure_the_same(trained, shapes, program, tmp_path):
+    """And what they write has the same figures by pycocotools."""
     data, found = found_as_true(tasks.load(str(trained)), shapes, tmp_path / "shapes"), []
     for number in (1, 2):
         output = tmp_path / f"{number}.json"
         args = ["--data", data, "--batch-size", 2, "--threads", 1, "--output", output]
-        done = program(VALIDATE, trained, *args, processes=number)
+        done = program(VALIDATE, trained, *args, "--results", tmp_path / f"found{number}.json", processes=number)
         assert done.returncode == 0, done.stderr
         assert "Average" not in done.stdout
         (result,) = json.loads(output.read_text())
         assert result["num_processes"] == number
         found.append(result["figures"])
     assert found[0] == found[1] and 1 < found[0]["AP"] < 100
+    one, two = (json.loads((tmp_path / f"found{number}.json").read_text()) for number in (1, 2))
+    assert one == two and len(one) > 20
+    theirs = {f"box {name}": value for name, value in pycocotools_figures(data / VAL, two, "bbox").items()}
+    # Given both, pycocotools takes the boxes for the sizes of the masks.
+    masks = [{key: value for key, value in one.items() if key != "bbox"} for one in two]
+    theirs |= pycocotools_figures(data / VAL, masks, "segm")
+    assert {name: theirs[name] for name in found[0]} == pytest.approx(found[0], abs=1e-9)
 
 
 def test_a_folder_gives_the_same_objects(trained, shapes):
@@ -452,12 +461,16 @@ def test_folders_as_people_have_them(shapes, tmp_path, layout):
     assert len(instances) == 4 and instances[3][1]["boxes"].shape[1] == 4
 
 
-def test_bad_commands(shapes, voc, tmp_path, in_process):
+def test_bad_commands(trained, shapes, voc, tmp_path, in_process):
     out = ["--output", tmp_path / "out"]
     line = input_error(in_process(TRAIN, *TINY, "--data", voc, "--head", "maskrcnn", *out))
     assert "VOC's layout, which has boxes only" in line
     line = input_error(in_process(TRAIN, *TINY, "--data", shapes, "--output-stride", 16, *out))
     assert "stride 32, not 16" in line
+    line = input_error(in_process(VALIDATE, trained, "--data", shapes, "--boxes", tmp_path / "boxes.json"))
+    assert "--boxes is for keypoints" in line
+    line = input_error(in_process(PREDICT, trained, shapes / "val", "--detector", trained, *out))
+    assert "--detector is for keypoints" in line
     line = input_error(in_process(TRAIN, *TINY, "--data", shapes, "--head", "yolo", *out))
     assert "has no head yolo; there are fasterrcnn, retinanet, maskrcnn" in line
 

@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw
 from res2net_zoo import tasks
 from res2net_zoo.program import InputError
 from res2net_zoo.tasks import keypoints
+from res2net_zoo.tasks.detection import Detection
 from res2net_zoo.tasks.keypoints import OKSAP, COCOPersons, Keypoints, SimpleBaseline
 from tests.conftest import SMALL, input_error, spread
 from tests.scenes import JOINTS, save_keypoints
@@ -97,6 +98,90 @@ def test_two_processes_measure_the_same(wild, people, program, tmp_path):
         assert result["num_processes"] == number
         found.append(result["figures"])
     assert found[0] == found[1] and 0 < found[0]["AP"] < 100
+
+
+def boxes_in(data: Path) -> list[dict[str, Any]]:
+    """Return the boxes of all persons, as a detector would that finds just them."""
+    persons = json.loads((data / VAL).read_text())["annotations"]
+    return [{key: person[key] for key in ("image_id", "category_id", "bbox")} | {"score": 1.0} for person in persons]
+
+
+def test_boxes_of_a_detector(wild, people, program, tmp_path):
+    """True ones change nothing, nor do others that are like them; those that are half as sure count for half."""
+    data = lenient(people, tmp_path / "people")
+    boxes = boxes_in(data)
+    again = [{**box, "score": 0.5} for box in boxes]
+    others = [{**boxes[0], "category_id": 2}, {**boxes[0], "image_id": 999}]
+    found = {}
+    for name, some, number in (("none", None, 1), ("true", boxes, 1), ("twice", again + boxes + others, 2)):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(some))
+        args = [] if some is None else ["--boxes", path]
+        output = ["--output", tmp_path / "figures.json", "--results", tmp_path / "joints.json"]
+        done = program(VALIDATE, wild, "--data", data, "--threads", 1, *args, *output, processes=number)
+        assert done.returncode == 0, done.stderr
+        (figures,) = json.loads((tmp_path / "figures.json").read_text())
+        found[name] = json.loads((tmp_path / "joints.json").read_text())
+        assert len(found[name]) == len(boxes)
+        theirs = pycocotools_figures(data / VAL, found[name], JOINTS)
+        assert figures["figures"] == pytest.approx(theirs, abs=1e-9) and 0 < theirs["AP"] < 100
+        assert figures.get("boxes") == (None if some is None else str(path))
+    assert found["none"] == found["true"]
+    assert sorted(found["twice"], key=str) == sorted(found["true"], key=str)
+
+
+def test_a_box_that_is_half_as_sure_counts_for_half(people, tmp_path):
+    persons, path = COCOPersons(people, "val"), tmp_path / "boxes.json"
+    path.write_text(json.dumps([{**box, "score": 0.25} for box in boxes_in(people)]))
+    persons.take_boxes(path)
+    score = OKSAP(persons)
+    score.update(0, {}, (torch.zeros(len(JOINTS), 2), torch.full((len(JOINTS),), 0.5)))
+    score.compute(Accelerator(cpu=True))
+    assert [person["score"] for person in score.results()] == [0.125]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda boxes: boxes.clear(), "has no box of category 1, persons"),
+        (lambda boxes: boxes[1].pop("score"), "box 2: it has no 'score'"),
+        (lambda boxes: boxes[1].update(bbox=[200, 5, 10, 10]), "box 2: .* is empty or not within its image, 160 x 120"),
+        (lambda boxes: boxes[1].update(bbox=[20, 5, 0, 10]), "box 2: .* is empty or not within its image"),
+        (lambda boxes: boxes[1].update(bbox=[float("nan"), 5, 9, 9]), "box 2: .* is empty or not within its image"),
+        (lambda boxes: boxes[1].update(score=7), "box 2: its score 7.0 is not from 0 to 1"),
+        (lambda boxes: boxes.append(3), "box .*: 'int' object"),
+        (None, "cannot read boxes from .*JSON|cannot read boxes from .*Expecting"),
+    ],
+)
+def test_bad_boxes(people, tmp_path, change, told):
+    path, boxes = tmp_path / "boxes.json", boxes_in(people)
+    if change is not None:
+        change(boxes)
+    path.write_text("no" if change is None else json.dumps(boxes))
+    with pytest.raises(InputError) as error:
+        COCOPersons(people, "val").take_boxes(path)
+    assert re.search(told, str(error.value)), error.value
+
+
+def test_a_detector_finds_whose_joints_are_drawn(wild, people, in_process, tmp_path):
+    """Three persons, by a model that takes anything for one; one that finds none leaves the image as it is."""
+    image = people / "val/val_00000.jpg"
+    for bias in (30, -30):
+        detector = Detection("res2net_tiny", ["dog", "person"], img_size=64, head_kwargs={"box_detections_per_img": 3})
+        torch.nn.init.zeros_(detector.network.roi_heads.box_predictor.cls_score.weight)
+        detector.network.roi_heads.box_predictor.cls_score.bias.data = torch.tensor([0.0, 0.0, bias])
+        detector.save(tmp_path / "detector", ModelCard("---\n---\n"))
+        out = ["--output", tmp_path / "seen"]
+        done = in_process(PREDICT, wild, image, "--detector", tmp_path / "detector", *out)
+        assert done.returncode == 0, done.stderr
+        seen, plain = Image.open(tmp_path / "seen/val_00000.png"), Image.open(image)
+        assert (seen.tobytes() == plain.tobytes()) == (bias < 0)
+        found = keypoints.boxes_of(tasks.load(str(tmp_path / "detector")), plain)
+        assert len(found) == (3 if bias > 0 else 0)
+        assert all(x >= 0 and y >= 0 and x + w <= 160.01 and y + h <= 120.01 for x, y, w, h in found)
+    model = Detection("res2net_tiny", ["dog", "cat"], img_size=64)
+    with pytest.raises(InputError, match="a detection of dog, cat finds no boxes of persons"):
+        keypoints.boxes_of(model, plain)
 
 
 def test_a_folder_gives_the_same_joints(wild, people):

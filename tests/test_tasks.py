@@ -296,11 +296,31 @@ def test_bad_annotations(voc, tmp_path, in_process, harm, told):
         (["--recipe", "segmentation_vok"], "did you mean segmentation_voc"),
         (["--model", "res2net50_26w"], "did you mean"),
         (["--freeze", "9", "--head", "unet"], "has 5 stages"),
+        (
+            ["--head-kwargs", "decoder_chanels=8"],
+            "DeepLabV3Plus has no option decoder_chanels; did you mean decoder_ch",
+        ),
+        (["--head-kwargs", "decoder_channels=many"], "decoder_channels is a number, such as 256, not many"),
+        (["--head-kwargs", "classes=3"], "cannot be built on res2net_tiny"),
+        (["--head-kwargs", "decoder_channels"], "decoder_channels is not NAME=VALUE"),
     ],
 )
 def test_bad_commands(voc, tmp_path, in_process, args, told):
     line = input_error(in_process(TRAIN, *SMALL, "--data", voc, "--output", tmp_path / "out", *args))
     assert told in line
+
+
+def test_options_of_the_network(voc, tmp_path, in_process):
+    """A recipe may have them as a table; they stay with the model."""
+    recipe = tmp_path / "narrow.toml"
+    recipe.write_text("freeze_bn = true\n[head_kwargs]\ndecoder_channels = 8\ndecoder_atrous_rates = [1, 2, 3]\n")
+    args = [*SMALL, "--data", voc, "--recipe", recipe, "--epochs", 1, "--warmup-epochs", 0.5]
+    done = in_process(TRAIN, *args, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "warning: --freeze-bn fixes what --pretrained would load" in done.stderr
+    model = tasks.load(str(tmp_path / "out"))
+    assert model.network.decoder.aspp[0].project[0].out_channels == 8
+    assert model.settings["head_kwargs"] == {"decoder_channels": 8, "decoder_atrous_rates": [1, 2, 3]}
 
 
 def test_another_run_is_not_replaced(trained, voc, in_process):

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -64,6 +66,14 @@ class Score(ABC):
     def compute(self, accelerator: Accelerator) -> Figures:
         """Return the figures, by the names that the paper's tables use."""
 
+    def results(self) -> list[dict[str, Any]]:
+        """Return what was found in the images of all processes, in COCO's format of results; after `compute`.
+
+        Raises:
+            InputError: The format has nothing for this task.
+        """
+        raise InputError("COCO's format of results is for detection and keypoints")
+
 
 class TaskModel(nn.Module, ABC):
     """A backbone of the zoo with a task's head.
@@ -76,19 +86,22 @@ class TaskModel(nn.Module, ABC):
         output_stride: Of the backbone, where the head can have another than 32.
         mean: Of the images' channels, from 0 to 1; default the backbone's. So with `std`.
         std: Their standard deviation.
+        head_kwargs: More for the network that `build` makes, by its library's names.
         pretrained: Whether to load the backbone's weights.
 
     Attributes:
         settings: All of these, by which the model is built again; `model` is the architecture.
         network: Backbone and head.
+        scales: From which to which factor images are scaled for training; None where the task does not.
 
     Raises:
-        InputError: No such head, or no such backbone for it.
+        InputError: No such head, or no such backbone or `head_kwargs` for it.
     """
 
     task: ClassVar[str]
     heads: ClassVar[tuple[str, ...]]
     img_size: ClassVar[int]  # the default
+    scales: tuple[float, float] | None = None
     best: ClassVar[str]  # the figure by which the best epoch is chosen, of which more is better
     requires: ClassVar[dict[str, str]] = {}  # package by module
     extra: ClassVar[str] = "tasks"  # of ours, which has them
@@ -105,6 +118,7 @@ class TaskModel(nn.Module, ABC):
         output_stride: int | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        head_kwargs: dict[str, Any] | None = None,
         pretrained: bool = False,
     ) -> None:
         super().__init__()
@@ -123,13 +137,17 @@ class TaskModel(nn.Module, ABC):
             output_stride=output_stride,
             mean=list(config["mean"] if mean is None else mean),
             std=list(config["std"] if std is None else std),
+            head_kwargs=dict(head_kwargs or {}),
         )
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(self.settings[key]).view(-1, 1, 1), persistent=False)
         if len(self.mean) != 3:
             raise InputError(f"{model} takes images of {len(self.mean)} channels; the tasks are on RGB")
         self._stay: list[nn.Module] = []
-        self.network = self.build(features)
+        try:
+            self.network = self.build(features, **self.settings["head_kwargs"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"{head} cannot be built on {model}: {error}") from error
 
     @classmethod
     def check_installed(cls) -> None:
@@ -158,7 +176,7 @@ class TaskModel(nn.Module, ABC):
         """
 
     @abstractmethod
-    def build(self, features: Any) -> nn.Module:
+    def build(self, features: Any, **kwargs: Any) -> nn.Module:
         """Build the network on a backbone, which is timm's `features_only` model."""
 
     @property
@@ -243,6 +261,24 @@ class TaskModel(nn.Module, ABC):
             card.save(new / "README.md")
             preprocessing = {key: tuple(self.settings[key]) for key in ("mean", "std")}
             write_backbone(new / "backbone", self.settings["model"], self.features.state_dict(), preprocessing)
+
+
+def check_options(network: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Check options for a network by its parameters: many a library's takes unknown names without a word.
+
+    Raises:
+        InputError: It has none of that name, or it is a number there and none here.
+    """
+    known = {
+        name: option for name, option in signature(network).parameters.items() if option.kind != option.VAR_KEYWORD
+    }
+    for name, value in options.items():
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(known)}"
+            raise InputError(f"{network.__name__} has no option {name}; {hint}")
+        if isinstance(known[name].default, int | float) and not isinstance(value, int | float):
+            raise InputError(f"{network.__name__}'s {name} is a number, such as {known[name].default}, not {value}")
 
 
 def find_folder(name: str) -> Path:

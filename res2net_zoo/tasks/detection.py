@@ -29,7 +29,7 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from res2net_zoo.program import InputError
-from res2net_zoo.tasks.base import Figures, Score, TaskModel
+from res2net_zoo.tasks.base import Figures, Score, TaskModel, check_options
 from res2net_zoo.tasks.instances import Instances
 from res2net_zoo.tasks.segmentation import voc_colour
 
@@ -53,6 +53,7 @@ class COCOFigures(Score):
     def __init__(self, data: Instances) -> None:
         self.data = data
         self.said: list[tuple[int, list[dict[str, Any]]]] = []
+        self.found: list[dict[str, Any]] = []
 
     def update(self, i: int, target: dict[str, Any], prediction: dict[str, torch.Tensor]) -> None:
         """Take note of the objects that were found in image `i`."""
@@ -69,14 +70,25 @@ class COCOFigures(Score):
 
     def compute(self, accelerator: Accelerator) -> Figures:
         """Return AP, AP50, AP75 and AR, and AP and AR of small, medium and large objects."""
-        gathered = sorted(gather_object(self.said), key=lambda image: image[0])
-        found = [one for _, image in gathered for one in image]
+        self.found = [one for _, image in sorted(gather_object(self.said), key=lambda x: x[0]) for one in image]
+        found = self.found
         if not self.data.masks:
             return self._figures("bbox", found)
         shapes = [{key: value for key, value in one.items() if key != "bbox"} for one in found]
         boxes = [{key: value for key, value in one.items() if key != "segmentation"} for one in found]
         of_boxes = {f"box {name}": value for name, value in self._figures("bbox", boxes).items()}
         return {**self._figures("segm", shapes), **of_boxes}
+
+    def results(self) -> list[dict[str, Any]]:
+        """Return the objects, as COCO's format of results has them, with the numbers that the data use."""
+        results = []
+        for one in self.found:
+            ids = {"image_id": self.data.image_ids[one["image_id"]]}
+            ids["category_id"] = self.data.category_ids[one["category_id"] - 1]
+            rle = one.get("segmentation")
+            shape = {} if rle is None else {"segmentation": {**rle, "counts": rle["counts"].decode()}}
+            results.append({**one, **ids, **shape})
+        return results
 
     def _figures(self, kind: Any, found: list[dict[str, Any]]) -> Figures:
         from faster_coco_eval import COCO, COCOeval_faster
@@ -161,20 +173,24 @@ class Detection(TaskModel):
         """Open a folder in COCO's or VOC's layout."""
         return Instances(Path(data), split, head == "maskrcnn", classes)
 
-    def build(self, features: Any) -> nn.Module:
-        """Build torchvision's network. The papers' anchors are of 8 strides' side, with RetinaNet of 4 to 6.3."""
+    def build(self, features: Any, **kwargs: Any) -> nn.Module:
+        """Build torchvision's network, with `kwargs` for it.
+
+        The papers' anchors have a side of 8 strides, with RetinaNet of 4 to 6.3.
+        """
         settings, number = self.settings, len(self.settings["classes"]) + 1
         if (stride := settings["output_stride"]) not in (None, 32):
             raise InputError(f"detection takes features of stride 32, not {stride}")
+        kinds = {"retinanet": detection.RetinaNet, "maskrcnn": detection.MaskRCNN, "fasterrcnn": detection.FasterRCNN}
+        kind: Any = kinds[settings["head"]]
+        check_options(kind, kwargs)
         options: dict[str, Any] = {f"image_{key}": settings[key] for key in ("mean", "std")}
         options |= {"min_size": settings["img_size"], "max_size": round(settings["img_size"] * LONGER)}
-        network: Any
         if settings["head"] == "retinanet":
             backbone = Pyramid(features, 3, extended=True)
             sizes = [tuple(int(4 * stride * 2 ** (k / 3)) for k in range(3)) for stride in backbone.strides]
-            anchors = AnchorGenerator(tuple(sizes), (ASPECTS,) * len(sizes))
-            network = detection.RetinaNet(backbone, number, anchor_generator=anchors, **options)
-            heads = [network.head]
+            options["anchor_generator"] = AnchorGenerator(tuple(sizes), (ASPECTS,) * len(sizes))
+            options["num_classes"] = number  # the others' predictors, below, have theirs
         else:
             backbone = Pyramid(features, 4, extended=False)
             width = backbone.out_channels
@@ -191,8 +207,10 @@ class Detection(TaskModel):
                 options["mask_roi_pool"] = MultiScaleRoIAlign(backbone.names, 14, 2)
                 options["mask_head"] = MaskRCNNHeads(width, (width,) * 4, 1)
                 options["mask_predictor"] = MaskRCNNPredictor(width, width, number)
-            kind = detection.MaskRCNN if settings["head"] == "maskrcnn" else detection.FasterRCNN
-            network = kind(backbone, **options)
+        network = kind(backbone, **{**options, **kwargs})
+        if settings["head"] == "retinanet":
+            heads = [network.head]
+        else:
             heads = [network.rpn.head, network.roi_heads.box_predictor]
             heads += [network.roi_heads.mask_predictor] if settings["head"] == "maskrcnn" else []
         for module in (backbone, *heads):

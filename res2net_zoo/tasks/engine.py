@@ -5,7 +5,7 @@ import io
 import json
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from res2net_zoo.checkpoints import Checkpoints
 from res2net_zoo.program import InputError, markdown_table, progress_bar, write_atomically
 from res2net_zoo.report import hardware
 from res2net_zoo.stop import Stop, spare_worker
-from res2net_zoo.tasks.base import Annotated, Figures, TaskModel
+from res2net_zoo.tasks.base import Annotated, Figures, Score, TaskModel
 from res2net_zoo.training_data import seed_of
 
 
@@ -82,7 +82,14 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 @torch.inference_mode()
-def evaluate(model: TaskModel, data: Annotated, accelerator: Accelerator, batch_size: int, workers: int) -> Figures:
+def evaluate(
+    model: TaskModel,
+    data: Annotated,
+    accelerator: Accelerator,
+    batch_size: int,
+    workers: int,
+    score: Score | None = None,
+) -> Figures:
     """Measure a model on annotated images, each of which counts once on any number of processes.
 
     Args:
@@ -91,13 +98,14 @@ def evaluate(model: TaskModel, data: Annotated, accelerator: Accelerator, batch_
         accelerator: The processes.
         batch_size: Images a batch and process.
         workers: Loader processes of each process.
+        score: What is to collect the figures, `model.score(data)`, to ask for more afterwards.
 
     Returns:
         The figures, the same in all processes.
     """
     was_training = model.training
     model.eval()
-    score = model.score(data)
+    score = model.score(data) if score is None else score
     mine = range(accelerator.process_index, len(data), accelerator.num_processes)
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     with progress_bar(accelerator, total=len(mine), desc="evaluate", unit="image") as bar:
@@ -143,7 +151,7 @@ class Plan:
     momentum: float = 0.9
     sched: str = "cosine"
     milestones: list[int] = field(default_factory=list)
-    warmup_epochs: int = 0
+    warmup_epochs: float = 0
     clip_grad: float | None = None
     seed: int = 0
     workers: int = 1
@@ -189,11 +197,12 @@ def train(model: TaskModel, data: Annotated, valid: Annotated, accelerator: Acce
     bare: Any = model
     bare.to(accelerator.device, memory_format=torch.channels_last)
     optimizer = create_optimizer_v2(model, plan.opt, lr=plan.lr, weight_decay=plan.weight_decay, momentum=plan.momentum)
+    warmup: Any = plan.warmup_epochs  # timm's annotation says int; it takes a part of an epoch as well
     scheduler, _ = create_scheduler_v2(
         optimizer,
         plan.sched,
         num_epochs=plan.epochs,
-        warmup_epochs=plan.warmup_epochs,
+        warmup_epochs=warmup,
         warmup_lr=plan.lr / 1000,
         decay_milestones=plan.milestones or [90],
         step_on_epochs=False,
@@ -369,21 +378,35 @@ def expected_figures(
     return figures, f"model card in {folder}"
 
 
-def pictures(model: TaskModel, paths: Sequence[Path], accelerator: Accelerator) -> Iterator[tuple[Path, Image.Image]]:
-    """Draw what a model sees in images, one after the other."""
+def pictures(
+    model: TaskModel,
+    paths: Sequence[Path],
+    accelerator: Accelerator,
+    boxes: Callable[[Image.Image], Sequence[Sequence[float]]] | None = None,
+) -> Iterator[tuple[Path, Image.Image]]:
+    """Draw what a model sees in images, one after the other.
+
+    Args:
+        model: The model.
+        paths: The images.
+        accelerator: The process.
+        boxes: What finds the left, top, width and height of those that the model is to see one by one.
+    """
     for path in progress_bar(accelerator, paths, desc="predict", unit="image"):
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:
             raise InputError(f"cannot decode {path}: {error}") from error
-        blank = model.transform(image, {}, False)
-        images, _ = model.collate([blank])
-        with torch.inference_mode(), accelerator.autocast():
-            (prediction,) = model(to_device(images, accelerator.device))
-        yield path, model.draw(image, prediction)
+        drawn = image.copy()
+        for target in [{}] if boxes is None else [{"box": box} for box in boxes(image)]:
+            images, _ = model.collate([model.transform(image, target, False)])
+            with torch.inference_mode(), accelerator.autocast():
+                (prediction,) = model(to_device(images, accelerator.device))
+            drawn = model.draw(drawn, prediction)
+        yield path, drawn
 
 
-def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Write an evaluation as JSON."""
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps([results], indent=2) + "\n"))
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, whole or not at all."""
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))

@@ -61,6 +61,8 @@ class Instances(Annotated):
     Attributes:
         images: File, width and height of each image.
         instances: The objects of each image.
+        image_ids: COCO's number of each image; of VOC's its name.
+        category_ids: COCO's number of each class; of VOC's from 1.
 
     Raises:
         InputError: Annotations that cannot be right, or an image that is missing.
@@ -69,6 +71,8 @@ class Instances(Annotated):
     def __init__(self, folder: Path, split: str, masks: bool, classes: Sequence[str] | None = None) -> None:
         self.masks = masks
         self.images: list[tuple[Path, int, int]] = []
+        self.image_ids: list[Any] = []
+        self.category_ids: list[Any] = []
         self.instances: list[list[Instance]] = []
         if (folder / "ImageSets" / "Main").is_dir():
             source = self._read_voc(folder, split, classes)
@@ -106,6 +110,7 @@ class Instances(Annotated):
             root = next((root for root in roots if named and (root / named[0][1]).is_file()), roots[0])
             self.images = [(root / name, width, height) for _, name, width, height in named]
             labels = dict(categories)
+            self.image_ids = [number for number, *_ in named]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is no file of COCO's: {type(error).__name__}: {error}") from error
         if len(numbers) < len(named) or len(labels) < len(categories) or len(set(labels.values())) < len(categories):
@@ -114,6 +119,8 @@ class Instances(Annotated):
         for number, name in categories:
             if name not in self.classes:
                 raise InputError(f"{path} has the category {name} (id {number}), which the model does not know")
+        ids = {name: number for number, name in categories}
+        self.category_ids = [ids.get(name) for name in self.classes]
         known = {number: self.classes.index(name) + 1 for number, name in categories}
         self.instances = [[] for _ in self.images]
         for number, record in progress_bar(None, records, desc="check the annotations", unit="annotation"):
@@ -150,6 +157,7 @@ class Instances(Annotated):
         own = [name.strip() for name in listed if name.strip() not in ("", "background")]
         self.classes = own if classes is None else list(classes)
         names = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+        self.image_ids, self.category_ids = names, list(range(1, len(self.classes) + 1))
         for name in progress_bar(None, names, desc="check the annotations", unit="image"):
             about = folder / "Annotations" / f"{name}.xml"
             try:

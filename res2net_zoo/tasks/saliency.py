@@ -19,7 +19,7 @@ from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
 from res2net_zoo.program import InputError, progress_bar
-from res2net_zoo.tasks.base import Annotated, Figures, Score, TaskModel
+from res2net_zoo.tasks.base import Annotated, Figures, Score, TaskModel, check_options
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")  # in any case
 MASK_FOLDERS = ("masks", "mask", "ground_truth_mask", "gt")
@@ -155,8 +155,8 @@ class DSS(nn.Module):
     """Side outputs at each of a backbone's features, with short connections from the deeper to the shallower.
 
     Side output m is R(m) = A(m) + the sum over i > m of r(m, i) R(i), where A(m) is of its own branch and the
-    r are learned. The paper has this for its six of VGG, without some of the pairs; the branches here are
-    those of the same stride there (its Table 1), but no wider than their features.
+    r are learned. The paper has this without some of the pairs. The branches here are those of the same stride
+    there (its Table 1, of VGG; resnet/train_resnet.prototxt of its code), but no wider than their features.
 
     Args:
         backbone: timm's `features_only` model.
@@ -214,13 +214,14 @@ class Saliency(TaskModel):
         """Open folders of images and masks."""
         return Masks(Path(data), split)
 
-    def build(self, features: Any) -> DSS:
+    def build(self, features: Any, **kwargs: Any) -> DSS:
         """Put DSS on the backbone."""
         if (stride := self.settings["output_stride"]) not in (None, 32):
             raise InputError(f"dss takes features of stride 32, not {stride}")
         if (size := self.settings["img_size"]) % 32:
             raise InputError(f"dss takes an image size that is a multiple of 32, not {size}")
-        return DSS(features)
+        check_options(DSS, kwargs)
+        return DSS(features, **kwargs)
 
     @property
     def features(self) -> nn.Module:

@@ -19,7 +19,7 @@ from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
 from res2net_zoo.program import InputError, progress_bar
-from res2net_zoo.tasks.base import Annotated, Figures, Score, TaskModel
+from res2net_zoo.tasks.base import Annotated, Figures, Score, TaskModel, check_options
 
 VOC = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -123,6 +123,7 @@ class Segmentation(TaskModel):
     task = "segmentation"
     heads = ("deeplabv3plus", "unet", "fpn")
     img_size = 513  # DeepLab's crops of VOC; networks see the next multiple of 32
+    scales = (0.5, 2.0)  # DeepLab's
     best = "mIoU"
     requires: ClassVar = {"segmentation_models_pytorch": "segmentation-models-pytorch"}
 
@@ -149,24 +150,20 @@ class Segmentation(TaskModel):
             )
         return found
 
-    def build(self, features: Any) -> nn.Module:
-        """Build smp's network, and give its encoder the backbone."""
+    def build(self, features: Any, **kwargs: Any) -> nn.Module:
+        """Build smp's network, with `kwargs` for it, and give its encoder the backbone."""
         import segmentation_models_pytorch as smp
 
         network = {"deeplabv3plus": smp.DeepLabV3Plus, "unet": smp.Unet, "fpn": smp.FPN}[self.settings["head"]]
+        check_options(network, kwargs)
         stride = self.settings["output_stride"]
-        options: dict[str, Any] = {}
         if network is smp.DeepLabV3Plus:
-            options["encoder_output_stride"] = stride
+            kwargs = {"encoder_output_stride": stride, **kwargs}
         elif stride not in (None, 32):
             raise InputError(f"{self.settings['head']} takes features of stride 32, not {stride}")
-        try:
-            built = network(
-                f"tu-{self.settings['model']}", encoder_weights=None, classes=len(self.settings["classes"]), **options
-            )
-            built.encoder.model.load_state_dict(features.state_dict())
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise InputError(f"{self.settings['head']} takes no {self.settings['model']}: {error}") from error
+        name, classes = f"tu-{self.settings['model']}", len(self.settings["classes"])
+        built = network(name, encoder_weights=None, classes=classes, **kwargs)
+        built.encoder.model.load_state_dict(features.state_dict())
         return built
 
     @property
@@ -176,13 +173,13 @@ class Segmentation(TaskModel):
         return network.encoder.model
 
     def transform(self, image: Image.Image, target: dict[str, Any], train: bool) -> tuple[torch.Tensor, dict[str, Any]]:
-        """For training scale by 0.5 to 2, crop and mirror, as DeepLab does; else take the whole image."""
+        """For training scale, crop and mirror, as DeepLab does; else take the whole image."""
         pixels = TF.to_dtype(TF.pil_to_tensor(image), scale=True)
         if not train:
             return pixels, target
         mask = target["mask"]
         size = self.settings["img_size"]
-        scale = float(torch.empty(()).uniform_(0.5, 2))
+        scale = float(torch.empty(()).uniform_(*self.scales))
         shape = [max(1, round(side * scale)) for side in mask.shape]
         pixels = F.interpolate(pixels[None], shape, mode="bilinear", antialias=True)[0]
         mask = F.interpolate(mask[None, None].float(), shape, mode="nearest-exact")[0, 0].long()
