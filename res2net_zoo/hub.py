@@ -252,7 +252,20 @@ def check_cached(hub_id: str, filename: str, cache_dir: str | Path | None = None
 
 
 # Of a repository what a model folder has, and no pickles.
-WANTED = (WEIGHTS, "*.json", "*.md", "*.txt", "*.csv", "*.yaml", "*.toml", "*.png", "*.jpg", "LICENSE*", "NOTICE*")
+WANTED = (
+    WEIGHTS,
+    f"*/{WEIGHTS}",
+    "*.json",
+    "*.md",
+    "*.txt",
+    "*.csv",
+    "*.yaml",
+    "*.toml",
+    "*.png",
+    "*.jpg",
+    "LICENSE*",
+    "NOTICE*",
+)
 
 
 def describe(repo_id: str, revision: str | None = None) -> ModelInfo:

@@ -1,4 +1,7 @@
-"""Whether a model folder is what it says it is: hashes, a strict load, preprocessing, fingerprint."""
+"""Whether a model folder is what it says it is: hashes, a strict load, preprocessing, fingerprint.
+
+A folder of a task's model (`tasks`) has no fingerprint; it is loaded, and its backbone is compared.
+"""
 
 import json
 import math
@@ -47,6 +50,8 @@ def verify(folder: Path, wanted: Checkpoint | None = None) -> list[Check]:
     Raises:
         InputError: It is no model folder.
     """
+    if is_of_task(folder):
+        return _verify_task(folder)
     config, name = read_config(folder)
     checkpoint = wanted or identify(folder)
     weights = folder / WEIGHTS
@@ -77,8 +82,7 @@ def verify(folder: Path, wanted: Checkpoint | None = None) -> list[Check]:
         # Of some the release gives the first digits alone.
         checks.append(row._replace(passed=source.startswith(known)) if known else row)
     checks.append(Check("strict load", f"{len(tensors)} tensors", every, True))
-    odd = [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
-    checks.append(Check("values", f"not finite in {odd[0]}" if odd else "finite", "finite", not odd))
+    checks.append(_values(tensors))
     if checkpoint:
         checks.append(_preprocessing(config, checkpoint))
     if not stored:
@@ -90,6 +94,40 @@ def verify(folder: Path, wanted: Checkpoint | None = None) -> list[Check]:
     found = "nothing like them" if math.isinf(apart) else f"{apart:.1e} from the stored ones"
     checks.append(Check("logits", found, f"within {fingerprint.TOLERANCE:.0e}", apart <= fingerprint.TOLERANCE))
     return checks
+
+
+def is_of_task(folder: Path) -> bool:
+    """Return whether a folder is of a model for a task beyond classification."""
+    try:
+        return isinstance(json.loads((folder / "config.json").read_text())["task"], str)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def _verify_task(folder: Path) -> list[Check]:
+    from res2net_zoo import tasks
+
+    every = "every tensor once, and no other"
+    try:
+        model = tasks.load(str(folder))
+        network, backbone = model.state_dict(), load_file(folder / "backbone" / WEIGHTS)
+    except InputError as error:
+        return [Check("strict load", str(error), every, False)]
+    except (SafetensorError, OSError) as error:
+        return [Check("backbone", one_line(error), "the network's", False)]
+    features = model.features.state_dict()
+    same = features.keys() == backbone.keys() and all(torch.equal(features[key], backbone[key]) for key in features)
+    return [
+        Check(f"SHA-256 of {WEIGHTS}", sha256_of(folder / WEIGHTS), "not said", None),
+        Check("strict load", f"{len(network)} tensors", every, True),
+        _values(network),
+        Check("backbone", "the network's" if same else "another", "the network's", same),
+    ]
+
+
+def _values(tensors: dict[str, torch.Tensor]) -> Check:
+    odd = [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    return Check("values", f"not finite in {odd[0]}" if odd else "finite", "finite", not odd)
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], str]:
@@ -128,6 +166,8 @@ def identify(folder: Path) -> Checkpoint | None:
     Raises:
         InputError: It is no model folder.
     """
+    if is_of_task(folder):
+        return None
     _, name = read_config(folder)
     checkpoints, said = catalog.load().checkpoints, metadata_of(folder / WEIGHTS)
     if not said.get("source_sha256"):

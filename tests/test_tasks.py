@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from res2net_zoo import catalog, tasks
 from res2net_zoo.program import InputError
@@ -150,6 +150,29 @@ def test_through_the_hub_and_back(trained, hub, voc):  # noqa: F811
     assert torch.equal(ours([image])[0], theirs([image])[0])
     with pytest.raises(InputError, match="cannot read zoo/nothing"):
         tasks.load("hf-hub:zoo/nothing")
+
+
+@pytest.mark.parametrize("harm", ["none", "backbone", "weights", "cut", "lost"])
+def test_verify(trained, tmp_path, harm, in_process):
+    """hub/verify.py knows the folder of a task, and hub/publish.py sends none that is damaged."""
+    folder = Path(shutil.copytree(trained, tmp_path / "unet"))
+    own, backbone = folder / "model.safetensors", folder / "backbone/model.safetensors"
+    if harm == "backbone":
+        save_file({name: value + 1 for name, value in load_file(backbone).items()}, backbone)
+    elif harm == "weights":
+        save_file({name: value / 0 for name, value in load_file(own).items()}, own)
+    elif harm == "cut":
+        own.write_bytes(own.read_bytes()[:1000])
+    elif harm == "lost":
+        shutil.rmtree(folder / "backbone")
+    done = in_process("hub/verify.py", folder)
+    assert done.returncode == (0 if harm == "none" else 1), done.stdout
+    rows = [line for line in done.stdout.splitlines() if "FAILED" in line]
+    told = {"backbone": "backbone", "weights": "values", "cut": "strict load", "lost": "backbone"}
+    assert harm == "none" or told[harm] in rows[0]
+    if harm != "none":
+        line = input_error(in_process("hub/publish.py", folder, "--repo-id", "zoo/unet"))
+        assert "does not verify" in line and "nothing was sent" in line
 
 
 def test_a_picture(trained, voc, in_process, tmp_path):
@@ -376,24 +399,25 @@ def test_recipes_are_read(in_process, voc, tmp_path):
 
 @pytest.mark.slow
 def test_it_learns(tmp_path):
-    """Two to three minutes on two cores: 120 rendered scenes."""
-    data = save_voc(tmp_path / "voc", train=240, val=60)
-    done = Running(
-        tmp_path / "out",
-        *SMALL[:4],
-        "--data",
-        data,
-        "--head",
-        "unet",
+    """Five minutes on an idle core: 400 rendered scenes, in which shapes of any colour differ by their corners."""
+    data = save_voc(tmp_path / "voc", train=400, val=60)
+    how = [
         "--img-size",
-        96,
+        128,
+        "--scales",
+        0.8,
+        1.3,
         "--epochs",
-        30,
+        20,
+        "--batch-size",
+        4,
         "--lr",
         2e-3,
-        script=TRAIN,
-    ).end(1200)
+        "--warmup-epochs",
+        1,
+    ]
+    done = Running(tmp_path / "out", *SMALL[:4], "--threads", 1, "--data", data, *how, script=TRAIN).end(1800)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     best = max(float(row["mIoU"]) for row in csv.DictReader((tmp_path / "out/metrics.csv").open()))
-    assert best > 80
+    assert best > 75

@@ -99,6 +99,7 @@ class TaskModel(nn.Module, ABC):
     """
 
     task: ClassVar[str]
+    hub_task: ClassVar[str]  # the Hub's name
     heads: ClassVar[tuple[str, ...]]
     img_size: ClassVar[int]  # the default
     scales: tuple[float, float] | None = None

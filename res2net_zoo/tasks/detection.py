@@ -163,6 +163,7 @@ class Detection(TaskModel):
     """Object detection, and with `maskrcnn` instance segmentation; `img_size` is an image's shorter side."""
 
     task = "detection"
+    hub_task = "object-detection"
     heads = ("fasterrcnn", "retinanet", "maskrcnn")
     img_size = 800
     best = "AP"

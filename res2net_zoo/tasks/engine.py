@@ -320,18 +320,24 @@ def make_card(model: TaskModel, metrics: Sequence[dict[str, Any]], accelerator: 
     facts |= {"classes": len(model.settings["classes"]), **plan.facts, "hardware": hardware(accelerator)}
     results = [
         EvalResult(
-            model.task, plan.facts["data"], plan.facts["data"], name, round(value, 4), dataset_split=plan.facts["split"]
+            model.hub_task,
+            plan.facts["data"],
+            plan.facts["data"],
+            name,
+            round(value, 4),
+            dataset_split=plan.facts["split"],
         )
         for name, value in figures.items()
     ]
     data = ModelCardData(
         model_name=plan.output.name,
         library_name="res2net-zoo",
-        tags=[model.task],
+        pipeline_tag=model.hub_task,
+        tags=["res2net", model.settings["head"], model.task],
         eval_results=results,
         license=plan.facts.get("license"),
     )
-    rows = [(name.replace("_", " "), value) for name, value in facts.items() if value is not None]
+    rows = [(name.replace("_", " "), value) for name, value in facts.items() if value not in (None, {})]
     text = "\n\n".join(
         [
             f"# {plan.output.name}",

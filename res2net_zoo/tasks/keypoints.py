@@ -432,6 +432,7 @@ class Keypoints(TaskModel):
     """Keypoint estimation: `classes` are the joints, and `img_size` is a crop's height; its width is 3/4 of it."""
 
     task = "keypoints"
+    hub_task = "keypoint-detection"
     heads = ("simplebaseline",)
     img_size = 256
     scales = (0.7, 1.3)

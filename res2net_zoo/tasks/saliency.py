@@ -201,6 +201,7 @@ class Saliency(TaskModel):
     """Salient object detection."""
 
     task = "saliency"
+    hub_task = "image-segmentation"
     heads = ("dss",)
     img_size = 352  # usual in the field, and as many pixels as an image of MSRA-B has
     best = "F-measure"

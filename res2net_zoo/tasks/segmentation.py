@@ -121,6 +121,7 @@ class Segmentation(TaskModel):
     """Semantic segmentation."""
 
     task = "segmentation"
+    hub_task = "image-segmentation"
     heads = ("deeplabv3plus", "unet", "fpn")
     img_size = 513  # DeepLab's crops of VOC; networks see the next multiple of 32
     scales = (0.5, 2.0)  # DeepLab's
