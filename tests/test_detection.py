@@ -367,6 +367,8 @@ def test_what_is_drawn():
     drawn = model.draw(image, {**found, "scores": torch.tensor([0.9, 0.4]), "masks": masks})
     assert drawn.getpixel((50, 80)) == (0, 128, 0) and drawn.getpixel((80, 80)) == (0, 64, 0)
     assert drawn.getpixel((5, 12)) == (0, 0, 0) and image.getextrema() == ((0, 0),) * 3
+    both = {"boxes": found["boxes"][[0, 0]], "labels": torch.tensor([2, 1]), "masks": masks}
+    assert model.draw(image, {**both, "scores": torch.tensor([0.9, 0.6])}).getpixel((50, 80)) == (0, 128, 0)
     unsure = model.draw(image, {**found, "scores": torch.tensor([0.1, 0.1]), "masks": masks})
     assert unsure.tobytes() == image.tobytes()
 

@@ -257,8 +257,8 @@ class Detection(TaskModel):
         return COCOFigures(data)
 
     def draw(self, image: Image.Image, prediction: dict[str, torch.Tensor]) -> Image.Image:
-        """Draw boxes with classes and scores, and masks, in VOC's colours."""
-        shown = {name: value[prediction["scores"] >= SHOWN] for name, value in prediction.items()}
+        """Draw boxes with classes and scores, and masks, in VOC's colours, the surest on top."""
+        shown = {name: value[prediction["scores"] >= SHOWN].flip(0) for name, value in prediction.items()}
         numbers = shown["labels"].tolist()
         if not numbers:
             return image.copy()
