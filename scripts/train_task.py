@@ -148,7 +148,7 @@ def main(args: argparse.Namespace) -> int:
     facts = {
         "data": args.data,
         "split": args.eval_split,
-        "images": f"{len(data)} of {args.train_split}, {len(valid)} of {args.eval_split}",
+        data.samples: f"{len(data)} of {args.train_split}, {len(valid)} of {args.eval_split}",
         "start": args.model if args.pretrained else "random weights",
         "license": args.license,
         "recipe": args.recipe,
@@ -172,9 +172,10 @@ def main(args: argparse.Namespace) -> int:
         save_minutes=args.save_minutes,
         facts=facts,
     )
+    shown = ", ".join(data.classes[:5]) + ", ..." * (len(data.classes) > 5)
     accelerator.print(
         f"task: {task.task}, {head} on {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters",
-        f"data: {args.data}, {facts['images']}; {', '.join(data.classes[:5])}{', ...' * (len(data.classes) > 5)}",
+        f"data: {args.data}, {data.samples} {facts[data.samples]}; {shown}",
         sep="\n",
         flush=True,
     )

@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> int:
         header = ("figure", "measured", *(("published", "reached") if args.check else ()))
         print(
             f"{model.task}, {model.settings['head']} on {model.settings['model']}: "
-            f"{len(data)} images of {args.data}, {args.split}; num_processes {accelerator.num_processes}"
+            f"{len(data)} {data.samples} of {args.data}, {args.split}; num_processes {accelerator.num_processes}"
         )
         print(markdown_table(header, rows))
         if source:

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,19 +107,24 @@ def boxes_in(data: Path) -> list[dict[str, Any]]:
     return [{key: person[key] for key in ("image_id", "category_id", "bbox")} | {"score": 1.0} for person in persons]
 
 
-def test_boxes_of_a_detector(wild, people, program, tmp_path):
+def test_boxes_of_a_detector(wild, people, program, in_process, tmp_path):
     """True ones change nothing, nor do others that are like them; those that are half as sure count for half."""
     data = lenient(people, tmp_path / "people")
     boxes = boxes_in(data)
     again = [{**box, "score": 0.5} for box in boxes]
     others = [{**boxes[0], "category_id": 2}, {**boxes[0], "image_id": 999}]
     found = {}
-    for name, some, number in (("none", None, 1), ("true", boxes, 1), ("twice", again + boxes + others, 2)):
+    two = partial(program, processes=2)
+    for name, some, start in (
+        ("none", None, in_process),
+        ("true", boxes, in_process),
+        ("twice", again + boxes + others, two),
+    ):
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps(some))
         args = [] if some is None else ["--boxes", path]
         output = ["--output", tmp_path / "figures.json", "--results", tmp_path / "joints.json"]
-        done = program(VALIDATE, wild, "--data", data, "--threads", 1, *args, *output, processes=number)
+        done = start(VALIDATE, wild, "--data", data, "--threads", 1, *args, *output)
         assert done.returncode == 0, done.stderr
         (figures,) = json.loads((tmp_path / "figures.json").read_text())
         found[name] = json.loads((tmp_path / "joints.json").read_text())

@@ -122,6 +122,7 @@ def test_killed_and_resumed_it_ends_the_same(voc, tmp_path, trained):
     running.end()
     done = Running(tmp_path / "unet", *common, "--resume", script=TRAIN).end()
     assert done.returncode == 0 and "goes on after step" in done.stdout, done.stderr
+    assert (trained / "metrics.csv").read_text() == (tmp_path / "unet/metrics.csv").read_text()
     one, two = (load_file(folder / "model.safetensors") for folder in (trained, tmp_path / "unet"))
     assert all(torch.equal(one[name], two[name]) for name in one)
 

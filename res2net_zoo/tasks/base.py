@@ -35,9 +35,11 @@ class Annotated(Dataset, ABC):
 
     Attributes:
         classes: Name of each class.
+        samples: What its samples are.
     """
 
     classes: list[str]
+    samples: ClassVar[str] = "images"
 
     @abstractmethod
     def __len__(self) -> int:

@@ -191,7 +191,8 @@ def train(model: TaskModel, data: Annotated, valid: Annotated, accelerator: Acce
     steps = len(data) // (plan.batch_size * world)
     if not steps:
         raise InputError(
-            f"there are {len(data)} images to train on, and a step takes {plan.batch_size * world}; lower --batch-size"
+            f"there are {len(data)} {data.samples} to train on, and a step takes {plan.batch_size * world}; "
+            "lower --batch-size"
         )
     checkpoints = Checkpoints(run_folder(plan.output) / "checkpoints", plan.keep)
     bare: Any = model
@@ -210,7 +211,7 @@ def train(model: TaskModel, data: Annotated, valid: Annotated, accelerator: Acce
     )
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     now = {"settings": bare.settings, "task": bare.task, "images": len(data), "step": plan.batch_size * world}
-    done, metrics = 0, []
+    done, metrics, sums = 0, [], torch.zeros(2, device=accelerator.device)  # of losses in this epoch, and their number
     if (state := checkpoints.load()) is not None:
         for key, value in now.items():
             if state["plan"][key] != value:
@@ -223,6 +224,8 @@ def train(model: TaskModel, data: Annotated, valid: Annotated, accelerator: Acce
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         done, metrics = state["done"], state["metrics"]
+        if main_process:
+            sums += state["sums"].to(accelerator.device)
         if len(metrics) >= plan.epochs:
             raise InputError(
                 f"the run in {plan.output} has done {len(metrics)} epochs; --epochs {plan.epochs} is no more"
@@ -231,17 +234,17 @@ def train(model: TaskModel, data: Annotated, valid: Annotated, accelerator: Acce
         scheduler.step_update(done)
 
     def save() -> None:
+        everybodys = accelerator.reduce(sums, "sum").cpu()
         if main_process:
             scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
             everything = {"model": bare.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler}
-            checkpoints.save(done, {"plan": now, "done": done, "metrics": metrics, **everything})
+            checkpoints.save(done, {"plan": now, "done": done, "metrics": metrics, "sums": everybodys, **everything})
 
     bar = progress_bar(accelerator, total=plan.epochs * steps, initial=done, desc="train", unit="step")
     saved = time.monotonic()
     with Stop(accelerator) as stop, bar as progress:
         for epoch in range(len(metrics), plan.epochs):
             wrapped.train()
-            total, number = torch.zeros(2, device=accelerator.device)
             batches = batches_of(len(data), plan, epoch, accelerator.process_index, world)[done - epoch * steps :]
             prepared = Prepared(data, bare, train=True, seed=plan.seed, epoch=epoch)
             for _, images, targets in prepared.batches(batches, plan.workers):
@@ -256,7 +259,7 @@ def train(model: TaskModel, data: Annotated, valid: Annotated, accelerator: Acce
                 optimizer.step()
                 optimizer.zero_grad()
                 done += 1
-                total, number = total + loss.detach(), number + 1
+                sums += torch.stack([loss.detach(), torch.ones_like(loss)])
                 scheduler.step_update(done)
                 progress.update()
                 progress.set_postfix(loss=f"{loss.item():.4g}", refresh=False)
@@ -281,8 +284,9 @@ def train(model: TaskModel, data: Annotated, valid: Annotated, accelerator: Acce
             if world > 1:  # as each process has seen other batches
                 distribute_bn(bare, world, reduce=False)
             figures = evaluate(bare, valid, accelerator, plan.batch_size, plan.workers)
-            mean = accelerator.reduce(torch.stack([total, number]), "sum")
-            metrics.append({"epoch": epoch + 1, "loss": float(f"{mean[0] / mean[1].clamp(min=1):.5g}"), **figures})
+            total, number = accelerator.reduce(sums, "sum").tolist()
+            sums.zero_()
+            metrics.append({"epoch": epoch + 1, "loss": float(f"{total / max(number, 1):.5g}"), **figures})
             best = max(range(len(metrics)), key=lambda i: metrics[i][bare.best])
             if main_process:
                 with progress.external_write_mode():

@@ -95,6 +95,8 @@ class COCOPersons(Annotated):
         InputError: Annotations that cannot be right, or an image that is missing.
     """
 
+    samples = "persons"
+
     def __init__(self, folder: Path, split: str) -> None:
         path = folder / "annotations" / f"person_keypoints_{split}.json"
         if not path.is_file():
