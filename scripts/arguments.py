@@ -38,6 +38,26 @@ def named(text: str) -> tuple[str, object]:
         return name, value
 
 
+def add_run_folder(add: Callable[..., object], output: str) -> None:
+    """Add where a training writes, and how often."""
+    add("--output", type=Path, default=Path(output), help="model folder to write (%(default)s)")
+    add("--resume", action="store_true", help="go on with the run in --output, with its settings")
+    add("--overwrite", action="store_true", help="replace the run in --output")
+    add("--save-minutes", type=within(float, 0), default=15, help="between checkpoints in an epoch (%(default)s)")
+    add("--keep", type=within(int, 1), default=2, help="checkpoints to keep (%(default)s)")
+
+
+def add_machine(add: Callable[..., object], workers: bool = True) -> None:
+    """Add what a program takes of the machine."""
+    if workers:
+        about = "loader processes for each process (default by the machine)"
+        add("--workers", type=within(int, 0), metavar="N", help=about)
+    about = "CPU threads for each process (default its share of the cores)"
+    add("--threads", type=within(int, 1), metavar="N", help=about)
+    about = "default as `accelerate config` says, else no"
+    add("--mixed-precision", choices=("no", "bf16", "fp16"), help=about)
+
+
 def find_recipe(parser: argparse.ArgumentParser, name: str, folder: Path = RECIPES) -> Path:
     """Return the file of a recipe: one of a folder by its name, or any by its path."""
     path = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"

@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arguments import SHIPPED_DATA, find_recipe, parse_over, within
+from arguments import SHIPPED_DATA, add_machine, add_run_folder, find_recipe, parse_over, within
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -70,11 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--license", help="licence of the result, for its card (default that of the pretrained weights)")
 
     add = parser.add_argument_group("files").add_argument
-    add("--output", type=Path, default=Path("outputs/finetune"), help="model folder to write (%(default)s)")
-    add("--resume", action="store_true", help="go on with the run in --output, with its settings")
-    add("--overwrite", action="store_true", help="replace the run in --output")
-    add("--save-minutes", type=within(float, 0), default=15, help="between checkpoints in an epoch (%(default)s)")
-    add("--keep", type=within(int, 1), default=2, help="checkpoints to keep (%(default)s)")
+    add_run_folder(add, "outputs/finetune")
     add("--tracker", nargs="+", help="by Accelerate's names, or none (tensorboard where it is installed)")
 
     add = parser.add_argument_group("how long, and how much at once").add_argument
@@ -84,9 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--accumulate", type=within(int, 1), default=1, help="batches a step (%(default)s)")
     add("--seed", type=within(int, 0, 2**31), default=0, help="(%(default)s)")
     add("--deterministic", action=flag, default=False, help="only operations that give the same bits again, on GPUs")
-    add("--workers", type=within(int, 0), help="loader processes for each process (default by the machine)")
-    add("--threads", type=within(int, 1), help="CPU threads for each process (default its share of the cores)")
-    add("--mixed-precision", choices=("no", "bf16", "fp16"), help="default as `accelerate config` says, else no")
+    add_machine(add)
     add("--compile", action=flag, default=False, help="torch.compile the model")
     add("--channels-last", action=flag, default=True, help="memory format; the faster one nearly everywhere")
     add("--grad-checkpointing", action=flag, default=False, help="less memory for more time")

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from arguments import SHIPPED_MODEL, within
+from arguments import SHIPPED_MODEL, add_machine, within
 
 if TYPE_CHECKING:
     import torch
@@ -41,9 +41,7 @@ def parse_args() -> argparse.Namespace:
     add("--output", type=Path, metavar="FILE", help="where to write it; the standard output by default")
     add("--embeddings", type=Path, metavar="FILE", help="Parquet file for path and embedding (pooled features)")
     add("--batch-size", type=within(int, 1), default=32, metavar="N", help="images a batch and process (%(default)s)")
-    add("--workers", type=within(int, 0), metavar="N", help="loader processes a process (default by the machine)")
-    add("--threads", type=within(int, 1), metavar="N", help="CPU threads for each process (default its share)")
-    add("--mixed-precision", choices=("no", "bf16", "fp16"), help="default as `accelerate config` says, else no")
+    add_machine(add)
     add("--skip-corrupt", action="store_true", help="leave out images that cannot be decoded; the exit code is then 1")
     args = parser.parse_args()
     if args.output and args.embeddings and args.output.resolve() == args.embeddings.resolve():

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from arguments import within
+from arguments import add_machine
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,8 +29,7 @@ def parse_args() -> argparse.Namespace:
     add("images", nargs="+", metavar="IMAGE", help="image files, folders of them, or quoted patterns such as 'a/*.jpg'")
     add("--output", type=Path, required=True, metavar="DIR", help="where to write the pictures")
     add("--detector", metavar="MODEL", help="what finds the persons whose joints are drawn")
-    add("--threads", type=within(int, 1), metavar="N", help="CPU threads (default all cores)")
-    add("--mixed-precision", choices=("no", "bf16", "fp16"), help="default as `accelerate config` says, else no")
+    add_machine(add, workers=False)
     return parser.parse_args()
 
 

@@ -17,9 +17,8 @@ failure into 1.
 import argparse
 import shlex
 import sys
-from pathlib import Path
 
-from arguments import RECIPES, find_recipe, named, parse_over, within
+from arguments import RECIPES, add_machine, add_run_folder, find_recipe, named, parse_over, within
 
 TASKS = ("detection", "keypoints", "saliency", "segmentation")
 NOT_SETTINGS = {"output", "recipe", "resume", "overwrite", "data", "model"}
@@ -58,11 +57,7 @@ def parse_args() -> argparse.Namespace:
     add("--license", help="licence of the result, for its card")
 
     add = parser.add_argument_group("files").add_argument
-    add("--output", type=Path, default=Path("outputs/task"), help="model folder to write (%(default)s)")
-    add("--resume", action="store_true", help="go on with the run in --output")
-    add("--overwrite", action="store_true", help="replace the run in --output")
-    add("--save-minutes", type=within(float, 0), default=15, help="between checkpoints in an epoch (%(default)s)")
-    add("--keep", type=within(int, 1), default=2, help="checkpoints to keep (%(default)s)")
+    add_run_folder(add, "outputs/task")
 
     add = parser.add_argument_group("optimizer and schedule, by timm's names").add_argument
     add("--epochs", type=within(int, 1), default=12, help="(%(default)s)")
@@ -72,15 +67,13 @@ def parse_args() -> argparse.Namespace:
     add("--momentum", type=within(float, 0, 1), default=0.9, help="(%(default)s)")
     add("--weight-decay", type=within(float, 0), default=1e-4, help="(%(default)s)")
     add("--sched", default="cosine", help="(%(default)s)")
-    add("--milestones", type=within(int, 1), nargs="+", default=[], help="epochs of --sched multistep")
+    add("--decay-milestones", type=within(int, 1), nargs="+", default=[90, 180, 270], help="of --sched multistep")
     add("--warmup-epochs", type=within(float, 0), default=0, help="or a part of one, such as 0.1 (%(default)s)")
     add("--clip-grad", type=within(float, 0), help="largest norm of the gradient")
 
     add = parser.add_argument_group("machine").add_argument
     add("--seed", type=within(int, 0, 2**31), default=0, help="(%(default)s)")
-    add("--workers", type=within(int, 0), help="loader processes for each process (default by the machine)")
-    add("--threads", type=within(int, 1), help="CPU threads for each process (default its share of the cores)")
-    add("--mixed-precision", choices=("no", "bf16", "fp16"), help="default as `accelerate config` says, else no")
+    add_machine(add)
 
     first = parser.parse_args()
     recipes = [find_recipe(parser, first.recipe, RECIPES / "tasks")] if first.recipe else []
@@ -163,7 +156,7 @@ def main(args: argparse.Namespace) -> int:
         weight_decay=args.weight_decay,
         momentum=args.momentum,
         sched=args.sched,
-        milestones=args.milestones,
+        decay_milestones=args.decay_milestones,
         warmup_epochs=args.warmup_epochs,
         clip_grad=args.clip_grad,
         seed=args.seed,

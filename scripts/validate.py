@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arguments import SHIPPED_DATA, SHIPPED_MODEL, within
+from arguments import SHIPPED_DATA, SHIPPED_MODEL, add_machine, within
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,20 +56,7 @@ def parse_args() -> argparse.Namespace:
     how.add_argument(
         "--batch-size", type=within(int, 1), default=64, metavar="N", help="images a batch and process (%(default)s)"
     )
-    how.add_argument(
-        "--workers", type=within(int, 0), metavar="N", help="loader processes for each process (default by the machine)"
-    )
-    how.add_argument(
-        "--threads",
-        type=within(int, 1),
-        metavar="N",
-        help="CPU threads for each process (default its share of the cores)",
-    )
-    how.add_argument(
-        "--mixed-precision",
-        choices=("no", "bf16", "fp16"),
-        help="precision (default as `accelerate config` says, else no)",
-    )
+    add_machine(how.add_argument)
     how.add_argument("--streaming", action="store_true", help="read the images as they come, caching nothing")
     how.add_argument(
         "--skip-corrupt", action="store_true", help="leave out images that cannot be decoded; the exit code is then 1"

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from arguments import within
+from arguments import add_machine, within
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,9 +33,7 @@ def parse_args() -> argparse.Namespace:
     add("--results", type=Path, metavar="FILE", help="write what was found in COCO's format of results")
     add("--tolerance", type=within(float, 0), default=0.005, help="how much worse a figure may be (%(default)s)")
     add("--batch-size", type=within(int, 1), default=8, metavar="N", help="images a batch and process (%(default)s)")
-    add("--workers", type=within(int, 0), metavar="N", help="loader processes a process (default by the machine)")
-    add("--threads", type=within(int, 1), metavar="N", help="CPU threads for each process (default its share)")
-    add("--mixed-precision", choices=("no", "bf16", "fp16"), help="default as `accelerate config` says, else no")
+    add_machine(add)
     add("--output", type=Path, metavar="FILE", help="write the figures as JSON")
     args = parser.parse_args()
     args.check = args.check or args.published is not None

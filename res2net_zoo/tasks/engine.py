@@ -131,8 +131,8 @@ class Plan:
         lr: Highest learning rate.
         weight_decay: Weight decay.
         momentum: Momentum.
-        sched: timm's name of the schedule, `multistep` with `milestones`.
-        milestones: Epochs after which the learning rate is a tenth.
+        sched: timm's name of the schedule, `multistep` with `decay_milestones`.
+        decay_milestones: Epochs after which the learning rate is a tenth.
         warmup_epochs: Epochs in which the learning rate grows.
         clip_grad: Largest norm of the gradient; None for any.
         seed: Of all that is random.
@@ -150,7 +150,7 @@ class Plan:
     weight_decay: float = 1e-4
     momentum: float = 0.9
     sched: str = "cosine"
-    milestones: list[int] = field(default_factory=list)
+    decay_milestones: list[int] = field(default_factory=lambda: [90, 180, 270])
     warmup_epochs: float = 0
     clip_grad: float | None = None
     seed: int = 0
@@ -205,7 +205,7 @@ def train(model: TaskModel, data: Annotated, valid: Annotated, accelerator: Acce
         num_epochs=plan.epochs,
         warmup_epochs=warmup,
         warmup_lr=plan.lr / 1000,
-        decay_milestones=plan.milestones or [90],
+        decay_milestones=plan.decay_milestones,
         step_on_epochs=False,
         updates_per_epoch=steps,
     )
