@@ -21,7 +21,7 @@ from torch import nn
 from res2net_zoo import catalog, tasks
 from res2net_zoo.program import InputError
 from res2net_zoo.tasks import base
-from res2net_zoo.tasks.detection import FIGURES, COCOFigures, Detection
+from res2net_zoo.tasks.detection import FIGURES, VOC07, COCOFigures, Detection
 from res2net_zoo.tasks.instances import Instances
 from tests.conftest import SMALL, input_error, spread
 from tests.scenes import KINDS, run_lengths, save_coco, save_voc_boxes
@@ -316,7 +316,7 @@ def test_nothing_found_is_a_figure_too(shapes):
 
 def test_published_figures_have_our_names():
     targets = [target for target in catalog.load().targets if target.task == "detection"]
-    assert targets and all(set(target.figures) <= set(FIGURES) for target in targets)
+    assert targets and all(set(target.figures) <= {*FIGURES, VOC07} for target in targets)
 
 
 def test_difficult_objects_do_not_count(voc, tmp_path):
@@ -340,6 +340,59 @@ def test_difficult_objects_do_not_count(voc, tmp_path):
             scores = torch.tensor([0.5 if one.trained_on else 0.9 for one in there])
             score.update(k, {}, {"boxes": boxes, "labels": labels, "scores": scores})
         assert score.compute(Accelerator(cpu=True))["AP"] == pytest.approx(100)
+
+
+def voc07(truth: list[tuple[int, int, list[float]]], found: list[tuple[int, int, list[float], float]]) -> float:
+    """Return VOC07's average precision of (image, class, box) and (image, class, box, score), by its definition."""
+    averages = []
+    for label in {label for _, label, _ in truth}:
+        left = [(image, box) for image, kind, box in truth if kind == label]
+        number, right = len(left), []
+        for image, _, box, _ in sorted((one for one in found if one[1] == label), key=lambda one: -one[3]):
+            like = [other for other in left if other[0] == image and overlap(box, other[1]) >= 0.5]
+            right.append(bool(like))
+            if like:
+                left.remove(max(like, key=lambda other: overlap(box, other[1])))
+        hits = np.cumsum(right)
+        recalls, precisions = hits / number, hits / np.arange(1, len(right) + 1)
+        highest = [
+            max((p for r, p in zip(recalls, precisions, strict=True) if r > t / 10 - 1e-9), default=0)
+            for t in range(11)
+        ]
+        averages.append(np.mean(highest))
+    return 100 * float(np.mean(averages))
+
+
+def overlap(one: list[float], other: list[float]) -> float:
+    """Return intersection over union of two boxes, as left, top, width and height."""
+    sides = [max(0, min(one[i] + one[i + 2], other[i] + other[i + 2]) - max(one[i], other[i])) for i in (0, 1)]
+    both = sides[0] * sides[1]
+    return both / (one[2] * one[3] + other[2] * other[3] - both)
+
+
+def test_average_precision_of_voc07(tmp_path):
+    data, rng = (
+        Instances(save_voc_boxes(tmp_path / "voc", train=1, val=20), "val", masks=False),
+        np.random.default_rng(3),
+    )
+    for difficult in (one for image in data.instances for one in image if not one.trained_on):
+        difficult.area = 9.0
+    score, truth, all_found = COCOFigures(data), [], []
+    for i, instances in enumerate(data.instances):
+        truth += [(i, one.label, one.bbox) for one in instances]
+        found = [one for one in instances if rng.random() < 0.9] * 2
+        boxes = torch.tensor([one.bbox for one in found]).reshape(-1, 4) + torch.from_numpy(
+            rng.normal(0, 3, (len(found), 4))
+        )
+        boxes[:, 2:] = boxes[:, 2:].clamp(min=1)
+        scores = torch.from_numpy(rng.random(len(found)))
+        labels = [one.label if rng.random() < 0.8 else 1 for one in found]
+        all_found += [(i, *one) for one in zip(labels, boxes.tolist(), scores.tolist(), strict=True)]
+        corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
+        score.update(i, {}, {"boxes": corners, "labels": torch.tensor(labels), "scores": scores})
+    figures = score.compute(Accelerator(cpu=True))
+    assert figures[VOC07] == pytest.approx(voc07(truth, all_found), abs=1e-6)
+    assert 20 < figures[VOC07] < 90 and abs(figures[VOC07] - figures["AP50"]) > 0.1
 
 
 def test_voc_and_coco_have_the_same_boxes(shapes, voc):

@@ -60,6 +60,7 @@ class Instances(Annotated):
 
     Attributes:
         images: File, width and height of each image.
+        voc: Whether the layout is VOC's.
         instances: The objects of each image.
         image_ids: COCO's number of each image; of VOC's its name.
         category_ids: COCO's number of each class; of VOC's from 1.
@@ -74,10 +75,9 @@ class Instances(Annotated):
         self.image_ids: list[Any] = []
         self.category_ids: list[Any] = []
         self.instances: list[list[Instance]] = []
-        if (folder / "ImageSets" / "Main").is_dir():
-            source = self._read_voc(folder, split, classes)
-        else:
-            source = self._read_coco(folder, split, classes)
+        self.voc = (folder / "ImageSets" / "Main").is_dir()
+        read = self._read_voc if self.voc else self._read_coco
+        source = read(folder, split, classes)
         if not any(instance.trained_on for instances in self.instances for instance in instances):
             raise InputError(f"{source} has no objects that count")
         for file, *size in progress_bar(None, self.images, desc="check the images", unit="image"):
