@@ -557,7 +557,7 @@ def test_bad_commands(trained, shapes, voc, tmp_path, in_process):
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["fasterrcnn", "maskrcnn"])
 def test_it_learns(tmp_path, head):
-    """Six minutes each on an idle core: 400 scenes of shapes."""
+    """Six to ten minutes each on a core: 400 scenes of shapes."""
     data = save_coco(tmp_path / "shapes", train=400, val=40)
     how = ["--img-size", 128, "--epochs", 12, "--batch-size", 4, "--lr", 1e-3, "--warmup-epochs", 1]
     few = ["--head-kwargs", "box_batch_size_per_image=64"]
