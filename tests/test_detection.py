@@ -392,6 +392,10 @@ def test_average_precision_of_voc07(tmp_path):
         score.update(i, {}, {"boxes": corners, "labels": torch.tensor(labels), "scores": scores})
     figures = score.compute(Accelerator(cpu=True))
     assert figures[VOC07] == pytest.approx(voc07(truth, all_found), abs=1e-6)
+    # VOC's images have names for numbers.
+    (first, *_), result = all_found, score.results()[0]
+    assert result["bbox"] == pytest.approx(first[2]) and list(result) == ["image_id", "category_id", "bbox", "score"]
+    assert (result["image_id"], result["category_id"], result["score"]) == ("val_00000", first[1], first[3])
     assert 20 < figures[VOC07] < 90 and abs(figures[VOC07] - figures["AP50"]) > 0.1
 
 

@@ -110,7 +110,8 @@ class COCOFigures(Score):
                 "annotations": annotations,
             }
         )
-        measured = COCOeval_faster(truth, truth.loadRes(found), kind)
+        # It writes into what it is given.
+        measured = COCOeval_faster(truth, truth.loadRes([dict(one) for one in found]), kind)
         measured.evaluate()
         measured.accumulate()
         measured.summarize()
