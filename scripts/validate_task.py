@@ -103,7 +103,7 @@ def main(args: argparse.Namespace) -> int:
         if source:
             print(f"published: {source}")
         if args.results is not None:
-            write_json(args.results, results)
+            write_json(args.results, results, indent=None)
         if args.output is not None:
             about = {"model": args.model, "task": model.task, "data": args.data, "split": args.split}
             about |= {} if args.boxes is None else {"boxes": str(args.boxes)}

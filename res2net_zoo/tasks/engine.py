@@ -417,6 +417,6 @@ def pictures(
         yield path, drawn
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
     """Write JSON, whole or not at all."""
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=indent) + "\n"))
