@@ -558,14 +558,19 @@ def test_bad_commands(trained, shapes, voc, tmp_path, in_process):
     assert "has no head yolo; there are fasterrcnn, retinanet, maskrcnn" in line
 
 
+FEW = ["--epochs", 12, "--lr", 1e-3, "--head-kwargs", "box_batch_size_per_image=64"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("head", ["fasterrcnn", "maskrcnn"])
-def test_it_learns(tmp_path, head):
+@pytest.mark.parametrize(
+    ("head", "how"),
+    [("fasterrcnn", FEW), ("maskrcnn", FEW), ("retinanet", ["--epochs", 24, "--lr", 2e-3, "--clip-grad", 5])],
+)
+def test_it_learns(tmp_path, head, how):
     """Six to ten minutes each on a core: 400 scenes of shapes."""
     data = save_coco(tmp_path / "shapes", train=400, val=40)
-    how = ["--img-size", 128, "--epochs", 12, "--batch-size", 4, "--lr", 1e-3, "--warmup-epochs", 1]
-    few = ["--head-kwargs", "box_batch_size_per_image=64"]
-    done = Running(tmp_path / "out", *TINY, "--data", data, "--head", head, *how, *few, script=TRAIN).end(3600)
+    common = ["--img-size", 128, "--batch-size", 4, "--warmup-epochs", 1]
+    done = Running(tmp_path / "out", *TINY, "--data", data, "--head", head, *common, *how, script=TRAIN).end(3600)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     best = max(csv.DictReader((tmp_path / "out/metrics.csv").open()), key=lambda row: float(row["AP"]))
