@@ -187,6 +187,24 @@ def test_a_picture(trained, voc, in_process, tmp_path):
     assert Image.open(pictures[0]).size == Image.open(images / "val_00000.jpg").size
 
 
+def test_a_picture_of_any_kind(trained, voc, in_process, tmp_path):
+    """As its camera was held, of any mode and size."""
+    image = Image.open(voc / "JPEGImages/val_00000.jpg")
+    images = tmp_path / "odd"
+    images.mkdir()
+    for mode in ("L", "RGBA", "P"):
+        image.convert(mode).save(images / f"{mode}.png")
+    image.resize((1, 1)).save(images / "one.png")
+    turned = image.getexif()
+    turned[0x0112] = 6  # orientation: a quarter turn to the right
+    image.save(images / "turned.jpg", exif=turned)
+    done = in_process(PREDICT, trained, images, "--output", tmp_path / "seen")
+    assert done.returncode == 0, done.stderr
+    sizes = {path.stem: Image.open(path).size for path in (tmp_path / "seen").iterdir()}
+    assert sizes["one"] == (1, 1) and sizes["turned"] == image.size[::-1] != image.size
+    assert {sizes[mode] for mode in ("L", "RGBA", "P")} == {image.size}
+
+
 def test_colours_are_those_of_voc():
     assert [voc_colour(number) for number in (0, 1, 2, 15, 20)] == [
         (0, 0, 0),

@@ -248,7 +248,13 @@ class Detection(TaskModel):
 
         They are `boxes` (N, 4) in pixels of the image, `labels` (N,) from 1, `scores` (N,) and with Mask R-CNN
         `masks` (N, H, W) of bool.
+
+        Raises:
+            InputError: An image is so narrow that it has no pixels when its longer side fits.
         """
+        for height, width in (image.shape[1:] for image in images):
+            if LONGER * self.settings["img_size"] * min(height, width) < max(height, width):
+                raise InputError(f"an image of {width} x {height} is too narrow: scaled, nothing of it is left")
         if targets is not None and self.training:
             return self.network(images, targets)
         # One after the other: padded to the largest, an image would be told otherwise in other company.

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import distribute_bn
@@ -405,7 +405,7 @@ def pictures(
     for path in progress_bar(accelerator, paths, desc="predict", unit="image"):
         try:
             with Image.open(path) as file:
-                image = file.convert("RGB")
+                image = ImageOps.exif_transpose(file).convert("RGB")  # as its camera was held
         except (OSError, SyntaxError, ValueError) as error:
             raise InputError(f"cannot decode {path}: {error}") from error
         drawn = image.copy()
