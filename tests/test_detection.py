@@ -556,7 +556,7 @@ def test_bad_commands(trained, shapes, voc, tmp_path, in_process):
     assert "--detector is for keypoints" in line
     Image.new("RGB", (900, 3)).save(tmp_path / "narrow.png")
     line = input_error(in_process(PREDICT, trained, tmp_path / "narrow.png", *out))
-    assert "900 x 3 is too narrow" in line
+    assert "narrow.png: an image of 900 x 3 is too narrow" in line
     line = input_error(in_process(TRAIN, *TINY, "--data", shapes, "--head", "yolo", *out))
     assert "has no head yolo; there are fasterrcnn, retinanet, maskrcnn" in line
 

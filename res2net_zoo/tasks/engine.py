@@ -411,8 +411,11 @@ def pictures(
         drawn = image.copy()
         for target in [{}] if boxes is None else [{"box": box} for box in boxes(image)]:
             images, _ = model.collate([model.transform(image, target, False)])
-            with torch.inference_mode(), accelerator.autocast():
-                (prediction,) = model(to_device(images, accelerator.device))
+            try:
+                with torch.inference_mode(), accelerator.autocast():
+                    (prediction,) = model(to_device(images, accelerator.device))
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from error
             drawn = model.draw(drawn, prediction)
         yield path, drawn
 
