@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +100,13 @@ def test_what_comes_out(trained, shapes, in_process, tmp_path):
     assert {Image.open(path).size for path in (tmp_path / "seen").iterdir()} == {(128, 96)}
 
 
-def test_two_processes_measure_the_same(trained, shapes, program, tmp_path):
+def test_two_processes_measure_the_same(trained, shapes, program, in_process, tmp_path):
     """And what they write has the same figures by pycocotools."""
     data, found = found_as_true(tasks.load(str(trained)), shapes, tmp_path / "shapes"), []
-    for number in (1, 2):
+    for number, start in ((1, in_process), (2, partial(program, processes=2))):
         output = tmp_path / f"{number}.json"
         args = ["--data", data, "--batch-size", 2, "--threads", 1, "--output", output]
-        done = program(VALIDATE, trained, *args, "--results", tmp_path / f"found{number}.json", processes=number)
+        done = start(VALIDATE, trained, *args, "--results", tmp_path / f"found{number}.json")
         assert done.returncode == 0, done.stderr
         assert "Average" not in done.stdout
         (result,) = json.loads(output.read_text())

@@ -87,12 +87,12 @@ def test_what_comes_out(trained, people, in_process, tmp_path):
     assert {Image.open(path).size for path in (tmp_path / "seen").iterdir()} == {(160, 120)}
 
 
-def test_two_processes_measure_the_same(wild, people, program, tmp_path):
+def test_two_processes_measure_the_same(wild, people, program, in_process, tmp_path):
     data, found = lenient(people, tmp_path / "people"), []
-    for number in (1, 2):
+    for number, start in ((1, in_process), (2, partial(program, processes=2))):
         output = tmp_path / f"{number}.json"
         args = ["--data", data, "--batch-size", 3, "--threads", 1, "--output", output]
-        done = program(VALIDATE, wild, *args, processes=number)
+        done = start(VALIDATE, wild, *args)
         assert done.returncode == 0, done.stderr
         assert "Average" not in done.stdout
         (result,) = json.loads(output.read_text())

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,12 @@ def test_what_comes_out(trained, scenes, in_process, tmp_path):
     assert figures == pytest.approx(figures_by_hand([np.asarray(picture) for picture in pictures], masks))
 
 
-def test_two_processes_measure_the_same(trained, scenes, program, tmp_path):
+def test_two_processes_measure_the_same(trained, scenes, program, in_process, tmp_path):
     found = []
-    for number in (1, 2):
+    for number, start in ((1, in_process), (2, partial(program, processes=2))):
         output = tmp_path / f"{number}.json"
         args = ["--data", scenes, "--batch-size", 2, "--threads", 1, "--output", output]
-        done = program(VALIDATE, trained, *args, processes=number)
+        done = start(VALIDATE, trained, *args)
         assert done.returncode == 0, done.stderr
         (result,) = json.loads(output.read_text())
         assert (result["num_processes"], result["samples"]) == (number, 5)

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -72,19 +73,9 @@ def test_a_card_that_promises_more_is_not_reached(trained, voc, in_process, tmp_
     assert "no figures of" in line and "train" in line
 
 
-def test_two_processes_measure_the_same(trained, voc, program, tmp_path):
-    for number in (1, 2):
-        done = program(
-            VALIDATE,
-            trained,
-            "--data",
-            voc,
-            "--batch-size",
-            2,
-            "--output",
-            tmp_path / f"{number}.json",
-            processes=number,
-        )
+def test_two_processes_measure_the_same(trained, voc, program, in_process, tmp_path):
+    for number, start in ((1, in_process), (2, partial(program, processes=2))):
+        done = start(VALIDATE, trained, "--data", voc, "--batch-size", 2, "--output", tmp_path / f"{number}.json")
         assert done.returncode == 0, done.stderr
     assert figures_of(tmp_path / "1.json") == figures_of(tmp_path / "2.json")
 
