@@ -17,6 +17,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import huggingface_hub.constants as constants
 import numpy as np
 import pytest
 import timm
@@ -26,6 +27,7 @@ from PIL import Image
 import res2net_zoo  # noqa: F401  registers the models
 from res2net_zoo.card import model_card
 from res2net_zoo.folder import write_model_folder
+from tests.hub_server import TOKEN, Hub, hasten, serve
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED_MODEL = ROOT / "hub" / "models" / "res2net_tiny.digits"
@@ -107,6 +109,23 @@ def save_images(folder: Path, classes: list[str], per_class: int, seed: int = 0)
             noise = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
             noise.resize((int(width), int(height)), Image.Resampling.BICUBIC).save(folder / name / f"{i}.jpg")
     return folder
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path) -> Iterator[Hub]:
+    """A Hub that the client in this process takes for the Hub; an empty cache; nobody waits between tries."""
+    with serve() as server:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
+        monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        hasten(monkeypatch)
+        yield server
 
 
 @pytest.fixture

@@ -26,7 +26,6 @@ from res2net_zoo.tasks.detection import FIGURES, VOC07, COCOFigures, Detection
 from res2net_zoo.tasks.instances import Instances
 from tests.conftest import SMALL, input_error, spread
 from tests.scenes import KINDS, run_lengths, save_coco, save_voc_boxes
-from tests.test_hub import hub  # noqa: F401  a fixture
 from tests.test_survival import Running
 
 TRAIN, VALIDATE, PREDICT = (f"scripts/{name}_task.py" for name in ("train", "validate", "predict"))
@@ -136,7 +135,7 @@ def test_a_folder_gives_the_same_objects(trained, shapes):
             assert found["scores"].tolist() == sorted(found["scores"].tolist(), reverse=True)
 
 
-def test_published_and_back(trained, shapes, hub, in_process):  # noqa: F811
+def test_published_and_back(trained, shapes, hub, in_process):
     """A detector goes to the Hub, is what it was there, and its backbone starts another task."""
     done = in_process("hub/publish.py", trained, "--repo-id", "zoo/masks")
     assert done.returncode == 0 and "published: " in done.stdout, done.stderr
@@ -305,6 +304,19 @@ def test_figures_are_those_of_pycocotools(shapes, tmp_path):
             assert figures == pytest.approx(theirs, abs=1e-9) and len(figures) == len(theirs) >= 10
             best = "box AP" if masks else "AP"
             assert figures[best] == pytest.approx(100) if noise == 0 else 0 < figures[best] < 100
+
+
+def test_a_class_that_the_data_do_not_know(shapes):
+    """A model may find it; it counts for nothing, and is no result."""
+    data = Instances(shapes, "val", masks=False, classes=["egg", *KINDS])
+    score = COCOFigures(data)
+    for i, instances in enumerate(data.instances):
+        boxes = torch.tensor([one.bbox for one in instances] * 2)
+        boxes[:, 2:] += boxes[:, :2]
+        labels = torch.tensor([*(one.label for one in instances), *(1 for _ in instances)])
+        score.update(i, {}, {"boxes": boxes, "labels": labels, "scores": torch.linspace(1, 0.5, len(labels))})
+    assert score.compute(Accelerator(cpu=True))["AP"] == pytest.approx(100)
+    assert [one["category_id"] for one in score.results()] == [3 * one.label - 4 for x in data.instances for one in x]
 
 
 def test_nothing_found_is_a_figure_too(shapes):

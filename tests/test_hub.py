@@ -22,27 +22,10 @@ from res2net_zoo import publish as publishing
 from res2net_zoo.program import InputError, sha256_of
 from res2net_zoo.weights import save_weights
 from tests.conftest import ROOT, SHIPPED_MODEL, full_disk, input_error, read_tree
-from tests.hub_server import OTHER_TOKEN, READ_TOKEN, TOKEN, Hub, hasten, serve
+from tests.hub_server import OTHER_TOKEN, READ_TOKEN, TOKEN, Hub, serve
 from tests.test_weights import NAME, model, original  # noqa: F401  fixtures
 
 KEY, REPO = "models/zoo/tiny", "zoo/tiny"
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path) -> Iterator[Hub]:
-    """A Hub that the client in this process takes for the Hub; an empty cache; nobody waits between tries."""
-    with serve() as server:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
-        monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        hasten(monkeypatch)
-        yield server
 
 
 @pytest.fixture

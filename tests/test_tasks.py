@@ -24,7 +24,6 @@ from res2net_zoo.program import InputError
 from res2net_zoo.tasks.segmentation import IGNORED, MeanIoU, Segmentation, voc_colour
 from tests.conftest import input_error
 from tests.scenes import KINDS, render, save_saliency, save_voc
-from tests.test_hub import hub  # noqa: F401  a fixture
 from tests.test_survival import Running
 
 TRAIN, VALIDATE, PREDICT = (f"scripts/{name}_task.py" for name in ("train", "validate", "predict"))
@@ -133,7 +132,7 @@ def test_a_backbone_starts_another_task_and_a_classifier(trained, voc):
     assert other.settings["model"] == "res2net_tiny" and classifier.num_classes == 5
 
 
-def test_through_the_hub_and_back(trained, hub, voc):  # noqa: F811
+def test_through_the_hub_and_back(trained, hub, voc):
     api = HfApi()
     api.create_repo("zoo/shapes")
     api.upload_folder(repo_id="zoo/shapes", folder_path=trained)

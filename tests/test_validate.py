@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import timm
+from huggingface_hub import constants
 
 from res2net_zoo.card import model_card
 from res2net_zoo.folder import write_model_folder
@@ -246,9 +247,11 @@ class TestBadInput:
         assert "out of reach" in self.refused(in_process, tmp_path, "--model", "hf-hub:some/model")
         assert "reach" in self.refused(in_process, tmp_path, "--data", "some/data")
 
-    def test_no_server_behind_the_hubs_address(self, program, tmp_path):
-        env = dict(HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")
-        assert "out of reach" in input_error(program(VALIDATE, "--model", "hf-hub:some/model", **env))
+    def test_no_server_behind_the_hubs_address(self, in_process, monkeypatch, hub):
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        assert "out of reach" in input_error(in_process(VALIDATE, "--model", "hf-hub:some/model"))
 
     def test_file_that_breaks_off_while_it_is_streamed(self, in_process, tmp_path):
         """A Parquet file whose end is whole and whose middle is not: found out half-way through."""

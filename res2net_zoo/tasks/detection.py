@@ -82,11 +82,15 @@ class COCOFigures(Score):
         return {**self._figures("segm", shapes), **of_boxes}
 
     def results(self) -> list[dict[str, Any]]:
-        """Return the objects, as COCO's format of results has them, with the numbers that the data use."""
+        """Return the objects, as COCO's format of results has them, with the numbers that the data use.
+
+        Of a class that the data do not know there are none.
+        """
         results = []
         for one in self.found:
-            ids = {"image_id": self.data.image_ids[one["image_id"]]}
-            ids["category_id"] = self.data.category_ids[one["category_id"] - 1]
+            if (category := self.data.category_ids[one["category_id"] - 1]) is None:
+                continue
+            ids = {"image_id": self.data.image_ids[one["image_id"]], "category_id": category}
             rle = one.get("segmentation")
             shape = {} if rle is None else {"segmentation": {**rle, "counts": rle["counts"].decode()}}
             results.append({**one, **ids, **shape})

@@ -409,14 +409,14 @@ def pictures(
         except (OSError, SyntaxError, ValueError) as error:
             raise InputError(f"cannot decode {path}: {error}") from error
         drawn = image.copy()
-        for target in [{}] if boxes is None else [{"box": box} for box in boxes(image)]:
-            images, _ = model.collate([model.transform(image, target, False)])
-            try:
+        try:
+            for target in [{}] if boxes is None else [{"box": box} for box in boxes(image)]:
+                images, _ = model.collate([model.transform(image, target, False)])
                 with torch.inference_mode(), accelerator.autocast():
                     (prediction,) = model(to_device(images, accelerator.device))
-            except InputError as error:
-                raise InputError(f"{path}: {error}") from error
-            drawn = model.draw(drawn, prediction)
+                drawn = model.draw(drawn, prediction)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
         yield path, drawn
 
 

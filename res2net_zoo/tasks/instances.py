@@ -63,7 +63,7 @@ class Instances(Annotated):
         voc: Whether the layout is VOC's.
         instances: The objects of each image.
         image_ids: COCO's number of each image; of VOC's its name.
-        category_ids: COCO's number of each class; of VOC's from 1.
+        category_ids: COCO's number of each class, None where the data do not know it; of VOC's from 1.
 
     Raises:
         InputError: Annotations that cannot be right, or an image that is missing.
