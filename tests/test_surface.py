@@ -1,7 +1,7 @@
 """What `timm.create_model` and timm's models offer, every one of ours offers.
 
-One model of each shape is tested in every run; the others, which differ from it in numbers only, in
-`pytest -m slow`.
+One model of each shape is tested in every run, in what takes long one of each family; the others, which differ
+from it in numbers only, in `pytest -m slow`.
 """
 
 import math
@@ -30,10 +30,17 @@ SHAPES = [
     "resnext29_8c_64w",
     "res2net_tiny",
 ]
-EVERY = [
-    name if name in SHAPES else pytest.param(name, marks=pytest.mark.slow) for name in catalog.load().architectures
-]
-every_name = pytest.mark.parametrize("name", EVERY)
+FAMILIES = ["res2net50_vd_26w_4s", "dla60_res2net", "blres2net50", "seres2next29_6c_24w_4s", "res2net_tiny"]
+
+
+def names(soon: list[str]) -> pytest.MarkDecorator:
+    """Parametrize by all names, of which these are tested in every run."""
+    every = catalog.load().architectures
+    slow = pytest.mark.slow
+    return pytest.mark.parametrize("name", [x if x in soon else pytest.param(x, marks=slow) for x in every])
+
+
+every_name, every_name_slowly = names(SHAPES), names(FAMILIES)
 resnets = pytest.mark.parametrize("name", ["res2net50_26w_4s", "res2net50_vd_26w_4s", "res2next50", "res2net_tiny"])
 
 
@@ -177,7 +184,7 @@ def gradients_and_saved_bytes(model: torch.nn.Module, x: torch.Tensor) -> tuple[
     )
 
 
-@every_name
+@every_name_slowly
 def test_gradient_checkpointing_saves_memory_and_changes_no_gradient(name):
     results = []
     for enable in (False, True):
@@ -190,7 +197,7 @@ def test_gradient_checkpointing_saves_memory_and_changes_no_gradient(name):
     assert checkpointed_bytes < 0.6 * plain_bytes
 
 
-@every_name
+@every_name_slowly
 def test_gradient_checkpointing_behind_a_frozen_stem(name):
     """What is frozen keeps nothing anyway; the stages behind it are to be recomputed all the same."""
     results = []
@@ -276,7 +283,7 @@ def test_fx(name):
     assert all(p.grad is not None for p in traced.parameters())
 
 
-@every_name
+@every_name_slowly
 def test_export_with_dynamic_batch(name):
     model, x = spread(make(name, num_classes=6)), images(name, 3)
     with torch.no_grad():
@@ -284,7 +291,7 @@ def test_export_with_dynamic_batch(name):
         assert relative_error(exported(x[:2]), model(x[:2])) < 1e-6
 
 
-@every_name
+@every_name_slowly
 def test_channels_last(name):
     model, x = spread(make(name, num_classes=6)), images(name)
     with torch.no_grad():
