@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from res2net_zoo.program import InputError, temporary_file
+from res2net_zoo.program import InputError, check_can_make, temporary_file
 
 
 class Checkpoints:
@@ -24,6 +24,32 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder = folder
         self.keep = keep
+
+    def take(self, output: Path, resume: bool, overwrite: bool) -> None:
+        """Find out whether a run can have its folders; make room where it may replace another.
+
+        Args:
+            output: Where its model is to be.
+            resume: Whether it goes on with the run that is there.
+            overwrite: Whether it replaces that.
+
+        Raises:
+            InputError: It cannot.
+        """
+        check_can_make(output)
+        check_can_make(self.folder.parent)
+        if resume:
+            self.sweep()
+            if (output / "config.json").is_file() and not self.paths():
+                raise InputError(f"{output} holds a model, but no run that could go on; name another --output")
+            return
+        if overwrite:
+            self.clear()
+        elif self.paths() or (output / "config.json").is_file():
+            raise InputError(
+                f"--output {output} holds another run; name another folder, or --resume to go on with it, "
+                "or --overwrite to replace it"
+            )
 
     def paths(self) -> list[Path]:
         """Return the checkpoints, the oldest first."""

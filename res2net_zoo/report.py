@@ -1,5 +1,6 @@
 """What comes out of a training run beside the weights: metrics, pictures, mistakes, the card."""
 
+import contextlib
 import csv
 import functools
 import glob
@@ -11,7 +12,7 @@ import platform
 import shlex
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -200,28 +201,51 @@ def best_of(metrics: Sequence[Mapping[str, Any]], kinds: Sequence[str] = ("", "e
     return max((row[f"{kind}top1"], row["epoch"], kind) for row in metrics for kind in kinds if f"{kind}top1" in row)
 
 
-def anchored(value: Any) -> Any:
-    """Return a setting with the path in it made absolute, so that it means the same in another folder."""
-    if not isinstance(value, str) or not value:
+def anchored(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with the paths in them made absolute, so that they mean the same in another folder."""
+
+    def anchor(key: str, value: Any) -> Any:
+        if not isinstance(value, str) or not value:
+            return value
+        head, colon, tail = value.rpartition("local-dir:")
+        if colon or (key == "data" and (Path(value).exists() or glob.has_magic(value))):
+            return f"{head}{colon}{os.path.abspath(tail)}"
         return value
-    head, colon, tail = value.rpartition("local-dir:")
-    if colon or Path(value).exists() or glob.has_magic(value):
-        return f"{head}{colon}{os.path.abspath(tail)}"
-    return value
+
+    return {key: anchor(key, value) for key, value in settings.items()}
+
+
+def start_run(run: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings of a run down where --resume finds them, from whatever folder it is asked for."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_recipe(run, anchored(settings))
+
+
+def write_recipe(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write settings as recipe.toml."""
+    text = f"# Every setting of a run; --recipe takes this file.\n{tomlkit.dumps(settings)}"
+    write_atomically(folder / "recipe.toml", lambda path: path.write_text(text))
+
+
+@contextlib.contextmanager
+def plainly(folder: Path) -> Iterator[None]:
+    """Have what writes into a model folder say in one line why it cannot.
+
+    Raises:
+        InputError: It cannot.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or folder
+        raise InputError(f"cannot write {where}: {error.strerror or error}; --resume goes on once it can") from error
 
 
 def _plainly(write: Callable[..., None]) -> Callable[..., None]:
-    """Have what writes files say in one line why it cannot."""
-
     @functools.wraps(write)
     def wrapped(report: "Report", *args: Any) -> None:
-        try:
+        with plainly(report.folder):
             write(report, *args)
-        except OSError as error:
-            where = error.filename or report.folder
-            raise InputError(
-                f"cannot write {where}: {error.strerror or error}; --resume goes on once it can"
-            ) from error
 
     return wrapped
 
@@ -261,8 +285,7 @@ class Report:
     @_plainly
     def start(self) -> None:
         """Write the settings down where --resume finds them."""
-        self.run.mkdir(parents=True, exist_ok=True)
-        self._write_recipe(self.run, {key: anchored(value) for key, value in self.settings.items()})
+        start_run(self.run, self.settings)
 
     @_plainly
     def epoch(self, model: nn.Module, average: nn.Module | None) -> None:
@@ -284,7 +307,7 @@ class Report:
             for folder, kinds in folders:
                 if best_of(self.metrics, kinds)[1:] == (epoch, kind):
                     write_model_folder(folder, module, self._card(folder, kinds), self.data.names)
-                    self._write_recipe(folder)
+                    write_recipe(folder, self.settings)
         write_metrics(self.folder, self.metrics)
 
     @_plainly
@@ -323,10 +346,6 @@ class Report:
             words += ["--label-column", self.settings["label_column"]]
         words += [f"--{key.replace('_', '-')}" for key in ("streaming", "skip_corrupt") if self.settings[key]]
         return shlex.join([*words, "--check"])
-
-    def _write_recipe(self, folder: Path, settings: Mapping[str, Any] | None = None) -> None:
-        text = f"# Every setting of a run; --recipe takes this file.\n{tomlkit.dumps(settings or self.settings)}"
-        write_atomically(folder / "recipe.toml", lambda path: path.write_text(text))
 
     def _card(
         self,

@@ -1,13 +1,16 @@
-"""What a training loop needs beside timm's and Accelerate's: frozen stages, weighted classes, scaled learning rates."""
+"""What training loops need beside timm's and Accelerate's: frozen stages, weighted classes, learning rates."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from timm.data import Mixup, create_transform, resolve_model_data_config
 from timm.loss import BinaryCrossEntropy
 from timm.models import group_parameters
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision import transforms
@@ -65,6 +68,94 @@ def scaled_lr(lr: float, opt: str, batch: int, base: int | None) -> float:
         return lr
     adaptive = any(word in opt.lower() for word in ("ada", "lamb"))
     return lr * (batch / base) ** (0.5 if adaptive else 1)
+
+
+@dataclass
+class Optimization:
+    """Optimizer and learning rate of a training.
+
+    Attributes:
+        epochs: Length of the schedule.
+        opt: timm's name of the optimizer.
+        lr: Highest learning rate.
+        momentum: Momentum.
+        weight_decay: Weight decay.
+        sched: timm's name of the schedule.
+        warmup_epochs: Epochs in which the learning rate grows, or a part of one; a quarter of `epochs` at
+            most, as a recipe's may be longer than a short training.
+        min_lr: Learning rate at the end.
+        decay_epochs: Epochs between two steps of the schedule `step`.
+        decay_milestones: Epochs after which the schedule `multistep` has one.
+        decay_rate: Factor of a step; the power of the schedule `poly`.
+        decay_all: Whether biases and BatchNorm have weight decay as well.
+        layer_decay: Factor of the learning rate from each layer to the one before.
+    """
+
+    epochs: int
+    opt: str = "adamw"
+    lr: float = 5e-4
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    sched: str = "cosine"
+    warmup_epochs: float = 0
+    min_lr: float = 0
+    decay_epochs: float | None = None
+    decay_milestones: list[int] = field(default_factory=lambda: [90, 180, 270])
+    decay_rate: float = 0.1
+    decay_all: bool = False
+    layer_decay: float | None = None
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "Optimization":
+        """Take those of a program's settings that are of these names."""
+        return cls(**{one.name: settings[one.name] for one in fields(cls) if one.name in settings})
+
+    def create(self, model: nn.Module, steps: int) -> tuple[Any, Any]:
+        """Make optimizer and schedule.
+
+        Args:
+            model: What is trained of it requires gradients.
+            steps: Of an epoch.
+
+        Returns:
+            The optimizer; timm's scheduler, of which `step_update` takes the number of steps that were done,
+            or None for the schedule `none`.
+
+        Raises:
+            InputError: timm has no such optimizer or schedule.
+        """
+        warmup: Any = min(self.warmup_epochs, self.epochs / 4)  # timm's annotation says int
+        try:
+            optimizer = create_optimizer_v2(
+                model,
+                self.opt,
+                lr=self.lr,
+                weight_decay=self.weight_decay,
+                momentum=self.momentum,
+                filter_bias_and_bn=not self.decay_all,
+                layer_decay=self.layer_decay,
+            )
+            scheduler, _ = create_scheduler_v2(
+                optimizer,
+                self.sched,
+                num_epochs=self.epochs,
+                warmup_epochs=warmup,
+                warmup_lr=min(1e-5, self.lr),
+                min_lr=self.min_lr,
+                decay_epochs=self.decay_epochs,
+                decay_milestones=self.decay_milestones,
+                decay_rate=self.decay_rate,
+                step_on_epochs=False,
+                updates_per_epoch=steps,
+            )
+        except (AssertionError, ValueError, RuntimeError) as error:
+            raise InputError(f"timm makes no optimizer {self.opt} with schedule {self.sched}: {error}") from error
+        return optimizer, scheduler
+
+
+def highest_rate(optimizer: Any) -> float:
+    """Return the learning rate, of the last layers where each has its own."""
+    return max(group["lr"] for group in optimizer.param_groups)
 
 
 class Criterion(nn.Module):

@@ -4,15 +4,25 @@ import argparse
 import difflib
 import json
 import math
+import os
+import shlex
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "scripts" / "recipes"
 SHIPPED_MODEL = ROOT / "hub" / "models" / "res2net_tiny.digits"
 SHIPPED_DATA = ROOT / "hub" / "datasets" / "digits"
+
+# Options that a recipe does not set: they say what this run is to do with its files.
+NOT_SETTINGS = {"output", "recipe", "resume", "overwrite"}
+# Settings that a run can go on with other values of. So can it with --batch-size and --accumulate,
+# if the images of a step, over all processes, stay as many.
+FREE = {"workers", "threads", "save_minutes", "keep", "tracker", "epochs", "patience", "license"}
+FREE |= {"batch_size", "accumulate"}
 
 
 def within(kind: Callable[[str], float], low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -45,6 +55,30 @@ def add_run_folder(add: Callable[..., object], output: str) -> None:
     add("--overwrite", action="store_true", help="replace the run in --output")
     add("--save-minutes", type=within(float, 0), default=15, help="between checkpoints in an epoch (%(default)s)")
     add("--keep", type=within(int, 1), default=2, help="checkpoints to keep (%(default)s)")
+
+
+def frozen_stages(text: str) -> str:
+    """Read a number of stages or `all`, an argument type."""
+    if text != "all" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is no number of stages, nor all")
+    return text
+
+
+def add_optimizer(add: Callable[..., object], weight_decay: float, warmup_epochs: float) -> None:
+    """Add optimizer and schedule, of which only these defaults differ between the programs."""
+    add("--opt", default="adamw", help="(%(default)s)")
+    add("--lr", type=within(float, 0), default=5e-4, help="highest learning rate (%(default)s)")
+    add("--momentum", type=within(float, 0, 1), default=0.9, help="(%(default)s)")
+    add("--weight-decay", type=within(float, 0), default=weight_decay, help="(%(default)s)")
+    add("--clip-grad", type=within(float, 0), help="largest norm of the gradient; 0 for any")
+    add("--sched", default="cosine", help="(%(default)s)")
+    about = "a quarter of the epochs at most; a part of one will do, such as 0.1 (%(default)s)"
+    add("--warmup-epochs", type=within(float, 0), default=warmup_epochs, help=about)
+    add("--min-lr", type=within(float, 0), default=0.0, help="learning rate at the end (%(default)s)")
+    add("--decay-epochs", type=within(float, 0), help="between two steps of --sched step")
+    add("--decay-milestones", type=within(int, 1), nargs="+", default=[90, 180, 270], help="of --sched multistep")
+    about = "of a step of these two; of --sched poly the power (%(default)s)"
+    add("--decay-rate", type=within(float, 0, 10), default=0.1, help=about)
 
 
 def add_machine(add: Callable[..., object], workers: bool = True) -> None:
@@ -110,3 +144,83 @@ def parse_over(
             else:
                 words += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
     return parser.parse_args([*words, *(sys.argv[1:] if options is None else options)])
+
+
+def run_folder(output: Path) -> Path:
+    """Return where a run keeps its state: beside the model folder, which is replaced as a whole."""
+    output = output.resolve()
+    return output.parent / f"{output.name}.run"
+
+
+def near(value: Any) -> Any:
+    """Return a setting with the path in it relative to this folder, where it leads into it."""
+    if not isinstance(value, str):
+        return value
+    head, colon, tail = value.rpartition("local-dir:")
+    here = os.path.relpath(tail) if os.path.isabs(tail) or colon else tail
+    return value if here.startswith("..") else f"{head}{colon}{here}"
+
+
+def parse_run(
+    parser: argparse.ArgumentParser,
+    recipe_of: Callable[[argparse.Namespace], str | None],
+    folder: Path,
+    none_words: Iterable[str],
+) -> argparse.Namespace:
+    """Parse the command line of a training: over a recipe's settings, or over those of the run that goes on.
+
+    Args:
+        parser: The program's, with `add_run_folder` and `--recipe`.
+        recipe_of: Says the recipe where the run is new, by the options alone; None for none.
+        folder: Of recipes that are named without their path.
+        none_words: Options of which 0 and none mean what leaving them out does without a recipe.
+
+    Returns:
+        The arguments; the program ends if something is wrong with them.
+    """
+    args = parser.parse_args()
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on with a run and --overwrite replaces it; choose one")
+    stored = run_folder(args.output) / "recipe.toml"
+    if args.resume and stored.is_file():
+        args = parse_over(parser, [stored], NOT_SETTINGS)
+        before = parse_over(parser, [stored], NOT_SETTINGS, options=[])
+        for key in sorted(vars(args).keys() - NOT_SETTINGS - FREE):
+            now, then = near(getattr(args, key)), near(getattr(before, key))
+            setattr(args, key, now)
+            if now != then:
+                option = key.replace("_", "-")
+                parser.error(
+                    f"the run in {args.output} was started with --{option} {then}, not {now}; leave --{option} out "
+                    "to go on with it, or name another --output"
+                )
+    else:
+        name = recipe_of(args)
+        args = parse_over(parser, [] if name is None else [find_recipe(parser, name, folder)], NOT_SETTINGS)
+        args.recipe = name
+    for key in none_words:
+        if getattr(args, key) in (0, "none"):
+            setattr(args, key, None)
+    if args.output.resolve() in (Path.cwd(), *Path.cwd().parents):
+        parser.error(f"--output {args.output} is a folder that this runs in; name one of its own")
+    if args.output.exists() and not args.output.is_dir():
+        parser.error(f"--output {args.output} is a file; name a folder")
+    if args.output.exists() and not (args.output / "config.json").is_file() and any(args.output.iterdir()):
+        parser.error(f"--output {args.output} holds other things than a model; name another folder")
+    return args
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of a training that have a value, as a recipe has them."""
+    settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS and value not in (None, [])}
+    if "head_kwargs" in settings:
+        settings["head_kwargs"] = dict(settings["head_kwargs"])
+    return settings
+
+
+def command_of(program: str, args: argparse.Namespace, processes: int, device: str) -> str:
+    """Return the command that makes the same run."""
+    launch = f"--multi_gpu --num_processes {processes} " if processes > 1 else ""
+    cpu = "ACCELERATE_USE_CPU=true " if launch and device == "cpu" else ""
+    options = ["--recipe", "recipe.toml"] if args.resume else sys.argv[1:]
+    return f"{cpu}accelerate launch {launch}scripts/{program} {shlex.join(options)}".strip()

@@ -23,25 +23,29 @@ import argparse
 import contextlib
 import os
 import resource
-import shlex
 import signal
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arguments import SHIPPED_DATA, add_machine, add_run_folder, find_recipe, parse_over, within
+from arguments import (
+    RECIPES,
+    SHIPPED_DATA,
+    add_machine,
+    add_optimizer,
+    add_run_folder,
+    command_of,
+    frozen_stages,
+    parse_run,
+    run_folder,
+    settings_of,
+    within,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
-
-# Options that a recipe does not set: they say what this run is to do with its files.
-NOT_SETTINGS = {"output", "recipe", "resume", "overwrite"}
-# Settings that a run can go on with other values of. So can it with --batch-size and --accumulate,
-# if the images of a step, over all processes, stay as many.
-FREE = {"workers", "threads", "save_minutes", "keep", "tracker", "epochs", "patience", "license"}
-FREE |= {"batch_size", "accumulate"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -87,20 +91,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--sync-bn", action=flag, default=False, help="BatchNorm over the images of all processes, on GPUs")
 
     add = parser.add_argument_group("optimizer and schedule, by timm's names").add_argument
-    add("--opt", default="adamw", help="(%(default)s)")
-    add("--lr", type=within(float, 0), default=5e-4, help="highest learning rate (%(default)s)")
+    add_optimizer(add, weight_decay=0.05, warmup_epochs=1)
     add("--lr-base-size", type=within(int, 1), help="images a step that --lr is for; it is scaled to those there are")
-    add("--momentum", type=within(float, 0, 1), default=0.9, help="(%(default)s)")
-    add("--weight-decay", type=within(float, 0), default=0.05, help="(%(default)s)")
     add("--decay-all", action=flag, default=False, help="weight decay of biases and BatchNorm as well")
     add("--layer-decay", type=within(float, 0, 1), help="factor of the learning rate from each layer to the one before")
-    add("--clip-grad", type=within(float, 0), help="largest norm of the gradient; 0 for any")
-    add("--sched", default="cosine", help="(%(default)s)")
-    add("--warmup-epochs", type=within(int, 0), default=1, help="a quarter of the epochs at most (%(default)s)")
-    add("--min-lr", type=within(float, 0), default=0.0, help="learning rate at the end (%(default)s)")
-    add("--decay-epochs", type=within(float, 0), help="between two steps of --sched step")
-    add("--decay-milestones", type=within(int, 1), nargs="+", default=[90, 180, 270], help="of --sched multistep")
-    add("--decay-rate", type=within(float, 0, 1), default=0.1, help="of a step (%(default)s)")
 
     add = parser.add_argument_group("the model in training").add_argument
     add(
@@ -156,68 +150,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def frozen_stages(text: str) -> str:
-    if text != "all" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is no number of stages, nor all")
-    return text
-
-
-def near(value: Any) -> Any:
-    """Return a setting with the path in it relative to this folder, where it leads into it."""
-    if not isinstance(value, str):
-        return value
-    head, colon, tail = value.rpartition("local-dir:")
-    here = os.path.relpath(tail) if os.path.isabs(tail) or colon else tail
-    return value if here.startswith("..") else f"{head}{colon}{here}"
-
-
-def run_folder(output: Path) -> Path:
-    """Return where a run keeps its state: beside the model folder, which is replaced as a whole."""
-    output = output.resolve()
-    return output.parent / f"{output.name}.run"
-
-
 def parse_args() -> argparse.Namespace:
     """Parse the command line over the recipe's settings over the defaults."""
     parser = build_parser()
-    args = parser.parse_args()
-    stored = run_folder(args.output) / "recipe.toml"
-    if args.resume and stored.is_file():
-        args = parse_over(parser, [stored], NOT_SETTINGS)
-        before = parse_over(parser, [stored], NOT_SETTINGS, options=[])
-        for key in sorted(vars(args).keys() - NOT_SETTINGS - FREE):
-            now, then = near(getattr(args, key)), near(getattr(before, key))
-            setattr(args, key, now)
-            if now != then:
-                option = key.replace("_", "-")
-                parser.error(
-                    f"the run in {args.output} was started with --{option} {then}, not {now}; leave --{option} out "
-                    "to go on with it, or name another --output"
-                )
-    else:
+
+    def recipe_of(args: argparse.Namespace) -> str:
         shipped = args.model == parser.get_default("model") and args.data == parser.get_default("data")
-        name = args.recipe or ("digits" if shipped else "finetune" if args.pretrained else "scratch")
-        args = parse_over(parser, [find_recipe(parser, name)], NOT_SETTINGS)
-        args.recipe = name
-    for key in ("clip_grad", "ema", "patience", "auto_augment"):  # how to be without a recipe's
-        if getattr(args, key) in (0, "none"):
-            setattr(args, key, None)
-    if args.output.resolve() in (Path.cwd(), *Path.cwd().parents):
-        parser.error(f"--output {args.output} is a folder that this runs in; name one of its own")
+        return args.recipe or ("digits" if shipped else "finetune" if args.pretrained else "scratch")
+
+    args = parse_run(parser, recipe_of, RECIPES, ("clip_grad", "ema", "patience", "auto_augment"))
     if args.task_weight != parser.get_default("task_weight") and args.teacher is None:
         parser.error("this learns from a larger model; name it with --teacher")
-    if args.resume and args.overwrite:
-        parser.error("--resume goes on with a run and --overwrite replaces it; choose one")
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         parser.error(f"mixup and CutMix pair the images of a batch; --batch-size {args.batch_size} is odd")
     if args.balance == "loss" and args.loss == "bce":
         parser.error("--balance loss weighs classes in --loss ce; with bce, --balance sampling does it")
     if args.streaming and args.balance != "no":
         parser.error(f"--balance {args.balance} needs to know all labels, which a stream does not tell")
-    if args.output.exists() and not args.output.is_dir():
-        parser.error(f"--output {args.output} is a file; name a folder")
-    if args.output.exists() and not (args.output / "config.json").is_file() and any(args.output.iterdir()):
-        parser.error(f"--output {args.output} holds other things than a model; name another folder")
     return args
 
 
@@ -233,7 +182,18 @@ def main(args: argparse.Namespace) -> int:
     from res2net_zoo.program import WEIGHTS, InputError, all_or_none, default_workers, progress_bar
     from res2net_zoo.report import Mistakes, Report, best_of, hardware
     from res2net_zoo.stop import Stop
-    from res2net_zoo.training import Criterion, Normalize, balanced, create_mixup, freeze, training_samples, try_out
+    from res2net_zoo.training import (
+        Criterion,
+        Normalize,
+        Optimization,
+        balanced,
+        create_mixup,
+        freeze,
+        highest_rate,
+        scaled_lr,
+        training_samples,
+        try_out,
+    )
     from res2net_zoo.training_data import (
         batches,
         corrupt_images,
@@ -248,7 +208,7 @@ def main(args: argparse.Namespace) -> int:
     args.mixed_precision = accelerator.mixed_precision  # which `accelerate launch` may have decided
     main_process, world = accelerator.is_main_process, accelerator.num_processes
     checkpoints = Checkpoints(run / "checkpoints", args.keep)
-    all_or_none(lambda: check_output(args, checkpoints) if main_process else None)
+    all_or_none(lambda: checkpoints.take(args.output, args.resume, args.overwrite) if main_process else None)
     state = all_or_none(checkpoints.load) if args.resume else None
 
     data = open_training_data(
@@ -280,7 +240,9 @@ def main(args: argparse.Namespace) -> int:
 
     step_images = args.batch_size * args.accumulate * world
     steps = steps_of(data, step_images, args.steps_per_epoch)
-    optimizer, scheduler, lr = build_optimizer(args, model, steps, step_images)
+    lr = scaled_lr(args.lr, args.opt, step_images, args.lr_base_size)
+    optimization = Optimization.of({**vars(args), "lr": lr})
+    optimizer, scheduler = optimization.create(model, steps)
     mixup = create_mixup(args.mixup, args.cutmix, args.mixup_prob, args.smoothing, len(names))
     augmentation = {
         "scale": args.scale,
@@ -314,7 +276,7 @@ def main(args: argparse.Namespace) -> int:
         data.leave_out(left_out)
         if (fewer := steps_of(data, step_images, args.steps_per_epoch)) != steps:
             steps = fewer
-            optimizer, scheduler, lr = build_optimizer(args, model, steps, step_images)
+            optimizer, scheduler = optimization.create(model, steps)
     class_weights = balanced(data.counts) if args.balance == "loss" and data.counts else None
     criterion = Criterion(args.loss, args.smoothing, class_weights, args.bce_threshold)
     loader = training_loader(
@@ -375,13 +337,13 @@ def main(args: argparse.Namespace) -> int:
     report = Report(
         folder=args.output,
         run=run,
-        settings={key: value for key, value in vars(args).items() if key not in NOT_SETTINGS and value is not None},
+        settings=settings_of(args),
         data=data,
         config=bare.pretrained_cfg,
         pretrained=args.pretrained,
         base_model=base_model,
         hardware=hardware(accelerator),
-        command=command_of(args, accelerator),
+        command=command_of("finetune.py", args, world, accelerator.device.type),
         metrics=metrics,
     )
     if accelerator.log_with:
@@ -602,26 +564,6 @@ def start(args: argparse.Namespace, run: Path) -> "Accelerator":
     return accelerator
 
 
-def check_output(args: argparse.Namespace, checkpoints: Any) -> None:
-    """Find out whether the run can have its folder; make room where it may replace another."""
-    from res2net_zoo.program import InputError, check_can_make
-
-    check_can_make(args.output)
-    check_can_make(run_folder(args.output))
-    if args.resume:
-        checkpoints.sweep()
-        if (args.output / "config.json").is_file() and not checkpoints.paths():
-            raise InputError(f"{args.output} holds a model, but no run that could go on; name another --output")
-        return
-    if args.overwrite:
-        checkpoints.clear()
-    elif checkpoints.paths() or (args.output / "config.json").is_file():
-        raise InputError(
-            f"--output {args.output} holds another run; name another folder, or --resume to go on with it, "
-            "or --overwrite to replace it"
-        )
-
-
 def check_plan(
     before: dict[str, Any], now: dict[str, Any], args: argparse.Namespace, accelerator: "Accelerator"
 ) -> None:
@@ -704,44 +646,6 @@ def build_teacher(args: argparse.Namespace, model: Any, names: list[str], accele
     return accelerator.prepare_model(teacher, evaluation_mode=True)
 
 
-def build_optimizer(args: argparse.Namespace, model: Any, steps: int, step_images: int) -> tuple[Any, Any, float]:
-    """Make optimizer and schedule; return them and the highest learning rate."""
-    from timm.optim import create_optimizer_v2
-    from timm.scheduler import create_scheduler_v2
-
-    from res2net_zoo.program import InputError
-    from res2net_zoo.training import scaled_lr
-
-    lr = scaled_lr(args.lr, args.opt, step_images, args.lr_base_size)
-    warmup = min(args.warmup_epochs, args.epochs / 4)  # a recipe's may be longer than a short training
-    try:
-        optimizer = create_optimizer_v2(
-            model,
-            args.opt,
-            lr=lr,
-            weight_decay=args.weight_decay,
-            momentum=args.momentum,
-            filter_bias_and_bn=not args.decay_all,
-            layer_decay=args.layer_decay,
-        )
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            args.sched,
-            num_epochs=args.epochs,
-            warmup_epochs=warmup,
-            warmup_lr=min(1e-5, lr),
-            min_lr=args.min_lr,
-            decay_epochs=args.decay_epochs,
-            decay_milestones=args.decay_milestones,
-            decay_rate=args.decay_rate,
-            step_on_epochs=False,
-            updates_per_epoch=steps,
-        )
-    except (AssertionError, ValueError, RuntimeError) as error:
-        raise InputError(f"timm makes no optimizer {args.opt} with schedule {args.sched}: {error}") from error
-    return optimizer, scheduler, lr
-
-
 def load_everywhere(model: "nn.Module", folder: Path, accelerator: "Accelerator") -> None:
     """Load a model folder's weights in all processes; only the main one need have the folder."""
     from accelerate.utils import broadcast
@@ -753,20 +657,6 @@ def load_everywhere(model: "nn.Module", folder: Path, accelerator: "Accelerator"
         model.load_state_dict(load_file(folder / WEIGHTS))
     for tensor in model.state_dict().values():
         broadcast(tensor)
-
-
-def command_of(args: argparse.Namespace, accelerator: "Accelerator") -> str:
-    """Return the command that makes the same run."""
-    processes = accelerator.num_processes
-    launch = f"--multi_gpu --num_processes {processes} " if processes > 1 else ""
-    cpu = "ACCELERATE_USE_CPU=true " if launch and accelerator.device.type == "cpu" else ""
-    options = ["--recipe", "recipe.toml"] if args.resume else sys.argv[1:]
-    return f"{cpu}accelerate launch {launch}scripts/finetune.py {shlex.join(options)}".strip()
-
-
-def highest_rate(optimizer: Any) -> float:
-    """Return the learning rate, of the classifier where layers have their own."""
-    return max(group["lr"] for group in optimizer.param_groups)
 
 
 def peak_memory(accelerator: "Accelerator") -> int:

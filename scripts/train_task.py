@@ -15,13 +15,23 @@ failure into 1.
 """
 
 import argparse
-import shlex
 import sys
 
-from arguments import RECIPES, add_machine, add_run_folder, find_recipe, named, parse_over, within
+from arguments import (
+    RECIPES,
+    add_machine,
+    add_optimizer,
+    add_run_folder,
+    command_of,
+    frozen_stages,
+    named,
+    parse_run,
+    run_folder,
+    settings_of,
+    within,
+)
 
 TASKS = ("detection", "keypoints", "saliency", "segmentation")
-NOT_SETTINGS = {"output", "recipe", "resume", "overwrite", "data", "model"}
 
 
 def parse_args() -> argparse.Namespace:
@@ -51,7 +61,12 @@ def parse_args() -> argparse.Namespace:
         metavar=("LOW", "HIGH"),
         help="by which images are scaled at random",
     )
-    add("--freeze", default="0", help="stages of the backbone, the stem being the first; or all (%(default)s)")
+    add(
+        "--freeze",
+        type=frozen_stages,
+        default="0",
+        help="stages of the backbone, the stem being the first; or all (%(default)s)",
+    )
     add("--freeze-bn", action=flag, default=False, help="keep every BatchNorm of the backbone as it is")
     add("--recipe", help="name in scripts/recipes/tasks or a .toml file")
     add("--license", help="licence of the result, for its card")
@@ -62,28 +77,17 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("optimizer and schedule, by timm's names").add_argument
     add("--epochs", type=within(int, 1), default=12, help="(%(default)s)")
     add("--batch-size", type=within(int, 1), default=8, help="images a batch and process (%(default)s)")
-    add("--opt", default="adamw", help="(%(default)s)")
-    add("--lr", type=within(float, 0), default=5e-4, help="highest learning rate (%(default)s)")
-    add("--momentum", type=within(float, 0, 1), default=0.9, help="(%(default)s)")
-    add("--weight-decay", type=within(float, 0), default=1e-4, help="(%(default)s)")
-    add("--sched", default="cosine", help="(%(default)s)")
-    add("--decay-milestones", type=within(int, 1), nargs="+", default=[90, 180, 270], help="of --sched multistep")
-    add("--warmup-epochs", type=within(float, 0), default=0, help="or a part of one, such as 0.1 (%(default)s)")
-    add("--clip-grad", type=within(float, 0), help="largest norm of the gradient")
+    add_optimizer(add, weight_decay=1e-4, warmup_epochs=0)
 
     add = parser.add_argument_group("machine").add_argument
     add("--seed", type=within(int, 0, 2**31), default=0, help="(%(default)s)")
     add_machine(add)
 
-    first = parser.parse_args()
-    recipes = [find_recipe(parser, first.recipe, RECIPES / "tasks")] if first.recipe else []
-    args = parse_over(parser, recipes, NOT_SETTINGS)
+    args = parse_run(parser, lambda args: args.recipe, RECIPES / "tasks", ("clip_grad",))
     if args.task is None:
         parser.error(f"name the --task: {', '.join(TASKS)}")
     if args.data is None:
         parser.error("name the --data; docs/tasks.md says what it must look like")
-    if args.resume and args.overwrite:
-        parser.error("--resume goes on with a run, --overwrite replaces it; name one of them")
     return args
 
 
@@ -91,28 +95,20 @@ def main(args: argparse.Namespace) -> int:
     from accelerate.utils import set_seed
 
     from res2net_zoo.checkpoints import Checkpoints
-    from res2net_zoo.program import InputError, all_or_none, check_can_make, default_workers, start_processes
+    from res2net_zoo.program import InputError, all_or_none, default_workers, start_processes
     from res2net_zoo.tasks import task_class
-    from res2net_zoo.tasks.engine import Plan, run_folder, train
+    from res2net_zoo.tasks.engine import Plan, train
+    from res2net_zoo.training import Optimization
 
     accelerator = start_processes(args.threads, args.mixed_precision)
     task = task_class(args.task)
     task.check_installed()
 
-    def check_output() -> None:
-        check_can_make(args.output)
-        checkpoints = Checkpoints(run_folder(args.output) / "checkpoints")
-        if args.overwrite:
-            checkpoints.clear()
-        elif args.resume:
-            checkpoints.sweep()
-        elif checkpoints.paths() or (args.output / "config.json").exists():
-            raise InputError(
-                f"--output {args.output} holds another run; name another folder, or --resume to go on with it, "
-                "or --overwrite to replace it"
-            )
-
-    all_or_none(lambda: check_output() if accelerator.is_main_process else None)
+    args.mixed_precision = accelerator.mixed_precision  # which `accelerate launch` may have decided
+    checkpoints = Checkpoints(run_folder(args.output) / "checkpoints", args.keep)
+    all_or_none(
+        lambda: checkpoints.take(args.output, args.resume, args.overwrite) if accelerator.is_main_process else None
+    )
     head = args.head or task.heads[0]
     data = all_or_none(lambda: task.open(args.data, args.train_split, head))
     valid = all_or_none(lambda: task.open(args.data, args.eval_split, head, data.classes))
@@ -145,24 +141,18 @@ def main(args: argparse.Namespace) -> int:
         "start": args.model if args.pretrained else "random weights",
         "license": args.license,
         "recipe": args.recipe,
-        "command": f"train_task.py {shlex.join(sys.argv[1:])}",
+        "command": command_of("train_task.py", args, accelerator.num_processes, accelerator.device.type),
     }
     plan = Plan(
         output=args.output,
-        epochs=args.epochs,
+        checkpoints=checkpoints,
         batch_size=args.batch_size,
-        opt=args.opt,
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        momentum=args.momentum,
-        sched=args.sched,
-        decay_milestones=args.decay_milestones,
-        warmup_epochs=args.warmup_epochs,
+        optimization=Optimization.of(vars(args)),
         clip_grad=args.clip_grad,
         seed=args.seed,
         workers=default_workers(accelerator.device) if args.workers is None else args.workers,
-        keep=args.keep,
         save_minutes=args.save_minutes,
+        settings=settings_of(args),
         facts=facts,
     )
     shown = ", ".join(data.classes[:5]) + ", ..." * (len(data.classes) > 5)

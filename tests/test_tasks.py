@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+import tomllib
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from res2net_zoo import catalog, tasks
 from res2net_zoo.program import InputError
 from res2net_zoo.tasks.segmentation import IGNORED, MeanIoU, Segmentation, voc_colour
+from res2net_zoo.training import Optimization, highest_rate
 from tests.conftest import input_error
 from tests.scenes import KINDS, render, save_saliency, save_voc
 from tests.test_survival import Running
@@ -110,7 +112,7 @@ def test_killed_and_resumed_it_ends_the_same(voc, tmp_path, trained):
     running.wait_for_step(3)  # of 4: in the second epoch
     running.signal(signal.SIGKILL)
     running.end()
-    done = Running(tmp_path / "unet", *common, "--resume", script=TRAIN).end()
+    done = Running(tmp_path / "unet", "--resume", script=TRAIN).end()  # which knows how
     assert done.returncode == 0 and "goes on after step" in done.stdout, done.stderr
     assert (trained / "metrics.csv").read_text() == (tmp_path / "unet/metrics.csv").read_text()
     one, two = (load_file(folder / "model.safetensors") for folder in (trained, tmp_path / "unet"))
@@ -328,6 +330,10 @@ def test_bad_annotations(voc, tmp_path, in_process, harm, told):
         (["--recipe", "segmentation_vok"], "did you mean segmentation_voc"),
         (["--model", "res2net50_26w"], "did you mean"),
         (["--freeze", "9", "--head", "unet"], "has 5 stages"),
+        (["--freeze", "some", "--head", "unet"], "some is no number of stages, nor all"),
+        (["--opt", "sgdd", "--head", "unet"], "timm makes no optimizer sgdd"),
+        (["--sched", "polly", "--head", "unet"], "with schedule polly"),
+        (["--output", "docs"], "docs holds other things than a model; name another folder"),
         (
             ["--head-kwargs", "decoder_chanels=8"],
             "DeepLabV3Plus has no option decoder_chanels; did you mean decoder_ch",
@@ -343,13 +349,19 @@ def test_bad_commands(voc, tmp_path, in_process, args, told):
 
 
 def test_options_of_the_network(voc, tmp_path, in_process):
-    """A recipe may have them as a table; they stay with the model."""
+    """A recipe may have them as a table; they stay with the model, and with the run."""
     recipe = tmp_path / "narrow.toml"
     recipe.write_text("freeze_bn = true\n[head_kwargs]\ndecoder_channels = 8\ndecoder_atrous_rates = [1, 2, 3]\n")
-    args = [*SMALL, "--data", voc, "--recipe", recipe, "--epochs", 1, "--warmup-epochs", 0.5]
+    args = [*SMALL, "--data", voc, "--recipe", recipe, "--epochs", 1, "--sched", "none", "--clip-grad", 0]
     done = in_process(TRAIN, *args, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "warning: --freeze-bn fixes what --pretrained would load" in done.stderr
+    done = in_process(TRAIN, "--resume", "--epochs", 2, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "out/metrics.csv").open()))
+    assert [row["lr"] for row in rows] == ["0.0005", "0.0005"]
+    settings = tomllib.loads((tmp_path / "out/recipe.toml").read_text())
+    assert settings["sched"] == "none" and "clip_grad" not in settings
     model = tasks.load(str(tmp_path / "out"))
     assert model.network.decoder.aspp[0].project[0].out_channels == 8
     assert model.settings["head_kwargs"] == {"decoder_channels": 8, "decoder_atrous_rates": [1, 2, 3]}
@@ -358,10 +370,11 @@ def test_options_of_the_network(voc, tmp_path, in_process):
 def test_another_run_is_not_replaced(trained, voc, in_process):
     again = [*SMALL, "--data", voc, "--output", trained]
     assert "holds another run" in input_error(in_process(TRAIN, *again, "--head", "unet"))
-    line = input_error(in_process(TRAIN, *again, "--head", "fpn", "--resume"))
-    assert "was started with settings" in line
-    line = input_error(in_process(TRAIN, *again, "--head", "unet", "--epochs", 2, "--resume"))
-    assert "has done 2 epochs" in line
+    resumed = ["--resume", "--output", trained]
+    assert "was started with --head unet, not fpn" in input_error(in_process(TRAIN, *resumed, "--head", "fpn"))
+    line = input_error(in_process(TRAIN, *resumed, "--batch-size", 4))
+    assert "was started with images a step 8, and has now 4" in line
+    assert "has done 2 epochs" in input_error(in_process(TRAIN, *resumed, "--epochs", 2))
 
 
 def test_a_model_of_other_classes(trained, tmp_path, in_process):
@@ -404,6 +417,27 @@ def test_recipes_are_read(in_process, voc, tmp_path):
     for path in sorted(Path("scripts/recipes/tasks").glob("*.toml")):
         line = input_error(in_process(TRAIN, "--recipe", path.stem, "--data", tmp_path / "nowhere"))
         assert "nowhere" in line, line
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rates"),
+    [
+        # As the publications that the recipes name have them: epoch, and the learning rate there.
+        ("detection_coco", {0.068: 0.02, 7.9: 0.02, 8.1: 0.002, 10.9: 0.002, 11.1: 0.0002}),
+        ("instance_coco", {0.068: 0.02, 7.9: 0.02, 8.1: 0.002, 10.9: 0.002, 11.1: 0.0002}),
+        ("detection_voc", {1: 0.008, 9.9: 0.008, 10.1: 0.0008}),
+        ("keypoints_coco", {0: 1e-3, 89: 1e-3, 91: 1e-4, 119: 1e-4, 121: 1e-5}),
+        ("saliency_msrab", {0: 1.2e-3, 29: 1.2e-3, 31: 1.2e-4}),
+        ("segmentation_voc", {epoch: 0.007 * (1 - epoch / 46) ** 0.9 for epoch in (0, 10, 23, 45)}),
+    ],
+)
+def test_recipes_have_their_learning_rates(recipe, rates):
+    settings = tomllib.loads(Path(f"scripts/recipes/tasks/{recipe}.toml").read_text())
+    optimizer, scheduler = Optimization.of(settings).create(torch.nn.Linear(1, 1), steps=1000)
+    for epoch, rate in rates.items():
+        scheduler.step_update(round(1000 * epoch))
+        assert highest_rate(optimizer) == pytest.approx(rate)
+    assert not optimizer.defaults.get("nesterov")
 
 
 @pytest.mark.slow

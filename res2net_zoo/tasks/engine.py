@@ -1,7 +1,5 @@
 """Training and evaluation of any task's model, on any number of processes."""
 
-import csv
-import io
 import json
 import signal
 import time
@@ -15,17 +13,16 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image, ImageOps
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.utils import distribute_bn
 from torch.utils.data import DataLoader, Dataset
 
 from res2net_zoo import catalog
 from res2net_zoo.checkpoints import Checkpoints
 from res2net_zoo.program import InputError, markdown_table, progress_bar, write_atomically
-from res2net_zoo.report import hardware
+from res2net_zoo.report import hardware, plainly, start_run, write_metrics, write_recipe
 from res2net_zoo.stop import Stop, spare_worker
 from res2net_zoo.tasks.base import Annotated, Figures, Score, TaskModel
+from res2net_zoo.training import Optimization, highest_rate
 from res2net_zoo.training_data import seed_of
 
 
@@ -124,39 +121,27 @@ class Plan:
     """How to train.
 
     Attributes:
-        output: Folder of the best model; `OUTPUT.run` holds the checkpoints.
-        epochs: Times that every image is seen.
+        output: Folder of the best model.
+        checkpoints: Those of the run.
+        optimization: Optimizer and learning rate, and for how many epochs.
         batch_size: Images a batch and process.
-        opt: timm's name of the optimizer.
-        lr: Highest learning rate.
-        weight_decay: Weight decay.
-        momentum: Momentum.
-        sched: timm's name of the schedule, `multistep` with `decay_milestones`.
-        decay_milestones: Epochs after which the learning rate is a tenth.
-        warmup_epochs: Epochs in which the learning rate grows.
         clip_grad: Largest norm of the gradient; None for any.
         seed: Of all that is random.
         workers: Loader processes of each process.
-        keep: Checkpoints to keep.
         save_minutes: Time between checkpoints within an epoch.
+        settings: All settings of the program, for recipe.toml.
         facts: What the card tells beside these: at least `data` and `split`, that the figures are of.
     """
 
     output: Path
-    epochs: int = 12
+    checkpoints: Checkpoints
+    optimization: Optimization
     batch_size: int = 8
-    opt: str = "sgd"
-    lr: float = 0.01
-    weight_decay: float = 1e-4
-    momentum: float = 0.9
-    sched: str = "cosine"
-    decay_milestones: list[int] = field(default_factory=lambda: [90, 180, 270])
-    warmup_epochs: float = 0
     clip_grad: float | None = None
     seed: int = 0
     workers: int = 1
-    keep: int = 2
     save_minutes: float = 15.0
+    settings: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -194,23 +179,13 @@ def train(model: TaskModel, data: Annotated, valid: Annotated, accelerator: Acce
             f"there are {len(data)} {data.samples} to train on, and a step takes {plan.batch_size * world}; "
             "lower --batch-size"
         )
-    checkpoints = Checkpoints(run_folder(plan.output) / "checkpoints", plan.keep)
+    checkpoints, epochs = plan.checkpoints, plan.optimization.epochs
     bare: Any = model
     bare.to(accelerator.device, memory_format=torch.channels_last)
-    optimizer = create_optimizer_v2(model, plan.opt, lr=plan.lr, weight_decay=plan.weight_decay, momentum=plan.momentum)
-    warmup: Any = plan.warmup_epochs  # timm's annotation says int; it takes a part of an epoch as well
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        plan.sched,
-        num_epochs=plan.epochs,
-        warmup_epochs=warmup,
-        warmup_lr=plan.lr / 1000,
-        decay_milestones=plan.decay_milestones,
-        step_on_epochs=False,
-        updates_per_epoch=steps,
-    )
+    optimizer, scheduler = plan.optimization.create(model, steps)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    now = {"settings": bare.settings, "task": bare.task, "images": len(data), "step": plan.batch_size * world}
+    now = {"settings": bare.settings, "task": bare.task, "images": len(data), "images a step": plan.batch_size * world}
+    now["precision"] = accelerator.mixed_precision
     done, metrics, sums = 0, [], torch.zeros(2, device=accelerator.device)  # of losses in this epoch, and their number
     if (state := checkpoints.load()) is not None:
         for key, value in now.items():
@@ -226,12 +201,14 @@ def train(model: TaskModel, data: Annotated, valid: Annotated, accelerator: Acce
         done, metrics = state["done"], state["metrics"]
         if main_process:
             sums += state["sums"].to(accelerator.device)
-        if len(metrics) >= plan.epochs:
-            raise InputError(
-                f"the run in {plan.output} has done {len(metrics)} epochs; --epochs {plan.epochs} is no more"
-            )
-        accelerator.print(f"goes on after step {done} of {plan.epochs * steps}", flush=True)
-        scheduler.step_update(done)
+        if len(metrics) >= epochs:
+            raise InputError(f"the run in {plan.output} has done {len(metrics)} epochs; --epochs {epochs} is no more")
+        accelerator.print(f"goes on after step {done} of {epochs * steps}", flush=True)
+        if scheduler is not None:  # --sched none
+            scheduler.step_update(done)
+    if main_process:
+        with plainly(plan.output):
+            start_run(checkpoints.folder.parent, plan.settings)
 
     def save() -> None:
         everybodys = accelerator.reduce(sums, "sum").cpu()
@@ -240,10 +217,10 @@ def train(model: TaskModel, data: Annotated, valid: Annotated, accelerator: Acce
             everything = {"model": bare.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler}
             checkpoints.save(done, {"plan": now, "done": done, "metrics": metrics, "sums": everybodys, **everything})
 
-    bar = progress_bar(accelerator, total=plan.epochs * steps, initial=done, desc="train", unit="step")
+    bar = progress_bar(accelerator, total=epochs * steps, initial=done, desc="train", unit="step")
     saved = time.monotonic()
     with Stop(accelerator) as stop, bar as progress:
-        for epoch in range(len(metrics), plan.epochs):
+        for epoch in range(len(metrics), epochs):
             wrapped.train()
             batches = batches_of(len(data), plan, epoch, accelerator.process_index, world)[done - epoch * steps :]
             prepared = Prepared(data, bare, train=True, seed=plan.seed, epoch=epoch)
@@ -260,7 +237,8 @@ def train(model: TaskModel, data: Annotated, valid: Annotated, accelerator: Acce
                 optimizer.zero_grad()
                 done += 1
                 sums += torch.stack([loss.detach(), torch.ones_like(loss)])
-                scheduler.step_update(done)
+                if scheduler is not None:
+                    scheduler.step_update(done)
                 progress.update()
                 progress.set_postfix(loss=f"{loss.item():.4g}", refresh=False)
                 late = main_process and time.monotonic() - saved > 60 * plan.save_minutes
@@ -286,15 +264,18 @@ def train(model: TaskModel, data: Annotated, valid: Annotated, accelerator: Acce
             figures = evaluate(bare, valid, accelerator, plan.batch_size, plan.workers)
             total, number = accelerator.reduce(sums, "sum").tolist()
             sums.zero_()
-            metrics.append({"epoch": epoch + 1, "loss": float(f"{total / max(number, 1):.5g}"), **figures})
+            row = {"epoch": epoch + 1, "lr": highest_rate(optimizer), "loss": float(f"{total / max(number, 1):.5g}")}
+            metrics.append({**row, **figures})
             best = max(range(len(metrics)), key=lambda i: metrics[i][bare.best])
             if main_process:
                 with progress.external_write_mode():
-                    shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics[-1].items() if name != "epoch")
+                    shown = ", ".join(f"{name} {value:.4g}" for name, value in [*metrics[-1].items()][1:])
                     print(f"epoch {epoch + 1:3}: {shown}", flush=True)
-                if best == len(metrics) - 1:
-                    bare.save(plan.output, make_card(bare, metrics, accelerator, plan))
-                write_table(plan.output / "metrics.csv", metrics)
+                with plainly(plan.output):
+                    if best == len(metrics) - 1:
+                        bare.save(plan.output, make_card(bare, metrics, accelerator, plan))
+                        write_recipe(plan.output, plan.settings)
+                    write_metrics(plan.output, metrics)
             save()
             saved = time.monotonic()
     if main_process:
@@ -303,23 +284,9 @@ def train(model: TaskModel, data: Annotated, valid: Annotated, accelerator: Acce
     return 0
 
 
-def run_folder(output: Path) -> Path:
-    """Return where the checkpoints of a run are: beside its model."""
-    return output.with_name(f"{output.name}.run")
-
-
-def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows as CSV."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]))
-    table.writeheader()
-    table.writerows(rows)
-    write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
-
-
 def make_card(model: TaskModel, metrics: Sequence[dict[str, Any]], accelerator: Accelerator, plan: Plan) -> ModelCard:
     """Make the card of the model as it is after the last of these epochs."""
-    figures = {name: value for name, value in metrics[-1].items() if name not in ("epoch", "loss")}
+    figures = {name: value for name, value in metrics[-1].items() if name not in ("epoch", "lr", "loss")}
     facts = {"task": model.task, **{key: value for key, value in model.settings.items() if key != "classes"}}
     facts |= {"classes": len(model.settings["classes"]), **plan.facts, "hardware": hardware(accelerator)}
     results = [
