@@ -157,13 +157,18 @@ def program() -> Program:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Program:
-    """Runs a program as `program` does, but in this process: for what needs no process of its own."""
+    """Runs a program as `program` does, but in this process: for what needs no process of its own.
+
+    Nor has it loader processes, unless it is told to: each write to memory that is shared with one is a page
+    fault, of which this process, grown large with all that the tests import, has seconds' worth.
+    """
     from accelerate.state import AcceleratorState
 
     def run(path: str, *args: object) -> subprocess.CompletedProcess:
         AcceleratorState._reset_state(reset_partial_state=True)
         monkeypatch.chdir(ROOT)
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+        monkeypatch.setattr("res2net_zoo.program.default_workers", lambda device: 0)
         monkeypatch.syspath_prepend(Path(path).parent)  # as Python does for a program
         monkeypatch.setattr(sys, "argv", [path, *map(str, args)])
         capfd.readouterr()
