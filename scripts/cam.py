@@ -65,6 +65,8 @@ def main(args: argparse.Namespace) -> int:
     paths = find_images(args.images)
     if args.classes and len(args.classes) not in (1, len(paths)):
         raise InputError(f"there are {len(paths)} images and {len(args.classes)} classes; give one class or as many")
+    if args.output.resolve() in [Path(path).resolve() for path in paths]:
+        raise InputError(f"--output {args.output} is one of the images, which the picture would replace")
     check_writable(args.output.resolve().parent)
     cam.check_format(args.output)
 

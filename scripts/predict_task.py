@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> int:
     import torch
 
     from res2net_zoo.images import find_images
-    from res2net_zoo.program import InputError, check_can_make, start_processes, temporary_file
+    from res2net_zoo.program import InputError, check_can_make, check_writable, start_processes, temporary_file
     from res2net_zoo.tasks import load
     from res2net_zoo.tasks.engine import pictures
     from res2net_zoo.tasks.keypoints import boxes_of
@@ -49,7 +49,9 @@ def main(args: argparse.Namespace) -> int:
     outputs = [args.output / f"{path.stem}.png" for path in paths]
     if len(set(outputs)) < len(outputs):
         raise InputError("some of the images have the same name, and so would their pictures; draw them one by one")
-    check_can_make(args.output)
+    if {path.resolve() for path in outputs} & {path.resolve() for path in paths}:
+        raise InputError(f"--output {args.output} holds some of the images, which the pictures would replace")
+    (check_writable if args.output.is_dir() else check_can_make)(args.output)
     model: Any = load(args.model)
     model = model.to(accelerator.device, memory_format=torch.channels_last)
     boxes = None

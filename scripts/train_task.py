@@ -16,6 +16,7 @@ failure into 1.
 
 import argparse
 import sys
+from pathlib import Path
 
 from arguments import (
     RECIPES,
@@ -135,7 +136,7 @@ def main(args: argparse.Namespace) -> int:
             "warning: --freeze-bn fixes what --pretrained would load; random weights hardly learn so", file=sys.stderr
         )
     facts = {
-        "data": args.data,
+        "data": Path(args.data).resolve().name,
         "split": args.eval_split,
         data.samples: f"{len(data)} of {args.train_split}, {len(valid)} of {args.eval_split}",
         "start": args.model if args.pretrained else "random weights",

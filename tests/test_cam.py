@@ -132,11 +132,14 @@ def test_models_must_have_the_same_classes(in_process, digits, tmp_path):
     assert "have other classes; compare models of the same" in input_error(result)
 
 
-def test_what_is_no_image(program, digits, tmp_path):
+def test_what_is_no_image(program, in_process, digits, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"nothing")
     result = program(CAM, tmp_path, "--output", tmp_path / "a.svg")
     assert f"{tmp_path / 'broken.png'} is corrupt (no image that Pillow can read)" in input_error(result)
-    assert "holds no image" in input_error(program(CAM, Path(__file__).parent / "parity"))
+    assert "holds no image" in input_error(in_process(CAM, Path(__file__).parent / "parity"))
+    line = input_error(in_process(CAM, tmp_path, "--output", tmp_path / "broken.png"))
+    assert "is one of the images, which the picture would replace" in line
+    assert (tmp_path / "broken.png").read_bytes() == b"nothing"
 
 
 def test_a_full_disk_leaves_the_old_picture(in_process, digits, tmp_path):

@@ -109,7 +109,7 @@ def test_workers_change_nothing(shards, workers):
     assert (counts.samples, counts.top1, counts.top5) == (expected.samples, expected.top1, expected.top5)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_real_processes_count_alike(program, processes):
     """The same property with real processes: one launch, many sizes and batches, map-style and streamed."""
     result = program("tests/count_in_processes.py", processes=processes)

@@ -224,6 +224,14 @@ def test_there_and_back(data):
     assert 0.77 < height <= 1  # at a corner of four cells it is lowest
 
 
+def test_places_are_exact_in_mixed_precision():
+    matrix = keypoints.crop_matrix((10, 20, 310, 420), (192, 256), turn=0.3)
+    places = 192 * torch.rand(50, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        there = keypoints.to_image(places, matrix)
+    assert torch.equal(there, keypoints.to_image(places, matrix)) and there.dtype == torch.float32
+
+
 def test_a_crop_is_the_box_widened():
     """Without augmentation a crop has the box in its middle, with a margin of a quarter, upright."""
     for box in ((10, 20, 60, 200), (10, 20, 300, 40)):
@@ -453,6 +461,10 @@ def rename_a_joint(data: Path) -> None:
     edit(data / VAL, lambda content: content["categories"][0]["keypoints"].__setitem__(0, "snout"))
 
 
+def repeat_an_image(data: Path) -> None:
+    edit(data / VAL, lambda content: content["images"].append(content["images"][0]))
+
+
 def label_nothing(data: Path) -> None:
     nothing = {"keypoints": [0] * 3 * len(JOINTS), "num_keypoints": 0}
     edit(data / VAL, lambda content: [person.update(nothing) for person in content["annotations"]])
@@ -473,7 +485,10 @@ def label_nothing(data: Path) -> None:
         (first(bbox=[5, 5, 0, 9]), r"val.json, annotation 1: its box \[5.0, 5.0, 0.0, 9.0\] or its area .* is empty"),
         (first(bbox=[-0.9, 5, 0.8, 9]), "val.json, annotation 1: its box .* or its area .* is empty"),
         (first(bbox=[100, 5, 62, 9]), "val.json, annotation 1: its box .* is not within its image, 160 x 120"),
-        (first(bbox=[1, 2]), "val.json, annotation 1: "),
+        (first(bbox=[1, 2]), r"val.json, annotation 1: its box \[1.0, 2.0\] is not of four numbers"),
+        (first(bbox=[], iscrowd=1), "val.json, annotation 1: its box .* is not of four numbers"),
+        (first(area=math.inf, iscrowd=1), "val.json, annotation 1: .* its area inf is none"),
+        (repeat_an_image, "val.json has two images of the same id"),
         (first(area=None), "val.json, annotation 1: it has no 'area'"),
         (first(category_id=2), "val.json, annotation 1: its category 2 is not that of the joints, 1"),
         (first(keypoints=[3, 4, 2]), "val.json, annotation 1: it has 3 numbers for 13 joints, not 3 for each"),
@@ -494,6 +509,11 @@ def test_a_box_may_be_rounded(people, tmp_path):
     data = Path(shutil.copytree(people, tmp_path / "people"))
     first(bbox=[-1, 0, 162, 120.5])(data)
     assert COCOPersons(data, "val")[0][1]["box"] == (0, 0, 160, 120)
+
+
+def test_published_figures_are_in_a_detectors_boxes(wild, people, in_process):
+    line = input_error(in_process(VALIDATE, wild, "--data", people, "--published", "COCO"))
+    assert "what is published of keypoints is in a detector's boxes" in line and "--boxes" in line
 
 
 @pytest.mark.parametrize(

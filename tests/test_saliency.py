@@ -292,6 +292,11 @@ def list_another(data: Path) -> None:
     (data / "train.txt").write_text("train_00002.jpg\ntrain_99999.jpg\n")
 
 
+def list_in_latin1(data: Path) -> None:
+    list_another(data)
+    (data / "train.txt").write_bytes("Gänse.jpg".encode("latin-1"))
+
+
 @pytest.mark.parametrize(
     ("harm", "told"),
     [
@@ -305,6 +310,7 @@ def list_another(data: Path) -> None:
         (cut_an_image, "cannot decode .*images/train_00002.jpg"),
         (copy_an_image, "train_00002.png has the name of train_00002.jpg"),
         (write_ones, "no mask like .*train_00000.png has a salient pixel"),
+        (list_in_latin1, "cannot read .*train.txt: .*; a list is a text in UTF-8"),
         (list_another, "there is no image train_99999, which .*train.txt names"),
     ],
 )

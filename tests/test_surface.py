@@ -84,7 +84,7 @@ def test_in_chans_and_num_classes(name, in_chans):
         assert model(images(name, 1, in_chans)).shape == (1, 7)
 
 
-@every_name
+@every_name_slowly
 def test_head(name):
     model = make(name, num_classes=5, global_pool="catavgmax", drop_rate=0.5)
     x = images(name)
@@ -106,7 +106,7 @@ def test_head(name):
         assert torch.equal(unpooled(x), unpooled.forward_features(x))
 
 
-@every_name
+@every_name_slowly
 def test_features(name):
     x = images(name)
     model = spread(make(name, features_only=True))
@@ -221,7 +221,7 @@ def test_reparameterization_changes_no_output(name):
         assert relative_error(reparameterize_model(model)(x), model(x)) < 1e-6
 
 
-@every_name
+@every_name_slowly
 def test_one_step_of_training_changes_every_parameter(name):
     model = spread(make(name, num_classes=5)).train()
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
@@ -231,7 +231,7 @@ def test_one_step_of_training_changes_every_parameter(name):
         assert not torch.equal(parameter, before[key]), key
 
 
-@every_name
+@every_name_slowly
 def test_drop_path_grows_linearly_with_depth(name):
     model = make(name, drop_path_rate=0.3)
     rates = [m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"]
@@ -265,7 +265,7 @@ def test_layer_decay_groups_the_parameters_by_depth(name):
     assert len(coarse) == len(set(scales))
 
 
-@every_name
+@every_name_slowly
 def test_torchscript(name):
     model = spread(make(name, num_classes=6, scriptable=True))
     x = images(name)
@@ -273,7 +273,7 @@ def test_torchscript(name):
         assert relative_error(torch.jit.script(model)(x), model(x)) < 1e-6
 
 
-@every_name
+@every_name_slowly
 def test_fx(name):
     model, x = spread(make(name, num_classes=6)), images(name)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
@@ -28,6 +29,9 @@ from res2net_zoo.training import freeze
 from res2net_zoo.weights import save_weights
 
 Figures = dict[str, float]
+
+# What Pillow raises of a damaged image, or of one that would fill the memory.
+NO_IMAGE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
 
 class Annotated(Dataset, ABC):
@@ -109,6 +113,7 @@ class TaskModel(nn.Module, ABC):
     requires: ClassVar[dict[str, str]] = {}  # package by module
     extra: ClassVar[str] = "tasks"  # of ours, which has them
     less_is_better: ClassVar[frozenset[str]] = frozenset()  # figures that are errors
+    tolerance: ClassVar[float] = 0.05  # half of the last digit that the paper prints of its figures
     mean: torch.Tensor
     std: torch.Tensor
 
@@ -142,6 +147,13 @@ class TaskModel(nn.Module, ABC):
             std=list(config["std"] if std is None else std),
             head_kwargs=dict(head_kwargs or {}),
         )
+        with torch.device("meta"):
+            whole: Any = create_model(self.settings["model"], False, num_classes=0)
+        if missing := whole.state_dict().keys() - features.state_dict().keys():
+            raise InputError(
+                f"{model} cannot be the backbone of a task: timm's features of it are without {min(missing)}, "
+                "so that what is trained would fit no such model"
+            )
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(self.settings[key]).view(-1, 1, 1), persistent=False)
         if len(self.mean) != 3:
@@ -191,7 +203,8 @@ class TaskModel(nn.Module, ABC):
     def transform(self, image: Image.Image, target: dict[str, Any], train: bool) -> tuple[torch.Tensor, dict[str, Any]]:
         """Turn an image and what is known of it into what `forward` takes; augmented if for training.
 
-        What is random follows from the global random states of torch, numpy and Python.
+        What is random follows from the global random states of torch, numpy and Python. Loader processes call it,
+        so it must not touch the model's tensors, which may be on a GPU.
 
         Returns:
             The image (3, H, W) from 0 to 1, and its target.
@@ -282,6 +295,18 @@ def check_options(network: Callable[..., Any], options: Mapping[str, Any]) -> No
             raise InputError(f"{network.__name__} has no option {name}; {hint}")
         if isinstance(known[name].default, int | float) and not isinstance(value, int | float):
             raise InputError(f"{network.__name__}'s {name} is a number, such as {known[name].default}, not {value}")
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a text that are not empty, without the space around them.
+
+    Raises:
+        InputError: It cannot be read, or is no text.
+    """
+    try:
+        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}; a list is a text in UTF-8") from error
 
 
 def find_folder(name: str) -> Path:

@@ -8,6 +8,7 @@ Boxes are left, top, right and bottom, from the upper left corner of the first p
 have width and height instead of the last two.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from torchvision.ops.poolers import initLevelMapper
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
@@ -49,7 +51,7 @@ class COCOFigures(Score):
 
     With masks the figures are of these, and those of the boxes are called `box AP` and so on. A figure of
     which the data have nothing, such as that of large objects, is left out. Of data in VOC's layout there is also
-    VOC07's own, at an IoU of 0.5: the mean precision at 11 recalls, where COCO's AP50 takes it at 101.
+    VOC07's own.
     """
 
     def __init__(self, data: Instances) -> None:
@@ -121,11 +123,42 @@ class COCOFigures(Score):
         measured.summarize()
         figures = zip(FIGURES, measured.all_stats, strict=False)
         shown = {name: 100 * float(value) for name, value in figures if value >= 0 and name not in ("AR1", "AR10")}
-        if self.data.voc and shown:
-            # Of IoU 0.5, every tenth of 101 recalls, each class, any size, 100 objects an image at most.
-            precision = measured.eval["precision"][0, ::10, :, 0, -1]
-            shown[VOC07] = 100 * float(precision[precision > -1].mean())
+        if self.data.voc:
+            shown[VOC07] = 100 * voc07_ap(self.data, found)
         return shown
+
+
+def voc07_ap(data: Instances, found: list[dict[str, Any]]) -> float:
+    """Return the mean over the classes of VOC07's average precision (Everingham et al., IJCV 2010, Section 4.2).
+
+    An object counts for that of its class which it overlaps most, at an IoU of 0.5 or more: for nothing if that is
+    difficult, as wrong if a surer one was there before. In this, and in the 11 recalls, it differs from COCO's.
+
+    Args:
+        data: What there is.
+        found: As COCO's format of results has it, images and classes by their numbers here.
+    """
+    from faster_coco_eval.core import mask
+
+    averages = []
+    for label in sorted({one.label for instances in data.instances for one in instances if one.trained_on}):
+        there = [[one for one in instances if one.label == label] for instances in data.instances]
+        right, taken = [], set()
+        for one in sorted((one for one in found if one["category_id"] == label), key=lambda one: -one["score"]):
+            objects = there[one["image_id"]]
+            overlaps = mask.iou([one["bbox"]], [other.bbox for other in objects], [0] * len(objects)) if objects else []
+            best = int(np.argmax(overlaps)) if objects else 0
+            if not objects or np.max(overlaps) < 0.5:
+                right.append(False)
+            elif objects[best].trained_on:
+                right.append((one["image_id"], best) not in taken)
+                taken.add((one["image_id"], best))
+        hits = np.cumsum(right)
+        recalls = hits / sum(other.trained_on for objects in there for other in objects)
+        precisions = hits / np.arange(1, len(hits) + 1)
+        highest = [precisions[recalls >= t / 10 - 1e-9].max(initial=0) for t in range(11)]
+        averages.append(np.mean(highest))
+    return float(np.mean(averages))
 
 
 class Pyramid(nn.Module):
@@ -160,6 +193,18 @@ class Pyramid(nn.Module):
         features = self.backbone(images.contiguous(memory_format=torch.channels_last))
         chosen = OrderedDict((name, features[i]) for name, i in zip(self.names, self.levels, strict=True))
         return self.pyramid(chosen)
+
+
+def region_align(backbone: Pyramid, size: int) -> MultiScaleRoIAlign:
+    """Return what cuts regions of `size` cells a side from the pyramid's levels.
+
+    torchvision's guesses the levels' scales, by the first image that it sees, and small ones mislead it.
+    """
+    pool = MultiScaleRoIAlign(backbone.names, size, 2)
+    strides = backbone.strides[: len(backbone.names)]
+    pool.scales = [1 / stride for stride in strides]
+    pool.map_levels = initLevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])))
+    return pool
 
 
 def full_precision(module: nn.Module, inputs: Any, outputs: Any) -> Any:
@@ -212,12 +257,12 @@ class Detection(TaskModel):
             )
             options |= {
                 "rpn_anchor_generator": anchors,
-                "box_roi_pool": MultiScaleRoIAlign(backbone.names, 7, 2),
+                "box_roi_pool": region_align(backbone, 7),
                 "box_head": TwoMLPHead(width * 7**2, 4 * width),
                 "box_predictor": FastRCNNPredictor(4 * width, number),
             }
             if settings["head"] == "maskrcnn":
-                options["mask_roi_pool"] = MultiScaleRoIAlign(backbone.names, 14, 2)
+                options["mask_roi_pool"] = region_align(backbone, 14)
                 options["mask_head"] = MaskRCNNHeads(width, (width,) * 4, 1)
                 options["mask_predictor"] = MaskRCNNPredictor(width, width, number)
         network = kind(backbone, **{**options, **kwargs})

@@ -21,7 +21,7 @@ from res2net_zoo.checkpoints import Checkpoints
 from res2net_zoo.program import InputError, markdown_table, progress_bar, write_atomically
 from res2net_zoo.report import hardware, plainly, start_run, write_metrics, write_recipe
 from res2net_zoo.stop import Stop, spare_worker
-from res2net_zoo.tasks.base import Annotated, Figures, Score, TaskModel
+from res2net_zoo.tasks.base import NO_IMAGE, Annotated, Figures, Score, TaskModel
 from res2net_zoo.training import Optimization, highest_rate
 from res2net_zoo.training_data import seed_of
 
@@ -38,7 +38,7 @@ class Prepared(Dataset):
     def __getitem__(self, i: int) -> tuple[int, Any]:
         try:
             image, target = self.data[i]
-        except (OSError, SyntaxError, ValueError) as error:  # the last two are Pillow's of a broken PNG
+        except NO_IMAGE as error:
             return i, str(error)  # an exception of a loader's process would come with its traceback
         if self.train:
             set_seed(seed_of(self.seed, 1, self.epoch, i))
@@ -228,7 +228,15 @@ def train(model: TaskModel, data: Annotated, valid: Annotated, accelerator: Acce
                 # All that is random from here on follows from the place in the run, so that it can go on anywhere.
                 set_seed(seed_of(plan.seed, 3, done, accelerator.process_index))
                 with accelerator.autocast():
-                    losses = wrapped(to_device(images, accelerator.device), to_device(targets, accelerator.device))
+                    try:
+                        losses = wrapped(to_device(images, accelerator.device), to_device(targets, accelerator.device))
+                    except ValueError as error:
+                        if "more than 1 value per channel" not in str(error):  # BatchNorm's words
+                            raise
+                        raise InputError(
+                            f"{bare.settings['head']} takes no batch of {plan.batch_size} of this size: {error}; "
+                            "raise --batch-size or --img-size"
+                        ) from error
                 loss = sum(losses.values())
                 accelerator.backward(loss)
                 if plan.clip_grad is not None:
@@ -287,6 +295,8 @@ def train(model: TaskModel, data: Annotated, valid: Annotated, accelerator: Acce
 def make_card(model: TaskModel, metrics: Sequence[dict[str, Any]], accelerator: Accelerator, plan: Plan) -> ModelCard:
     """Make the card of the model as it is after the last of these epochs."""
     figures = {name: value for name, value in metrics[-1].items() if name not in ("epoch", "lr", "loss")}
+    res2net = "res2n" in model.settings["model"]  # as all of them are called, Res2NeXt's too
+    paper = ", a Res2Net (Gao et al., TPAMI 2021, arXiv 1904.01169)" * res2net
     facts = {"task": model.task, **{key: value for key, value in model.settings.items() if key != "classes"}}
     facts |= {"classes": len(model.settings["classes"]), **plan.facts, "hardware": hardware(accelerator)}
     results = [
@@ -304,7 +314,7 @@ def make_card(model: TaskModel, metrics: Sequence[dict[str, Any]], accelerator: 
         model_name=plan.output.name,
         library_name="res2net-zoo",
         pipeline_tag=model.hub_task,
-        tags=["res2net", model.settings["head"], model.task],
+        tags=[*(["res2net"] if res2net else []), model.settings["head"], model.task],
         eval_results=results,
         license=plan.facts.get("license"),
     )
@@ -312,8 +322,7 @@ def make_card(model: TaskModel, metrics: Sequence[dict[str, Any]], accelerator: 
     text = "\n\n".join(
         [
             f"# {plan.output.name}",
-            f"{model.task.capitalize()} by {model.settings['head']} on {model.settings['model']}, a Res2Net "
-            "(Gao et al., TPAMI 2021, arXiv 1904.01169).",
+            f"{model.task.capitalize()} by {model.settings['head']} on {model.settings['model']}{paper}.",
             markdown_table(("figure", "value"), [(name, f"{value:.3f}") for name, value in figures.items()]),
             markdown_table(("setting", "value"), rows),
             '```python\nfrom res2net_zoo import tasks\n\nmodel = tasks.load("hf-hub:ORG/NAME")  # or this folder\n```',
@@ -347,11 +356,14 @@ def expected_figures(
     figures = {
         result.metric_type: float(result.metric_value)
         for result in results
-        if (result.dataset_type, result.dataset_split) == (data, split)
+        if (result.dataset_type, result.dataset_split) == (Path(data).resolve().name, split)
     }
     if not figures:
         there = sorted({f"{result.dataset_type}, {result.dataset_split}" for result in results})
-        raise InputError(f"the card in {folder} has no figures of {data}, {split}; it has some of {there or 'nothing'}")
+        raise InputError(
+            f"the card in {folder} has no figures of data called {Path(data).resolve().name}, {split}; "
+            f"it has some of {'; '.join(there) or 'nothing'}"
+        )
     return figures, f"model card in {folder}"
 
 
@@ -373,7 +385,7 @@ def pictures(
         try:
             with Image.open(path) as file:
                 image = ImageOps.exif_transpose(file).convert("RGB")  # as its camera was held
-        except (OSError, SyntaxError, ValueError) as error:
+        except NO_IMAGE as error:
             raise InputError(f"cannot decode {path}: {error}") from error
         drawn = image.copy()
         try:

@@ -21,8 +21,10 @@ import torch
 from PIL import Image
 
 from res2net_zoo.program import InputError, progress_bar
-from res2net_zoo.tasks.base import Annotated
+from res2net_zoo.tasks.base import NO_IMAGE, Annotated, read_lines
 from res2net_zoo.tasks.segmentation import VOC
+
+LEAST = 0.01  # a side of a box that is trained on, in pixels: of less, float32 may leave nothing
 
 
 @dataclass(slots=True)
@@ -84,7 +86,7 @@ class Instances(Annotated):
             try:
                 with Image.open(file) as image:
                     found = list(image.size)
-            except (OSError, SyntaxError, ValueError) as error:  # the last two are Pillow's of a broken PNG
+            except NO_IMAGE as error:
                 raise InputError(f"cannot read {file}, which {source} names: {error}") from error
             if found != size:
                 raise InputError("{} is {} x {}; its annotations are for {} x {}".format(file, *found, *size))
@@ -153,10 +155,9 @@ class Instances(Annotated):
             there = ", ".join(sorted(file.stem for file in path.parent.glob("*.txt"))) or "none"
             raise InputError(f"there is no {path} of VOC's layout; lists there: {there}")
         named = folder / "classes.txt"
-        listed = named.read_text().split("\n") if named.is_file() else VOC
-        own = [name.strip() for name in listed if name.strip() not in ("", "background")]
+        own = [name for name in (read_lines(named) if named.is_file() else VOC) if name != "background"]
         self.classes = own if classes is None else list(classes)
-        names = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+        names = [line.split()[0] for line in read_lines(path)]
         self.image_ids, self.category_ids = names, list(range(1, len(self.classes) + 1))
         for name in progress_bar(None, names, desc="check the annotations", unit="image"):
             about = folder / "Annotations" / f"{name}.xml"
@@ -194,11 +195,15 @@ class Instances(Annotated):
 
     def __getitem__(self, i: int) -> tuple[Image.Image, dict[str, Any]]:
         file, width, height = self.images[i]
-        instances = [instance for instance in self.instances[i] if instance.trained_on]
-        boxes = torch.tensor([instance.bbox for instance in instances]).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
+        instances, boxes = [], []
+        for instance in self.instances[i]:
+            x, y, w, h = instance.bbox
+            box = [max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)]
+            if instance.trained_on and min(box[2] - box[0], box[3] - box[1]) >= LEAST:
+                instances.append(instance)
+                boxes.append(box)
         target: dict[str, Any] = {"labels": torch.tensor([instance.label for instance in instances], dtype=torch.long)}
-        target["boxes"] = boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
+        target["boxes"] = torch.tensor(boxes).reshape(-1, 4)
         if self.masks:
             masks = torch.zeros(len(instances), height, width, dtype=torch.uint8)
             for mask, instance in zip(masks, instances, strict=True):

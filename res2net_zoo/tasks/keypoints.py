@@ -26,7 +26,7 @@ from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
 from res2net_zoo.program import InputError, progress_bar
-from res2net_zoo.tasks.base import Annotated, Figures, Score, TaskModel, check_options
+from res2net_zoo.tasks.base import NO_IMAGE, Annotated, Figures, Score, TaskModel, check_options
 
 # How far apart people put a joint, of COCO's joints: the sigma of its OKS. Of any other joint it is SIGMA.
 COCO = {
@@ -116,6 +116,8 @@ class COCOPersons(Annotated):
             raise InputError(
                 f"{path} is no file of COCO's with one category of joints: {type(error).__name__}: {error}"
             ) from error
+        if len(numbers) < len(self.images):
+            raise InputError(f"{path} has two images of the same id")
         mirrored(self.classes)
         self.annotations = []
         for number, record in progress_bar(None, records, desc="check the annotations", unit="annotation"):
@@ -171,7 +173,7 @@ class COCOPersons(Annotated):
             try:
                 with Image.open(file) as image:
                     found = list(image.size)
-            except (OSError, SyntaxError, ValueError) as error:  # the last two are Pillow's of a broken PNG
+            except NO_IMAGE as error:
                 raise InputError(f"cannot read {file}, which {path} names: {error}") from error
             if found != size:
                 raise InputError("{} is {} x {}, and {} says {} x {}".format(file, *found, path, *size))
@@ -187,6 +189,8 @@ class COCOPersons(Annotated):
             raise ValueError(f"it has {values.size} numbers for {len(self.classes)} joints, not 3 for each")
         i, joints = numbers[record["image_id"]], values.reshape(-1, 3)
         labelled, bbox, area = joints[:, 2] > 0, [float(value) for value in record["bbox"]], float(record["area"])
+        if len(bbox) != 4 or not np.isfinite([*bbox, area]).all():
+            raise ValueError(f"its box {bbox} is not of four numbers, or its area {area} is none")
         person = Person(i, joints, int(labelled.sum()), bbox, area, bool(record.get("iscrowd", 0)))
         if not np.isin(joints[:, 2], (0, 1, 2)).all():
             raise ValueError("a joint's visibility is not 0, 1 or 2")
@@ -282,7 +286,8 @@ def crop_matrix(
 
 def to_image(places: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """Return where places (..., 2) in a crop are in the image."""
-    return places @ matrix[:, :2].T + matrix[:, 2]
+    # No matrix product, which autocast would make of bfloat16's three digits.
+    return (places[..., None, :] * matrix[:, :2]).sum(-1) + matrix[:, 2]
 
 
 def to_crop(places: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
 from res2net_zoo.program import InputError, progress_bar
-from res2net_zoo.tasks.base import Annotated, Figures, Score, TaskModel, check_options
+from res2net_zoo.tasks.base import NO_IMAGE, Annotated, Figures, Score, TaskModel, check_options, read_lines
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")  # in any case
 MASK_FOLDERS = ("masks", "mask", "ground_truth_mask", "gt")
@@ -63,7 +63,7 @@ class Masks(Annotated):
         images, masks = by_name(root, IMAGE_FOLDERS), by_name(root, MASK_FOLDERS)
         names = list(images)
         if root == folder:
-            files = [Path(line.split()[0]) for line in listed.read_text().splitlines() if line.strip()]
+            files = [Path(line.split()[0]) for line in read_lines(listed)]
             names = [file.stem if file.suffix.lower() in SUFFIXES else file.name for file in files]
         if not names:
             raise InputError(f"{listed if root == folder else root} has no images")
@@ -82,11 +82,11 @@ class Masks(Annotated):
         try:
             with Image.open(path) as image:
                 w, h = image.size
-        except OSError as error:
+        except NO_IMAGE as error:
             raise InputError(f"cannot read {path}: {error}") from error
         try:
             mask = read_mask(mask_path)
-        except (OSError, SyntaxError, ValueError) as error:  # the last two are Pillow's of a broken PNG
+        except NO_IMAGE as error:
             raise InputError(f"cannot read the mask {mask_path}: {error}") from error
         if mask.shape != (h, w):
             sizes = f"{mask.shape[1]} x {mask.shape[0]}, its image {w} x {h}"
@@ -206,6 +206,7 @@ class Saliency(TaskModel):
     img_size = 352  # usual in the field, and as many pixels as an image of MSRA-B has
     best = "F-measure"
     less_is_better: ClassVar = frozenset({"MAE"})
+    tolerance = 0.0005
     requires: ClassVar = {"py_sod_metrics": "pysodmetrics"}
     extra = "saliency"
     network: DSS

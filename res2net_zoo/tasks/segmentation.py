@@ -19,7 +19,7 @@ from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
 from res2net_zoo.program import InputError, progress_bar
-from res2net_zoo.tasks.base import Annotated, Figures, Score, TaskModel, check_options
+from res2net_zoo.tasks.base import NO_IMAGE, Annotated, Figures, Score, TaskModel, check_options, read_lines
 
 VOC = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -47,16 +47,16 @@ class VOCMasks(Annotated):
                 f"{folder} has no ImageSets/Segmentation/{split}.txt of VOC's layout; lists there: {there}"
             )
         self.folder = folder
-        self.names = (lists / f"{split}.txt").read_text().split()
+        self.names = [line.split()[0] for line in read_lines(lists / f"{split}.txt")]
         if not self.names:
             raise InputError(f"{lists / split}.txt lists no images")
         named = folder / "classes.txt"
-        self.classes = named.read_text().split("\n") if named.is_file() else list(VOC)
-        self.classes = [name.strip() for name in self.classes if name.strip()]
-        for i in progress_bar(None, range(len(self)), desc="check the masks", unit="mask"):
-            self._check(i)
+        self.classes = read_lines(named) if named.is_file() else list(VOC)
+        every = progress_bar(None, range(len(self)), desc="check the masks", unit="mask")
+        if not any([self._check(i) for i in every]):  # noqa: C419  all are to be checked
+            raise InputError(f"no mask like {self.mask_path(0)} has a pixel that counts: all are {IGNORED}")
 
-    def _check(self, i: int) -> None:
+    def _check(self, i: int) -> bool:
         for path in (self.path(i), self.mask_path(i)):
             if not path.is_file():
                 raise InputError(f"there is no {path}, which the list names")
@@ -68,13 +68,14 @@ class VOCMasks(Annotated):
                 numbers = np.unique(np.asarray(mask))
                 if mask.mode not in ("P", "L"):
                     raise InputError(f"the mask {self.mask_path(i)} is of mode {mask.mode}; class numbers are P or L")
-        except OSError as error:
+        except NO_IMAGE as error:
             raise InputError(f"cannot read {self.path(i)} or its mask: {error}") from error
         wrong = numbers[(numbers >= len(self.classes)) & (numbers != IGNORED)]
         if len(wrong):
             raise InputError(
                 f"the mask {self.mask_path(i)} has the number {wrong[0]}, and there are {len(self.classes)} classes"
             )
+        return bool((numbers != IGNORED).any())
 
     def __len__(self) -> int:
         return len(self.names)
@@ -186,7 +187,8 @@ class Segmentation(TaskModel):
         mask = F.interpolate(mask[None, None].float(), shape, mode="nearest-exact")[0, 0].long()
         missing = [max(0, size - side) for side in shape]
         # The mean colour, which becomes 0, and no class.
-        pixels = F.pad(pixels - self.mean.cpu(), (0, missing[1], 0, missing[0])) + self.mean.cpu()
+        mean = torch.tensor(self.settings["mean"]).view(-1, 1, 1)  # self.mean may be on a GPU, of no use in a loader
+        pixels = F.pad(pixels - mean, (0, missing[1], 0, missing[0])) + mean
         mask = F.pad(mask, (0, missing[1], 0, missing[0]), value=IGNORED)
         top, left = (int(torch.randint(0, side - size + 1, ())) for side in mask.shape)
         pixels, mask = pixels[:, top : top + size, left : left + size], mask[top : top + size, left : left + size]
