@@ -57,7 +57,10 @@ def error(model: nn.Module, net: Network, x: torch.Tensor) -> float:
     return relative_error(net(x), model(x))
 
 
-@pytest.mark.parametrize("name", [*SMALL, "res2net_tiny", "res2net50_14w_8s", "res2net50_48w_2s", "resnet18"])
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("res2net50_14w_8s", "res2net50_48w_2s")]
+
+
+@pytest.mark.parametrize("name", [*SMALL, "res2net_tiny", *LARGE, "resnet18"])
 def test_every_kind_of_model_at_any_number_and_size_of_images(name):
     """Images above 4 go in parts; maps above a size go image by image: both must be met."""
     model = small(name)

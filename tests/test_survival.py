@@ -165,7 +165,7 @@ def test_two_processes_that_diverge_say_so_once_and_save_nothing_of_it(tmp_path)
         assert all(tensor.isfinite().all() for tensor in final(tmp_path / "model")["model"].values())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_ends_a_single_process(tmp_path, number):
     folder = tmp_path / "model"
     running = Running(folder, *SHORT, "--epochs", 100)
