@@ -301,7 +301,8 @@ def test_a_stream_on_two_processes(program, in_process, tmp_path):
     assert float(rows[-1]["top1"]) > 60
     checked = in_process("scripts/validate.py", "--model", f"local-dir:{folder}", "--data", data, "--check")
     assert checked.returncode == 0, checked.stdout
-    result = in_process(FINETUNE, "--resume", "--output", folder, "--epochs", 2, "--batch-size", 32)
+    args = ["--resume", "--output", folder, "--epochs", 2, "--batch-size", 32, "--workers", 0]
+    result = in_process(FINETUNE, *args)
     assert result.returncode == 0, result.stderr
     assert "order: some images come twice" in result.stderr
 

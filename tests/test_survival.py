@@ -102,7 +102,7 @@ def measured(folder: Path) -> list[dict]:
 def test_killed_at_any_moment_and_taken_up_again_it_ends_the_same_to_the_bit(in_process, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     args = [*SHORT, "--batch-size", 32, "--workers", 1, *EVERYTHING, "--save-minutes", 0]
-    result = in_process(FINETUNE, *args, "--output", whole)
+    result = in_process(FINETUNE, *args, "--workers", 0, "--output", whole)  # which only load
     assert result.returncode == 0, result.stderr
     assert steps_in(whole) == [43, 44]
     for step, resume in ((5, []), (25, ["--resume"])):
@@ -112,7 +112,6 @@ def test_killed_at_any_moment_and_taken_up_again_it_ends_the_same_to_the_bit(in_
         running.end()
         assert step <= max(steps_in(killed)) < 44
     (killed.with_name("killed.run") / "checkpoints" / ".step-000000030-x.pt").write_bytes(b"half")
-    # Also with other workers, which only load.
     result = in_process(FINETUNE, "--resume", "--output", killed, "--workers", 0)
     assert result.returncode == 0, result.stderr
     assert "goes on after step" in result.stdout
@@ -128,7 +127,7 @@ def test_killed_at_any_moment_and_taken_up_again_it_ends_the_same_to_the_bit(in_
 def test_two_processes_equal_one_with_larger_batches_and_outlive_sigterm(in_process, tmp_path):
     one, two, stopped = tmp_path / "one", tmp_path / "two", tmp_path / "stopped"
     args = [*SHORT, "--workers", 1, "--accumulate", 2, "--opt", "sgd", "--lr", 0.005, "--freeze-bn", "--ema", 0.9]
-    result = in_process(FINETUNE, *args, "--batch-size", 32, "--output", one)
+    result = in_process(FINETUNE, *args, "--workers", 0, "--batch-size", 32, "--output", one)
     assert result.returncode == 0, result.stderr
     finished = Running(two, *args, processes=2).end()
     assert finished.returncode == 0, finished.stderr

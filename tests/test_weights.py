@@ -245,7 +245,7 @@ def test_save_weights_gives_the_same_bytes_every_time(tmp_path):
         "print(sha256_of(path))"
     )
     args = [sys.executable, "-c", script, str(tmp_path / "file")]
-    said = {subprocess.run(args, cwd=ROOT, capture_output=True, text=True, check=True).stdout for _ in range(3)}
+    said = {subprocess.run(args, cwd=ROOT, capture_output=True, text=True, check=True).stdout for _ in range(2)}
     assert len(said) == 1
     with safe_open(tmp_path / "file", "pt") as file:
         assert file.metadata() == dict(format="pt", x="1", y="2", z="3", w="4") and file.get_tensor("b").tolist() == [
