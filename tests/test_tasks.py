@@ -117,6 +117,7 @@ def test_two_processes_train_the_same(tmp_path):
     assert "network.fuse.weight" in moved
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_they_measured(voc, tmp_path, in_process):
     """Each has seen other images, and so has other statistics of BatchNorm until they agree."""
     args = [*SMALL, "--data", voc, "--head", "unet", "--epochs", 1, "--batch-size", 4]

@@ -135,8 +135,8 @@ class TestBadInput:
         assert not output.exists()
         return line
 
-    def test_unknown_model(self, program, tmp_path):
-        line = self.refused(program, tmp_path, "--model", "res2net50_26w_5s")
+    def test_unknown_model(self, in_process, tmp_path):
+        line = self.refused(in_process, tmp_path, "--model", "res2net50_26w_5s")
         assert "did you mean" in line and "res2net50_26w_4s" in line
 
     def test_unknown_tag_and_model_without_weights(self, in_process, tmp_path):
