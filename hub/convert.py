@@ -24,8 +24,9 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     import res2net_zoo  # noqa: F401  registers the models
     from res2net_zoo import catalog, weights
+    from res2net_zoo.files import check_can_make
     from res2net_zoo.folder import write_converted
-    from res2net_zoo.program import WEIGHTS, InputError, check_can_make
+    from res2net_zoo.program import WEIGHTS, InputError
 
     (checkpoint,) = catalog.choose([args.model])
     source = checkpoint.url if args.checkpoint is None else args.checkpoint

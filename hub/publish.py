@@ -94,9 +94,10 @@ def publish_one(args: argparse.Namespace, folder: Path, repo_id: str) -> "publis
 def publish_all(args: argparse.Namespace) -> None:
     """Publish the catalogue's checkpoints, and record where they are."""
     from res2net_zoo import catalog
+    from res2net_zoo.files import check_writable, sha256_of
     from res2net_zoo.hub import assets
     from res2net_zoo.mirror import locked, mirror
-    from res2net_zoo.program import WEIGHTS, InputError, check_writable, report, sha256_of
+    from res2net_zoo.program import WEIGHTS, InputError, report
     from res2net_zoo.publish import LicenseError
 
     root = args.mirror or assets("mirror", "all")

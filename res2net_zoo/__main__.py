@@ -9,7 +9,8 @@ from typing import Any
 
 from res2net_zoo import ablate, catalog, dla, res2net
 from res2net_zoo.catalog import Architecture, Checkpoint, Printed
-from res2net_zoo.program import InputError, markdown_table, nearest, run, write_atomically
+from res2net_zoo.files import write_atomically
+from res2net_zoo.program import InputError, markdown_table, nearest, run
 
 # Between these two lines a file has the table of a command.
 MARKS = {

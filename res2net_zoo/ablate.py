@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from res2net_zoo import catalog
-from res2net_zoo.program import InputError, check_writable, markdown_table, progress_bar, write_atomically
+from res2net_zoo.files import check_writable, write_atomically
+from res2net_zoo.program import InputError, markdown_table, progress_bar
 
 # Table 3's first row, of a model that is not in the catalogue.
 RESNET50 = catalog.Printed(gmacs="4.2", runtime_ms="149", top1_error="23.85", source="paper (TPAMI 2021) Table 3")

@@ -17,8 +17,9 @@ import torch
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
+from res2net_zoo.files import temporary_file
 from res2net_zoo.images import Samples
-from res2net_zoo.program import InputError, temporary_file
+from res2net_zoo.program import InputError
 
 
 @dataclass

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 from huggingface_hub.dataclasses import strict, validated_field
 from huggingface_hub.errors import StrictDataclassError
 
-from res2net_zoo.program import InputError, nearest, write_atomically
+from res2net_zoo.files import write_atomically
+from res2net_zoo.program import InputError, nearest
 
 INTERPOLATIONS = ("bilinear", "bicubic")
 FORMATS = ("torch", "paddle", "mindspore", "mmengine", "holocron")

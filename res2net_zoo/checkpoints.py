@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from res2net_zoo.program import InputError, check_can_make, temporary_file
+from res2net_zoo.files import check_can_make, temporary_file
+from res2net_zoo.program import InputError
 
 
 class Checkpoints:

@@ -7,8 +7,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from res2net_zoo.files import temporary_file
 from res2net_zoo.hub import assets
-from res2net_zoo.program import temporary_file
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 

@@ -27,8 +27,9 @@ from timm.models import parse_model_name
 from timm.utils import reparameterize_model
 from torch import nn
 
+from res2net_zoo.files import make_readable, temporary_file
 from res2net_zoo.images import Samples
-from res2net_zoo.program import InputError, make_readable, temporary_file
+from res2net_zoo.program import InputError
 
 if TYPE_CHECKING:
     import onnx

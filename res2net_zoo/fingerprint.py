@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from res2net_zoo.program import WEIGHTS, InputError, sha256_of, write_atomically
+from res2net_zoo.files import sha256_of, write_atomically
+from res2net_zoo.program import WEIGHTS, InputError
 
 NAME = "fingerprint.json"
 

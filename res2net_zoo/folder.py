@@ -17,7 +17,8 @@ from torch import nn
 from res2net_zoo import card as cards
 from res2net_zoo import fingerprint
 from res2net_zoo.catalog import Checkpoint
-from res2net_zoo.program import WEIGHTS, InputError, make_readable
+from res2net_zoo.files import make_readable
+from res2net_zoo.program import WEIGHTS, InputError
 from res2net_zoo.weights import is_released, save_weights
 
 EVAL_RESULTS = ".eval_results"

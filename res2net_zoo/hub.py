@@ -35,7 +35,8 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, filter_repo_objects, get_session
 from huggingface_hub.utils.sha import git_hash
 
-from res2net_zoo.program import WEIGHTS, InputError, sha256_of, write_atomically
+from res2net_zoo.files import sha256_of, write_atomically
+from res2net_zoo.program import WEIGHTS, InputError
 
 T = TypeVar("T")
 

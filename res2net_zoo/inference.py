@@ -21,9 +21,10 @@ from torch import fx, nn
 from torch.fx.experimental.optimization import fuse
 
 from res2net_zoo.block import Res2NetModule
+from res2net_zoo.files import write_atomically
 from res2net_zoo.hub import assets, one_line
 from res2net_zoo.native import Network, Unsupported
-from res2net_zoo.program import InputError, write_atomically
+from res2net_zoo.program import InputError
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Backend = Literal["native", "inductor", "inductor-padded", "openvino", "onnxruntime", "cudagraphs", "eager"]

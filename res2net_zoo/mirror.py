@@ -10,8 +10,9 @@ from huggingface_hub.utils import WeakFileLock
 
 from res2net_zoo import fingerprint, hub, weights
 from res2net_zoo.catalog import Checkpoint
+from res2net_zoo.files import check_can_make
 from res2net_zoo.folder import write_converted
-from res2net_zoo.program import InputError, check_can_make
+from res2net_zoo.program import InputError
 from res2net_zoo.verify import Check, verify
 
 PARTIAL = ".partial"

@@ -1,15 +1,11 @@
 """What every program of the zoo shares: one clear line for bad input, exit codes, threads, files."""
 
-import contextlib
-import hashlib
 import logging
 import os
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -77,7 +73,28 @@ def report(error: object) -> None:
         # The main process says the same thing and the launcher then ends this one. Only where
         # the main process is well and goes on is there anything left to say.
         time.sleep(10)
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(f"error: {printable(error)}", file=sys.stderr, flush=True)
+
+
+def warn(message: object) -> None:
+    """Write one line with a warning to stderr.
+
+    Args:
+        message: What is doubtful; its text is put on one line.
+    """
+    print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
+
+
+def printable(text: object) -> str:
+    """Return text on one line, with what a terminal would obey or could not show as escape sequences.
+
+    Messages quote names and values from files, whose control characters would reach the terminal.
+
+    Args:
+        text: Any object; `str` makes its text.
+    """
+    words = " ".join(str(text).split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in words)
 
 
 def all_or_none(work: Callable[[], T]) -> T:
@@ -221,78 +238,6 @@ def default_workers(device: "torch.device") -> int:
             one takes them away from it.
     """
     return 1 if device.type == "cpu" else min(16, share_of_cores())
-
-
-@contextlib.contextmanager
-def temporary_file(path: Path) -> Iterator[Path]:
-    """Yield a path to write to, which takes the place of a file once it is whole.
-
-    At any moment the file is the old one or the new one; if the block fails, the old one.
-
-    Args:
-        path: The file; its folder is made if it is not there.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Keeping the suffix lets writers that look at it (matplotlib) work.
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        make_readable(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that at any moment it is the old one or the new one, whole.
-
-    Args:
-        path: The file.
-        write: Writes the new content to the path that it is given.
-    """
-    with temporary_file(path) as temporary:
-        write(temporary)
-
-
-def sha256_of(path: Path) -> str:
-    """Return a file's SHA-256 in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_writable(folder: Path) -> None:
-    """Find out before any work is done whether its result can be written.
-
-    Raises:
-        InputError: There is no such folder, or nothing can be written there.
-    """
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"cannot write into {folder}: {error.strerror}; make it first, or name another") from error
-
-
-def check_can_make(folder: Path) -> None:
-    """Find out before any work is done whether a folder can be made, or written into if it is there.
-
-    Raises:
-        InputError: It is a file, or nothing can be written there.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; name a folder")
-    check_writable(next(path for path in folder.absolute().parents if path.exists()))
-
-
-def make_readable(path: Path) -> None:
-    """Give a file or folder the permissions of a new one, where its maker made it private."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def nearest(name: str, names: list[str]) -> str:

@@ -11,9 +11,10 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFound
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
 from res2net_zoo import verify
+from res2net_zoo.files import sha256_of
 from res2net_zoo.folder import EVAL_RESULTS
 from res2net_zoo.hub import TRIES, hash_of, one_line, patiently, plainly, status_of
-from res2net_zoo.program import WEIGHTS, InputError, sha256_of
+from res2net_zoo.program import WEIGHTS, InputError
 
 COLLECTION = "Res2Net Zoo"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle", ".pdparams", ".joblib", ".npy", ".npz")

@@ -28,8 +28,9 @@ from torch import nn
 from res2net_zoo.card import CITATION, model_card
 from res2net_zoo.catalog import Accuracy
 from res2net_zoo.evaluate import Counts
+from res2net_zoo.files import write_atomically
 from res2net_zoo.folder import write_model_folder
-from res2net_zoo.program import InputError, markdown_table, write_atomically
+from res2net_zoo.program import InputError, markdown_table
 from res2net_zoo.training_data import TrainingData
 
 if TYPE_CHECKING:

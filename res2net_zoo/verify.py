@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from res2net_zoo import catalog, fingerprint
 from res2net_zoo.catalog import Checkpoint
+from res2net_zoo.files import sha256_of
 from res2net_zoo.hub import one_line
-from res2net_zoo.program import WEIGHTS, InputError, sha256_of
+from res2net_zoo.program import WEIGHTS, InputError
 
 PREPROCESSING = ("input_size", "crop_pct", "interpolation", "mean", "std")
 

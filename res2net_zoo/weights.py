@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from res2net_zoo import convert, hub
 from res2net_zoo.catalog import Checkpoint
-from res2net_zoo.program import WEIGHTS, InputError, sha256_of, write_atomically
+from res2net_zoo.files import sha256_of, write_atomically
+from res2net_zoo.program import WEIGHTS, InputError
 
 
 def save_weights(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -73,7 +73,8 @@ def main(args: argparse.Namespace) -> int:
     from res2net_zoo import benchmark
     from res2net_zoo.ablate import find_picture
     from res2net_zoo.contenders import OURS, Setting
-    from res2net_zoo.program import InputError, check_writable, start_processes, write_atomically
+    from res2net_zoo.files import check_writable, write_atomically
+    from res2net_zoo.program import InputError, start_processes
 
     accelerator = start_processes(args.threads)
     if accelerator.num_processes > 1:

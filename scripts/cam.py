@@ -53,10 +53,11 @@ def main(args: argparse.Namespace) -> int:
     import torch
 
     from res2net_zoo import cam
+    from res2net_zoo.files import check_writable
     from res2net_zoo.images import find_images
     from res2net_zoo.labels import class_names
     from res2net_zoo.pretrained import create_model
-    from res2net_zoo.program import InputError, check_writable, markdown_table, progress_bar, start_processes
+    from res2net_zoo.program import InputError, markdown_table, progress_bar, start_processes
 
     cam.require()
     accelerator = start_processes(args.threads)

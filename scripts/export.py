@@ -52,9 +52,10 @@ def main(args: argparse.Namespace) -> int:
 
     from res2net_zoo.data import open_source
     from res2net_zoo.export import NEEDS, OPSET, CheckError, check_output, describe, export, load_images, require
+    from res2net_zoo.files import check_writable
     from res2net_zoo.images import find_images
     from res2net_zoo.pretrained import create_model
-    from res2net_zoo.program import check_writable, report
+    from res2net_zoo.program import report
 
     require(*NEEDS[args.format])
     check_output(args.output, args.format)

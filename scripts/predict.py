@@ -53,10 +53,11 @@ def main(args: argparse.Namespace) -> int:
     import torch
     from accelerate.utils import gather_object
 
+    from res2net_zoo.files import check_writable
     from res2net_zoo.images import find_images
     from res2net_zoo.labels import class_names
     from res2net_zoo.pretrained import create_model
-    from res2net_zoo.program import InputError, all_or_none, check_writable, progress_bar, start_processes
+    from res2net_zoo.program import InputError, all_or_none, progress_bar, start_processes
 
     accelerator = start_processes(args.threads, args.mixed_precision)
     paths = all_or_none(lambda: find_images(args.images))
@@ -211,7 +212,7 @@ def writer(args: argparse.Namespace, names: list[str]) -> Iterator[Callable[...,
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[IO[str]]:
     """Yield a text file that takes its place only once it is whole."""
-    from res2net_zoo.program import temporary_file
+    from res2net_zoo.files import temporary_file
 
     with temporary_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         yield file
@@ -224,7 +225,7 @@ def parquet(path: Path) -> Iterator[Callable[[str, Any], None]]:
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
 
-    from res2net_zoo.program import temporary_file
+    from res2net_zoo.files import temporary_file
 
     group: list[tuple[str, Any]] = []
     file: ParquetWriter | None = None

@@ -36,8 +36,9 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     import torch
 
+    from res2net_zoo.files import check_can_make, check_writable, temporary_file
     from res2net_zoo.images import find_images
-    from res2net_zoo.program import InputError, check_can_make, check_writable, start_processes, temporary_file
+    from res2net_zoo.program import InputError, start_processes
     from res2net_zoo.tasks import load
     from res2net_zoo.tasks.engine import pictures
     from res2net_zoo.tasks.keypoints import boxes_of

@@ -85,16 +85,8 @@ def main(args: argparse.Namespace) -> int:
 
     from res2net_zoo import catalog
     from res2net_zoo.data import open_source
-    from res2net_zoo.program import (
-        InputError,
-        all_or_none,
-        check_writable,
-        main_first,
-        markdown_table,
-        report,
-        start_processes,
-        write_atomically,
-    )
+    from res2net_zoo.files import check_writable, write_atomically
+    from res2net_zoo.program import InputError, all_or_none, main_first, markdown_table, report, start_processes
 
     accelerator = start_processes(args.threads, args.mixed_precision)
 

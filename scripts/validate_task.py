@@ -44,10 +44,10 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     import torch
 
+    from res2net_zoo.files import check_writable
     from res2net_zoo.program import (
         InputError,
         all_or_none,
-        check_writable,
         default_workers,
         main_first,
         markdown_table,

@@ -19,11 +19,12 @@ from res2net_zoo.card import model_card
 from res2net_zoo.catalog import Accuracy
 from res2net_zoo.data import open_source
 from res2net_zoo.evaluate import evaluate
+from res2net_zoo.files import write_atomically
 from res2net_zoo.folder import write_model_folder
 from res2net_zoo.images import decode
 from res2net_zoo.labels import match_classes
 from res2net_zoo.pretrained import create_model, published_accuracies
-from res2net_zoo.program import markdown_table, write_atomically
+from res2net_zoo.program import markdown_table
 from tests.conftest import ROOT, SHIPPED_DATA, SHIPPED_MODEL, spread
 
 

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 from res2net_zoo import catalog, fingerprint
 from res2net_zoo import publish as publishing
-from res2net_zoo.program import InputError, sha256_of
+from res2net_zoo.files import sha256_of
+from res2net_zoo.program import InputError
 from res2net_zoo.weights import save_weights
 from tests.conftest import ROOT, SHIPPED_MODEL, full_disk, input_error, read_tree
 from tests.hub_server import OTHER_TOKEN, READ_TOKEN, TOKEN, Hub, serve

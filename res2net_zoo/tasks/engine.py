@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from res2net_zoo import catalog
 from res2net_zoo.checkpoints import Checkpoints
-from res2net_zoo.program import InputError, markdown_table, progress_bar, write_atomically
+from res2net_zoo.files import write_atomically
+from res2net_zoo.program import InputError, markdown_table, progress_bar
 from res2net_zoo.report import hardware, plainly, start_run, write_metrics, write_recipe
 from res2net_zoo.stop import Stop, spare_worker
 from res2net_zoo.tasks.base import NO_IMAGE, Annotated, Figures, Score, TaskModel
