@@ -18,7 +18,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
 from res2net_zoo.files import temporary_file
-from res2net_zoo.images import Samples
+from res2net_zoo.images import Samples, read_named
 from res2net_zoo.program import InputError
 
 
@@ -117,7 +117,7 @@ def load(model: Any, path: str) -> torch.Tensor:
     """
     config = resolve_model_data_config(model)
     mode = "L" if config["input_size"][0] == 1 else "RGB"
-    samples = Samples(create_transform(**config, is_training=False), mode, lambda label, path: None)
+    samples = Samples(create_transform(**config, is_training=False), mode, lambda label, path: None, read_named)
     sample = samples(path, {"image": {"bytes": None, "path": path}})
     if sample.image is None:
         raise InputError(f"{path} is corrupt ({sample.corrupt or sample.fatal})")

@@ -1,21 +1,27 @@
 """From a source of images to batches: reading through `datasets`, labels, timm's transform."""
 
+import contextlib
 import glob
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import torch
+import yaml
+from huggingface_hub import hf_hub_download
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import HFValidationError, HTTPError
 from pyarrow import parquet
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from res2net_zoo.images import Sample, Samples
+from res2net_zoo.files import read_text
+from res2net_zoo.images import ImageFiles, Sample, Samples, read_named
 from res2net_zoo.program import InputError
 
 # The words by which people and `datasets` name splits, and the name that `datasets` gives them.
@@ -25,6 +31,8 @@ SPLITS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+# Builders of `datasets` that images are read by; others follow links or run parsers that nothing here needs.
+READERS = ("imagefolder", "parquet", "arrow", "webdataset", "json", "csv")
 MAX_PARTS = 1024  # of a stream that has no files of its own
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "target", "fine_label")
@@ -40,6 +48,7 @@ class Source:
         rows: Map-style or iterable dataset with the columns `image` (undecoded) and `label`.
         class_names: Name of each label, where the data names them.
         num_rows: Number of images, where it is known before they are read.
+        read: From an image of a row to its content.
     """
 
     name: str
@@ -47,6 +56,7 @@ class Source:
     rows: datasets.Dataset | datasets.IterableDataset
     class_names: list[str] | None
     num_rows: int | None
+    read: Callable[[dict[str, Any]], bytes] = ImageFiles().read
 
 
 def open_source(
@@ -83,8 +93,7 @@ def open_source(
     try:
         splits, load = _find(src)
         split = _choose_split(src, splits, split)
-        rows, num_rows = load(split, streaming)
-        return _describe(src, split, rows, num_rows, label_column, labelled)
+        return _describe(src, split, load(split, streaming), label_column, labelled)
     except InputError:
         raise
     except Exception as error:
@@ -146,8 +155,22 @@ def hold_out(source: Source, fraction: float, seed: int) -> tuple[Source, Source
     )
 
 
-def _find(src: str) -> tuple[list[str], Callable[[str, bool], tuple[Any, int | None]]]:
-    """Return the splits of `src`, and what loads one of them, with its number of rows where that is known."""
+class Rows(NamedTuple):
+    """The rows of one split as `datasets` gives them.
+
+    Attributes:
+        rows: Map-style or iterable dataset.
+        num_rows: Their number, where it is known before they are read.
+        read: From an image of a row to its content.
+    """
+
+    rows: Any
+    num_rows: int | None
+    read: Callable[[dict[str, Any]], bytes]
+
+
+def _find(src: str) -> tuple[list[str], Callable[[str, bool], Rows]]:
+    """Return the splits of `src`, and what loads one of them."""
     path = Path(src)
     if not src:
         raise InputError("the data's name is empty; name a folder, a file or a Hub dataset id ORG/NAME")
@@ -156,6 +179,8 @@ def _find(src: str) -> tuple[list[str], Callable[[str, bool], tuple[Any, int | N
             return _find_saved(path)
         if folders := _class_folders(path):
             return list(folders), lambda split, streaming: _load_class_folders(folders[split], streaming)
+        for name in ("README.md", ".huggingface.yaml"):
+            _check_configs(path / name)
         builder = datasets.load_dataset_builder(str(path))
     elif matches := sorted(glob.glob(src)):
         kinds = {FILE_FORMATS.get(Path(match).suffix) for match in matches}
@@ -168,13 +193,17 @@ def _find(src: str) -> tuple[list[str], Callable[[str, bool], tuple[Any, int | N
             files.setdefault(split, []).append(glob.escape(str(match)))
         builder = datasets.load_dataset_builder(kind, data_files=files)
     elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", src) and path.suffix not in FILE_FORMATS:
+        with contextlib.suppress(HTTPError, HFValidationError, OSError):  # `datasets` reports those itself
+            _check_configs(Path(hf_hub_download(src, "README.md", repo_type="dataset")))
         builder = datasets.load_dataset_builder(src)
     else:
         raise InputError(f"there is no data {src}: no such folder or file, and no Hub dataset id ORG/NAME")
 
+    if builder.name not in READERS:
+        raise InputError(f"{src} has files that `datasets` reads as {builder.name}; there are {', '.join(READERS)}")
     data_files = builder.config.data_files
 
-    def load(split: str, streaming: bool) -> tuple[Any, int | None]:
+    def load(split: str, streaming: bool) -> Rows:
         for file in data_files[split]:
             _check_whole(Path(file))
         # Only this split's files are named, or `datasets` would fetch and convert all splits. It
@@ -183,14 +212,52 @@ def _find(src: str) -> tuple[list[str], Callable[[str, bool], tuple[Any, int | N
         rows = datasets.load_dataset(
             builder.name, data_files=files, split=split, features=builder.info.features, streaming=streaming
         )
+        read = _image_files(src, builder.name, data_files[split]).read
         if not streaming:
-            return rows, len(rows)
+            return Rows(rows, len(rows), read)
         if builder.name == "parquet" and all(Path(file).is_file() for file in data_files[split]):
-            return rows, sum(parquet.read_metadata(file).num_rows for file in data_files[split])
+            return Rows(rows, sum(parquet.read_metadata(file).num_rows for file in data_files[split]), read)
         known = (builder.info.splits or {}).get(split)  # a repository's card may say
-        return rows, known.num_examples if known and known.num_examples else None
+        return Rows(rows, known.num_examples if known and known.num_examples else None, read)
 
     return list(data_files), load
+
+
+def _check_configs(card: Path) -> None:
+    """Refuse a card whose `configs` name data files outside of the dataset, or a protocol to open them by.
+
+    Raises:
+        InputError: It does.
+    """
+    if not card.is_file():
+        return
+    text = read_text(card)
+    blocks = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    try:
+        content = yaml.safe_load(text if card.suffix == ".yaml" else blocks[1] if blocks else "")
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise InputError(f"cannot read {card}: its metadata is not YAML: {' '.join(str(error).split())}") from error
+    patterns = [content.get("configs") if isinstance(content, dict) else None]
+    while patterns:
+        pattern = patterns.pop()
+        if isinstance(pattern, dict | list):
+            patterns += pattern.values() if isinstance(pattern, dict) else pattern
+        elif isinstance(pattern, str):
+            outside = os.path.isabs(pattern) or ".." in Path(pattern).parts
+            if outside or "::" in pattern or ("://" in pattern and not pattern.startswith("hf://")):
+                raise InputError(f"{card} names the data file {pattern}; only files of the dataset itself are read")
+
+
+def _image_files(src: str, reader: str, data_files: Sequence[str]) -> ImageFiles:
+    """Return where the images of some data files may be read from, where their content is not in them."""
+    is_local = os.path.isdir(src) or not data_files[0].startswith("hf://")
+    if reader != "imagefolder":
+        folder = os.path.commonpath([os.path.dirname(file) for file in data_files])
+        return ImageFiles(Path(folder) if is_local else None)
+    # Its paths are those of the files that `datasets` has found there itself, or has fetched into its caches.
+    home = [f"hf://datasets/{src}@", f"hf://datasets/{src}/"]
+    places = (src, datasets.config.EXTRACTED_DATASETS_PATH, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
+    return ImageFiles(listed=(*home, *(f"{os.path.abspath(place)}{os.sep}" for place in places)))
 
 
 def _check_whole(path: Path) -> None:
@@ -210,16 +277,17 @@ def _check_whole(path: Path) -> None:
             raise InputError(f"{path} was cut off or damaged at byte {end}; fetch it again")
 
 
-def _find_saved(path: Path) -> tuple[list[str], Callable[[str, bool], tuple[Any, int | None]]]:
+def _find_saved(path: Path) -> tuple[list[str], Callable[[str, bool], Rows]]:
     saved = datasets.load_from_disk(str(path))
     if not isinstance(saved, datasets.DatasetDict):
         saved = datasets.DatasetDict({_split_in(path.name) or "train": saved})
 
-    def load(split: str, streaming: bool) -> tuple[Any, int | None]:
+    def load(split: str, streaming: bool) -> Rows:
         rows = saved[split]
         # As many parts as there may be processes and loaders to share them.
         parts = min(max(1, len(rows)), MAX_PARTS)
-        return rows.to_iterable_dataset(num_shards=parts) if streaming else rows, len(rows)
+        read = ImageFiles(path).read
+        return Rows(rows.to_iterable_dataset(num_shards=parts) if streaming else rows, len(rows), read)
 
     return list(saved), load
 
@@ -251,7 +319,7 @@ def _has_image(path: Path) -> bool:
     return any(f.lower().endswith(IMG_EXTENSIONS) for _, _, fs in os.walk(path, followlinks=True) for f in fs)
 
 
-def _load_class_folders(path: Path, streaming: bool) -> tuple[datasets.Dataset | datasets.IterableDataset, int]:
+def _load_class_folders(path: Path, streaming: bool) -> Rows:
     names = [folder.name for folder in _folders(path)]
     files = make_dataset(path, {name: i for i, name in enumerate(names)}, IMG_EXTENSIONS, allow_empty=True)
     if not files:
@@ -259,7 +327,8 @@ def _load_class_folders(path: Path, streaming: bool) -> tuple[datasets.Dataset |
     features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=names)})
     images = [{"bytes": None, "path": file} for file, _ in files]
     rows = datasets.Dataset.from_dict({"image": images, "label": [label for _, label in files]}, features=features)
-    return rows.to_iterable_dataset(num_shards=min(len(rows), MAX_PARTS)) if streaming else rows, len(rows)
+    number = len(rows)
+    return Rows(rows.to_iterable_dataset(num_shards=min(number, MAX_PARTS)) if streaming else rows, number, read_named)
 
 
 def _split_in(name: str) -> str | None:
@@ -281,9 +350,8 @@ def _choose_split(src: str, splits: list[str], wanted: str | None) -> str:
     raise InputError(f"{src} has no split {wanted}; it has {', '.join(splits)}")
 
 
-def _describe(
-    src: str, split: str, rows: Any, num_rows: int | None, label_column: str | None, labelled: bool
-) -> Source:
+def _describe(src: str, split: str, loaded: Rows, label_column: str | None, labelled: bool) -> Source:
+    rows, num_rows, read = loaded
     features = rows.features
     if features is None:
         raise InputError(f"{src} does not say what its columns are; read it without --streaming")
@@ -313,6 +381,7 @@ def _describe(
         rows=rows,
         class_names=list(label.names) if isinstance(label, datasets.ClassLabel) else None,
         num_rows=num_rows,
+        read=read,
     )
 
 

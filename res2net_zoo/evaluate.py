@@ -118,7 +118,7 @@ def create_loader(
     config = resolve_model_data_config(model)
     # Bytes travel to the device, as in timm's own loader; `count_correct` normalizes them there.
     transform = create_transform(**config, is_training=False, normalize=False)
-    samples = Samples(transform, "L" if config["input_size"][0] == 1 else "RGB", classes.targets)
+    samples = Samples(transform, "L" if config["input_size"][0] == 1 else "RGB", classes.targets, source.read)
     rank, world = accelerator.process_index, accelerator.num_processes
     dataset: torch.utils.data.Dataset
     if isinstance(source.rows, datasets.Dataset):

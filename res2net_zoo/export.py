@@ -28,7 +28,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from res2net_zoo.files import make_readable, temporary_file
-from res2net_zoo.images import Samples
+from res2net_zoo.images import Samples, read_named
 from res2net_zoo.program import InputError
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def load_images(model: nn.Module, rows: Sequence[dict[str, Any]], img_size: int 
     """
     config = _data_config(model, img_size)
     mode = "L" if config["input_size"][0] == 1 else "RGB"
-    sample = Samples(create_transform(**config, is_training=False), mode, lambda label, path: None)
+    sample = Samples(create_transform(**config, is_training=False), mode, lambda label, path: None, read_named)
     images = []
     for i, row in enumerate(rows):
         result = sample(f"image {i}", row)

@@ -3,10 +3,12 @@
 Without `datasets`, whose import a program that reads files alone need not wait for.
 """
 
+import contextlib
 import glob
 import io
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,17 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from res2net_zoo.files import open_regular, read_bytes
 from res2net_zoo.program import InputError
+
+# Raster formats only, in the order in which they are tried. Pillow goes by a file's content, not its name, and passes
+# EPS to Ghostscript, which runs it as a program. MPO is opened as JPEG.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000")
+
+LARGEST = 2**30  # bytes of an image file
+
+# Pixels that one byte holds at most: a JPEG takes at least one bit for 8 x 8 pixels, a bitmap packs 8 in a byte.
+PIXELS_PER_BYTE = {"JPEG": 512, "MPO": 512, "PPM": 8}
 
 
 def find_images(words: list[str]) -> list[str]:
@@ -47,32 +59,123 @@ def find_images(words: list[str]) -> list[str]:
     return list(found)
 
 
-def read(image: dict[str, Any]) -> bytes:
-    """Read the content of an image that `datasets` has not decoded: its bytes, or those of its path."""
-    if image["bytes"] is not None:
-        return image["bytes"]
-    if "://" not in image["path"]:
-        return Path(image["path"]).read_bytes()
-    import fsspec
+@contextlib.contextmanager
+def open_image(source: str | os.PathLike | bytes) -> Iterator[Image.Image]:
+    """Open an image of a raster format (`FORMATS`), as every program of the zoo does.
 
-    with fsspec.open(image["path"]) as file:  # an image file that is streamed from the Hub
-        return file.read()
+    Args:
+        source: A file, or its content.
+
+    Yields:
+        The image, not decoded yet.
+
+    Raises:
+        InputError: The file is missing or not a regular file.
+        OSError: It is not an image, is damaged, or claims more pixels than its bytes can hold.
+        Exception: What else Pillow raises for a damaged image (`DecompressionBombError`, `SyntaxError`, ...).
+    """
+    with (
+        io.BytesIO(source) if isinstance(source, bytes) else open_regular(Path(source)) as file,
+        Image.open(file, formats=FORMATS) as image,
+    ):
+        place = file.tell()
+        size = file.seek(0, os.SEEK_END)
+        file.seek(place)
+        width, height = image.size
+        if width * height > size * PIXELS_PER_BYTE.get(image.format or "", math.inf):
+            raise OSError(f"it claims {width} x {height} pixels, more than its {size:,} bytes can hold")
+        yield image
 
 
-def decode(image: dict[str, Any], mode: str) -> Image.Image:
+class ForeignPathError(InputError):
+    """An image's path in a dataset that leads out of the data's own folder."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            f"its path {path} is not a relative path below the data's folder; store the image's bytes in the data"
+        )
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """The files that a dataset's images may be read from where it does not hold their content.
+
+    The paths in a dataset come from whoever made it. Passed to fsspec, they would choose a protocol, and
+    with it a host to send requests to or a template to render.
+
+    Attributes:
+        folder: Folder that relative paths start from and must not leave; None to refuse them.
+        listed: Beginnings of the absolute paths and `hf://` URLs that come from listing the data's own
+            folder, cache or repository.
+    """
+
+    folder: Path | None = None
+    listed: tuple[str, ...] = ()
+
+    def read(self, image: dict[str, Any]) -> bytes:
+        """Return the content of an image that `datasets` has not decoded.
+
+        Args:
+            image: `bytes`, or where they are None `path`.
+
+        Raises:
+            ForeignPathError: Its path leads elsewhere.
+            InputError: It has neither, or cannot be read.
+        """
+        if image["bytes"] is not None:
+            return image["bytes"]
+        path = image["path"]
+        if not path:
+            raise InputError("it has neither content nor a path")
+        if "://" not in path and "::" not in path:
+            return read_bytes(self._local(path), LARGEST)
+        # `datasets` names a member of an archive zip://MEMBER::ARCHIVE.
+        member, _, archive = path.removeprefix("zip://").rpartition("::")
+        hops = path.startswith("zip://") == bool(member)
+        if not hops or "::" in member or "://" in member or not archive.startswith(self.listed):
+            raise ForeignPathError(path)
+        import fsspec
+
+        with fsspec.open(path) as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise InputError(f"cannot read {path}: it is larger than the limit of {LARGEST:,} bytes")
+        return content
+
+    def _local(self, path: str) -> Path:
+        if os.path.isabs(path):
+            if os.path.normpath(path).startswith(self.listed):
+                return Path(path)
+        elif self.folder is not None:
+            file, folder = (self.folder / path).resolve(), self.folder.resolve()
+            if file.is_relative_to(folder):
+                return file
+        raise ForeignPathError(path)
+
+
+def read_named(image: dict[str, Any]) -> bytes:
+    """Return the content of an image: its `bytes`, or where they are None those of a `path` that the user named.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    return read_bytes(Path(image["path"]), LARGEST) if image["bytes"] is None else image["bytes"]
+
+
+def decode(content: bytes, mode: str) -> Image.Image:
     """Decode an image as timm's datasets do: no EXIF orientation, then one conversion of mode.
 
     Args:
-        image: `bytes`, or where they are None `path`.
+        content: The image file's content.
         mode: PIL mode, `RGB` or `L`.
 
     Returns:
         The decoded image.
 
     Raises:
-        Exception: Whatever PIL or the file system raise for a corrupt or missing image.
+        Exception: Whatever PIL raises for a corrupt image.
     """
-    with Image.open(io.BytesIO(read(image))) as opened:
+    with open_image(content) as opened:
         return opened.convert(mode)
 
 
@@ -103,6 +206,7 @@ class Samples:
         mode: PIL mode to convert the image to before.
         target: From a row's label and path to the sample's target; an `InputError` that it raises
             becomes the sample's `fatal`.
+        read: From a row's undecoded image to its content: `ImageFiles.read` or `read_named`.
     """
 
     def __init__(
@@ -110,10 +214,12 @@ class Samples:
         transform: Callable[[Image.Image], torch.Tensor],
         mode: str,
         target: Callable[[int | None, str | None], Any],
+        read: Callable[[dict[str, Any]], bytes],
     ) -> None:
         self.transform = transform
         self.mode = mode
         self.target = target
+        self.read = read
 
     def __call__(self, place: str, row: dict[str, Any]) -> Sample:
         """Make one sample of a row."""
@@ -126,15 +232,17 @@ class Samples:
             sample.fatal = str(error)
             return sample
         try:
-            image = {"bytes": read(image), "path": path}
-            sample.image = self.transform(decode(image, self.mode))
+            content = self.read(image)
+            sample.image = self.transform(decode(content, self.mode))
         except Exception as error:
             # A damaged file makes PIL raise nearly anything: OSError, SyntaxError, struct.error, ...
             # What cannot be read over the network is not therefore damaged.
             reason = str(error) or type(error).__name__
             if isinstance(error, UnidentifiedImageError):
-                reason = "no image that Pillow can read"  # its own words name an object in memory
-            if image["bytes"] is None and "://" in (path or ""):
+                reason = "not an image of a supported format"  # Pillow's message names an object in memory
+            if isinstance(error, ForeignPathError):
+                sample.fatal = reason
+            elif image["bytes"] is None and "://" in (path or ""):
                 sample.fatal = f"cannot be read: {reason}"
             else:
                 sample.corrupt = reason

@@ -1,7 +1,7 @@
 """What training loops need beside timm's and Accelerate's: frozen stages, weighted classes, learning rates."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -199,7 +199,13 @@ def balanced(counts: Sequence[int]) -> torch.Tensor:
     return numbers.sum() / (len(numbers) * numbers)
 
 
-def training_samples(model: Any, names: Sequence[str], augmentation: dict[str, Any], crop_padding: int) -> Samples:
+def training_samples(
+    model: Any,
+    names: Sequence[str],
+    augmentation: dict[str, Any],
+    crop_padding: int,
+    read: Callable[[dict[str, Any]], bytes],
+) -> Samples:
     """Make what turns rows into training samples.
 
     Args:
@@ -208,6 +214,7 @@ def training_samples(model: Any, names: Sequence[str], augmentation: dict[str, A
         augmentation: As for timm's `create_transform`.
         crop_padding: Pixels to pad by before a random crop, in place of a random resized crop; 0 for
             that one. As CIFAR images are trained on (He et al., 2016, sec. 4.2).
+        read: From an image of a row to its content: `Source.read`.
 
     Returns:
         It; images come as bytes, or normalized where random erasing needs them to be.
@@ -227,7 +234,7 @@ def training_samples(model: Any, names: Sequence[str], augmentation: dict[str, A
         size = config["input_size"][1:]
         transform.transforms[0:1] = [transforms.Resize(size), transforms.RandomCrop(size, padding=crop_padding)]
     classes = match_classes(names, len(names), names)
-    return Samples(transform, "L" if config["input_size"][0] == 1 else "RGB", classes.targets)
+    return Samples(transform, "L" if config["input_size"][0] == 1 else "RGB", classes.targets, read)
 
 
 class Normalize(nn.Module):

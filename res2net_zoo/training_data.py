@@ -7,7 +7,6 @@ one process with batches of P * B sees.
 """
 
 import contextlib
-import io
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,13 +18,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets.distributed import split_dataset_by_node
-from PIL import Image
 from timm.utils import random_seed
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from res2net_zoo.data import Source, held_out_of, hold_out, labels_of, open_source
 from res2net_zoo.evaluate import collate
-from res2net_zoo.images import Sample, Samples, read
+from res2net_zoo.images import ForeignPathError, Sample, Samples, open_image
 from res2net_zoo.program import InputError, all_or_none, main_first, progress_bar
 from res2net_zoo.stop import spare_worker
 from res2net_zoo.training import balanced
@@ -209,8 +207,8 @@ def _count(labels: np.ndarray, source: Source, names: Sequence[str]) -> list[int
 class _Decodable(torch.utils.data.Dataset):
     """Tells of each image why it cannot be decoded, or None."""
 
-    def __init__(self, rows: datasets.Dataset, indices: range) -> None:
-        self.rows = rows
+    def __init__(self, source: Source, indices: range) -> None:
+        self.source = source
         self.indices = indices
 
     def __len__(self) -> int:
@@ -218,13 +216,19 @@ class _Decodable(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> tuple[int, str] | None:
         index = self.indices[i]
-        image = self.rows[index]["image"] or {"bytes": b"", "path": None}
+        image = self.source.rows[index]["image"] or {"bytes": b"", "path": None}
         try:
-            with Image.open(io.BytesIO(read(image))) as opened:
+            with open_image(self.source.read(image)) as opened:
                 opened.draft("RGB", (1, 1))  # a JPEG's blocks are all read, but turned into few pixels
                 opened.load()
+        except ForeignPathError:
+            raise  # the image is not damaged, so it must not be skipped
         except Exception as error:  # PIL raises nearly anything
-            reason = "no image" if "UnidentifiedImageError" in type(error).__name__ else str(error) or repr(error)
+            reason = (
+                "not an image of a supported format"
+                if "UnidentifiedImageError" in type(error).__name__
+                else str(error) or repr(error)
+            )
             return index, f"{image['path'] or f'image {index}'} ({reason})"
         return None
 
@@ -245,7 +249,7 @@ def find_corrupt(source: Source, accelerator: Accelerator, workers: int) -> dict
         Which images cannot be decoded, by index, and why; the same in every process.
     """
     share = range(accelerator.process_index, len(source.rows), accelerator.num_processes)
-    loader = DataLoader(_Decodable(source.rows, share), batch_size=32, num_workers=workers, collate_fn=_problems)
+    loader = DataLoader(_Decodable(source, share), batch_size=32, num_workers=workers, collate_fn=_problems)
     bar = progress_bar(accelerator, loader, desc=f"check the images of {source.split}")
     found = all_or_none(lambda: [problem for batch in bar for problem in batch])
     return dict(sorted(gather_object(found)))

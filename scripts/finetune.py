@@ -253,7 +253,7 @@ def main(args: argparse.Namespace) -> int:
         "auto_augment": args.auto_augment,
         "re_prob": args.reprob,
     }
-    samples = training_samples(model, names, augmentation, args.crop_padding)
+    samples = training_samples(model, names, augmentation, args.crop_padding, data.train.read)
     teacher = all_or_none(lambda: build_teacher(args, model, names, accelerator)) if args.teacher else None
 
     plan = {

@@ -112,12 +112,12 @@ def predict(
     from timm.data import create_transform, resolve_model_data_config
     from torch.utils.data import DataLoader
 
-    from res2net_zoo.images import MapSamples, Sample, Samples
+    from res2net_zoo.images import MapSamples, Sample, Samples, read_named
     from res2net_zoo.program import InputError, default_workers
 
     config = resolve_model_data_config(model)
     mode = "L" if config["input_size"][0] == 1 else "RGB"
-    samples = Samples(create_transform(**config, is_training=False), mode, lambda label, path: path)
+    samples = Samples(create_transform(**config, is_training=False), mode, lambda label, path: path, read_named)
     indices = range(accelerator.process_index, len(paths), accelerator.num_processes)
     rows: Any = [{"image": {"bytes": None, "path": path}} for path in paths]
     workers = default_workers(accelerator.device) if args.workers is None else args.workers

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from res2net_zoo.data import open_source
-from res2net_zoo.images import Samples, decode
+from res2net_zoo.images import Samples, decode, read_named
 from res2net_zoo.program import InputError
 from tests.conftest import SHIPPED_DATA, save_images
 
@@ -33,7 +33,7 @@ def dataset(n: int, classes: int = 3) -> datasets.Dataset:
 
 def greys(source) -> list[tuple[int, int]]:
     """Return grey value and label of every image."""
-    return [(decode(row["image"], "L").getpixel((0, 0)), row["label"]) for row in source.rows]
+    return [(decode(source.read(row["image"]), "L").getpixel((0, 0)), row["label"]) for row in source.rows]
 
 
 EXPECTED = [(i, i % 3) for i in range(7)]
@@ -157,7 +157,10 @@ def test_images_that_need_no_labels(tmp_path):
     tree(tmp_path / "val", "ILSVRC2012_val_00000001.JPEG", "ILSVRC2012_val_00000002.JPEG")
     for streaming in (False, True):
         source = open_source(str(tmp_path / "val"), labelled=False, streaming=streaming)
-        made = [Samples(lambda image: image, "L", lambda label, path: label)("here", row) for row in source.rows]
+        made = [
+            Samples(lambda image: image, "L", lambda label, path: label, source.read)("here", row)
+            for row in source.rows
+        ]
         assert [sample.target for sample in made] == [None, None]
         assert all("ILSVRC2012_val_0000000" in sample.place and sample.image is not None for sample in made)
 
@@ -236,8 +239,8 @@ def test_images_are_left_as_they_are_stored(tmp_path, streaming):
     folder = tmp_path / "a"
     folder.mkdir()
     Image.new("RGB", (20, 10)).save(folder / "0.jpg", exif=exif)
-    row = next(iter(open_source(str(tmp_path), streaming=streaming).rows))
-    assert decode(row["image"], "RGB").size == (20, 10)
+    source = open_source(str(tmp_path), streaming=streaming)
+    assert decode(source.read(next(iter(source.rows))["image"]), "RGB").size == (20, 10)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +322,7 @@ def test_a_corrupt_image_is_told_and_not_raised(tmp_path):
     (tmp_path / "a" / "0.jpg").write_bytes(content[: len(content) // 2])
     (tmp_path / "a" / "2.jpg").write_bytes(b"")
     rows = open_source(str(tmp_path)).rows
-    samples = Samples(lambda image: image, "RGB", lambda label, path: [label])
+    samples = Samples(lambda image: image, "RGB", lambda label, path: [label], read_named)
     made = [samples(f"image {i}", row) for i, row in enumerate(rows)]
     assert [sample.corrupt is None for sample in made] == [False, True, False]
     assert "0.jpg" in made[0].place and "truncated" in made[0].corrupt

@@ -143,7 +143,7 @@ def test_shipped_digits_are_scikit_learns():
     shares = {}
     for split in ("train", "validation"):
         rows = open_source(str(SHIPPED_DATA), split).rows
-        found += Counter((decode(row["image"], "L").tobytes(), row["label"]) for row in rows)
+        found += Counter((decode(row["image"]["bytes"], "L").tobytes(), row["label"]) for row in rows)
         shares[split] = np.bincount(rows["label"], minlength=10)
     assert found == expected
     assert (shares["train"].sum(), shares["validation"].sum()) == (1437, 360)

@@ -87,7 +87,7 @@ def test_two_processes_say_the_same_in_the_same_order(program, in_process, digit
         (digits / "b" / "3_broken.png").unlink()
     assert (one.returncode, two.returncode) == (1, 1), two.stderr
     for result in (one, two):
-        assert result.stderr.count("3_broken.png is left out: no image that Pillow can read") == 1
+        assert result.stderr.count("3_broken.png is left out: not an image of a supported format") == 1
     a, b = (list(csv.DictReader((tmp_path / f"{n}.csv").open())) for n in (1, 2))
     assert [(row["path"], row["rank"], row["name"]) for row in a] == [(r["path"], r["rank"], r["name"]) for r in b]
     assert [float(row["score"]) for row in a] == pytest.approx([float(row["score"]) for row in b], abs=1e-5)
@@ -114,7 +114,7 @@ def test_names_of_imagenet(in_process, digits, tmp_path):
         (["no/such.jpg"], "is no file or folder"),
         (["tests/*.jpg"], "no pattern that fits one"),
         (["res2net_zoo"], "holds no image"),
-        (["README.md"], "README.md is corrupt (no image that Pillow can read)"),
+        (["README.md"], "README.md is corrupt (not an image of a supported format)"),
         (["README.md", "--skip-corrupt"], "none of the 1 images can be decoded"),
         (["README.md", "--topk", "0"], "--topk"),
         (["README.md", "--topk", "x"], "--topk"),

@@ -94,7 +94,7 @@ def to_tensor(image) -> torch.Tensor:
 
 
 def load(data, accelerator, workers=0, batch=4, epoch=0, first=0, count=None, **options):
-    samples = Samples(to_tensor, "RGB", lambda label, path: [label])
+    samples = Samples(to_tensor, "RGB", lambda label, path: [label], data.train.read)
     number = (data.num_images or 0) // batch
     loader = training_loader(data, samples, accelerator, batch, workers, 0, batches=number, **options)
     return list(itertools.islice(batches(loader, epoch, first), count))

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from res2net_zoo import catalog
 from res2net_zoo.checkpoints import Checkpoints
 from res2net_zoo.files import write_atomically
+from res2net_zoo.images import open_image
 from res2net_zoo.program import InputError, markdown_table, progress_bar
 from res2net_zoo.report import hardware, plainly, start_run, write_metrics, write_recipe
 from res2net_zoo.stop import Stop, spare_worker
@@ -384,7 +385,7 @@ def pictures(
     """
     for path in progress_bar(accelerator, paths, desc="predict", unit="image"):
         try:
-            with Image.open(path) as file:
+            with open_image(path) as file:
                 image = ImageOps.exif_transpose(file).convert("RGB")  # as its camera was held
         except NO_IMAGE as error:
             raise InputError(f"cannot decode {path}: {error}") from error

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from res2net_zoo.images import open_image
 from res2net_zoo.program import InputError, progress_bar
 from res2net_zoo.tasks.base import NO_IMAGE, Annotated, read_lines
 from res2net_zoo.tasks.segmentation import VOC
@@ -84,7 +85,7 @@ class Instances(Annotated):
             raise InputError(f"{source} has no objects that count")
         for file, *size in progress_bar(None, self.images, desc="check the images", unit="image"):
             try:
-                with Image.open(file) as image:
+                with open_image(file) as image:
                     found = list(image.size)
             except NO_IMAGE as error:
                 raise InputError(f"cannot read {file}, which {source} names: {error}") from error
@@ -209,7 +210,7 @@ class Instances(Annotated):
             for mask, instance in zip(masks, instances, strict=True):
                 mask[:] = decoded(instance.rle)
             target["masks"] = masks
-        with Image.open(file) as image:
+        with open_image(file) as image:
             return image.convert("RGB"), target
 
 

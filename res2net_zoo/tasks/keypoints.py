@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
+from res2net_zoo.images import open_image
 from res2net_zoo.program import InputError, progress_bar
 from res2net_zoo.tasks.base import NO_IMAGE, Annotated, Figures, Score, TaskModel, check_options
 
@@ -171,7 +172,7 @@ class COCOPersons(Annotated):
         for i in progress_bar(None, sorted({person.image for person in self.persons}), desc="check", unit="image"):
             file, *size = self.images[i]
             try:
-                with Image.open(file) as image:
+                with open_image(file) as image:
                     found = list(image.size)
             except NO_IMAGE as error:
                 raise InputError(f"cannot read {file}, which {path} names: {error}") from error
@@ -221,7 +222,7 @@ class COCOPersons(Annotated):
         _, width, height = self.images[person.image]
         box = (left, top, min(x + w, width) - left, min(y + h, height) - top)
         joints = torch.from_numpy(person.joints).float()
-        with Image.open(self.path(i)) as image:
+        with open_image(self.path(i)) as image:
             return image.convert("RGB"), {"box": box, "joints": joints[:, :2] + 0.5, "visible": joints[:, 2] > 0}
 
 

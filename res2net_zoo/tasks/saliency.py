@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
+from res2net_zoo.images import open_image
 from res2net_zoo.program import InputError, progress_bar
 from res2net_zoo.tasks.base import NO_IMAGE, Annotated, Figures, Score, TaskModel, check_options, read_lines
 
@@ -80,7 +81,7 @@ class Masks(Annotated):
 
     def _check(self, path: Path, mask_path: Path) -> bool:
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 w, h = image.size
         except NO_IMAGE as error:
             raise InputError(f"cannot read {path}: {error}") from error
@@ -102,13 +103,13 @@ class Masks(Annotated):
 
     def __getitem__(self, i: int) -> tuple[Image.Image, dict[str, Any]]:
         path, mask_path = self.pairs[i]
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return image.convert("RGB"), {"mask": torch.from_numpy(read_mask(mask_path))}
 
 
 def read_mask(path: Path) -> np.ndarray:
     """Return where a mask (H, W) is salient, as pysodmetrics has it."""
-    with Image.open(path) as mask:
+    with open_image(path) as mask:
         return np.asarray(mask.convert("L")) > 128
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
+from res2net_zoo.images import open_image
 from res2net_zoo.program import InputError, progress_bar
 from res2net_zoo.tasks.base import NO_IMAGE, Annotated, Figures, Score, TaskModel, check_options, read_lines
 
@@ -61,7 +62,7 @@ class VOCMasks(Annotated):
             if not path.is_file():
                 raise InputError(f"there is no {path}, which the list names")
         try:
-            with Image.open(self.path(i)) as image, Image.open(self.mask_path(i)) as mask:
+            with open_image(self.path(i)) as image, open_image(self.mask_path(i)) as mask:
                 if image.size != mask.size:
                     sizes = "{} x {}, its image {} x {}".format(*mask.size, *image.size)
                     raise InputError(f"the mask {self.mask_path(i)} is {sizes}; they must be alike")
@@ -89,9 +90,9 @@ class VOCMasks(Annotated):
         return self.folder / "SegmentationClass" / f"{self.names[i]}.png"
 
     def __getitem__(self, i: int) -> tuple[Image.Image, dict[str, Any]]:
-        with Image.open(self.mask_path(i)) as mask:
+        with open_image(self.mask_path(i)) as mask:
             numbers = torch.from_numpy(np.array(mask, dtype=np.int64))
-        with Image.open(self.path(i)) as image:
+        with open_image(self.path(i)) as image:
             return image.convert("RGB"), {"mask": numbers}
 
 
