@@ -14,7 +14,7 @@ from res2net_zoo.cifar import cifar_res2next
 if TYPE_CHECKING:
     from res2net_zoo.inference import optimize
 
-__version__ = "0.1.0"
+__version__ = "0.1.1"
 
 __all__ = ["__version__", "biglittle", "cifar", "cifar_res2next", "dla", "optimize", "res2net"]
 
