@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from res2net_zoo import catalog
 from res2net_zoo.catalog import Accuracy, Checkpoint
 from res2net_zoo.program import markdown_table
+from res2net_zoo.provenance import of_converted
 
 # Names of data sets in the catalogue that are other ones on the Hub.
 HUB_DATASETS = {"imagenet-1k": "ILSVRC/imagenet-1k", "imagenette2": "frgfm/imagenette"}
@@ -39,7 +40,7 @@ def model_card(
     Args:
         name: The model's name.
         text: The card's Markdown.
-        license: Its licence, in the Hub's spelling; None where nobody has said.
+        license: Its licence, in the Hub's spelling; None where it is unknown.
         accuracies: Its accuracies.
         datasets: What it was trained on, as the Hub names it.
         base_model: Repository on the Hub of the weight that it derives from.
@@ -88,13 +89,14 @@ def checkpoint_card(checkpoint: Checkpoint, metadata: dict[str, str]) -> ModelCa
     """
     # Of each dataset the first accuracy is the one to compare with.
     first = {accuracy.dataset: accuracy for accuracy in reversed(checkpoint.accuracies)}
+    origin = of_converted(checkpoint, metadata)
     return model_card(
         checkpoint.name,
         _text(checkpoint, metadata),
-        checkpoint.license.lower(),
+        origin.license,
         list(reversed(first.values())),
         [training_data(checkpoint)],
-        checkpoint.base_model or None,
+        origin.base_model,
     )
 
 

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from timm.data import create_transform, resolve_model_data_config
-from timm.models import parse_model_name
 from timm.utils import reparameterize_model
 from torch import nn
 
 from res2net_zoo.files import make_readable, temporary_file
 from res2net_zoo.images import Samples, read_named
 from res2net_zoo.program import InputError
+from res2net_zoo.provenance import UNKNOWN, Provenance, shown
 
 if TYPE_CHECKING:
     import onnx
@@ -131,32 +131,35 @@ def openvino_core() -> Any:
     return import_openvino().Core()
 
 
-def describe(model: nn.Module, name: str, img_size: int | None = None) -> dict[str, str]:
+def describe(model: nn.Module, name: str, img_size: int | None = None, origin: Provenance = UNKNOWN) -> dict[str, str]:
     """Return what the user of an exported file must know, as the strings that it carries.
 
     Args:
         model: A timm model.
         name: What `create_model` was given; of a folder only its last part is told.
         img_size: Height and width of the images, or None for those of the model's config.
+        origin: Where the weights come from.
 
     Returns:
         `model`, `architecture`, `color` (RGB or L), `interpolation`, `crop_mode`; as JSON `input_size`
         (C, H, W), `mean` and `std` of pixels from 0 to 1, `crop_pct`, and where the config has them
-        `class_names`; where it is known `license`.
+        `class_names`; `provenance`, the record of where the weights come from, as JSON, and of it `license`
+        and `base_model` where they are known.
     """
     cfg: Any = model.pretrained_cfg
     config = _data_config(model, img_size)
     names = cfg.get("label_names") or []
-    source, identifier = parse_model_name(name)
+    known = {"license": origin.license, "base_model": origin.derives_from}
     return {
-        "model": Path(identifier).resolve().name if source == "local-dir" else identifier,
+        "model": shown(name),
         "architecture": cfg["architecture"],
         "color": "L" if config["input_size"][0] == 1 else "RGB",
         "interpolation": config["interpolation"],
         "crop_mode": config["crop_mode"],
         **{key: json.dumps(config[key]) for key in ("input_size", "mean", "std", "crop_pct")},
         **({"class_names": json.dumps(list(names), ensure_ascii=False)} if names else {}),
-        **({"license": cfg["license"]} if cfg.get("license") else {}),
+        **{key: value for key, value in known.items() if value},
+        "provenance": json.dumps(origin.to_dict(), ensure_ascii=False),
     }
 
 

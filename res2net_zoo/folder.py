@@ -1,6 +1,7 @@
 """A model folder: weights, config, card and fingerprint, as timm reads and the Hub keeps it."""
 
 import contextlib
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from res2net_zoo import fingerprint
 from res2net_zoo.catalog import Checkpoint
 from res2net_zoo.files import make_readable
 from res2net_zoo.program import WEIGHTS, InputError
+from res2net_zoo.provenance import KEY, UNKNOWN, Provenance, of_converted
 from res2net_zoo.weights import is_released, save_weights
 
 EVAL_RESULTS = ".eval_results"
@@ -65,6 +67,7 @@ def write_model_folder(
     label_names: Sequence[str] | None = None,
     metadata: dict[str, str] | None = None,
     eval_results: Mapping[str, Sequence[EvalResultEntry]] | None = None,
+    origin: Provenance = UNKNOWN,
 ) -> None:
     """Write a model as a folder that `timm.create_model("local-dir:FOLDER")` reads, by `replaced_folder`.
 
@@ -75,11 +78,12 @@ def write_model_folder(
         label_names: Name of each class.
         metadata: What the weights' file is to say of itself.
         eval_results: Files of the folder `.eval_results`, by name.
+        origin: Where the weights come from.
     """
     with replaced_folder(folder) as new:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         save_weights(tensors, new / WEIGHTS, metadata or {})
-        save_config_for_hf(model, str(new / "config.json"), model_config={"label_names": list(label_names or [])})
+        write_config(new / "config.json", model, origin, label_names)
         card.save(new / "README.md")
         for name, entries in (eval_results or {}).items():
             (new / EVAL_RESULTS).mkdir(exist_ok=True)
@@ -87,8 +91,31 @@ def write_model_folder(
         fingerprint.write(new)
 
 
+def write_config(path: Path, model: nn.Module, origin: Provenance, label_names: Sequence[str] | None = None) -> None:
+    """Write a model's config.json as timm does, except that licence and origin are those of these weights.
+
+    timm copies the model's pretrained cfg, which is that of published weights also where the model has others.
+
+    Args:
+        path: The file.
+        model: A model that `timm.create_model` made.
+        origin: Where its weights come from.
+        label_names: Name of each class.
+    """
+    save_config_for_hf(model, str(path), model_config={"label_names": list(label_names or [])})
+    config = json.loads(path.read_text())
+    config["pretrained_cfg"] = origin.applied_to(config["pretrained_cfg"], config["architecture"])
+    if origin != UNKNOWN:
+        config[KEY] = origin.to_dict()
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def write_backbone(
-    folder: Path, architecture: str, state: Mapping[str, torch.Tensor], preprocessing: Mapping[str, Any]
+    folder: Path,
+    architecture: str,
+    state: Mapping[str, torch.Tensor],
+    preprocessing: Mapping[str, Any],
+    origin: Provenance = UNKNOWN,
 ) -> None:
     """Write a backbone without a classifier, as timm reads it as `local-dir:FOLDER`.
 
@@ -97,6 +124,7 @@ def write_backbone(
         architecture: Its name.
         state: Its state dict, of timm's `features_only` model.
         preprocessing: What differs from that of the architecture's published weights, such as `mean`.
+        origin: Where the weights come from.
     """
     with torch.device("meta"):
         model: Any = timm.create_model(architecture, num_classes=0)
@@ -111,7 +139,7 @@ def write_backbone(
     folder.mkdir()
     tensors = {name: state[name].detach().cpu().contiguous() for name in model.state_dict()}
     save_weights(tensors, folder / WEIGHTS, {})
-    save_config_for_hf(model, str(folder / "config.json"))
+    write_config(folder / "config.json", model, origin)
 
 
 def write_converted(
@@ -139,8 +167,8 @@ def write_converted(
         card, results = cards.checkpoint_card(checkpoint, metadata), cards.eval_results(checkpoint)
     else:
         card = cards.unreleased_card(checkpoint, metadata, folder.resolve().name)
-        model.pretrained_cfg |= dict(tag=None, license=None, origin_url=None, url=None, hf_hub_id=None)
     try:
-        write_model_folder(folder, model, card, metadata=metadata, eval_results=results)
+        origin = of_converted(checkpoint, metadata)
+        write_model_folder(folder, model, card, metadata=metadata, eval_results=results, origin=origin)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror or error}") from error

@@ -10,11 +10,12 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, Mo
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
-from res2net_zoo import verify
+from res2net_zoo import catalog, verify
 from res2net_zoo.files import sha256_of
 from res2net_zoo.folder import EVAL_RESULTS
 from res2net_zoo.hub import TRIES, hash_of, one_line, patiently, plainly, status_of
 from res2net_zoo.program import WEIGHTS, InputError
+from res2net_zoo.provenance import of_folder
 
 COLLECTION = "Res2Net Zoo"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle", ".pdparams", ".joblib", ".npy", ".npz")
@@ -25,6 +26,8 @@ REDISTRIBUTABLE = (
     r"apache-2.0|mit|isc|zlib|unlicense|bsd|bsd-2-clause|bsd-3-clause(-clear)?|cc0-1.0"
     r"|cc-by(-nc)?(-sa)?-[234].[05]|[al]?gpl(-[23].[01])?|mpl-2.0|epl-[12].0|afl-3.0|artistic-2.0|openrail(\+\+)?"
 ).replace(".", r"\.")
+# Those of them under which a derivative may have another licence.
+PERMISSIVE = r"apache-2\.0|mit|isc|zlib|unlicense|bsd|bsd-2-clause|bsd-3-clause(-clear)?|cc0-1\.0|cc-by-[234]\.[05]"
 
 
 class LicenseError(InputError):
@@ -131,10 +134,11 @@ def check_license(folder: Path) -> None:
     """Refuse a weight that may not plainly be passed on.
 
     Raises:
-        LicenseError: Its licence is unknown, forbids it, or covers the weights only perhaps.
+        LicenseError: Its licence is unknown, forbids it, covers the weights only perhaps, or is another than
+            that of its record or of the weights that it derives from.
     """
     advice = "publish it --private, or say --despite-license if you may"
-    checkpoint, license = verify.identify(folder), license_of(folder)
+    checkpoint, license, origin = verify.identify(folder), license_of(folder), of_folder(folder)
     if checkpoint and checkpoint.license_note:
         raise LicenseError(
             f"the licence of {checkpoint.name} is not plainly that of its weights ({checkpoint.license}: "
@@ -148,6 +152,22 @@ def check_license(folder: Path) -> None:
         )
     if not re.fullmatch(REDISTRIBUTABLE, license):
         raise LicenseError(f"the licence {license} of {folder} forbids passing it on, or is unknown; {advice}")
+    if origin.license and license != origin.license.lower():
+        raise LicenseError(
+            f"the card of {folder} states the licence {license}, its config.json {origin.license}; correct one, "
+            f"or {advice}"
+        )
+    if (parent := catalog.load().checkpoints.get(origin.checkpoint or "")) and parent.license_note:
+        raise LicenseError(
+            f"{folder} derives from {parent.name}, whose licence is not plainly that of its weights "
+            f"({parent.license}: {parent.license_note}); {advice}"
+        )
+    inherited = (origin.inherited_license or license).lower()
+    if license != inherited and not re.fullmatch(PERMISSIVE, inherited):
+        raise LicenseError(
+            f"the card of {folder} states the licence {license}, but the weights that it derives from have "
+            f"{inherited}, which may not allow it; {advice}"
+        )
 
 
 def make_plan(folder: Path, repo_id: str, revision: str = "main", private: bool = False) -> Plan:

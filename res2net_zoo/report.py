@@ -31,6 +31,7 @@ from res2net_zoo.evaluate import Counts
 from res2net_zoo.files import write_atomically
 from res2net_zoo.folder import write_model_folder
 from res2net_zoo.program import InputError, markdown_table
+from res2net_zoo.provenance import Provenance
 from res2net_zoo.training_data import TrainingData
 
 if TYPE_CHECKING:
@@ -261,8 +262,7 @@ class Report:
         settings: All settings of the run that have a value.
         data: What it is trained and evaluated on.
         config: The pretrained_cfg of the model that comes out.
-        pretrained: Whether it began with published weights.
-        base_model: Repository on the Hub of those.
+        origin: Where its weights come from.
         hardware: What it runs on.
         command: What started it.
         metrics: Of each epoch.
@@ -275,8 +275,7 @@ class Report:
     settings: dict[str, Any]
     data: TrainingData
     config: dict[str, Any]
-    pretrained: bool
-    base_model: str | None
+    origin: Provenance
     hardware: str
     command: str
     metrics: list[dict[str, Any]]
@@ -307,7 +306,7 @@ class Report:
                 folders.append((self.run / ("ema" if kind else "raw"), (kind,)))
             for folder, kinds in folders:
                 if best_of(self.metrics, kinds)[1:] == (epoch, kind):
-                    write_model_folder(folder, module, self._card(folder, kinds), self.data.names)
+                    write_model_folder(folder, module, self._card(folder, kinds), self.data.names, origin=self.origin)
                     write_recipe(folder, self.settings)
         write_metrics(self.folder, self.metrics)
 
@@ -378,7 +377,7 @@ class Report:
         parts = [
             f"# {name}",
             f"{cfg['architecture']} with {len(data.names)} classes, trained from "
-            f"{'pretrained' if self.pretrained else 'random'} weights on `{data.train.name}` by the Res2Net "
+            f"{'pretrained' if self.origin.start else 'random'} weights on `{data.train.name}` by the Res2Net "
             "Zoo. Res2Net: Gao et al., TPAMI 2021, arXiv 1904.01169.",
             f"""## Use
 
@@ -414,13 +413,14 @@ print(model.pretrained_cfg["label_names"][logits.argmax()])
         ]
         if pictures:
             parts.append("![Learning curve](learning_curve.png)\n\n![Learning rate](learning_rate.png)")
+        if self.origin.start or self.origin.teacher:
+            parts.append(f"The weights come from: {self.origin}.")
         settings = [(key, json.dumps(value, default=str)) for key, value in self.settings.items()]
         table = markdown_table(("setting", "value"), settings)
         parts += [
             f"<details><summary>All settings, as in recipe.toml</summary>\n\n{table}\n\n</details>",
             f"## Citation\n\n{CITATION}\n",
         ]
-        license = self.settings.get("license") or (cfg.get("license") if self.pretrained else None)
         from_hub = data.train.name == self.settings["data"] and not Path(data.train.name).exists()
         hub = [data.train.name] if from_hub else []
-        return model_card(name, "\n\n".join(parts), license, [accuracy], hub, self.base_model)
+        return model_card(name, "\n\n".join(parts), self.origin.license, [accuracy], hub, self.origin.base_model)

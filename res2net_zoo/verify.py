@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from res2net_zoo import catalog, fingerprint
@@ -18,6 +18,7 @@ from res2net_zoo.catalog import Checkpoint
 from res2net_zoo.files import sha256_of
 from res2net_zoo.hub import one_line
 from res2net_zoo.program import WEIGHTS, InputError
+from res2net_zoo.provenance import metadata_of, of_folder
 
 PREPROCESSING = ("input_size", "crop_pct", "interpolation", "mean", "std")
 
@@ -83,7 +84,7 @@ def verify(folder: Path, wanted: Checkpoint | None = None) -> list[Check]:
         # Of some the release gives the first digits alone.
         checks.append(row._replace(passed=source.startswith(known)) if known else row)
     checks.append(Check("strict load", f"{len(tensors)} tensors", every, True))
-    checks.append(_values(tensors))
+    checks += [_values(tensors), _origin(folder)]
     if checkpoint:
         checks.append(_preprocessing(config, checkpoint))
     if not stored:
@@ -122,8 +123,13 @@ def _verify_task(folder: Path) -> list[Check]:
         Check(f"SHA-256 of {WEIGHTS}", sha256_of(folder / WEIGHTS), "not said", None),
         Check("strict load", f"{len(network)} tensors", every, True),
         _values(network),
+        _origin(folder),
         Check("backbone", "the network's" if same else "another", "the network's", same),
     ]
+
+
+def _origin(folder: Path) -> Check:
+    return Check("provenance", str(of_folder(folder)), "-", None)
 
 
 def _values(tensors: dict[str, torch.Tensor]) -> Check:
@@ -147,15 +153,6 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
     if not (folder / WEIGHTS).is_file():
         raise InputError(f"{folder} has no {WEIGHTS}, so it is no model folder")
     return config, name
-
-
-def metadata_of(weights: Path) -> dict[str, str]:
-    """Return what a weights' file says of itself; nothing where it is no whole file."""
-    try:
-        with safe_open(weights, "pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError):
-        return {}
 
 
 def identify(folder: Path) -> Checkpoint | None:

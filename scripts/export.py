@@ -56,11 +56,13 @@ def main(args: argparse.Namespace) -> int:
     from res2net_zoo.images import find_images
     from res2net_zoo.pretrained import create_model
     from res2net_zoo.program import report
+    from res2net_zoo.provenance import of_model
 
     require(*NEEDS[args.format])
     check_output(args.output, args.format)
     check_writable(args.output.resolve().parent)
     model: Any = create_model(args.model).eval()
+    origin = of_model(args.model, model.pretrained_cfg)
     rows: Any
     if args.images:
         rows = [{"image": {"bytes": None, "path": path}} for path in find_images(args.images)]
@@ -78,7 +80,7 @@ def main(args: argparse.Namespace) -> int:
             batch_size=args.batch_size,
             opset=args.opset or OPSET,
             precision=args.precision or "float32",
-            facts=describe(model, args.model, args.img_size),
+            facts=describe(model, args.model, args.img_size, origin),
         )
     except CheckError as error:
         report(error)

@@ -226,8 +226,7 @@ def main(args: argparse.Namespace) -> int:
     workers = default_workers(accelerator.device) if args.workers is None else args.workers
     set_seed(args.seed, deterministic=args.deterministic)  # the same random weights in all processes
     model = all_or_none(lambda: build_model(args, names, args.pretrained))
-    base_model = ((args.pretrained and model.pretrained_cfg.get("hf_hub_id")) or "").partition("@")[0] or None
-    model.pretrained_cfg["tag"] = None  # what comes out is no longer that checkpoint
+    origin = all_or_none(lambda: origin_of(args, model, main_process))
     all_or_none(lambda: try_out(model, args.batch_size))
     if args.sync_bn:
         model = synchronise_batch_norm(model, accelerator)
@@ -340,8 +339,7 @@ def main(args: argparse.Namespace) -> int:
         settings=settings_of(args),
         data=data,
         config=bare.pretrained_cfg,
-        pretrained=args.pretrained,
-        base_model=base_model,
+        origin=origin,
         hardware=hardware(accelerator),
         command=command_of("finetune.py", args, world, accelerator.device.type),
         metrics=metrics,
@@ -621,6 +619,21 @@ def build_model(args: argparse.Namespace, names: list[str], pretrained: bool) ->
     if args.grad_checkpointing:
         model.set_grad_checkpointing(True)
     return model
+
+
+def origin_of(args: argparse.Namespace, model: Any, is_main: bool) -> Any:
+    """Return where the weights that are to be trained come from."""
+    from res2net_zoo import provenance
+
+    before = provenance.of_model(args.model, model.pretrained_cfg, args.pretrained)
+    after = before.after_training(
+        provenance.shown(args.model) if args.pretrained else None,
+        args.license,
+        provenance.shown(args.teacher) if args.teacher else None,
+    )
+    if is_main:
+        provenance.warn_of_other_license(before, after)
+    return after
 
 
 def build_teacher(args: argparse.Namespace, model: Any, names: list[str], accelerator: "Accelerator") -> "nn.Module":

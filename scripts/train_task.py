@@ -95,6 +95,7 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     from accelerate.utils import set_seed
 
+    from res2net_zoo import provenance
     from res2net_zoo.checkpoints import Checkpoints
     from res2net_zoo.program import InputError, all_or_none, default_workers, start_processes
     from res2net_zoo.tasks import task_class
@@ -135,12 +136,17 @@ def main(args: argparse.Namespace) -> int:
         print(
             "warning: --freeze-bn fixes what --pretrained would load; random weights hardly learn so", file=sys.stderr
         )
+    before = model.origin
+    start = provenance.shown(args.model) if args.pretrained else None
+    model.origin = all_or_none(lambda: before.after_training(start, args.license))
+    if accelerator.is_main_process:
+        provenance.warn_of_other_license(before, model.origin)
     facts = {
         "data": Path(args.data).resolve().name,
         "split": args.eval_split,
         data.samples: f"{len(data)} of {args.train_split}, {len(valid)} of {args.eval_split}",
-        "start": args.model if args.pretrained else "random weights",
-        "license": args.license,
+        "start": start or "random weights",
+        "license": model.origin.license,
         "recipe": args.recipe,
         "command": command_of("train_task.py", args, accelerator.num_processes, accelerator.device.type),
     }

@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 from res2net_zoo.folder import replaced_folder, write_backbone
 from res2net_zoo.pretrained import create_model
 from res2net_zoo.program import WEIGHTS, InputError
+from res2net_zoo.provenance import KEY, Provenance, of_folder, of_model
 from res2net_zoo.training import freeze
 from res2net_zoo.weights import save_weights
 
@@ -98,6 +99,7 @@ class TaskModel(nn.Module, ABC):
     Attributes:
         settings: All of these, by which the model is built again; `model` is the architecture.
         network: Backbone and head.
+        origin: Where its weights come from.
         scales: From which to which factor images are scaled for training; None where the task does not.
 
     Raises:
@@ -137,6 +139,7 @@ class TaskModel(nn.Module, ABC):
         options: dict[str, Any] = {} if output_stride is None else {"output_stride": output_stride}
         features: Any = create_model(model, pretrained, features_only=True, **options)
         config = features.pretrained_cfg
+        self.origin: Provenance = of_model(model, config, pretrained)
         self.settings: dict[str, Any] = dict(
             model=config["architecture"],
             classes=list(classes),
@@ -272,11 +275,13 @@ class TaskModel(nn.Module, ABC):
         with replaced_folder(folder) as new:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
             save_weights(tensors, new / WEIGHTS, {})
-            config = {"library_name": "res2net-zoo", "task": self.task, **self.settings}
+            config = {"library_name": "res2net-zoo", "task": self.task, **self.settings, KEY: self.origin.to_dict()}
             (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             card.save(new / "README.md")
             preprocessing = {key: tuple(self.settings[key]) for key in ("mean", "std")}
-            write_backbone(new / "backbone", self.settings["model"], self.features.state_dict(), preprocessing)
+            write_backbone(
+                new / "backbone", self.settings["model"], self.features.state_dict(), preprocessing, self.origin
+            )
 
 
 def check_options(network: Callable[..., Any], options: Mapping[str, Any]) -> None:
@@ -346,7 +351,8 @@ def load_settings(folder: Path) -> tuple[str, dict[str, Any]]:
     try:
         config = json.loads((folder / "config.json").read_text())
         task = config.pop("task")
-        config.pop("library_name", None)
+        for key in ("library_name", KEY):
+            config.pop(key, None)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{folder} is no folder of a task's model: its config.json names no task") from error
     if task not in TASKS:
@@ -370,6 +376,7 @@ def load(name: str) -> TaskModel:
     try:
         model = task_class(task)(**settings)
         model.load_state_dict(load_file(folder / WEIGHTS))
+        model.origin = of_folder(folder)
     except TypeError as error:
         raise InputError(f"{folder}/config.json does not build a model: {error}") from error
     except FileNotFoundError as error:

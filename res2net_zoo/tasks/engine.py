@@ -318,7 +318,8 @@ def make_card(model: TaskModel, metrics: Sequence[dict[str, Any]], accelerator: 
         pipeline_tag=model.hub_task,
         tags=[*(["res2net"] if res2net else []), model.settings["head"], model.task],
         eval_results=results,
-        license=plan.facts.get("license"),
+        license=model.origin.license,
+        base_model=model.origin.base_model,
     )
     rows = [(name.replace("_", " "), value) for name, value in facts.items() if value not in (None, {})]
     text = "\n\n".join(
