@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from res2net_zoo import catalog
 from res2net_zoo.catalog import Accuracy, Checkpoint
 from res2net_zoo.program import markdown_table
-from res2net_zoo.provenance import of_converted
+from res2net_zoo.provenance import of_checkpoint
 
 # Names of data sets in the catalogue that are other ones on the Hub.
 HUB_DATASETS = {"imagenet-1k": "ILSVRC/imagenet-1k", "imagenette2": "frgfm/imagenette"}
@@ -89,7 +89,7 @@ def checkpoint_card(checkpoint: Checkpoint, metadata: dict[str, str]) -> ModelCa
     """
     # Of each dataset the first accuracy is the one to compare with.
     first = {accuracy.dataset: accuracy for accuracy in reversed(checkpoint.accuracies)}
-    origin = of_converted(checkpoint, metadata)
+    origin = of_checkpoint(checkpoint, metadata)
     return model_card(
         checkpoint.name,
         _text(checkpoint, metadata),

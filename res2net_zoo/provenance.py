@@ -173,22 +173,34 @@ UNKNOWN = Provenance(origin="unknown")
 
 
 def of_converted(checkpoint: Checkpoint, metadata: Mapping[str, str]) -> Provenance:
-    """Return the record of a checkpoint of the catalogue, or of another file that was converted as one.
+    """Return the record of a file that was converted as a checkpoint of the catalogue, released or not.
 
     Args:
         checkpoint: Which.
-        metadata: What its weights' file states: source and source_sha256, or nothing where it is
-            the checkpoint by its place, as on the Hub.
+        metadata: What the converted weights' file states: source and source_sha256. Without a hash it counts
+            as the released one, such as a mirror's copy from the Hub.
     """
-    source = printable(metadata.get("source", ""))[:LONGEST]
     digest = metadata.get("source_sha256", "")
-    if digest and not digest.startswith(checkpoint.sha256):
-        return Provenance(origin="file", source=source or None, source_sha256=digest if _is_hash(digest) else None)
+    if digest.startswith(checkpoint.sha256) or not digest:
+        return of_checkpoint(checkpoint, metadata)
+    source = printable(metadata.get("source", ""))[:LONGEST]
+    return Provenance(origin="file", source=source or None, source_sha256=digest if _is_hash(digest) else None)
+
+
+def of_checkpoint(checkpoint: Checkpoint, metadata: Mapping[str, str] | None = None) -> Provenance:
+    """Return the record of a checkpoint of the catalogue.
+
+    Args:
+        checkpoint: Which.
+        metadata: What its converted weights' file states, such as another source than the release's URL.
+    """
+    stated = metadata or {}
+    source, digest = printable(stated.get("source", ""))[:LONGEST], stated.get("source_sha256", "")
     return Provenance(
         origin="checkpoint",
         checkpoint=checkpoint.name,
         source=source or checkpoint.url or None,
-        source_sha256=digest or checkpoint.sha256 or None,
+        source_sha256=(digest if _is_hash(digest) else checkpoint.sha256) or None,
         repository=checkpoint.hub_id or None,
         base_model=checkpoint.base_model or None,
         license=checkpoint.license.lower(),
@@ -264,7 +276,7 @@ def of_repository(identifier: str) -> Provenance:
     record = of_folder(config.parent) if config else UNKNOWN
     known = next((c for c in catalog.load().checkpoints.values() if c.hub_id == repository), None)
     if known and record.origin == "unknown":
-        return of_converted(known, {})
+        return of_checkpoint(known)
     return dataclasses.replace(record, repository=repository)
 
 
@@ -313,7 +325,7 @@ def _released(weights: Path) -> Provenance | None:
     if not known or not weights.is_file():
         return None
     found = known.get(sha256_of(weights))
-    return of_converted(found, {}) if found else None
+    return of_checkpoint(found) if found else None
 
 
 def _card_of(folder: Path) -> dict[str, Any]:
