@@ -53,7 +53,7 @@ def test_fine_tunes_a_folder_of_images_from_given_weights(in_process, tmp_path):
     result = in_process(FINETUNE, *args)
     assert result.returncode == 0, result.stderr
     assert '"cat",' in (folder / "config.json").read_text()
-    assert "license:" not in (folder / "README.md").read_text()  # nobody has said what it is
+    assert "license: apache-2.0\n" in (folder / "README.md").read_text()  # that of the weights that it started from
     # So small a learning rate leaves the weights where they started, but for the new classifier.
     start, end = (load_file(f / "model.safetensors") for f in (SHIPPED_MODEL, folder))
     assert (end["layer1.0.conv1.weight"] - start["layer1.0.conv1.weight"]).abs().max() < 1e-6
@@ -71,10 +71,11 @@ def test_a_recipes_values_stand_behind_the_command_lines(in_process, tmp_path):
 
 
 def test_the_card_has_the_licence_of_the_weights_it_started_from(in_process, tmp_path):
-    """Whatever the recipe; only the command line can say another."""
+    """Whatever the recipe; only the command line can state another."""
     start = shutil.copytree(SHIPPED_MODEL, tmp_path / "start")
     config = json.loads((start / "config.json").read_text())
-    config["pretrained_cfg"] |= dict(license="cc-by-nc-sa-4.0", tag="in1k", hf_hub_id="zoo/base")
+    config["pretrained_cfg"] |= dict(license="other", tag="in1k", hf_hub_id="zoo/other")  # what timm may leave there
+    config["provenance"] |= dict(license="cc-by-nc-sa-4.0", base_model="zoo/base")
     (start / "config.json").write_text(json.dumps(config))
     (tmp_path / "short.toml").write_text("epochs = 1\nworkers = 0\nbatch_size = 128\npretrained = true\n")
     args = ["--model", f"local-dir:{start}", "--recipe", tmp_path / "short.toml", "--output"]
