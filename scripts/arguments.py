@@ -26,11 +26,14 @@ FREE |= {"batch_size", "accumulate"}
 
 
 def within(kind: Callable[[str], float], low: float, high: float = math.inf) -> Callable[[str], float]:
-    """Return an argument type: an int or float from `low` to `high`."""
+    """Return an argument type: a finite int or float from `low` to `high`."""
 
     def parse(text: str) -> float:
-        if not low <= (number := kind(text)) <= high:  # so that not-a-number is refused as well
-            raise argparse.ArgumentTypeError(f"{text} is not {low} or more" + (f", up to {high}" * (high < math.inf)))
+        number = kind(text)
+        finite = not isinstance(number, float) or math.isfinite(number)  # integers may be too large for a float
+        if not (finite and low <= number <= high):
+            bounds = f"{low} or more" + (f", up to {high}" if high < math.inf else "" if finite else " and finite")
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
         return number
 
     parse.__name__ = kind.__name__  # argparse names it when the text is no number at all
