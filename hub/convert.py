@@ -7,12 +7,13 @@ python hub/convert.py --model res2net152d.in1k --checkpoint FILE --output DIR   
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
+from arguments import Parser
 
 
 def parse_args() -> argparse.Namespace:
-    quiet: dict[str, Any] = {"usage": argparse.SUPPRESS}  # so that a wrong argument is told in one line
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "", **quiet)
+    parser = Parser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("--model", required=True, metavar="ARCH.TAG", help="which of the catalogue's checkpoints")
     parser.add_argument(
         "--checkpoint", metavar="FILE", help="the original's file, or its URL; the catalogue's by default"

@@ -8,12 +8,13 @@ RES2NET_ZOO_MIRROR=mirror python ...                                   (pretrain
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
+from arguments import Parser
 
 
 def parse_args() -> argparse.Namespace:
-    quiet: dict[str, Any] = {"usage": argparse.SUPPRESS}  # so that a wrong argument is told in one line
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "", **quiet)
+    parser = Parser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("--to", required=True, type=Path, metavar="DIR", help="the mirror; made if it is not there")
     parser.add_argument(
         "--model",

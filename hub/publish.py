@@ -7,15 +7,17 @@ python hub/publish.py --all --org ORG      (the catalogue, and its repositories 
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
+from arguments import Parser
 
 if TYPE_CHECKING:
     from res2net_zoo import publish
 
 
 def parse_args() -> argparse.Namespace:
-    quiet: dict[str, Any] = {"usage": argparse.SUPPRESS}  # so that a wrong argument is told in one line
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "", **quiet)
+    parser = Parser(description=__doc__.partition("\n")[0] if __doc__ else "")
     add = parser.add_argument
     add("folder", nargs="?", type=Path, metavar="DIR", help="the model folder")
     add("--repo-id", metavar="ORG/NAME", help="where to publish it")

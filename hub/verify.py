@@ -8,12 +8,13 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
+from arguments import Parser
 
 
 def parse_args() -> argparse.Namespace:
-    quiet: dict[str, Any] = {"usage": argparse.SUPPRESS}  # so that a wrong argument is told in one line
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "", **quiet)
+    parser = Parser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("model", metavar="ORG/NAME | DIR", help="a repository on the Hub, or a model folder")
     parser.add_argument("--revision", help="branch, tag or commit of the repository; main by default")
     return parser.parse_args()

@@ -5,10 +5,10 @@ import fnmatch
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from res2net_zoo import ablate, catalog, dla, res2net
 from res2net_zoo.catalog import Architecture, Checkpoint, Printed
+from res2net_zoo.command_line import Parser
 from res2net_zoo.files import write_atomically
 from res2net_zoo.program import InputError, markdown_table, nearest, run
 
@@ -21,12 +21,9 @@ MARKS = {
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
-    quiet: dict[str, Any] = {"usage": argparse.SUPPRESS}  # so that a wrong argument is told in one line
-    parser = argparse.ArgumentParser(
-        prog="python -m res2net_zoo", description="What the zoo has, and where each weight is from.", **quiet
-    )
+    parser = Parser(prog="python -m res2net_zoo", description="What the zoo has, and where each weight is from.")
     commands = parser.add_subparsers(dest="command", required=True, prog="python -m res2net_zoo")
-    listing = commands.add_parser("list", help="a table of all models and checkpoints", **quiet)
+    listing = commands.add_parser("list", help="a table of all models and checkpoints")
     listing.add_argument("pattern", nargs="*", help="names to list, such as 'res2net50*' or '*.in1k'")
     listing.add_argument("--pretrained", action="store_true", help="only what has weights")
     listing.add_argument("--license", metavar="TEXT", help="only weights whose licence has TEXT in it")
@@ -34,12 +31,12 @@ def parse_args() -> argparse.Namespace:
     listing.add_argument("--max-params", type=float, metavar="M", help="at most M million parameters")
     listing.add_argument("--max-gmacs", type=float, metavar="G", help="at most G GMACs an image")
     listing.add_argument("--min-top1", type=float, metavar="P", help="at least P percent top-1 on ImageNet")
-    show = commands.add_parser("show", help="all that is known of a model or checkpoint", **quiet)
+    show = commands.add_parser("show", help="all that is known of a model or checkpoint")
     show.add_argument("name", metavar="NAME", help="such as res2net50_26w_4s or res2net50_26w_4s.in1k")
-    sizes = commands.add_parser("sizes", help="parameters and GMACs, and what publications print of them", **quiet)
+    sizes = commands.add_parser("sizes", help="parameters and GMACs, and what publications print of them")
     for command in (listing, sizes):
         command.add_argument("--update", type=Path, metavar="FILE", help="put the table into FILE, between its marks")
-    ablation = commands.add_parser("ablate", help="what scale, width, cardinality and depth cost and bring", **quiet)
+    ablation = commands.add_parser("ablate", help="what scale, width, cardinality and depth cost and bring")
     ablate.add_arguments(ablation)
     return parser.parse_args()
 

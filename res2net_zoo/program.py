@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from res2net_zoo.command_line import did_you_mean, printable
+
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
@@ -83,18 +85,6 @@ def warn(message: object) -> None:
         message: What is doubtful; its text is put on one line.
     """
     print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
-
-
-def printable(text: object) -> str:
-    """Return text on one line, with what a terminal would obey or could not show as escape sequences.
-
-    Messages quote names and values from files, whose control characters would reach the terminal.
-
-    Args:
-        text: Any object; `str` makes its text.
-    """
-    words = " ".join(str(text).split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in words)
 
 
 def all_or_none(work: Callable[[], T]) -> T:
@@ -247,7 +237,4 @@ def nearest(name: str, names: list[str]) -> str:
         name: What was asked for.
         names: What there is.
     """
-    import difflib
-
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(close)}?" if close else "`python -m res2net_zoo list` shows what there is"
+    return did_you_mean(name, names, "`python -m res2net_zoo list` shows what there is")

@@ -1,21 +1,29 @@
 """What the programs' command lines share. It imports nothing slow, so that `--help` answers at once."""
 
 import argparse
-import difflib
 import json
 import math
 import os
+import runpy
 import shlex
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
+if TYPE_CHECKING:
+    from res2net_zoo.command_line import Parser, did_you_mean
+else:  # by its path, since importing the package imports timm and torch
+    command_line = runpy.run_path(str(ROOT / "res2net_zoo" / "command_line.py"))
+    Parser, did_you_mean = command_line["Parser"], command_line["did_you_mean"]
+
 RECIPES = ROOT / "scripts" / "recipes"
 SHIPPED_MODEL = ROOT / "hub" / "models" / "res2net_tiny.digits"
 SHIPPED_DATA = ROOT / "hub" / "datasets" / "digits"
+
+LARGEST_RECIPE = 2**20  # bytes
 
 # Options that a recipe does not set: they say what this run is to do with its files.
 NOT_SETTINGS = {"output", "recipe", "resume", "overwrite"}
@@ -95,19 +103,55 @@ def add_machine(add: Callable[..., object], workers: bool = True) -> None:
     add("--mixed-precision", choices=("no", "bf16", "fp16"), help=about)
 
 
-def find_recipe(parser: argparse.ArgumentParser, name: str, folder: Path = RECIPES) -> Path:
+def find_recipe(parser: Parser, name: str, folder: Path = RECIPES) -> Path:
     """Return the file of a recipe: one of a folder by its name, or any by its path."""
     path = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
-    if not path.is_file():
+    if not os.path.isfile(path):
         names = sorted(recipe.stem for recipe in folder.glob("*.toml"))
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
-        parser.error(f"no recipe {name}; {hint}")
+        if path.parent == folder:
+            hint = did_you_mean(name, names, f"there are {', '.join(names)}")
+            parser.error(f"no recipe {name}; {hint}")
+        shipped = f"; the name alone finds one of {folder}" if path.stem in names else ""
+        parser.error(f"no recipe file {name}{shipped}")
     return path
 
 
+def read_recipe(parser: Parser, path: Path, settings: Sequence[str]) -> list[str]:
+    """Return the settings of a recipe as options, each of which is checked."""
+    try:
+        if path.stat().st_size > LARGEST_RECIPE:
+            parser.error(f"recipe {path} is larger than the limit of {LARGEST_RECIPE:,} bytes")
+        recipe = tomllib.loads(path.read_text("utf-8-sig"))
+    except OSError as error:
+        parser.error(f"cannot read recipe {path}: {error.strerror}")
+    except RecursionError:
+        parser.error(f"recipe {path} is nested too deeply")
+    except ValueError as error:
+        parser.error(f"recipe {path} is not TOML: {error}")
+    words: list[str] = []
+    for key, value in recipe.items():
+        if key not in settings:
+            hint = did_you_mean(key, settings, "--help lists them")
+            parser.error(f"recipe {path} sets {key}, which is not a setting; {hint}")
+        option = f"--{key.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(option if value else f"--no-{option[2:]}")
+        elif isinstance(value, dict):
+            words += [option, *(f"{name}={json.dumps(entry, default=str)}" for name, entry in value.items())]
+        elif isinstance(value, list):
+            if any(str(entry).startswith("--") for entry in value):
+                parser.error(f"recipe {path}: {key} must be a list of values, without options")
+            words += [option, *map(str, value)]
+        else:
+            words.append(f"{option}={value}")  # in one word, since the value may begin with a dash
+    parser.source = f"recipe {path}: "
+    parser.parse_args(words)
+    parser.source = ""
+    return words
+
+
 def parse_over(
-    parser: argparse.ArgumentParser,
+    parser: Parser,
     recipes: Iterable[Path],
     not_settings: Iterable[str] = (),
     options: Sequence[str] | None = None,
@@ -127,25 +171,7 @@ def parse_over(
     settings = sorted({action.dest for action in parser._actions} - {"help", *not_settings})
     words: list[str] = []
     for path in recipes:
-        try:
-            recipe = tomllib.loads(path.read_text())
-        except OSError as error:
-            parser.error(f"cannot read recipe {path}: {error.strerror}")
-        except ValueError as error:
-            parser.error(f"recipe {path} is no TOML: {error}")
-        for key in recipe:
-            if key not in settings:
-                close = difflib.get_close_matches(key, settings, n=1)
-                hint = f"did you mean {close[0]}?" if close else "--help lists them"
-                parser.error(f"recipe {path} sets {key}, which is no setting; {hint}")
-        for key, value in recipe.items():
-            option = key.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{option}" if value else f"--no-{option}")
-            elif isinstance(value, dict):
-                words += [f"--{option}", *(f"{name}={json.dumps(entry)}" for name, entry in value.items())]
-            else:
-                words += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
+        words += read_recipe(parser, path, settings)
     return parser.parse_args([*words, *(sys.argv[1:] if options is None else options)])
 
 
@@ -165,7 +191,7 @@ def near(value: Any) -> Any:
 
 
 def parse_run(
-    parser: argparse.ArgumentParser,
+    parser: Parser,
     recipe_of: Callable[[argparse.Namespace], str | None],
     folder: Path,
     none_words: Iterable[str],

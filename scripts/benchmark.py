@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arguments import within
+from arguments import Parser, within
 
 if TYPE_CHECKING:
     from res2net_zoo.benchmark import Result
@@ -29,10 +29,9 @@ BACKENDS = ("auto", "native", "openvino", "onnxruntime", "inductor", "cudagraphs
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,  # so that a wrong argument is told in one line
     )
     one = within(int, 1)
     what = parser.add_argument_group("what to measure")

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from arguments import SHIPPED_MODEL, within
+from arguments import SHIPPED_MODEL, Parser, within
 
 METHODS = {  # the grad-cam package's
     "gradcam": "GradCAM",
@@ -26,10 +26,9 @@ METHODS = {  # the grad-cam package's
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,  # so that a wrong argument is told in one line
     )
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="image files, folders of them, or quoted patterns such as 'a/*.jpg'")

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arguments import SHIPPED_DATA, SHIPPED_MODEL, within
+from arguments import SHIPPED_DATA, SHIPPED_MODEL, Parser, within
 
 if TYPE_CHECKING:
     from res2net_zoo.export import Exported
@@ -24,10 +24,9 @@ CHECKED = 16  # images; those of a folder with more are taken at even distances
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,  # so that a wrong argument is told in one line
     )
     add = parser.add_argument
     default = f"local-dir:{os.path.relpath(SHIPPED_MODEL)}"

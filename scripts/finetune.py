@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from arguments import (
     RECIPES,
     SHIPPED_DATA,
+    Parser,
     add_machine,
     add_optimizer,
     add_run_folder,
@@ -48,11 +49,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Parser:
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,  # so that a wrong argument is told in one line
     )
     flag = argparse.BooleanOptionalAction
 

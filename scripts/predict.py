@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from arguments import SHIPPED_MODEL, add_machine, within
+from arguments import SHIPPED_MODEL, Parser, add_machine, within
 
 if TYPE_CHECKING:
     import torch
@@ -27,10 +27,9 @@ if TYPE_CHECKING:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,  # so that a wrong argument is told in one line
     )
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="image files, folders of them, or quoted patterns such as 'a/*.jpg'")

@@ -15,14 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from arguments import add_machine
+from arguments import Parser, add_machine
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,  # so that a wrong argument is told in one line
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder, local-dir:DIR or hf-hub:ORG/NAME")

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from arguments import (
     RECIPES,
+    Parser,
     add_machine,
     add_optimizer,
     add_run_folder,
@@ -36,10 +37,9 @@ TASKS = ("detection", "keypoints", "saliency", "segmentation")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,  # so that a wrong argument is told in one line
     )
     flag = argparse.BooleanOptionalAction
 

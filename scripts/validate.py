@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arguments import SHIPPED_DATA, SHIPPED_MODEL, add_machine, within
+from arguments import SHIPPED_DATA, SHIPPED_MODEL, Parser, add_machine, within
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,10 +30,9 @@ if TYPE_CHECKING:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,  # so that a wrong argument is told in one line
     )
     what = parser.add_argument_group("what to measure")
     what.add_argument(

@@ -1,0 +1,84 @@
+"""Command lines: one line for what is wrong with one, and what it may have meant.
+
+It imports nothing but the standard library, so that the programs read it by its path and `--help` answers at once.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def printable(text: object) -> str:
+    """Return text on one line, with what a terminal would obey or could not show as escape sequences.
+
+    Messages quote names and values from files, whose control characters would reach the terminal.
+
+    Args:
+        text: Any object; `str` makes its text.
+    """
+    words = " ".join(str(text).split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in words)
+
+
+def closest(name: str, names: Iterable[str], number: int = 3) -> list[str]:
+    """Return the names that are most like one: first those that begin with it, the shortest first.
+
+    Args:
+        name: What was asked for.
+        names: What there is.
+        number: How many to return at most.
+    """
+    # Comparing takes quadratic time, and no name here is that long.
+    name, names = name[:100], list(dict.fromkeys(names))
+    longer = [other for other in names if len(name) > 2 and other.startswith(name)]
+    similar = difflib.get_close_matches(name, names, n=number)
+    return list(dict.fromkeys([*sorted(longer, key=lambda other: (len(other), names.index(other))), *similar]))[:number]
+
+
+def did_you_mean(name: str, names: Iterable[str], otherwise: str) -> str:
+    """Return a hint at the names that one may have meant, or another hint where none is like it."""
+    close = closest(name, names)
+    return f"did you mean {' or '.join(close)}?" if close else otherwise
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, which suggests the option or value that may have been meant.
+
+    Attributes:
+        source: What an error begins with: where the words come from, if not from the command line.
+    """
+
+    source = ""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"usage": argparse.SUPPRESS, **kwargs})
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse as `argparse` does, but refuse what is unknown, before something is found to be missing."""
+        words = list(sys.argv[1:] if args is None else args)
+        options = list(self._option_string_actions)
+        for word in words[: words.index("--")] if "--" in words else words:
+            name = word.partition("=")[0]
+            known = any(option.startswith(name) for option in options)
+            # A subcommand's options are its own parser's; with a space in it a word is a value.
+            if word.startswith("--") and not known and " " not in word and self._subparsers is None:
+                self._refuse(name, options)
+        known_args, rest = super().parse_known_args(words, namespace)
+        if rest:
+            self._refuse(rest[0].partition("=")[0], options)
+        return known_args, rest
+
+    def _refuse(self, word: str, options: Iterable[str]) -> None:
+        self.error(f"unrecognized argument {word}; {did_you_mean(word, options, '--help lists what there is')}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            hint = did_you_mean(str(value), choices, f"choose from {', '.join(choices)}")
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}; {hint}")
+
+    def error(self, message: str) -> Any:
+        """Print one line and exit with code 2."""
+        self.exit(2, f"{self.prog}: error: {printable(self.source + message)}\n")
