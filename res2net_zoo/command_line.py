@@ -23,23 +23,29 @@ def printable(text: object) -> str:
 
 
 def closest(name: str, names: Iterable[str], number: int = 3) -> list[str]:
-    """Return the names that are most like one: first those that begin with it, the shortest first.
+    """Return the names that are most like one, in any case: first those that begin with it, in their order.
 
     Args:
         name: What was asked for.
         names: What there is.
         number: How many to return at most.
     """
-    # Comparing takes quadratic time, and no name here is that long.
-    name, names = name[:100], list(dict.fromkeys(names))
-    longer = [other for other in names if len(name) > 2 and other.startswith(name)]
-    similar = difflib.get_close_matches(name, names, n=number)
-    return list(dict.fromkeys([*sorted(longer, key=lambda other: (len(other), names.index(other))), *similar]))[:number]
+    wanted = name[:100].lower()  # comparing takes quadratic time, and no name is that long
+    by_lower: dict[str, str] = {}
+    for other in names:
+        by_lower.setdefault(other.lower(), other)
+    if wanted in by_lower:
+        return [by_lower[wanted]]
+    longer = [other for other in by_lower if len(wanted) > 2 and other.startswith(wanted)]
+    similar = difflib.get_close_matches(wanted, by_lower, n=number)
+    ratio = {other: difflib.SequenceMatcher(None, wanted, other).ratio() for other in similar}
+    similar = [other for other in similar if ratio[other] > ratio[similar[0]] - 0.1]
+    return [by_lower[other] for other in dict.fromkeys([*longer, *similar])][:number]
 
 
-def did_you_mean(name: str, names: Iterable[str], otherwise: str) -> str:
+def did_you_mean(name: str, names: Iterable[str], otherwise: str, number: int = 3) -> str:
     """Return a hint at the names that one may have meant, or another hint where none is like it."""
-    close = closest(name, names)
+    close = closest(name, names, number)
     return f"did you mean {' or '.join(close)}?" if close else otherwise
 
 

@@ -20,6 +20,8 @@ from torch import nn
 
 from res2net_zoo import catalog
 from res2net_zoo.catalog import Accuracy
+from res2net_zoo.command_line import did_you_mean
+from res2net_zoo.names import parse_name
 from res2net_zoo.program import InputError, nearest
 
 
@@ -39,14 +41,9 @@ def create_model(name: str, pretrained: bool = True, **kwargs) -> nn.Module:
         InputError: No such model, no such weights, a file that is no weight of this model, or
             the Hub is out of reach.
     """
-    try:
-        source, identifier = parse_model_name(name)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    source, identifier = parse_name(name)
     if source is None:
         _check_registered(name, pretrained)
-    elif source == "local-dir" and not Path(identifier).is_dir():
-        raise InputError(f"there is no model folder {identifier}")
     try:
         model = timm.create_model(name, pretrained=pretrained, **kwargs)
         _check_config(model)
@@ -79,10 +76,13 @@ def create_model(name: str, pretrained: bool = True, **kwargs) -> nn.Module:
 def _check_registered(name: str, pretrained: bool) -> None:
     architecture = get_arch_name(name)
     if not timm.is_model(architecture):
-        raise InputError(f"there is no model {name}; {nearest(name, timm.list_models() + timm.list_pretrained())}")
+        everything = catalog.load()
+        known = [*everything.architectures, *everything.checkpoints, *timm.list_models(), *timm.list_pretrained()]
+        raise InputError(f"there is no model {name}; {nearest(name, known)}")
     weights = timm.list_pretrained(f"{architecture}.*")
     if "." in name and name not in timm.list_models(f"{architecture}*", include_tags=True):
-        raise InputError(f"{architecture} has no weights {name}; there are {', '.join(weights) or 'none'}")
+        hint = did_you_mean(name, weights, f"there are {', '.join(weights)}" if weights else "it has none")
+        raise InputError(f"{architecture} has no weights {name}; {hint}")
     if pretrained and not weights and not catalog.load().checkpoint(name):
         raise InputError(f"{architecture} has no published weights; train some, or name a folder as local-dir:DIR")
 

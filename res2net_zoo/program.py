@@ -2,13 +2,15 @@
 
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from res2net_zoo.command_line import did_you_mean, printable
+from res2net_zoo.command_line import closest, did_you_mean, printable
 
 if TYPE_CHECKING:
     import torch
@@ -159,9 +161,9 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
 
     Args:
         header: Name of each column.
-        rows: Cells; the text of each is what `str` makes of it.
+        rows: Cells; the text of each is what `str` makes of it, on one line and with control characters escaped.
     """
-    cells = [[str(cell) for cell in row] for row in rows]
+    header, *cells = ([table_cell(cell) for cell in row] for row in [header, *rows])
     widths = [max([3, *(len(row[i]) for row in [list(header), *cells])]) for i in range(len(header))]
     right = [all(row[i][:1].isdigit() or row[i] == "-" for row in cells) for i in range(len(header))]
 
@@ -171,6 +173,26 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
 
     rule = [f"{'-' * (w - 1)}:" if r else "-" * w for w, r in zip(widths, right, strict=True)]
     return "\n".join(line(row) for row in [list(header), rule, *cells])
+
+
+def table_cell(value: object) -> str:
+    """Return the text of a Markdown table's cell, which a vertical bar would end."""
+    return printable(value).replace("|", "\\|")
+
+
+def markdown(text: object) -> str:
+    """Return text from a file as Markdown that shows it literally: no markup, links or HTML, on one line."""
+    return re.sub(r"[\\`*<&~$]|\](?=[(\[:])|^[#>+=-]|(?<!\w)_|_(?!\w)", r"\\\g<0>", printable(text))
+
+
+def similar_path(path: Path) -> str:
+    """Return a hint at the file or folder that a missing path may mean: `; did you mean ...?`, or ""."""
+    try:
+        names = sorted(os.listdir(path.parent))[:10_000]
+    except (OSError, ValueError):
+        return ""
+    close = closest(path.name, names, 1)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
 
 
 def share_of_cores() -> int:
@@ -237,4 +259,4 @@ def nearest(name: str, names: list[str]) -> str:
         name: What was asked for.
         names: What there is.
     """
-    return did_you_mean(name, names, "`python -m res2net_zoo list` shows what there is")
+    return did_you_mean(name, names, "`python -m res2net_zoo list` shows what there is", number=5)

@@ -18,11 +18,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models import parse_model_name
 from torch import nn
 from torch.utils.data import Dataset
 
 from res2net_zoo.folder import replaced_folder, write_backbone
+from res2net_zoo.names import parse_name
 from res2net_zoo.pretrained import create_model
 from res2net_zoo.program import WEIGHTS, InputError
 from res2net_zoo.provenance import KEY, Provenance, of_folder, of_model
@@ -320,15 +320,10 @@ def find_folder(name: str) -> Path:
     Raises:
         InputError: There is none.
     """
-    if ":" not in name:
-        name = f"local-dir:{name}"
-    try:
-        source, identifier = parse_model_name(name)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    source, identifier = parse_name(name if ":" in name else f"local-dir:{name}")
     if source == "local-dir":
         if not (Path(identifier) / "config.json").is_file():
-            raise InputError(f"there is no model folder {identifier}; `train` writes one")
+            raise InputError(f"{identifier} is not a model folder, for it has no config.json; train_task.py writes one")
         return Path(identifier)
     repository, _, revision = identifier.partition("@")
     try:
