@@ -5,8 +5,8 @@ paper uses. What is ours is the layer that they are taken from, for every family
 picture that sets models side by side.
 """
 
-import difflib
 import importlib.util
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,12 @@ import torch
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
+from res2net_zoo.command_line import closest
 from res2net_zoo.files import temporary_file
 from res2net_zoo.images import Samples, read_named
-from res2net_zoo.program import InputError
+from res2net_zoo.program import InputError, printable
+
+LISTED = 20  # classes that an error names; of more only the first and the last
 
 
 @dataclass
@@ -164,9 +167,14 @@ def find_class(word: str, names: Sequence[str]) -> int:
     if not found and word.isdecimal() and int(word) < len(names):
         return int(word)
     if not found:
-        close = difflib.get_close_matches(wanted, {part for parts in short for part in parts}, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {len(names)}, by name or by number from 0"
-        raise InputError(f"there is no class {word}; {hint}")
+        every = [part for parts in short for part in parts]
+        # What has the word in it, such as `eskimo dog` for `dog`, comes before what is spelt alike.
+        close = [part for part in every if re.search(rf"\b{re.escape(wanted)}\b", part)] or closest(wanted, every)
+        hint = f"did you mean {' or '.join(close[:5])}? " if close and wanted else ""
+        listed = f"{', '.join(names)}, by name or by number from 0"
+        if len(names) > LISTED:
+            listed = f"0 ({names[0]}) to {len(names) - 1} ({names[-1]}); predict.py --topk {len(names)} lists them"
+        raise InputError(f"there is no class {word}; {hint}there are {len(names)}: {listed}")
     return found[0]
 
 
@@ -188,10 +196,10 @@ def draw(rows: Sequence[tuple[str, str, Sequence[Seen]]], path: Path) -> None:
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes, (image, name, seen) in zip(grid, rows, strict=True):
         axes[0].imshow(seen[0].picture)
-        axes[0].set_title(f"{image}\n{name}", fontsize=8)
+        axes[0].set_title(f"{printable(image)}\n{printable(name)}", fontsize=8, parse_math=False)
         for axis, one in zip(axes[1:], seen, strict=True):
             axis.imshow(show_cam_on_image(one.picture.astype(np.float32), one.heat, use_rgb=True))
-            axis.set_title(f"{one.model}\n{100 * one.score:.1f} %", fontsize=8)
+            axis.set_title(f"{printable(one.model)}\n{100 * one.score:.1f} %", fontsize=8, parse_math=False)
     for axis in grid.flat:
         axis.set_axis_off()
     try:

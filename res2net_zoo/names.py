@@ -26,8 +26,8 @@ def parse_name(name: str) -> tuple[str | None, str]:
     Raises:
         InputError: Unknown source, missing folder, or not a repository's id; suggests what may have been meant.
     """
-    if os.path.isdir(name) and ":" not in name and not timm.is_model(get_arch_name(name)):
-        raise InputError(f"{name} is a folder; name it as local-dir:{name}")
+    if os.path.exists(name) and ":" not in name and not timm.is_model(get_arch_name(name)):
+        raise InputError(_what_is_wrong(name))
     try:
         source, identifier = parse_model_name(name)
     except ValueError as error:
@@ -77,15 +77,16 @@ def is_path(name: str) -> bool:
 
 
 def _what_is_wrong(name: str) -> str:
+    if os.path.isdir(name):
+        return f"{name} is a folder; name it as local-dir:{name}"
+    if os.path.exists(name):
+        return f"{name} is a file; name a model folder as local-dir:DIR (hub/convert.py makes one of a release's file)"
     prefix, colon, _ = name.partition(":")
     if prefix in SOURCES:
         return f"{name} lacks what follows the colon: a folder after local-dir:, ORG/NAME after hf-hub:"
-    if colon and prefix.replace("-", "").replace("_", "").isalnum():
-        return f"{name}: unknown source {prefix}; {did_you_mean(prefix, SOURCES, f'there are {SOURCES[0]} and hf-hub')}"
-    if os.path.isfile(name):
-        return (
-            f"{name} is a file; name a model folder as local-dir:DIR (hub/convert.py makes one of an original's file)"
-        )
+    if colon and len(prefix) > 1 and prefix.replace("-", "").replace("_", "").isalnum():  # one letter is a drive
+        hint = did_you_mean(prefix, SOURCES, f"there are {' and '.join(SOURCES)}")
+        return f"{name}: unknown source {prefix}; {hint}"
     hint = similar_path(Path(name)).replace("did you mean ", "did you mean local-dir:")
     if not hint:
         hint = "; name a folder as local-dir:DIR" + ("" if is_path(name) else f", or a repository as hf-hub:{name}")

@@ -152,6 +152,8 @@ def progress_bar(accelerator: "Accelerator | None", iterable: Iterable | None = 
 
     # In a log file every update is a line of its own; what is done at once needs no bar at all.
     interval, delay = (0.1, 1) if sys.stderr.isatty() else (10, 10)
+    if "desc" in kwargs:
+        kwargs["desc"] = printable(kwargs["desc"])
     silent = int(os.environ.get("RANK", "0")) > 0 if accelerator is None else not accelerator.is_main_process
     return tqdm(iterable, disable=silent, leave=False, mininterval=interval, delay=delay, **kwargs)
 

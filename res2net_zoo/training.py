@@ -9,15 +9,19 @@ import torch
 from timm.data import Mixup, create_transform, resolve_model_data_config
 from timm.loss import BinaryCrossEntropy
 from timm.models import group_parameters
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision import transforms
 
+from res2net_zoo.command_line import did_you_mean
 from res2net_zoo.images import Samples
 from res2net_zoo.labels import match_classes
 from res2net_zoo.program import InputError
+
+# What timm.scheduler.create_scheduler_v2 documents; timm has no list of them.
+SCHEDULES = ("cosine", "step", "multistep", "poly", "tanh", "constant", "wsd", "rsqrt", "plateau", "none")
 
 
 def freeze(model: Any, stages: str, batch_norm: bool = False) -> list[nn.Module]:
@@ -109,6 +113,20 @@ class Optimization:
     def of(cls, settings: Mapping[str, Any]) -> "Optimization":
         """Take those of a program's settings that are of these names."""
         return cls(**{one.name: settings[one.name] for one in fields(cls) if one.name in settings})
+
+    def __post_init__(self) -> None:
+        """Check the names, which timm does long after the data is read.
+
+        Raises:
+            InputError: timm has no such optimizer or schedule.
+        """
+        name = self.opt.lower()
+        if name.removeprefix("lookahead_").rpartition("_")[2] not in (optimizers := list(map(str, list_optimizers()))):
+            hint = did_you_mean(name, optimizers, "timm.optim.list_optimizers() lists them")
+            raise InputError(f"timm makes no optimizer {self.opt}; {hint}")
+        if self.sched not in SCHEDULES:
+            hint = did_you_mean(self.sched, SCHEDULES, f"there are {', '.join(SCHEDULES)}")
+            raise InputError(f"timm makes no schedule {self.sched}; {hint}")
 
     def create(self, model: nn.Module, steps: int) -> tuple[Any, Any]:
         """Make optimizer and schedule.
@@ -228,8 +246,9 @@ def training_samples(
             **config, **augmentation, is_training=True, normalize=augmentation.get("re_prob", 0) > 0
         )
     except (AssertionError, KeyError, ValueError) as error:
-        words = f"--auto-augment {augmentation.get('auto_augment')}"
-        raise InputError(f"timm knows no such augmentation: {words} ({error!r})") from error
+        policy = augmentation.get("auto_augment")
+        what = f"--auto-augment {policy}: not a policy of timm's, such as rand-m9-mstd0.5, augmix-m3, original or 3a"
+        raise InputError(what if policy else f"timm cannot make this augmentation: {error}") from error
     if crop_padding:
         size = config["input_size"][1:]
         transform.transforms[0:1] = [transforms.Resize(size), transforms.RandomCrop(size, padding=crop_padding)]

@@ -7,7 +7,6 @@ one process with batches of P * B sees.
 """
 
 import contextlib
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from res2net_zoo.data import Source, held_out_of, hold_out, labels_of, open_source
 from res2net_zoo.evaluate import collate
 from res2net_zoo.images import ForeignPathError, Sample, Samples, open_image
-from res2net_zoo.program import InputError, all_or_none, main_first, progress_bar
+from res2net_zoo.program import InputError, all_or_none, main_first, progress_bar, warn
 from res2net_zoo.stop import spare_worker
 from res2net_zoo.training import balanced
 
@@ -280,7 +279,7 @@ def corrupt_images(data: TrainingData, accelerator: Accelerator, workers: int, s
                 "take them out, or leave them out with --skip-corrupt"
             )
         if found and accelerator.is_main_process:
-            print(f"warning: {len(found)} images of {source.split} cannot be decoded and are left out", file=sys.stderr)
+            warn(f"{len(found)} images of {source.split} cannot be decoded and are left out")
     return list(found)
 
 
@@ -486,9 +485,7 @@ def training_loader(
     if data.indices is None:
         rows, alone = share_of_stream(data.train.rows, rank, world, workers)
         if not alone and accelerator.is_main_process:
-            print(
-                f"warning: {data.train.name} has fewer files than there are processes; each reads all", file=sys.stderr
-            )
+            warn(f"{data.train.name} has fewer files than there are processes; each reads all")
         name = "the stream" if world == 1 else f"process {rank}'s share of the stream"
         return DataLoader(
             AugmentedStream(rows, samples, seed_of(seed, rank), batch_size, buffer, name),

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors.torch import save_file
 from res2net_zoo import convert, hub
 from res2net_zoo.catalog import Checkpoint
 from res2net_zoo.files import sha256_of, write_atomically
-from res2net_zoo.program import WEIGHTS, InputError
+from res2net_zoo.program import WEIGHTS, InputError, warn
 
 
 def save_weights(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -98,7 +97,7 @@ def read_original(
         known = released and checkpoint.sha256 and checkpoint.url
         name = checkpoint.url if known else f"a file called {path.name}"
     if not released:
-        print(f"warning: {other}; it is converted without the release's name, licence and figures", file=sys.stderr)
+        warn(f"{other}; it is converted without the release's name, licence and figures")
     metadata = {"source": name, "source_sha256": digest, "converter": convert.VERSION}
     return state, metadata
 

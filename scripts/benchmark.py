@@ -151,7 +151,7 @@ def measure(setting: "Setting", args: argparse.Namespace, folder: Path) -> "list
     from res2net_zoo.benchmark import Result, published_top1
     from res2net_zoo.contenders import OURS, PRODUCT, Built, LeftOut, build, contenders, cost, peak_memory
     from res2net_zoo.measure import by_turns
-    from res2net_zoo.program import progress_bar
+    from res2net_zoo.program import printable, progress_bar
 
     peers = {"all": PEERS, "none": ()}.get(args.peers[0], args.peers)
     ready: dict[str, Built] = {}
@@ -162,7 +162,7 @@ def measure(setting: "Setting", args: argparse.Namespace, folder: Path) -> "list
                 built = build(contender, setting, folder)
                 ready[str(built.contender)] = built
             except LeftOut as error:
-                bar.write(f"{setting}: left out: {error}", file=sys.stderr)
+                bar.write(printable(f"{setting}: left out: {error}"), file=sys.stderr)
 
     gc.collect()
     calls = [built.call for built in ready.values()]
@@ -180,7 +180,7 @@ def measure(setting: "Setting", args: argparse.Namespace, folder: Path) -> "list
                 try:
                     result.memory_mb = peak_memory(built.contender, setting, folder)
                 except LeftOut as error:
-                    bar.write(f"{setting}: no memory: {error}", file=sys.stderr)
+                    bar.write(printable(f"{setting}: no memory: {error}"), file=sys.stderr)
             results.append(result)
     torch._dynamo.reset()  # it keeps what it compiled, and compiles a function a few times only
     return results

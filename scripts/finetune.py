@@ -203,6 +203,7 @@ def main(args: argparse.Namespace) -> int:
         training_loader,
     )
 
+    Optimization.of(vars(args))  # refuses unknown names before the data is read
     run = run_folder(args.output)
     accelerator = start(args, run)
     args.mixed_precision = accelerator.mixed_precision  # which `accelerate launch` may have decided
@@ -566,7 +567,7 @@ def check_plan(
     before: dict[str, Any], now: dict[str, Any], args: argparse.Namespace, accelerator: "Accelerator"
 ) -> None:
     """Find out whether a run can go on from a checkpoint with what it would be given now."""
-    from res2net_zoo.program import InputError
+    from res2net_zoo.program import InputError, warn
 
     def differ(what: str, then: object, found: object, hint: str = "") -> InputError:
         return InputError(f"the run in {args.output} was started with {what} {then}, and has now {found}{hint}")
@@ -586,10 +587,9 @@ def check_plan(
         size = then / accelerator.num_processes / args.accumulate
         raise differ("images a step:", then, now["images a step"], f"; --batch-size {size:g} makes them as many")
     if before != now and accelerator.is_main_process:
-        print(
-            "warning: with other processes, workers or batches than before, the rest of this epoch's stream comes in "
-            "another order: some images come twice, others not at all",
-            file=sys.stderr,
+        warn(
+            "with other processes, workers or batches than before, the rest of this epoch's stream comes in another "
+            "order: some images come twice, others not at all"
         )
 
 

@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
     from res2net_zoo.images import find_images
     from res2net_zoo.labels import class_names
     from res2net_zoo.pretrained import create_model
-    from res2net_zoo.program import InputError, all_or_none, progress_bar, start_processes
+    from res2net_zoo.program import InputError, all_or_none, progress_bar, start_processes, warn
 
     accelerator = start_processes(args.threads, args.mixed_precision)
     paths = all_or_none(lambda: find_images(args.images))
@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> int:
                 if corrupt is not None:
                     skipped += 1
                     if accelerator.is_main_process:
-                        print(f"warning: {path} is left out: {corrupt}", file=sys.stderr)
+                        warn(f"{path} is left out: {corrupt}")
                 elif write is not None:
                     write(path, scores, classes, embedding)
         if skipped == len(paths):

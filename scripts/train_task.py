@@ -97,11 +97,12 @@ def main(args: argparse.Namespace) -> int:
 
     from res2net_zoo import provenance
     from res2net_zoo.checkpoints import Checkpoints
-    from res2net_zoo.program import InputError, all_or_none, default_workers, start_processes
+    from res2net_zoo.program import InputError, all_or_none, default_workers, printable, start_processes, warn
     from res2net_zoo.tasks import task_class
     from res2net_zoo.tasks.engine import Plan, train
     from res2net_zoo.training import Optimization
 
+    optimization = Optimization.of(vars(args))  # refuses unknown names before the data is read
     accelerator = start_processes(args.threads, args.mixed_precision)
     task = task_class(args.task)
     task.check_installed()
@@ -133,9 +134,7 @@ def main(args: argparse.Namespace) -> int:
         model.scales = (low, high)
     model.freeze(args.freeze, args.freeze_bn)
     if args.freeze_bn and not args.pretrained and accelerator.is_main_process:
-        print(
-            "warning: --freeze-bn fixes what --pretrained would load; random weights hardly learn so", file=sys.stderr
-        )
+        warn("--freeze-bn fixes what --pretrained would load; random weights hardly learn so")
     before = model.origin
     start = provenance.shown(args.model) if args.pretrained else None
     model.origin = all_or_none(lambda: before.after_training(start, args.license))
@@ -154,7 +153,7 @@ def main(args: argparse.Namespace) -> int:
         output=args.output,
         checkpoints=checkpoints,
         batch_size=args.batch_size,
-        optimization=Optimization.of(vars(args)),
+        optimization=optimization,
         clip_grad=args.clip_grad,
         seed=args.seed,
         workers=default_workers(accelerator.device) if args.workers is None else args.workers,
@@ -162,7 +161,7 @@ def main(args: argparse.Namespace) -> int:
         settings=settings_of(args),
         facts=facts,
     )
-    shown = ", ".join(data.classes[:5]) + ", ..." * (len(data.classes) > 5)
+    shown = ", ".join(map(printable, data.classes[:5])) + ", ..." * (len(data.classes) > 5)
     accelerator.print(
         f"task: {task.task}, {head} on {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters",
         f"data: {args.data}, {data.samples} {facts[data.samples]}; {shown}",

@@ -163,7 +163,7 @@ def measure(name: str, source: "Source", args: argparse.Namespace, accelerator: 
     from res2net_zoo.evaluate import evaluate
     from res2net_zoo.labels import match_classes, recognise
     from res2net_zoo.pretrained import create_model, published_accuracies
-    from res2net_zoo.program import InputError, all_or_none, default_workers
+    from res2net_zoo.program import InputError, all_or_none, default_workers, warn
 
     model = all_or_none(lambda: create_model(name).to(accelerator.device))
     model = model.to(memory_format=torch.channels_last)  # 1.4 times the images per second on a CPU
@@ -176,7 +176,7 @@ def measure(name: str, source: "Source", args: argparse.Namespace, accelerator: 
         benchmark = None  # ImageNet's images, but another task
     classes = match_classes(source.class_names, num_classes, cfg.get("label_names"), benchmark)
     if classes.warning and accelerator.is_main_process:
-        print(f"warning: {name}: {classes.warning}", file=sys.stderr)
+        warn(f"{name}: {classes.warning}")
     accuracies = published_accuracies(name)
     counts = evaluate(
         model,
@@ -191,7 +191,7 @@ def measure(name: str, source: "Source", args: argparse.Namespace, accelerator: 
     if not counts.samples:
         raise InputError(f"{args.data} has no image to count in split {source.split}")
     if counts.corrupt and accelerator.is_main_process:
-        print(f"warning: {len(counts.corrupt)} corrupt images left out: {'; '.join(counts.corrupt)}", file=sys.stderr)
+        warn(f"{len(counts.corrupt)} corrupt images left out: {'; '.join(counts.corrupt)}")
     if benchmark is None and num_classes == 1000:  # the size of a stream is known only now
         benchmark = recognise(source.name, source.split, source.class_names, counts.num_rows)
     published = find_published(accuracies, benchmark, source)
