@@ -5,6 +5,7 @@ python hub/convert.py --model res2net152d.in1k --checkpoint FILE --output DIR   
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -27,12 +28,14 @@ def main(args: argparse.Namespace) -> int:
     from res2net_zoo import catalog, weights
     from res2net_zoo.files import check_can_make
     from res2net_zoo.folder import write_converted
-    from res2net_zoo.program import WEIGHTS, InputError
+    from res2net_zoo.program import WEIGHTS, InputError, similar_path
 
     (checkpoint,) = catalog.choose([args.model])
     source = checkpoint.url if args.checkpoint is None else args.checkpoint
     if not source:
         raise InputError(f"{checkpoint.name} is no direct download: {checkpoint.notes}; give its file by --checkpoint")
+    if args.checkpoint is not None and "://" not in source and not os.path.exists(source):
+        raise InputError(f"there is no file {source}{similar_path(Path(source))}")
     check_can_make(args.output)
     is_model = all((args.output / name).is_file() for name in ("config.json", WEIGHTS))
     if args.output.is_dir() and any(args.output.iterdir()) and not is_model:

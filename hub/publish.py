@@ -53,11 +53,12 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     import res2net_zoo  # noqa: F401  registers the models
+    from res2net_zoo.names import check_folder
 
     if args.all:
         publish_all(args)
     else:
-        publish_one(args, args.folder, args.repo_id)
+        publish_one(args, check_folder(str(args.folder).removeprefix("local-dir:")), args.repo_id)
     return 0
 
 

@@ -5,6 +5,7 @@ python hub/verify.py ORG/NAME --revision v1
 """
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -23,14 +24,20 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     import res2net_zoo  # noqa: F401  registers the models
     from res2net_zoo import catalog, hub, verify
-    from res2net_zoo.program import InputError, markdown_table
+    from res2net_zoo.names import check_folder, is_path
+    from res2net_zoo.program import InputError, markdown_table, printable, similar_path
 
-    folder, checks = Path(args.model), []
-    if args.model and folder.is_dir():
+    checks = []
+    source, colon, name = args.model.partition(":")
+    if colon and source in ("local-dir", "hf-hub"):
+        args.model = name
+    folder = Path(args.model)
+    if source == "local-dir" or (source != "hf-hub" and (os.path.exists(folder) or is_path(args.model))):
+        check_folder(args.model)
         if args.revision:
-            raise InputError(f"{folder} is a folder, and has no --revision")
-    elif args.model.count("/") != 1 or args.model.startswith((".", "/", "~")):
-        raise InputError(f"there is no folder {args.model}, and it is no repository id ORG/NAME")
+            raise InputError(f"{folder} is a folder, and has no --revision; leave it out")
+    elif "/" not in args.model:
+        raise InputError(f"there is no model folder {args.model}{similar_path(folder) or '; a repository is ORG/NAME'}")
     else:
         folder = hub.snapshot(args.model, args.revision)
         checks.append(verify.Check("files", f"those of commit {folder.name}", "as the Hub has them", True))
@@ -43,10 +50,10 @@ def main(args: argparse.Namespace) -> int:
     rows = [(*texts, results[check.passed]) for texts, check in zip(short, checks, strict=True)]
     print(markdown_table(("check", "found", "expected", "result"), rows))
     if failed := [check for check in checks if check.passed is False]:
-        print(f"{args.model}: {len(failed)} of {len(checks)} checks failed")
+        print(f"{printable(args.model)}: {len(failed)} of {len(checks)} checks failed")
         return 1
     sure = any(check.passed and check.what.startswith("SHA-256") for check in checks)
-    print(f"{args.model}: passed" + ("" if sure else "; but nobody has said what the hash of its weights should be"))
+    print(f"{printable(args.model)}: passed" + ("" if sure else "; the hash that its weights should have is unknown"))
     return 0
 
 

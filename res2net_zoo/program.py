@@ -51,7 +51,13 @@ def run(main: Callable[[], int]) -> int:
     except InputError as error:
         report(error)
         return 2
+    except MemoryError as error:
+        report(f"not enough memory{f': {error}' * bool(str(error))}; make batches or images smaller")
+        return 1
     except RuntimeError as error:
+        if isinstance(error, _out_of_memory()) or "can't allocate memory" in str(error):
+            report(f"not enough memory: {str(error).splitlines()[0]}; make batches or images smaller")
+            return 1
         if "DataLoader worker" not in str(error):
             raise
         # Torch raises it wherever the program happens to be.
@@ -65,6 +71,18 @@ def run(main: Callable[[], int]) -> int:
         # the end of Python too, goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 and the number of SIGPIPE
+    except OSError as error:
+        if error.errno is None:  # a library's own, not the operating system's
+            raise
+        names = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        report(f"cannot read or write{f' {names}' * bool(names)}: {error.strerror}")
+        return 2
+
+
+def _out_of_memory() -> tuple[type[BaseException], ...]:
+    """Return what torch raises where a device's memory is full, if torch is imported."""
+    torch = sys.modules.get("torch")
+    return () if torch is None else (torch.OutOfMemoryError,)
 
 
 def report(error: object) -> None:
@@ -185,6 +203,14 @@ def table_cell(value: object) -> str:
 def markdown(text: object) -> str:
     """Return text from a file as Markdown that shows it literally: no markup, links or HTML, on one line."""
     return re.sub(r"[\\`*<&~$]|\](?=[(\[:])|^[#>+=-]|(?<!\w)_|_(?!\w)", r"\\\g<0>", printable(text))
+
+
+def code_span(text: object) -> str:
+    """Return text from a file as a Markdown code span, which shows it literally, on one line."""
+    words = printable(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", words)), default=0))
+    space = " " * (len(fence) > 1)
+    return f"{fence}{space}{words}{space}{fence}"
 
 
 def similar_path(path: Path) -> str:

@@ -30,7 +30,7 @@ from res2net_zoo.catalog import Accuracy
 from res2net_zoo.evaluate import Counts
 from res2net_zoo.files import write_atomically
 from res2net_zoo.folder import write_model_folder
-from res2net_zoo.program import InputError, markdown_table
+from res2net_zoo.program import InputError, markdown_table, code_span, markdown, printable
 from res2net_zoo.provenance import Provenance
 from res2net_zoo.training_data import TrainingData
 
@@ -166,8 +166,10 @@ def draw_mistakes(folder: Path, mistakes: Mistakes, names: Sequence[str]) -> boo
         axes.axis("off")
     for axes, (confidence, right, answer, image) in zip(grid, mistakes.worst, strict=False):
         axes.imshow(image.permute(1, 2, 0).squeeze(2) if len(image) == 1 else image.permute(1, 2, 0), cmap="gray")
-        said, true = (textwrap.shorten(names[i].replace("_", " "), 22, placeholder="...") for i in (answer, right))
-        axes.set_title(f"{said} {100 * confidence:.0f}%\n({true})", fontsize=8)
+        said, true = (
+            textwrap.shorten(printable(names[i]).replace("_", " "), 22, placeholder="...") for i in (answer, right)
+        )
+        axes.set_title(f"{said} {100 * confidence:.0f}%\n({true})", fontsize=8, parse_math=False)
     _save(folder, "mistakes.png", figure)
     return True
 
@@ -185,7 +187,7 @@ def hardware(accelerator: Accelerator) -> str:
 def mistakes_table(mistakes: Mistakes, names: Sequence[str]) -> str:
     """Return the commonest mistakes as Markdown, or a sentence where there is none."""
     rows = [
-        (names[right], names[answer], number, f"{100 * number / of:.1f}")
+        (markdown(names[right]), markdown(names[answer]), number, f"{100 * number / of:.1f}")
         for right, answer, number, of in mistakes.pairs()
     ]
     if not rows:
@@ -364,7 +366,7 @@ class Report:
             dataset=data.valid.name, split=data.valid.split, top1=top1, top5=top5, source="scripts/finetune.py"
         )
         held_out = "/held-out-" in data.valid.split
-        classes = ", ".join(f"`{name}`" for name in data.names[:50]) + ", ..." * (len(data.names) > 50)
+        classes = ", ".join(map(code_span, data.names[:50])) + ", ..." * (len(data.names) > 50)
         trained = f"{data.num_images:,} images" if data.indices is not None else "a stream of images"
         if data.counts and min(data.counts) < max(data.counts):
             trained += f", {min(data.counts):,} to {max(data.counts):,} of each class,"
@@ -375,9 +377,9 @@ class Report:
         average = ", by a moving average of the weights" * bool(kind)
         mode = "L" if cfg["input_size"][0] == 1 else "RGB"
         parts = [
-            f"# {name}",
+            f"# {markdown(name)}",
             f"{cfg['architecture']} with {len(data.names)} classes, trained from "
-            f"{'pretrained' if self.origin.start else 'random'} weights on `{data.train.name}` by the Res2Net "
+            f"{'pretrained' if self.origin.start else 'random'} weights on {code_span(data.train.name)} by the Res2Net "
             "Zoo. Res2Net: Gao et al., TPAMI 2021, arXiv 1904.01169.",
             f"""## Use
 
@@ -388,7 +390,7 @@ import timm
 import res2net_zoo  # registers the model with timm
 from PIL import Image
 
-model = timm.create_model("local-dir:{folder.name}", pretrained=True).eval()
+model = timm.create_model({json.dumps(f"local-dir:{folder.name}")}, pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 logits = model(transform(Image.open("image.jpg").convert("{mode}")).unsqueeze(0))
 print(model.pretrained_cfg["label_names"][logits.argmax()])
@@ -407,15 +409,15 @@ print(model.pretrained_cfg["label_names"][logits.argmax()])
             parts.append("The most confident, as the model sees them:\n\n![Mistakes](mistakes.png)")
         versions = f"torch {torch.__version__.split('+')[0]} and timm {timm.__version__}"
         parts += [
-            f"## Training\n\nMade by\n\n```\n{self.command}\n```",
+            f"## Training\n\nMade by\n\n```\n{printable(self.command)}\n```",
             f"This was {versions} on {self.hardware}: {f'{speeds[-1]:g} images/s, ' if speeds else ''}at most "
             f"{metrics[-1]['peak_memory_mb']:,} MB in a process.",
         ]
         if pictures:
             parts.append("![Learning curve](learning_curve.png)\n\n![Learning rate](learning_rate.png)")
         if self.origin.start or self.origin.teacher:
-            parts.append(f"The weights come from: {self.origin}.")
-        settings = [(key, json.dumps(value, default=str)) for key, value in self.settings.items()]
+            parts.append(f"The weights come from: {markdown(str(self.origin))}.")
+        settings = [(key, markdown(json.dumps(value, default=str))) for key, value in self.settings.items()]
         table = markdown_table(("setting", "value"), settings)
         parts += [
             f"<details><summary>All settings, as in recipe.toml</summary>\n\n{table}\n\n</details>",

@@ -95,7 +95,7 @@ def test_the_card_has_the_licence_of_the_weights_it_started_from(in_process, tmp
     [
         ("epochs = 'many'", "--epochs: invalid int value: 'many'"),
         ("epoch = 3", "sets epoch, which is not a setting; did you mean epochs?"),
-        ("epochs 3", "is no TOML"),
+        ("epochs 3", "is not TOML"),
         ("scale = [0.5]", "--scale"),
     ],
 )

@@ -1,0 +1,257 @@
+"""What programs print where something is wrong: one line that names the culprit and what may have been meant."""
+
+import unicodedata
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from res2net_zoo.card import model_card
+from res2net_zoo.command_line import closest
+from res2net_zoo.folder import write_model_folder
+from res2net_zoo.pretrained import create_model
+from res2net_zoo.program import InputError, code_span, markdown, markdown_table, run
+from tests.conftest import SHIPPED_MODEL, input_error
+
+PROGRAMS = {
+    "scripts/validate.py": (),
+    "scripts/finetune.py": (),
+    "scripts/predict.py": ("a.jpg",),
+    "scripts/benchmark.py": (),
+    "scripts/export.py": ("--format", "onnx"),
+    "scripts/cam.py": ("a.jpg",),
+    "scripts/train_task.py": (),
+    "scripts/validate_task.py": ("model", "--data", "data"),
+    "scripts/predict_task.py": ("model", "a.jpg"),
+    "hub/convert.py": ("--model", "res2net50d.in1k"),
+}
+HOSTILE = "a\x1b[31m|b\u202e\udcff<i>"
+
+
+def plain(text: str) -> bool:
+    """Return whether a terminal shows all of a text as it is."""
+    return all(c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in text)
+
+
+@pytest.mark.parametrize("program_args", PROGRAMS.items(), ids=PROGRAMS)
+def test_a_misspelt_option_is_named_before_a_missing_one(in_process, program_args):
+    path, args = program_args
+    line = input_error(in_process(path, *args, "--ouput", "x"))
+    assert "unrecognized argument --ouput; did you mean --output" in line
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("hub/mirror.py", "--too", "x"), "--too; did you mean --to?"),
+        (("hub/verify.py", "x", "--revison=v1"), "--revison; did you mean --revision?"),
+        (("hub/publish.py", "x", "--dryrun"), "--dryrun; did you mean --dry-run?"),
+        (("scripts/export.py", "--format", "onx", "--output", "x.onnx"), "invalid choice: 'onx'; did you mean onnx?"),
+        (("scripts/predict.py", "a.jpg", "--format", "xml"), "invalid choice: 'xml'; choose from table, jsonl, csv"),
+        (("scripts/train_task.py", "--task", "detectio"), "did you mean detection?"),
+        (("scripts/finetune.py", "--balance", "los"), "did you mean loss?"),
+        (("scripts/finetune.py", "--opt", "adamm"), "no optimizer adamm; did you mean adam "),
+        (("scripts/finetune.py", "--sched", "cosin"), "no schedule cosin; did you mean cosine?"),
+        (("scripts/finetune.py", "--recipe", "finetun"), "no recipe finetun; did you mean finetune?"),
+        (("scripts/finetune.py", "--recipe", "./finetune.toml"), "no recipe file ./finetune.toml"),
+        (("scripts/finetune.py", "extra"), "unrecognized argument extra; --help lists"),
+        (("scripts/train_task.py", "--task", "saliency", "--data", "x", "--opt", "adamm"), "did you mean adam "),
+        (("scripts/cam.py", "hub", "--class", "dog"), "there is no class dog; there are 10: 0, 1, 2, 3"),
+        (("scripts/finetune.py", "--model", "res2net50"), "res2net50_26w_4s"),
+        (("scripts/export.py", "--format", "onnx", "--output", "x.onnx", "--model", "hub"), "local-dir:hub"),
+        (("hub/verify.py", "hub/modles"), "there is no model folder hub/modles; did you mean hub/models?"),
+        (("hub/verify.py", "../no/such"), "there is no model folder ../no/such"),
+        (("hub/verify.py", "local-dir:hub/modles"), "did you mean hub/models?"),
+        (("hub/verify.py", "README.md"), "README.md is a file; name a model folder"),
+        (("hub/publish.py", "hub/modles", "--repo-id", "a/b"), "there is no model folder hub/modles; did you mean"),
+        (("hub/mirror.py", "--to", "README.md"), "README.md is a file; name a folder"),
+        (
+            ("hub/convert.py", "--model", "res2net50d.in1k", "--checkpoint", "READM.md", "--output", "x"),
+            "READM.md; ",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_one_line_says_what_was_meant(in_process, monkeypatch, tmp_path, args, says):
+    if "cam.py" in args[0]:
+        Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+        args = (args[0], tmp_path, *args[2:], "--output", tmp_path / "cam.png")
+    assert says in input_error(in_process(*args))
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("lst",), "invalid choice: 'lst'; did you mean list?"),
+        (("list", "--pretraind"), "unrecognized argument --pretraind; did you mean --pretrained?"),
+        (("show", "res2net50"), "did you mean res2net50_26w_4s or"),
+        (("show", "res2net50d.in2k"), "did you mean res2net50d.in1k"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_the_catalogues_commands_suggest_as_well(capfd, monkeypatch, args, says):
+    from res2net_zoo import __main__ as program
+
+    monkeypatch.setattr("sys.argv", ["res2net_zoo", *args])
+    with pytest.raises(SystemExit) as stopped:
+        raise SystemExit(run(lambda: program.main(program.parse_args())))
+    _, err = capfd.readouterr()
+    assert stopped.value.code == 2 and err.count("\n") == 1 and says in err
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("res2net50", "did you mean res2net50_26w_4s or res2net50_48w_2s or"),
+        ("Res2Net50_26w_4s", "did you mean res2net50_26w_4s?"),
+        ("resnet5O", "did you mean resnet50"),
+        ("res2net50_26w_4s.in2k", "did you mean res2net50_26w_4s.in1k?"),
+        (
+            "outputs/mine",
+            "there is no model folder outputs/mine; name a folder as local-dir:DIR, or a repository as hf-hub",
+        ),
+        ("hub/models", "hub/models is a folder; name it as local-dir:hub/models"),
+        ("hub", "hub is a folder; name it as local-dir:hub"),
+        ("./hub/modls", "did you mean local-dir:hub/models?"),
+        ("hub/publish.py", "hub/publish.py is a file"),
+        ("../no/such", "there is no model folder ../no/such; name a folder as local-dir:DIR"),
+        ("local_dir:hub", "unknown source local_dir; did you mean local-dir?"),
+        ("localdir:hub", "did you mean local-dir?"),
+        ("local-dir:", "a folder after local-dir:"),
+        ("local-dir:hub/modles", "there is no model folder hub/modles; did you mean hub/models?"),
+        ("local-dir:README.md", "README.md is a file"),
+        ("local-dir:~/no-such", "write it in full"),
+        ("local-dir:" + 5000 * "a", "there is no model folder aaa"),
+        ("hf-hub:../x", "../x is not a repository id ORG/NAME"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_names_of_models(monkeypatch, name, says):
+    monkeypatch.chdir(SHIPPED_MODEL.parents[2])
+    with pytest.raises(InputError) as refused:
+        create_model(name)
+    assert says in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('lr = "fast"', "--lr: invalid float value: 'fast'"),
+        ("lr = inf", "--lr: inf is not 0 or more and finite"),
+        ("lr = nan", "--lr: nan is not 0 or more"),
+        ("lr = -1", "--lr: -1 is not 0 or more"),
+        ('lss = "ce"', "sets lss, which is not a setting; did you mean loss?"),
+        ('loss = "c"', "invalid choice: 'c'"),
+        ("lr = ", "is not TOML"),
+        (f"x = {'[' * 5000}", "is nested too deeply"),
+        ('tracker = ["none", "--overwrite"]', "must be a list of values"),
+        ('tracker = "--overwrite"', "--tracker --overwrite is none that"),
+        (b"\xff\xfe", "is not TOML"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_wrong_recipe_is_named(in_process, tmp_path, content, says):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    line = input_error(in_process("scripts/finetune.py", "--recipe", path, "--output", tmp_path / "out"))
+    assert says in line and ("mine.toml" in line or "--tracker" in line)
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark(in_process, tmp_path):
+    (tmp_path / "mine.toml").write_bytes(b'\xef\xbb\xbfopt = "adamm"\n')
+    args = ("--recipe", tmp_path / "mine.toml", "--output", tmp_path / "out")
+    assert "no optimizer adamm" in input_error(in_process("scripts/finetune.py", *args))
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e999"])
+def test_a_number_is_finite(in_process, value):
+    line = input_error(in_process("scripts/finetune.py", f"--lr={value}"))
+    assert "is not 0 or more" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (InputError(f"no {HOSTILE}"), 2, r"error: no a\x1b[31m|b\u202e\udcff<i>"),
+        (OSError(28, "No space left on device", "out.json"), 2, "error: cannot read or write out.json: No space left"),
+        (MemoryError(), 1, "error: not enough memory; make"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 1, "error: not enough memory: CUDA out of memory.; make"),
+    ],
+    ids=["control characters", "full disk", "memory", "memory of a GPU"],
+)
+def test_what_a_program_raises_is_one_plain_line(capfd, error, code, says):
+    def main() -> int:
+        raise error
+
+    assert run(main) == code
+    _, err = capfd.readouterr()
+    assert err.count("\n") == 1 and err.startswith(says) and plain(err)
+
+
+def test_what_is_wrong_on_a_command_line_is_printed_plainly(in_process):
+    line = input_error(in_process("scripts/predict.py", "a.jpg", f"--{HOSTILE}"))
+    assert r"\x1b[31m" in line and plain(line)
+    assert plain(input_error(in_process("scripts/finetune.py", "--recipe", f"{HOSTILE}.toml")))
+
+
+def test_tables_keep_their_columns_and_the_terminal():
+    header, rule, row = markdown_table((HOSTILE, "top-1"), [(HOSTILE, "1.0")]).splitlines()
+    assert plain(header + row)
+    cell = r"a\x1b[31m\|b\u202e\udcff<i>"
+    assert header.startswith(f"| {cell} |") and row.startswith(f"| {cell} |")
+    assert len(header) == len(rule) == len(row)
+
+
+@pytest.fixture(scope="module")
+def hostile_model(tmp_path_factory):
+    """A model folder whose classes have names that a terminal, Markdown and matplotlib would obey."""
+    folder = tmp_path_factory.mktemp("hostile") / "model"
+    names = ["red\x1b[31m|pipe", "right\u202eleft", "cost_$5^_$", "<script>x</script>", "`code` [a](b)"]
+    write_model_folder(folder, timm.create_model("res2net_tiny", num_classes=5), model_card("m", "# m", None), names)
+    return folder
+
+
+@pytest.mark.parametrize("program", ["predict", "cam", "class"])
+def test_class_names_reach_no_terminal(in_process, tmp_path, hostile_model, program):
+    image = tmp_path / "$_^a\x1b[2J.png"
+    Image.new("RGB", (8, 8)).save(image)
+    args = {
+        "predict": ("scripts/predict.py", image),
+        "cam": ("scripts/cam.py", image, "--class", "2", "--output", tmp_path / "cam.png"),
+        "class": ("scripts/cam.py", image, "--class", "dog", "--output", tmp_path / "cam.png"),
+    }[program]
+    result = in_process(*args, "--model", f"local-dir:{hostile_model}")
+    assert result.returncode == (2 if program == "class" else 0), result.stderr
+    assert plain(result.stdout + result.stderr)
+    if program == "predict":
+        header, rule, row = result.stdout.splitlines()
+        assert row.replace(r"\|", "").count("|") == header.count("|") == rule.count("|") == 7
+        assert r"red\x1b[31m\|pipe" in row
+
+
+def test_warnings_are_printed_plainly(in_process, tmp_path):
+    (tmp_path / "a\x1b[31m.png").write_bytes(b"no image")
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    result = in_process("scripts/predict.py", tmp_path, "--skip-corrupt")
+    assert result.returncode == 1 and result.stderr.startswith("warning: ") and r"a\x1b[31m.png" in result.stderr
+    assert result.stderr.count("\n") == 1 and plain(result.stderr + result.stdout)
+
+
+def test_cards_show_names_literally():
+    assert markdown("<b>*x*</b>") == r"\<b>\*x\*\</b>"
+    assert markdown("[a](http://b) `c`") == r"[a\](http://b) \`c\`"
+    assert markdown("n01440764_x a-b") == "n01440764_x a-b"
+    assert code_span("<b>") == "`<b>`" and code_span("a`b``c") == "``` a`b``c ```"
+    assert markdown("# no heading\n\n---") == r"\# no heading ---"
+
+
+def test_the_closest_names_come_first():
+    assert closest("res2net50", ["resnet50", "res2net50_26w_4s", "res2net50d"]) == [
+        "res2net50_26w_4s",
+        "res2net50d",
+        "resnet50",
+    ]
+    assert closest("--ouput", ["--opt", "--output", "--drop"]) == ["--output"]
+    assert closest("zzz", ["abc"]) == []
+    assert closest("a" * 100_000, ["abc"]) == []
