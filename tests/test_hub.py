@@ -234,7 +234,7 @@ class TestPublish:
             ([], "name a model folder"),
             (["x", "--repo-id", "zoo/x", "--org", "zoo"], "go with --all"),
             (["--all"], "--all takes --org"),
-            (["no/such/folder", "--repo-id", "zoo/x"], "no such folder"),
+            (["no/such/folder", "--repo-id", "zoo/x"], "there is no model folder"),
             ([SHIPPED_MODEL, "--repo-id", "a b/c"], "is no repository id"),
             (["--all", "--org", "zoo", "--model", "nothing"], "no checkpoint nothing"),
             ([SHIPPED_MODEL, "--repo-id", "zoo/x", "--create-pr", "--revision", "v2"], "leave --revision out"),
@@ -567,8 +567,8 @@ class TestVerify:
         ("target", "words"),
         [
             ("zoo/nothing", "no model zoo/nothing on the Hub"),
-            ("no/such/folder", "there is no folder"),
-            ("a b/c", "is no repository id"),
+            ("no/such/folder", "there is no model folder"),
+            ("a b/c", "there is no model folder a b/c"),
             ("tests", "is no model folder"),
         ],
     )
