@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> int:
     if not source:
         raise InputError(f"{checkpoint.name} is no direct download: {checkpoint.notes}; give its file by --checkpoint")
     if args.checkpoint is not None and "://" not in source and not os.path.exists(source):
-        raise InputError(f"there is no file {source}{similar_path(Path(source))}")
+        raise InputError(f"cannot read {source}: No such file{similar_path(Path(source))}")
     check_can_make(args.output)
     is_model = all((args.output / name).is_file() for name in ("config.json", WEIGHTS))
     if args.output.is_dir() and any(args.output.iterdir()) and not is_model:

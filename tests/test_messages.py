@@ -68,7 +68,7 @@ def test_a_misspelt_option_is_named_before_a_missing_one(in_process, program_arg
         (("hub/mirror.py", "--to", "README.md"), "README.md is a file; name a folder"),
         (
             ("hub/convert.py", "--model", "res2net50d.in1k", "--checkpoint", "READM.md", "--output", "x"),
-            "READM.md; ",
+            "cannot read READM.md: No such file; did you mean README.md?",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
