@@ -30,7 +30,7 @@ from res2net_zoo.catalog import Accuracy
 from res2net_zoo.evaluate import Counts
 from res2net_zoo.files import write_atomically
 from res2net_zoo.folder import write_model_folder
-from res2net_zoo.program import InputError, markdown_table, code_span, markdown, printable
+from res2net_zoo.program import InputError, code_span, markdown, markdown_table, printable
 from res2net_zoo.provenance import Provenance
 from res2net_zoo.training_data import TrainingData
 
