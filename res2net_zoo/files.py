@@ -4,15 +4,27 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import shutil
+import socket
 import stat
 import tempfile
+import time
 import tomllib
 from collections.abc import Callable, Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from res2net_zoo.program import InputError
+from res2net_zoo.program import InputError, all_or_none, warn
+
+try:
+    import fcntl
+except ImportError:  # Windows; there nothing is locked, and nothing is removed for being left over
+    fcntl = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 LARGEST_TEXT = 16 * 2**20  # bytes of a config, a list or a card; the largest here has some 100 kB
 
@@ -125,6 +137,207 @@ def read_toml(path: Path, largest: int = LARGEST_TEXT) -> dict[str, Any]:
         raise InputError(f"cannot read {path}: it is not TOML: {error}") from error
 
 
+# Descriptors of what this process has locked. A forked child, such as a loader process, shares a lock and may
+# outlive the process that took it, so it closes its copies.
+_locks: set[int] = set()
+
+
+def _close_locks() -> None:
+    while _locks:
+        os.close(_locks.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_locks)
+
+
+def _lock(path: Path, flags: int) -> int:
+    """Open and lock a file or folder. The lock ends with the process, however that ends.
+
+    Raises:
+        BlockingIOError: Another process has locked it.
+        FileNotFoundError: It is missing, or was removed meanwhile.
+        OSError: It cannot be opened, or cannot be locked here.
+    """
+    if fcntl is None:
+        raise OSError("this system cannot lock files")
+    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            raise FileNotFoundError(f"{path} was replaced")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    _locks.add(descriptor)
+    return descriptor
+
+
+def _unlock(descriptor: int) -> None:
+    if descriptor in _locks:  # in a forked child it is closed already
+        _locks.remove(descriptor)
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: float = 0) -> Iterator[None]:
+    """Keep other programs from writing a file or folder for the length of a block.
+
+    The lock is the file `.NAME.lock` beside it, which is removed at the end. It holds only as long as this process
+    lives: what a killed one leaves does not keep the next one out.
+
+    Args:
+        path: What is written.
+        wait: Seconds to wait for another program.
+
+    Raises:
+        InputError: Another program writes it, or nothing can be written there.
+    """
+    path = path.resolve()
+    lock, deadline = path.with_name(f".{path.name}.lock"), time.monotonic() + wait
+    while True:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = _lock(lock, os.O_RDWR | os.O_CREAT)
+            break
+        except FileNotFoundError:
+            pass  # its owner has just removed it
+        except BlockingIOError as error:
+            if time.monotonic() >= deadline:
+                owner = f" ({lock.read_text(errors='replace')[:80]})" if lock.exists() else ""
+                raise InputError(
+                    f"another run{owner} is writing {path}; wait for it to end, or name another output"
+                ) from error
+            time.sleep(0.05)
+        except OSError as error:
+            if not os.access(lock if lock.exists() else lock.parent, os.W_OK):
+                raise InputError(f"cannot write {lock}: {error.strerror or error}") from error
+            warn(f"cannot lock {path} ({error.strerror or error}); do not start a second run that writes it")
+            yield
+            return
+    try:
+        with contextlib.suppress(OSError):  # on a full disk the owner is missing in the message, and no more
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        if descriptor in _locks:
+            with contextlib.suppress(OSError):
+                lock.unlink()
+        _unlock(descriptor)
+
+
+@contextlib.contextmanager
+def locked_by_main(path: Path | None, accelerator: "Accelerator") -> Iterator[None]:
+    """Lock what a program on several processes writes, in its main process.
+
+    Args:
+        path: What is written; None for nothing.
+        accelerator: The processes.
+
+    Raises:
+        InputError: As `locked`; in every process.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def lock() -> None:
+            if path is not None and accelerator.is_main_process:
+                stack.enter_context(locked(path))
+
+        all_or_none(lock)
+        yield
+
+
+RANDOM = "[a-z0-9_]{8}"  # as `tempfile` makes it
+TEMPORARY = re.compile(rf"\..+-(new|old)-{RANDOM}", re.DOTALL)
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether a name is of what is being written, or was by a process that has died."""
+    return TEMPORARY.fullmatch(name) is not None
+
+
+@contextlib.contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder `.NAME-new-*` beside a path, which is removed at the end if it is still there.
+
+    It is locked as long as this process lives. So what a killed process has left is known, and removed by the next
+    one that writes the same path.
+
+    Args:
+        path: The file or folder whose place the new content takes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, path.name)
+    descriptor = None
+    while True:
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-new-"))
+        try:
+            descriptor = _lock(folder, os.O_RDONLY)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another process took it for left over, in the instant before it was locked
+        except OSError:
+            pass  # where nothing can be locked, nothing is taken for left over
+        break
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if descriptor is not None:
+            _unlock(descriptor)
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what processes that have died while they wrote have left in a folder.
+
+    Args:
+        folder: The folder; it may be missing.
+        name: The file or folder that they wrote; None for any.
+    """
+    prefix = "." if name is None else f".{name}-new-"
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+        for entry in os.listdir(folder):
+            if not entry.startswith(prefix) or not (kind := TEMPORARY.fullmatch(entry)) or kind[1] == "old":
+                continue
+            path = folder / entry
+            if path.is_dir() and not (folder / f"{entry[:-13]}-old-{entry[-8:]}").exists():
+                # With the old one beside it, it is a whole folder: `finish_replacing` needs it.
+                with contextlib.suppress(OSError):  # its process lives, or it is gone
+                    descriptor = _lock(path, os.O_RDONLY)
+                    shutil.rmtree(path, ignore_errors=True)
+                    _unlock(descriptor)
+
+
+def finish_replacing(folder: Path) -> None:
+    """Put the new content of a folder in its place where the process that was replacing it has died.
+
+    `replaced_folder` first renames the old folder, then the new one. Killed in between, it leaves both, whole.
+
+    Args:
+        folder: The folder.
+    """
+    folder = folder.resolve()
+    old_name = re.compile(rf"{re.escape(f'.{folder.name}-old-')}({RANDOM})")
+    with contextlib.suppress(OSError):  # a reader may not write there
+        for entry in sorted(os.listdir(folder.parent)):
+            if not (match := old_name.fullmatch(entry)):
+                continue
+            old, new = folder.parent / entry, folder.parent / f".{folder.name}-new-{match[1]}"
+            descriptor = None
+            try:
+                if new.exists():
+                    descriptor = _lock(new, os.O_RDONLY)
+                if not folder.exists():
+                    (new if new.exists() else old).rename(folder)
+                for left in (old, new):
+                    shutil.rmtree(left, ignore_errors=True)
+            except OSError:
+                continue  # its process lives
+            finally:
+                if descriptor is not None:
+                    _unlock(descriptor)
+
+
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to, which takes the place of a file once it is whole.
@@ -134,19 +347,16 @@ def temporary_file(path: Path) -> Iterator[Path]:
     Args:
         path: The file; its folder is made if it is not there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Keeping the suffix lets writers that look at it (matplotlib) work.
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with temporary_folder(path.with_name(path.name[:50])) as folder:  # a name may have 255 bytes
+        # Of the same name, as some writers look at the suffix (matplotlib). In a folder of its own, as others
+        # replace the file (linkers), and a lock on it would be lost.
+        temporary = folder / path.name
+        temporary.touch()
         yield temporary
         make_readable(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

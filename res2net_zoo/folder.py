@@ -3,7 +3,6 @@
 import contextlib
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import nn
 from res2net_zoo import card as cards
 from res2net_zoo import fingerprint
 from res2net_zoo.catalog import Checkpoint
-from res2net_zoo.files import make_readable
+from res2net_zoo.files import finish_replacing, is_temporary, make_readable, temporary_folder
 from res2net_zoo.program import WEIGHTS, InputError
 from res2net_zoo.provenance import KEY, UNKNOWN, Provenance, of_converted
 from res2net_zoo.weights import is_released, save_weights
@@ -32,32 +31,35 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
     It is made beside its place and then renamed, so that the folder is the old one or the new one,
     whole, and never holds a new weight with an old card. Killed in the instant between the two
-    renames it leaves the old one as `.FOLDER-old-*`. Other files of an old folder move along.
+    renames it leaves both, and `finish_replacing` does the second. Other files of an old folder move along.
 
     Args:
         folder: The folder.
     """
     folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-new-"))
-    old = new.with_name(new.name.replace("-new-", "-old-"))
-    try:
+    finish_replacing(folder)
+    with temporary_folder(folder) as new:
         yield new
         for path in (new, *new.rglob("*")):
             make_readable(path)
-        if folder.exists():
-            for path in folder.iterdir():
-                if not (new / path.name).exists() and path.name != EVAL_RESULTS:
-                    if path.is_dir() and not path.is_symlink():
-                        shutil.copytree(path, new / path.name, symlinks=True)
-                    else:
-                        shutil.copy2(path, new / path.name, follow_symlinks=False)
-            folder.rename(old)
-        new.rename(folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        if folder.exists():  # else the only good copy is the old one
-            shutil.rmtree(old, ignore_errors=True)
+        if not folder.exists():
+            new.rename(folder)
+            return
+        for path in folder.iterdir():
+            if not (new / path.name).exists() and path.name != EVAL_RESULTS and not is_temporary(path.name):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.copytree(path, new / path.name, symlinks=True)
+                else:
+                    shutil.copy2(path, new / path.name, follow_symlinks=False)
+        old = new.with_name(f".{folder.name}-old-{new.name[-8:]}")
+        folder.rename(old)
+        try:
+            new.rename(folder)
+        except BaseException:
+            old.rename(folder)
+            raise
+        with contextlib.suppress(OSError):
+            old.rename(new)  # to be removed as what is left over is
 
 
 def write_model_folder(
