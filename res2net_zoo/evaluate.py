@@ -238,7 +238,7 @@ def evaluate(
         The counts over all processes, the same in each.
 
     Raises:
-        InputError: As `count_correct` says; raised in every process if it was in one.
+        InputError: As `count_correct` says, or no image counts; raised in every process if it was in one.
     """
     model.eval()
     loader = create_loader(source, model, classes, accelerator, batch_size, workers)
@@ -256,4 +256,8 @@ def evaluate(
             ),
         )
     shares: list[dict[str, Any]] = gather_object([asdict(counts)])
-    return sum((Counts(**share) for share in shares), Counts())
+    summed = sum((Counts(**share) for share in shares), Counts())
+    if not summed.samples:
+        unread = f": {len(summed.corrupt)} cannot be decoded" * bool(summed.corrupt)
+        raise InputError(f"{source.name} has no image to count in split {source.split}{unread}")
+    return summed

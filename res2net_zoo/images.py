@@ -189,6 +189,7 @@ class Sample:
         target: What `Samples` was told to make of its label and path.
         corrupt: Why the image could not be decoded.
         fatal: What else is wrong, with which no figure can be right: its label, or the data's file.
+        index: Its number among the images of map-style training data.
     """
 
     place: str
@@ -196,6 +197,7 @@ class Sample:
     target: Any = None
     corrupt: str | None = None
     fatal: str | None = None
+    index: int | None = None
 
 
 class Samples:

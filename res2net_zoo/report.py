@@ -368,8 +368,8 @@ class Report:
         held_out = "/held-out-" in data.valid.split
         classes = ", ".join(map(code_span, data.names[:50])) + ", ..." * (len(data.names) > 50)
         trained = f"{data.num_images:,} images" if data.indices is not None else "a stream of images"
-        if data.counts and min(data.counts) < max(data.counts):
-            trained += f", {min(data.counts):,} to {max(data.counts):,} of each class,"
+        if (counts := data.used_counts) and min(counts) < max(counts):
+            trained += f", {min(counts):,} to {max(counts):,} of each class,"
         held = f", held out of `{data.train.split}`: {self.settings['hold_out']:g} of each class" * held_out
         precision = self.settings.get("mixed_precision", "no")
         measured = f" (measured in {precision})" * (self.final is None and precision != "no")

@@ -8,7 +8,7 @@ one process with batches of P * B sees.
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
@@ -43,6 +43,7 @@ class TrainingData:
         names: The classes.
         counts: Training images of each class; None for a stream.
         indices: Training images to use, those that can be decoded; None for a stream.
+        unreadable: Images among them that turned out not to be decodable, and were left out.
     """
 
     train: Source
@@ -50,6 +51,7 @@ class TrainingData:
     names: list[str]
     counts: list[int] | None = None
     indices: np.ndarray | None = None
+    unreadable: list[int] = field(default_factory=list)
 
     def leave_out(self, indices: Sequence[int]) -> None:
         """Have some training images not be used.
@@ -64,7 +66,15 @@ class TrainingData:
     @property
     def num_images(self) -> int | None:
         """Number of training images, where it is known."""
-        return self.train.num_rows if self.indices is None else len(self.indices)
+        return self.train.num_rows if self.indices is None else len(self.indices) - len(self.unreadable)
+
+    @property
+    def used_counts(self) -> list[int] | None:
+        """Training images of each class that can be decoded; None for a stream."""
+        if self.indices is None:
+            return None
+        used = np.setdiff1d(self.indices, self.unreadable)
+        return np.bincount(labels_of(self.train)[used], minlength=len(self.names)).tolist()
 
 
 def open_training_data(
@@ -254,6 +264,17 @@ def find_corrupt(source: Source, accelerator: Accelerator, workers: int) -> dict
     return dict(sorted(gather_object(found)))
 
 
+def check_readable(source: Source) -> None:
+    """Find out whether there is an image that can be decoded, by reading up to the first one.
+
+    Raises:
+        InputError: There is none.
+    """
+    images = _Decodable(source.rows, range(len(source.rows)))
+    if all(images[i] for i in range(len(images))):
+        raise InputError(f"none of the {len(images)} images of {source.split} in {source.name} can be decoded")
+
+
 def corrupt_images(data: TrainingData, accelerator: Accelerator, workers: int, skip: bool) -> list[int]:
     """Decode every image of both splits once.
 
@@ -272,6 +293,8 @@ def corrupt_images(data: TrainingData, accelerator: Accelerator, workers: int, s
     found: dict[int, str] = {}
     for source in (data.valid, data.train):
         found = find_corrupt(source, accelerator, workers)
+        if len(found) == len(source.rows):
+            raise InputError(f"none of the {len(found)} images of {source.split} in {source.name} can be decoded")
         if found and not skip:
             few = "; ".join(list(found.values())[:5]) + "; ..." * (len(found) > 5)
             raise InputError(
@@ -354,7 +377,9 @@ class Augmented(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int, int]) -> Sample:
         epoch, place, index = key
         random_seed(seed_of(self.seed, 1, epoch, place))
-        return self.samples(f"image {index}", self.rows[index])
+        sample = self.samples(f"image {index}", self.rows[index])
+        sample.index = index
+        return sample
 
 
 class AugmentedStream(IterableDataset):
@@ -510,7 +535,7 @@ def training_loader(
 
 
 def batches(
-    loader: DataLoader, epoch: int, first: int = 0, skip_corrupt: bool = False
+    loader: DataLoader, epoch: int, first: int = 0, skip_corrupt: bool = False, left_out: set[int | str] | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the batches of an epoch.
 
@@ -519,6 +544,7 @@ def batches(
         epoch: Which epoch, from 0.
         first: Batch to begin with.
         skip_corrupt: Whether to leave out images that cannot be decoded.
+        left_out: Takes their indices, or of a stream their places.
 
     Yields:
         Images (N, C, H, W) and classes (N,).
@@ -541,6 +567,8 @@ def batches(
             if sample.fatal is not None or not skip_corrupt:
                 hint = f"corrupt ({sample.corrupt}); take it out, or leave it out with --skip-corrupt"
                 raise InputError(f"{sample.place}: {sample.fatal or hint}")
+            if left_out is not None:
+                left_out.add(sample.place if sample.index is None else sample.index)
         if images is None:
             raise InputError(f"a whole batch cannot be decoded, such as {bad[0].place}")
         yield images, targets[:, 0]

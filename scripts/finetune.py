@@ -171,15 +171,24 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
+    from res2net_zoo.files import locked_by_main
+
+    accelerator = start(args, run_folder(args.output))
+    with locked_by_main(args.output, accelerator):
+        return train(args, accelerator)
+
+
+def train(args: argparse.Namespace, accelerator: "Accelerator") -> int:
+    """Train a model and write it; return the exit code."""
     import torch
-    from accelerate.utils import set_seed
+    from accelerate.utils import gather_object, set_seed
     from timm.task import ClassificationTask, LogitDistillationTask
     from timm.utils import ModelEmaV3, distribute_bn
 
-    from res2net_zoo.checkpoints import Checkpoints
+    from res2net_zoo.checkpoints import Checkpoints, check_progress, restore, restore_optimizer, restoring
     from res2net_zoo.evaluate import NOT_FINITE, evaluate
     from res2net_zoo.labels import match_classes
-    from res2net_zoo.program import WEIGHTS, InputError, all_or_none, default_workers, progress_bar
+    from res2net_zoo.program import WEIGHTS, InputError, all_or_none, default_workers, progress_bar, warn
     from res2net_zoo.report import Mistakes, Report, best_of, hardware
     from res2net_zoo.stop import Stop
     from res2net_zoo.training import (
@@ -196,6 +205,7 @@ def main(args: argparse.Namespace) -> int:
     )
     from res2net_zoo.training_data import (
         batches,
+        check_readable,
         corrupt_images,
         open_training_data,
         seed_of,
@@ -205,7 +215,6 @@ def main(args: argparse.Namespace) -> int:
 
     Optimization.of(vars(args))  # refuses unknown names before the data is read
     run = run_folder(args.output)
-    accelerator = start(args, run)
     args.mixed_precision = accelerator.mixed_precision  # which `accelerate launch` may have decided
     main_process, world = accelerator.is_main_process, accelerator.num_processes
     checkpoints = Checkpoints(run / "checkpoints", args.keep)
@@ -266,12 +275,18 @@ def main(args: argparse.Namespace) -> int:
     if args.streaming:  # which image comes when depends on these
         plan |= {"processes": world, "workers": workers, "batch": args.batch_size}
     if state is not None:
+        state = check_checkpoint(state, checkpoints.paths()[-1], args)
         check_plan(state["plan"], plan, args, accelerator)
+    checked = args.check and not args.streaming
     left_out: list[int] = []
     if state is not None:
         left_out = state["left_out"]
-    elif args.check and not args.streaming:
+    elif checked:
         left_out = corrupt_images(data, accelerator, workers, args.skip_corrupt)
+    unreadable: set[Any] = set() if state is None else set(state.get("unreadable", []))  # found while training
+    data.unreadable = sorted(unreadable)
+    if args.skip_corrupt and not checked and not args.streaming:
+        check_readable(data.valid)
     if left_out:
         data.leave_out(left_out)
         if (fewer := steps_of(data, step_images, args.steps_per_epoch)) != steps:
@@ -315,13 +330,16 @@ def main(args: argparse.Namespace) -> int:
     rates: list[tuple[float, float]] = []
     losses = torch.zeros(2, device=accelerator.device)  # their sum in this epoch, and their number
     if state is not None:
-        bare.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        path = checkpoints.paths()[-1]
+        restore(path, "model", bare, state["model"])
+        restore_optimizer(path, optimizer, state["optimizer"])
         if ema is not None:
-            ema.module.load_state_dict(state["ema"])
+            restore(path, "ema", ema.module, state["ema"])
         if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
+            with restoring(path):
+                accelerator.scaler.load_state_dict(state["scaler"])
         done, metrics, rates = state["done"], state["metrics"], state["rates"]
+        check_progress(path, done, metrics, steps)
         if metrics and main_process and not (args.output / WEIGHTS).is_file():
             raise InputError(f"the best model so far is gone from {args.output}; begin again, in another --output")
         if len(metrics) >= args.epochs:
@@ -371,6 +389,7 @@ def main(args: argparse.Namespace) -> int:
         good = torch.stack([p.isfinite().all() for p in bare.parameters()]).all()
         check_loss(int(accelerator.gather(torch.where(good | (bad_step > 0), bad_step, done)).max()))
         everyone = accelerator.reduce(losses, "sum")  # a copy
+        found = [] if args.streaming else sorted(set(gather_object(list(unreadable))))
         if not main_process:
             return
         checkpoints.save(
@@ -378,6 +397,7 @@ def main(args: argparse.Namespace) -> int:
             {
                 "plan": plan,
                 "left_out": left_out,
+                "unreadable": found,
                 "done": done,
                 "metrics": metrics,
                 "rates": rates,
@@ -414,7 +434,7 @@ def main(args: argparse.Namespace) -> int:
             task.train()
             for module in frozen:
                 module.eval()
-            loaded = batches(loader, epoch, first * args.accumulate, args.skip_corrupt)
+            loaded = batches(loader, epoch, first * args.accumulate, args.skip_corrupt, unreadable)
             started = time.perf_counter()
             for _ in range(first, steps):
                 for part in range(args.accumulate):
@@ -477,6 +497,12 @@ def main(args: argparse.Namespace) -> int:
                     distribute_bn(weights, world, reduce=False)
             save()  # before the evaluation, which a run that goes on from here does again
             saved = time.monotonic()
+            unreadable |= set(gather_object(list(unreadable)))
+            if len(unreadable) > len(data.unreadable) and main_process:
+                warn(f"{len(unreadable)} images of {data.train.split} cannot be decoded and are left out")
+            if args.streaming:
+                unreadable.clear()  # which they are in another epoch is not known
+            data.unreadable = sorted(unreadable)
 
             row: dict[str, Any] = {
                 "epoch": epoch + 1,
@@ -494,6 +520,8 @@ def main(args: argparse.Namespace) -> int:
                                 checkpoints.paths()[-1].unlink()
                             check_loss(done)
                         raise
+                    if counts.corrupt and epoch == 0 and not (kind or checked) and main_process:
+                        warn(f"{len(counts.corrupt)} images of {data.valid.split} cannot be decoded and are left out")
                     row |= {f"{kind}top1": counts.percent(counts.top1), f"{kind}top5": counts.percent(counts.top5)}
                     report.samples = counts.samples
             row["images_per_second"] = round((steps - first) * step_images / seconds, 1) if first < steps else None
@@ -561,6 +589,44 @@ def start(args: argparse.Namespace, run: Path) -> "Accelerator":
             "it in `accelerate config`"
         )
     return accelerator
+
+
+def check_checkpoint(state: Any, path: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Find out whether a checkpoint, which may be any file, holds what this run needs to go on."""
+    from res2net_zoo.checkpoints import are_finite, are_metrics, check_state, is_count, is_number
+
+    def is_plan(value: Any) -> bool:
+        return (
+            isinstance(value, dict)
+            and all(isinstance(value.get(key), str) for key in ("model", "precision"))
+            and isinstance(value.get("classes"), list)
+            and all(isinstance(name, str) for name in value["classes"])
+            and (value.get("images", "") is None or is_count(value.get("images")))
+            and is_count(value.get("images a step"))
+        )
+
+    def is_rate(value: Any) -> bool:
+        return value is None or is_number(value, 0)
+
+    kinds = ("", "ema_") if args.ema else ("",)
+    figures: dict[str, Any] = {f"{kind}{top}": lambda x: is_number(x, 0) for kind in kinds for top in ("top1", "top5")}
+    figures |= {"step": is_count, "lr": is_number, "train_loss": is_number}
+    figures |= {"images_per_second": is_rate, "peak_memory_mb": is_count}
+    fields = {
+        "plan": is_plan,
+        "left_out": lambda x: isinstance(x, list) and all(map(is_count, x)),
+        "metrics": lambda x: are_metrics(x, figures) and all(len(row) == len(figures) + 1 for row in x),
+        "done": is_count,
+        "rates": lambda x: isinstance(x, list) and all(len(pair) == 2 and all(map(is_number, pair)) for pair in x),
+        "losses": lambda x: are_finite(x, 2),
+        "model": lambda x: isinstance(x, dict),
+        "ema": lambda x: isinstance(x, dict) if args.ema else True,
+        "optimizer": lambda x: isinstance(x, dict),
+        "scaler": lambda x: True,
+    }
+    if isinstance(state, dict) and "unreadable" in state:  # earlier versions did not count them
+        fields["unreadable"] = fields["left_out"]
+    return check_state(state, path, fields)
 
 
 def check_plan(

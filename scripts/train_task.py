@@ -17,6 +17,7 @@ failure into 1.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from arguments import (
     RECIPES,
@@ -93,17 +94,26 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
+    from res2net_zoo.files import locked_by_main
+    from res2net_zoo.program import start_processes
+
+    accelerator = start_processes(args.threads, args.mixed_precision)
+    with locked_by_main(args.output, accelerator):
+        return train_task(args, accelerator)
+
+
+def train_task(args: argparse.Namespace, accelerator: Any) -> int:
+    """Train a model and write it; return the exit code."""
     from accelerate.utils import set_seed
 
     from res2net_zoo import provenance
     from res2net_zoo.checkpoints import Checkpoints
-    from res2net_zoo.program import InputError, all_or_none, default_workers, printable, start_processes, warn
+    from res2net_zoo.program import InputError, all_or_none, default_workers, printable, warn
     from res2net_zoo.tasks import task_class
     from res2net_zoo.tasks.engine import Plan, train
     from res2net_zoo.training import Optimization
 
     optimization = Optimization.of(vars(args))  # refuses unknown names before the data is read
-    accelerator = start_processes(args.threads, args.mixed_precision)
     task = task_class(args.task)
     task.check_installed()
 

@@ -17,7 +17,19 @@ from timm.utils import distribute_bn
 from torch.utils.data import DataLoader, Dataset
 
 from res2net_zoo import catalog
-from res2net_zoo.checkpoints import Checkpoints
+from res2net_zoo.checkpoints import (
+    Checkpoints,
+    Fits,
+    are_finite,
+    are_metrics,
+    check_progress,
+    check_state,
+    is_count,
+    is_number,
+    restore,
+    restore_optimizer,
+    restoring,
+)
 from res2net_zoo.files import write_atomically
 from res2net_zoo.images import open_image
 from res2net_zoo.program import InputError, markdown_table, progress_bar
@@ -158,6 +170,20 @@ def batches_of(images: int, plan: Plan, epoch: int, rank: int, world: int) -> li
     return [order[i : i + plan.batch_size] for i in starts]
 
 
+def check_readable(data: Annotated) -> None:
+    """Find out before any work is done whether there is an image to measure on.
+
+    Raises:
+        InputError: There is none, or the first one cannot be decoded.
+    """
+    if not len(data):
+        raise InputError(f"there are no {data.samples} to measure the model on; name another --eval-split")
+    try:
+        data[0]
+    except NO_IMAGE as error:
+        raise InputError(f"cannot decode {data.path(0)}, which the model is measured on: {error}") from error
+
+
 def train(model: TaskModel, data: Annotated, valid: Annotated, accelerator: Accelerator, plan: Plan) -> int:
     """Train a model, and write the best by its task's figure as a folder.
 
@@ -181,6 +207,7 @@ def train(model: TaskModel, data: Annotated, valid: Annotated, accelerator: Acce
             f"there are {len(data)} {data.samples} to train on, and a step takes {plan.batch_size * world}; "
             "lower --batch-size"
         )
+    check_readable(valid)
     checkpoints, epochs = plan.checkpoints, plan.optimization.epochs
     bare: Any = model
     bare.to(accelerator.device, memory_format=torch.channels_last)
@@ -190,17 +217,21 @@ def train(model: TaskModel, data: Annotated, valid: Annotated, accelerator: Acce
     now["precision"] = accelerator.mixed_precision
     done, metrics, sums = 0, [], torch.zeros(2, device=accelerator.device)  # of losses in this epoch, and their number
     if (state := checkpoints.load()) is not None:
+        path = checkpoints.paths()[-1]
+        state = check_checkpoint(state, path, now, bare.best)
         for key, value in now.items():
             if state["plan"][key] != value:
                 raise InputError(
                     f"the run in {plan.output} was started with {key} {state['plan'][key]}, and has now {value}; "
                     "go on with the same, or --overwrite it"
                 )
-        bare.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        restore(path, "model", bare, state["model"])
+        restore_optimizer(path, optimizer, state["optimizer"])
         if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
+            with restoring(path):
+                accelerator.scaler.load_state_dict(state["scaler"])
         done, metrics = state["done"], state["metrics"]
+        check_progress(path, done, metrics, steps)
         if main_process:
             sums += state["sums"].to(accelerator.device)
         if len(metrics) >= epochs:
@@ -292,6 +323,30 @@ def train(model: TaskModel, data: Annotated, valid: Annotated, accelerator: Acce
         print(f"best in epoch {best + 1}: {bare.best} {metrics[best][bare.best]:.3f}; the model is in {plan.output}")
     accelerator.wait_for_everyone()
     return 0
+
+
+def check_checkpoint(state: Any, path: Path, plan: dict[str, Any], best: str) -> dict[str, Any]:
+    """Find out whether a checkpoint, which may be any file, holds what a run needs to go on.
+
+    Args:
+        state: What was read of it.
+        path: The checkpoint.
+        plan: What the run compares with that of before.
+        best: The figure by which the best epoch is chosen.
+
+    Raises:
+        InputError: It holds something else.
+    """
+    fields: dict[str, Fits] = {
+        "plan": lambda x: isinstance(x, dict) and plan.keys() <= x.keys(),
+        "done": is_count,
+        "metrics": lambda x: are_metrics(x, {"lr": is_number, "loss": is_number, best: lambda y: isinstance(y, float)}),
+        "sums": lambda x: are_finite(x, 2),
+        "model": lambda x: isinstance(x, dict),
+        "optimizer": lambda x: isinstance(x, dict),
+        "scaler": lambda x: True,
+    }
+    return check_state(state, path, fields)
 
 
 def make_card(model: TaskModel, metrics: Sequence[dict[str, Any]], accelerator: Accelerator, plan: Plan) -> ModelCard:
