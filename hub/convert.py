@@ -26,7 +26,7 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     import res2net_zoo  # noqa: F401  registers the models
     from res2net_zoo import catalog, weights
-    from res2net_zoo.files import check_can_make
+    from res2net_zoo.files import check_can_make, locked
     from res2net_zoo.folder import write_converted
     from res2net_zoo.program import WEIGHTS, InputError, similar_path
 
@@ -40,13 +40,14 @@ def main(args: argparse.Namespace) -> int:
     is_model = all((args.output / name).is_file() for name in ("config.json", WEIGHTS))
     if args.output.is_dir() and any(args.output.iterdir()) and not is_model:
         raise InputError(f"--output {args.output} holds something else than a model; name a new folder")
-    if source.startswith(("https://", "http://")):
-        with weights.original(source) as path:
-            state, metadata = weights.read_original(path, checkpoint, source)
+    with locked(args.output):
+        if source.startswith(("https://", "http://")):
+            with weights.original(source) as path:
+                state, metadata = weights.read_original(path, checkpoint, source)
+                write_converted(args.output, checkpoint, state, metadata)
+        else:
+            state, metadata = weights.read_original(Path(source), checkpoint)
             write_converted(args.output, checkpoint, state, metadata)
-    else:
-        state, metadata = weights.read_original(Path(source), checkpoint)
-        write_converted(args.output, checkpoint, state, metadata)
     name, checked = checkpoint.name, "the released one" if checkpoint.sha256 else "and none was ever published"
     if not weights.is_released(checkpoint, metadata):
         name, checked = checkpoint.architecture, f"not that of {checkpoint.name}"

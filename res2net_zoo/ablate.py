@@ -126,12 +126,21 @@ def main(args: argparse.Namespace) -> int:
     if "figure5" in sections:
         points = sections["figure5"]
         key = "varied alone, from\n" + ",\n".join(f"{name} {value}" for name, value in BASE.items())
-    if picture:
-        write_atomically(picture, lambda path: draw(points, path, args.batch_size, key))
-    print(f"figure: {picture}" if picture else f"no figure: {NEEDS_MATPLOTLIB}")
+    unwritten = []
     if args.output:
-        write_atomically(args.output, lambda path: path.write_text(as_json(sections, args) + "\n"))
-        print(f"as JSON: {args.output}")
+        try:
+            write_atomically(args.output, lambda path: path.write_text(as_json(sections, args) + "\n"))
+            print(f"as JSON: {args.output}")
+        except OSError as error:
+            unwritten.append(f"cannot write {args.output}: {error.strerror or error}")
+    if picture:
+        try:
+            write_atomically(picture, lambda path: draw(points, path, args.batch_size, key))
+        except OSError as error:
+            unwritten.append(f"cannot write {picture}: {error.strerror or error}")
+    if unwritten:
+        raise InputError(f"{'; '.join(unwritten)}; the figures are printed above")
+    print(f"figure: {picture}" if picture else f"no figure: {NEEDS_MATPLOTLIB}")
     return 0
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from huggingface_hub.dataclasses import strict, validated_field
 from huggingface_hub.errors import StrictDataclassError
 
-from res2net_zoo.files import write_atomically
+from res2net_zoo.files import locked, write_atomically
 from res2net_zoo.program import InputError, nearest
 
 INTERPOLATIONS = ("bilinear", "bicubic")
@@ -349,6 +349,11 @@ def record(name: str, **fields: str) -> None:
     """
     import tomlkit
 
+    with locked(path(), wait=60):  # another program that records would not have this one's fields
+        _record_fields(tomlkit, name, fields)
+
+
+def _record_fields(tomlkit: Any, name: str, fields: Mapping[str, str]) -> None:
     text = path().read_text(encoding="utf-8")
     document = tomlkit.parse(text)
     for entry in document["checkpoints"]:

@@ -12,7 +12,6 @@ import importlib.util
 import json
 import os
 import sys
-import tempfile
 import xml.etree.ElementTree
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.utils import reparameterize_model
 from torch import nn
 
-from res2net_zoo.files import make_readable, temporary_file
+from res2net_zoo.files import is_temporary, locked, make_readable, temporary_file, temporary_folder
 from res2net_zoo.images import Samples, read_named
 from res2net_zoo.program import InputError
 from res2net_zoo.provenance import UNKNOWN, Provenance, shown
@@ -475,6 +474,8 @@ def check_output(output: Path, export_format: str) -> None:
             f"{FORMATS[export_format]} in place of {output.name}"
         )
     weights = output.with_suffix(".bin")
+    if export_format == "openvino" and output.parent.is_dir():
+        finish_ir(output)
     for path in (output, weights) if export_format == "openvino" else (output,):
         if path.is_dir():
             raise InputError(f"{path} is a folder; name a file")
@@ -504,22 +505,22 @@ def temporary_ir(path: Path) -> Iterator[Path]:
     """Yield a path to write an IR to, which takes the place of another once it is whole.
 
     Two files cannot be replaced at once. So the old .xml goes first and the new one comes last: beside
-    the .bin of one IR the .xml of another never stands. Killed in between, the old ones are in the
-    folder `.NAME-*` beside them.
+    the .bin of one IR the .xml of another never stands. Killed in between, the new ones are in the
+    folder `.NAME-new-*` beside them, and `finish_ir` puts them in their place.
 
     Args:
         path: The .xml file; the .bin file has the same name.
     """
     path = path.resolve()
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
-        temporary = Path(folder) / path.name
+    with locked(path), temporary_folder(path) as folder:
+        temporary = folder / path.name
         yield temporary
-        old = Path(folder) / "old"
-        old.mkdir()
+        old = folder / "old"
         for file in (temporary, temporary.with_suffix(".bin")):
             make_readable(file)
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
+        old.mkdir()  # from here on what is in the folder is whole
         both = (path.with_suffix(".bin"), path)
         moved: list[Path] = []
         placed: list[Path] = []
@@ -537,6 +538,30 @@ def temporary_ir(path: Path) -> Iterator[Path]:
             for place in reversed(moved):
                 (old / place.name).replace(place)
             raise
+
+
+def finish_ir(path: Path) -> None:
+    """Put the files of an IR in their place where the process that was replacing it has died.
+
+    Args:
+        path: The .xml file.
+
+    Raises:
+        InputError: Another process is writing it.
+    """
+    path = path.resolve()
+    whole = [
+        folder
+        for folder in path.parent.iterdir()
+        if folder.name.startswith(f".{path.name}-new-") and is_temporary(folder.name) and (folder / "old").is_dir()
+    ]
+    if not whole:
+        return
+    with locked(path):
+        for folder in whole:
+            for place in (path.with_suffix(".bin"), path):
+                with contextlib.suppress(FileNotFoundError):  # it was placed before
+                    (folder / place.name).replace(place)
 
 
 def ir_version(path: Path) -> str:

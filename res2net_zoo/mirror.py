@@ -10,7 +10,7 @@ from huggingface_hub.utils import WeakFileLock
 
 from res2net_zoo import fingerprint, hub, weights
 from res2net_zoo.catalog import Checkpoint
-from res2net_zoo.files import check_can_make
+from res2net_zoo.files import check_can_make, sweep
 from res2net_zoo.folder import write_converted
 from res2net_zoo.program import InputError
 from res2net_zoo.verify import Check, verify
@@ -93,6 +93,7 @@ def locked(root: Path) -> Iterator[None]:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(root / ".lock", timeout=1):
+            sweep(root)
             yield
     except filelock.Timeout as error:
         raise InputError(f"another program is writing into {root}; wait for it") from error

@@ -9,6 +9,7 @@ from huggingface_hub.utils import validate_repo_id
 from timm.models import get_arch_name, parse_model_name
 
 from res2net_zoo.command_line import did_you_mean
+from res2net_zoo.files import finish_replacing
 from res2net_zoo.program import InputError, similar_path
 
 SOURCES = ("local-dir", "hf-hub")
@@ -45,6 +46,8 @@ def check_folder(name: str) -> Path:
     Raises:
         InputError: It is missing or a file; suggests what may have been meant.
     """
+    if not os.path.exists(name):
+        finish_replacing(Path(name))
     if os.path.isdir(name):
         return Path(name)
     if os.path.exists(name):

@@ -1,5 +1,8 @@
 """What every program of the zoo shares: one clear line for bad input, exit codes, threads, files."""
 
+import contextlib
+import errno
+import io
 import logging
 import os
 import re
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 WEIGHTS = "model.safetensors"  # of a model folder
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # errors of a disk, or of its owner's share, that is full
 
 
 class InputError(Exception):
@@ -33,8 +37,8 @@ def run(main: Callable[[], int]) -> int:
         main: The program; returns its exit code, 0 for done or 1 for a check that failed.
 
     Returns:
-        The exit code: what `main` returns, 1 where a loader process has died, 2 for bad input, 130 for an
-        interruption, 141 where nobody reads the output any more.
+        The exit code: what `main` returns, 1 where a loader process has died, 2 for bad input or a full disk, 130
+        for an interruption, 141 where nobody reads the output any more.
     """
     from huggingface_hub.utils.logging import set_verbosity_error
 
@@ -44,6 +48,9 @@ def run(main: Callable[[], int]) -> int:
     # Theirs say in a line of their own what they also raise, and what becomes the one line for the user.
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # read when it is imported, later than this
     logging.getLogger("timm").setLevel(logging.CRITICAL)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A file's name may have bytes that are not UTF-8; they are printed as \udcXX.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
         sys.stdout.flush()
@@ -75,14 +82,26 @@ def run(main: Callable[[], int]) -> int:
         if error.errno is None:  # a library's own, not the operating system's
             raise
         names = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-        report(f"cannot read or write{f' {names}' * bool(names)}: {error.strerror}")
+        advice = "; make room and run it again" if error.errno in FULL else ""
+        report(f"cannot read or write {names or 'the output'}: {error.strerror}{advice}")
         return 2
+    finally:
+        close_full_stdout()
 
 
 def _out_of_memory() -> tuple[type[BaseException], ...]:
     """Return what torch raises where a device's memory is full, if torch is imported."""
     torch = sys.modules.get("torch")
     return () if torch is None else (torch.OutOfMemoryError,)
+
+
+def close_full_stdout() -> None:
+    """Have what standard output cannot take go nowhere, or Python would fail on it once more when it ends."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def report(error: object) -> None:
@@ -95,7 +114,8 @@ def report(error: object) -> None:
         # The main process says the same thing and the launcher then ends this one. Only where
         # the main process is well and goes on is there anything left to say.
         time.sleep(10)
-    print(f"error: {printable(error)}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # on a full disk
+        print(f"error: {printable(error)}", file=sys.stderr, flush=True)
 
 
 def warn(message: object) -> None:

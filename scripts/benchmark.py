@@ -92,6 +92,7 @@ def main(args: argparse.Namespace) -> int:
     machine = benchmark.machine(accelerator)
     print(f"{benchmark.machine_line(machine)}\n", flush=True)
     exit_code = 0
+    unwritten: OSError | None = None
     results: list[benchmark.Result] = []
     objects: list[dict] = []
     lines: list[str] = []
@@ -110,8 +111,16 @@ def main(args: argparse.Namespace) -> int:
         lines += benchmark.verdict_lines(found)
         print(f"{setting}\n\n{benchmark.table(found)}\n", flush=True)
         if args.output:
-            write_atomically(args.output, lambda path: path.write_text(json.dumps(objects, indent=2) + "\n"))
+            unwritten = None
+            try:
+                write_atomically(args.output, lambda path: path.write_text(json.dumps(objects, indent=2) + "\n"))
+            except OSError as error:  # a full disk must not cost the other settings their turn
+                unwritten = error
     print("\n".join(lines), flush=True)
+    if unwritten is not None:
+        raise InputError(
+            f"cannot write {args.output}: {unwritten.strerror or unwritten}; the results are printed above"
+        )
     if args.figure and benchmark.panels(results):
         write_atomically(args.figure, lambda path: benchmark.draw(results, path))
         print(f"figure: {args.figure}")

@@ -1,10 +1,11 @@
-"""Predict the classes of images, and write their embeddings.
+r"""Predict the classes of images, and write their embeddings.
 
 Usage: python scripts/predict.py IMAGE | FOLDER | 'GLOB' ... [--model NAME] [--format table|jsonl|csv]
 
 Folders are searched with all that is in them. On several processes (accelerate launch) each takes
 its share of the images, and the result is the same. With no --model the small model that the
-repository ships tells which digit it sees.
+repository ships tells which digit it sees. Bytes of a path that are not UTF-8 are written as \udcXX,
+as Python's JSON reader returns them to `os.fsencode`.
 
 Exit codes: 0 done; 1 images were left out by --skip-corrupt; 2 bad input.
 """
@@ -213,7 +214,11 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
     """Yield a text file that takes its place only once it is whole."""
     from res2net_zoo.files import temporary_file
 
-    with temporary_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+    # Bytes of a name that are not UTF-8 are written as \udcXX, which is JSON's way too.
+    with (
+        temporary_file(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
         yield file
 
 
@@ -239,7 +244,8 @@ def parquet(path: Path) -> Iterator[Callable[[str, Any], None]]:
             schema = pa.schema([("path", pa.string()), ("embedding", pa.list_(pa.float32(), width))])
             file = file or ParquetWriter(temporary, schema)
             values = pa.array(np.concatenate([embedding.numpy() for _, embedding in group]))
-            columns = [pa.array([path for path, _ in group]), pa.FixedSizeListArray.from_arrays(values, width)]
+            paths = [path.encode("utf-8", "backslashreplace").decode() for path, _ in group]
+            columns = [pa.array(paths), pa.FixedSizeListArray.from_arrays(values, width)]
             file.write_table(pa.Table.from_arrays(columns, schema=schema))
             group.clear()
 

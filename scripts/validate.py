@@ -14,9 +14,13 @@ left images out; 2 bad input. `accelerate launch` turns every failure into 1.
 """
 
 import argparse
+import hashlib
 import json
+import math
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,21 +84,30 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
+    from res2net_zoo.files import check_writable, locked_by_main
+    from res2net_zoo.program import InputError, start_processes
+
+    accelerator = start_processes(args.threads, args.mixed_precision)
+    if args.output is not None:
+        if args.output.is_dir():
+            raise InputError(f"--output {args.output} is a folder; name a file")
+        check_writable(args.output.resolve().parent)
+    with locked_by_main(args.output, accelerator):
+        return validate(args, accelerator)
+
+
+def validate(args: argparse.Namespace, accelerator: "Accelerator") -> int:
+    """Measure the models; return the exit code."""
     from accelerate.utils import broadcast_object_list
 
     from res2net_zoo import catalog
     from res2net_zoo.data import open_source
-    from res2net_zoo.files import check_writable, write_atomically
-    from res2net_zoo.program import InputError, all_or_none, main_first, markdown_table, report, start_processes
-
-    accelerator = start_processes(args.threads, args.mixed_precision)
+    from res2net_zoo.files import write_atomically
+    from res2net_zoo.program import InputError, all_or_none, main_first, markdown_table, report
 
     def read_old() -> list[dict]:
         if args.output is None or not accelerator.is_main_process:
             return []
-        if args.output.is_dir():
-            raise InputError(f"--output {args.output} is a folder; name a file")
-        check_writable(args.output.resolve().parent)
         return read_results(args.output) if args.resume and args.output.exists() else []
 
     (results,) = broadcast_object_list([all_or_none(read_old)])
@@ -110,6 +123,7 @@ def main(args: argparse.Namespace) -> int:
     )
 
     exit_code = 0
+    unwritten: OSError | None = None
     rows = []  # the results of this run's models, in their order
     for name in list(catalog.load().checkpoints) if args.model == ["all"] else args.model:
         run = {
@@ -119,25 +133,27 @@ def main(args: argparse.Namespace) -> int:
             "precision": accelerator.mixed_precision,
             "options": {key: getattr(args, key) for key in ("benchmark", "label_column", "skip_corrupt")},
         }
-        result = next((result for result in results if run.items() <= result.items()), None)
-        if result is not None:
-            accelerator.print(f"{name} is done already")
-        else:
-            try:
-                result = run | measure(name, source, args, accelerator)
-            except Exception as error:
-                if len(args.model) == 1 and args.model != ["all"]:
-                    raise
-                # One model that fails must not cost the others of a long run their turn.
-                exit_code = max(exit_code, 2 if isinstance(error, InputError) else 1)
-                if accelerator.is_main_process:
-                    report(f"{name}: {str(error) or type(error).__name__}")
-                continue
-            results.append(result)
+        old = next((result for result in results if run.items() <= result.items()), None)
+        try:
+            result = run | measure(name, source, args, accelerator, old)
+        except Exception as error:
+            if len(args.model) == 1 and args.model != ["all"]:
+                raise
+            # One model that fails must not cost the others of a long run their turn.
+            exit_code = max(exit_code, 2 if isinstance(error, InputError) else 1)
+            if accelerator.is_main_process:
+                report(f"{name}: {str(error) or type(error).__name__}")
+            continue
+        results = [other for other in results if other is not old] + [result]
         result["passed"] = compare(result, args.tolerance)
         rows.append(result)
         if args.output is not None and accelerator.is_main_process:
-            write_atomically(args.output, lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
+            try:
+                text = json.dumps(results, indent=2) + "\n"
+                write_atomically(args.output, partial(Path.write_text, data=text))
+                unwritten = None
+            except OSError as error:  # a full disk must not cost what was measured: the table comes all the same
+                unwritten = error
 
     if accelerator.is_main_process and rows:
         header = ("model", "data", "split", "images", "top-1", "published", "top-5", "published", "images/s", "check")
@@ -145,19 +161,33 @@ def main(args: argparse.Namespace) -> int:
         sys.stdout.flush()
     accelerator.wait_for_everyone()  # a process that ends with 1 makes the launcher end the others
     accelerator.end_training()
-    if args.check and (unpublished := [result["model"] for result in rows if result["passed"] is None]):
+    if unwritten is not None:
         raise InputError(
-            f"nothing is published for {', '.join(unpublished)} on this data, so there is nothing to --check; "
-            "where it is an ImageNet benchmark, --benchmark says which"
+            f"cannot write {args.output}: {unwritten.strerror or unwritten}; the results are in the table above"
         )
+    if args.check and (unpublished := [result["model"] for result in rows if result["passed"] is None]):
+        raise InputError(nothing_published(", ".join(unpublished)))
     if any((args.check and not result["passed"]) or result["skipped"] for result in rows):
         exit_code = max(exit_code, 1)
     return exit_code
 
 
-def measure(name: str, source: "Source", args: argparse.Namespace, accelerator: "Accelerator") -> dict:
-    """Measure one model; return the results.json object of it."""
+def nothing_published(names: str) -> str:
+    return (
+        f"nothing is published for {names} on this data, so there is nothing to --check; where it is an ImageNet "
+        "benchmark, --benchmark says which"
+    )
+
+
+def measure(
+    name: str, source: "Source", args: argparse.Namespace, accelerator: "Accelerator", old: dict | None = None
+) -> dict:
+    """Measure one model; return the results.json object of it.
+
+    An earlier result is kept where weights, preprocessing and data are the same; what is published is looked up anew.
+    """
     import torch
+    from accelerate.utils import broadcast_object_list
     from timm.data import resolve_model_data_config
 
     from res2net_zoo.evaluate import evaluate
@@ -178,6 +208,33 @@ def measure(name: str, source: "Source", args: argparse.Namespace, accelerator: 
     if classes.warning and accelerator.is_main_process:
         warn(f"{name}: {classes.warning}")
     accuracies = published_accuracies(name)
+    # The size of a stream is known only once it is read; all others are known now.
+    published = find_published(accuracies, benchmark, source)
+    known = source.num_rows is not None or num_classes != 1000 or args.benchmark is not None
+    if not accuracies or known:
+        hint = trained_on(accuracies, source, name)
+        if args.check and published is None:
+            raise InputError(nothing_published(name) + (f"; {hint}" if hint else ""))
+        if hint and accelerator.is_main_process:
+            warn(f"{name}: {hint}")
+    now = {
+        "weights_sha256": weights_sha256(model),
+        "data_sha256": data_sha256(source),
+        "label_names": cfg.get("label_names") and hashlib.sha256(json.dumps(cfg["label_names"]).encode()).hexdigest(),
+        **{
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in resolve_model_data_config(model).items()
+            if key in ("input_size", "crop_pct", "interpolation", "mean", "std")
+        },
+    }
+    (measured_of,) = broadcast_object_list([now])  # on another machine the same files may have other times
+    if old is not None:
+        changed = [key.replace("_sha256", "") for key, value in measured_of.items() if old.get(key) != value]
+        if not changed:
+            accelerator.print(f"{name} is done already")
+            published = find_published(accuracies, old["benchmark"], source)
+            return {key: value for key, value in old.items() if key != "passed"} | figures(published)
+        accelerator.print(f"{name} is measured again: {', '.join(changed)} changed since, or not recorded")
     counts = evaluate(
         model,
         source,
@@ -188,8 +245,6 @@ def measure(name: str, source: "Source", args: argparse.Namespace, accelerator: 
         skip_corrupt=args.skip_corrupt,
         desc=name,
     )
-    if not counts.samples:
-        raise InputError(f"{args.data} has no image to count in split {source.split}")
     if counts.corrupt and accelerator.is_main_process:
         warn(f"{len(counts.corrupt)} corrupt images left out: {'; '.join(counts.corrupt)}")
     if benchmark is None and num_classes == 1000:  # the size of a stream is known only now
@@ -203,16 +258,72 @@ def measure(name: str, source: "Source", args: argparse.Namespace, accelerator: 
         "correct5": counts.top5,
         "top1": top1,
         "top5": top5,
-        "published_top1": published.top1 if published else None,
-        "published_top5": published.top5 if published else None,
-        "published_source": published.source if published else None,
+        **figures(published),
         "skipped": len(counts.corrupt),
         "images_per_second": round(counts.num_rows / counts.seconds, 1),
         "num_processes": accelerator.num_processes,
         "batch_size": args.batch_size,
         "device": accelerator.device.type,
-        **{key: resolve_model_data_config(model)[key] for key in ("input_size", "crop_pct", "interpolation")},
+        **measured_of,
     }
+
+
+def figures(published: "Accuracy | None") -> dict:
+    """Return what is published, as results.json has it."""
+    return {f"published_{key}": getattr(published, key, None) for key in ("top1", "top5", "source")}
+
+
+def weights_sha256(model: Any) -> str:
+    """Return a hash of a model's weights, wherever they come from: names, types, shapes and values."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def data_sha256(source: "Source") -> str | None:
+    """Return a hash by which changed data is noticed without being read; None for a stream.
+
+    Of image files it is their names, sizes and times; of other data the fingerprint that `datasets` gives it, which
+    depends on its files' times.
+    """
+    import datasets
+
+    from res2net_zoo.data import labels_of
+
+    if not isinstance(source.rows, datasets.Dataset):
+        return None
+    digest = hashlib.sha256(json.dumps([source.class_names, source.num_rows]).encode())
+    if "label" in source.rows.features:
+        digest.update(labels_of(source).tobytes())
+    first = source.rows[0]["image"] if len(source.rows) else None
+    if first and first["bytes"] is None:
+        for image in source.rows["image"][:]:
+            stat = os.stat(image["path"]) if image and os.path.exists(image["path"]) else None
+            digest.update(f"{image} {stat.st_size} {stat.st_mtime_ns}".encode() if stat else b"-")
+    else:
+        digest.update(source.rows._fingerprint.encode())
+    return digest.hexdigest()
+
+
+def trained_on(accuracies: "list[Accuracy]", source: "Source", name: str) -> str | None:
+    """Return a warning where a model's card says that it was trained on images of this split."""
+    from res2net_zoo.data import held_out_of
+
+    for accuracy in accuracies:
+        if accuracy.dataset.split("/")[-1] == source.name.split("/")[-1] and accuracy.split != source.split:
+            held = held_out_of(accuracy.split)
+            here = held_out_of(source.split)
+            whole = here[0] if here else source.split
+            if whole == (held[0] if held else "train"):
+                return (
+                    f"it was trained on images of {source.split} of {source.name}, on which it does better than on new "
+                    f"ones; its card's figures are of --split {accuracy.split}"
+                )
+    return None
 
 
 def find_published(accuracies: "list[Accuracy]", benchmark: str | None, source: "Source") -> "Accuracy | None":
@@ -238,18 +349,47 @@ def compare(result: dict, tolerance: float) -> bool | None:
 
 
 def read_results(path: Path) -> list[dict]:
-    """Read the results of an earlier run."""
+    """Read the results of an earlier run.
+
+    Raises:
+        InputError: The file holds something else.
+    """
+    from res2net_zoo.files import read_json
     from res2net_zoo.program import InputError
 
-    needed = {"model", "data", "split", "precision", "options", "benchmark", "samples", "skipped", "images_per_second"}
-    needed |= {"top1", "top5", "published_top1", "published_top5"}
-    try:
-        results = json.loads(path.read_text())
-        if isinstance(results, list) and all(result.keys() >= needed for result in results):
-            return results
-    except (OSError, ValueError, AttributeError):
-        pass
-    raise InputError(f"{path} holds no results of this program to go on from; name another --output")
+    results = read_json(path)
+    if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
+        raise InputError(f"{path} holds no results of this program: it is not a list of objects; name another --output")
+    for number, result in enumerate(results, 1):
+        for key, fits in RESULT.items():
+            if key not in result or not fits(result[key]):
+                what = "is missing" if key not in result else f"cannot be {str(result[key])[:40]!r}"
+                raise InputError(
+                    f"{path} holds no results of this program: {key} of result {number} {what}; name another --output"
+                )
+    return results
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _number_or_none(value: object) -> bool:
+    return value is None or _number(value)
+
+
+# What a result must have to go on from it.
+RESULT: dict[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("model", "data", "split", "precision"), _text),
+    "options": lambda value: isinstance(value, dict),
+    "benchmark": lambda value: value is None or _text(value),
+    **dict.fromkeys(("samples", "skipped", "images_per_second", "top1", "top5"), _number),
+    **dict.fromkeys(("published_top1", "published_top5"), _number_or_none),
+}
 
 
 def table_row(result: dict) -> list[str]:

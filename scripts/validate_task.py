@@ -41,26 +41,33 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
+    from res2net_zoo.files import check_writable, locked_by_main
+    from res2net_zoo.program import start_processes
+
+    accelerator = start_processes(args.threads, args.mixed_precision)
+    for path in (args.output, args.results):
+        if path is not None:
+            check_writable(path.resolve().parent)
+    with locked_by_main(args.output, accelerator), locked_by_main(args.results, accelerator):
+        return validate(args, accelerator)
+
+
+def validate(args: argparse.Namespace, accelerator: Any) -> int:
+    """Measure the model; return the exit code."""
     import torch
 
-    from res2net_zoo.files import check_writable
     from res2net_zoo.program import (
         InputError,
         all_or_none,
         default_workers,
         main_first,
         markdown_table,
-        start_processes,
     )
     from res2net_zoo.tasks import load
     from res2net_zoo.tasks.base import find_folder
     from res2net_zoo.tasks.engine import evaluate, expected_figures, write_json
     from res2net_zoo.tasks.keypoints import COCOPersons
 
-    accelerator = start_processes(args.threads, args.mixed_precision)
-    for path in (args.output, args.results):
-        if path is not None:
-            check_writable(path.resolve().parent)
     model: Any = main_first(accelerator, lambda: load(args.model))
     data = all_or_none(lambda: model.open(args.data, args.split, model.settings["head"], model.settings["classes"]))
     if args.boxes is not None:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 
+from res2net_zoo.files import finish_replacing
 from res2net_zoo.folder import replaced_folder, write_backbone
 from res2net_zoo.names import parse_name
 from res2net_zoo.pretrained import create_model
@@ -322,6 +323,8 @@ def find_folder(name: str) -> Path:
     """
     source, identifier = parse_name(name if ":" in name else f"local-dir:{name}")
     if source == "local-dir":
+        if not Path(identifier).is_dir():
+            finish_replacing(Path(identifier))
         if not (Path(identifier) / "config.json").is_file():
             raise InputError(f"{identifier} is not a model folder, for it has no config.json; train_task.py writes one")
         return Path(identifier)

@@ -458,5 +458,12 @@ def pictures(
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
-    """Write JSON, whole or not at all."""
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=indent) + "\n"))
+    """Write JSON, whole or not at all.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    try:
+        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=indent) + "\n"))
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}; the figures are printed above") from error
