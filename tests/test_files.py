@@ -1,7 +1,9 @@
 """What is written to disk is whole at every moment; what is shipped is what it says it is."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -19,12 +21,13 @@ from res2net_zoo.card import model_card
 from res2net_zoo.catalog import Accuracy
 from res2net_zoo.data import open_source
 from res2net_zoo.evaluate import evaluate
-from res2net_zoo.files import write_atomically
-from res2net_zoo.folder import write_model_folder
+from res2net_zoo.files import finish_replacing, locked, sweep, write_atomically
+from res2net_zoo.folder import replaced_folder, write_model_folder
 from res2net_zoo.images import decode
 from res2net_zoo.labels import match_classes
 from res2net_zoo.pretrained import create_model, published_accuracies
-from res2net_zoo.program import markdown_table
+from res2net_zoo.program import InputError, markdown_table
+from res2net_zoo.publish import files_of
 from tests.conftest import ROOT, SHIPPED_DATA, SHIPPED_MODEL, spread
 
 
@@ -87,14 +90,98 @@ for i in range(10_000):
             assert process.stdout.readline()
         process.kill()
         process.wait()
-        if not folder.exists():  # between the two renames: the old one stands beside its place
-            folder = next(tmp_path.glob(".model-old-*"))
+        finish_replacing(folder)
         with safe_open(folder / "model.safetensors", "pt") as file:
             number = int(file.get_tensor("fc.bias")[0])
             assert file.metadata() == {"format": "pt"}
         assert (folder / "README.md").read_text().endswith(f"# {number}")
         shutil.rmtree(tmp_path)
         folder = tmp_path / "model"
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from res2net_zoo.files import locked, temporary_file
+path = Path(sys.argv[1])
+with locked(path), temporary_file(path) as temporary:
+    temporary.write_text("half")
+    print("writing", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_lock_and_what_is_half_written_last_as_long_as_their_process(tmp_path):
+    path = tmp_path / "file.txt"
+    (tmp_path / ".notes-new-mine").mkdir()  # a user's own
+    process = subprocess.Popen([sys.executable, "-c", WRITER, path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline()
+    with pytest.raises(InputError, match=f"another run .process {process.pid} .* is writing .*file.txt"), locked(path):
+        pass
+    sweep(tmp_path)
+    (temporary,) = tmp_path.glob(".file.txt-new-*")
+    assert (temporary / "file.txt").read_text() == "half"
+    process.kill()
+    process.wait()
+    with locked(path):
+        write_atomically(path, lambda new: new.write_text("whole"))
+    assert {p.name for p in tmp_path.iterdir()} == {"file.txt", ".notes-new-mine"}
+    assert path.read_text() == "whole"
+
+
+def test_a_lock_does_not_outlive_its_process_in_its_children(tmp_path):
+    """Loader processes are forked, and may live some seconds longer."""
+    code = "import os, sys, time\nfrom pathlib import Path\nfrom res2net_zoo.files import locked\n"
+    code += "with locked(Path(sys.argv[1])):\n    child = os.fork()\n    print(child, flush=True)\n    time.sleep(600)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "f"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    child = max(int(process.stdout.readline()) for _ in range(2))
+    process.kill()
+    process.wait()
+    try:
+        with locked(tmp_path / "f"):
+            os.kill(child, 0)  # it lives
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_killed_between_the_two_renames_the_new_folder_takes_its_place(tmp_path):
+    folder = tmp_path / "model"
+    code = """
+import os, pathlib, sys
+from res2net_zoo.folder import replaced_folder
+rename = pathlib.Path.rename
+def die(self, target):
+    rename(self, target)
+    if "-old-" in str(target):
+        os.kill(os.getpid(), 9)
+pathlib.Path.rename = die
+for text in ("old", "new"):
+    with replaced_folder(pathlib.Path(sys.argv[1])) as new:
+        (new / "card").write_text(text)
+"""
+    assert subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT).returncode == -9
+    assert not folder.exists() and len(list(tmp_path.iterdir())) == 2
+    sweep(tmp_path)  # must not take the only whole folders for left over
+    finish_replacing(folder)
+    assert (folder / "card").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["model"]
+    # What was left in the folder itself does not move along.
+    (folder / ".card-new-abcdefgh").mkdir()
+    (folder / "mine").write_text("kept")
+    with replaced_folder(folder) as new:
+        (new / "card").write_text("newer")
+    assert {p.name for p in folder.iterdir()} == {"card", "mine"}
+
+
+def test_what_is_being_written_is_not_published(tmp_path):
+    folder = shutil.copytree(SHIPPED_MODEL, tmp_path / "model")
+    whole = files_of(folder)
+    for name in (".README.md-new-abcdefgh", ".eval_results/.imagenet-1k.yaml-new-abcdefgh"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "file").write_text("half")
+    assert files_of(folder) == whole
 
 
 def test_what_timm_writes_and_reads(tmp_path):
