@@ -65,32 +65,67 @@ def main(args: argparse.Namespace) -> int:
 def publish_one(args: argparse.Namespace, folder: Path, repo_id: str) -> "publish.Plan":
     """Publish a folder, or show what would go."""
     from res2net_zoo import publish
-    from res2net_zoo.program import InputError, markdown_table
 
     publish.check_folder(folder)
+    if args.dry_run:
+        return show_plan(args, folder, repo_id)
     plan = publish.make_plan(folder, repo_id, args.revision, args.private)
-    if plan.creates and args.create_pr:
-        raise InputError(f"there is no model {repo_id} on the Hub to open a pull request on")
-    if args.private and not plan.private:
-        raise InputError(f"{repo_id} is public already, which --private does not change")
+    check_plan(args, plan)
     if not plan.private and not args.despite_license:
         publish.check_license(folder)
     if not args.create_pr:
         publish.check_weights(plan, args.force)
-    rows = [(u.path, f"{u.size:,}", u.sha256[:16], u.state) for u in plan.uploads]
-    print(markdown_table(("file", "bytes", "SHA-256", "state"), rows))
-    kind = "private" if plan.private else "public"
-    what = f"{len(plan.sent)} of {len(plan.uploads)} files to the {'new ' if plan.creates else ''}{kind} {repo_id}"
-    if args.dry_run:
-        branch = f"{'the new branch ' if plan.branches else ''}{args.revision}"
-        way = "a pull request" if args.create_pr else f"one commit to {branch}"
-        print(f"would send {what} in {way}" if plan.sent else f"{repo_id} has it all already", end="")
-        print(f", and add it to the collection {args.collection!r}" if args.collection and not args.create_pr else "")
-        return plan
+    print(table(plan))
     print(publish.publish(folder, plan, args.create_pr, args.force))
     if args.collection and not args.create_pr:
         slug = publish.add_to_collection(repo_id, args.collection, plan.private)
         print(f"in the collection {slug}")
+    return plan
+
+
+def check_plan(args: argparse.Namespace, plan: "publish.Plan") -> None:
+    """Refuse what the options ask for and the repository does not allow."""
+    from res2net_zoo.program import InputError
+
+    if plan.creates and args.create_pr:
+        raise InputError(f"there is no model {plan.repo_id} on the Hub to open a pull request on")
+    if args.private and not plan.private:
+        raise InputError(f"{plan.repo_id} is public already, which --private does not change")
+
+
+def table(plan: "publish.Plan") -> str:
+    """Return the files of a plan as a table."""
+    from res2net_zoo.program import markdown_table, printable
+
+    rows = [(printable(u.path), f"{u.size:,}", u.sha256[:16], u.state) for u in plan.uploads]
+    return markdown_table(("file", "bytes", "SHA-256", "state"), rows)
+
+
+def show_plan(args: argparse.Namespace, folder: Path, repo_id: str) -> "publish.Plan":
+    """Show what publishing would send, and what it would refuse; the Hub is only asked what it has."""
+    from res2net_zoo import publish
+    from res2net_zoo.program import warn
+
+    plan, unreachable = publish.make_plan_or_guess(folder, repo_id, args.revision, args.private)
+    print(table(plan))
+    if not plan.private and not args.despite_license:
+        try:
+            publish.check_license(folder)
+        except publish.LicenseError as error:
+            print(f"would be refused: {error}")
+    if unreachable:
+        warn(f"not compared with {repo_id}: {unreachable}")
+        print(f"would send those of {len(plan.uploads)} files that {repo_id} does not have yet")
+        return plan
+    check_plan(args, plan)
+    if not args.create_pr:
+        publish.check_weights(plan, args.force)
+    kind = "private" if plan.private else "public"
+    what = f"{len(plan.sent)} of {len(plan.uploads)} files to the {'new ' if plan.creates else ''}{kind} {repo_id}"
+    branch = f"{'the new branch ' if plan.branches else ''}{args.revision}"
+    way = "a pull request" if args.create_pr else f"one commit to {branch}"
+    print(f"would send {what} in {way}" if plan.sent else f"{repo_id} has it all already", end="")
+    print(f", and add it to the collection {args.collection!r}" if args.collection and not args.create_pr else "")
     return plan
 
 

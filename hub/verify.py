@@ -47,6 +47,7 @@ def main(args: argparse.Namespace) -> int:
     results = {True: "passed", False: "FAILED", None: "-"}
     # Sixteen digits of a hash say enough; fingerprint.json and the catalogue have them all.
     short = [[re.sub(r"\b([0-9a-f]{16})[0-9a-f]{24,}", r"\1...", text) for text in check[:3]] for check in checks]
+    short = [[printable(text) for text in texts] for texts in short]
     rows = [(*texts, results[check.passed]) for texts, check in zip(short, checks, strict=True)]
     print(markdown_table(("check", "found", "expected", "result"), rows))
     if failed := [check for check in checks if check.passed is False]:

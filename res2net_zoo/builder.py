@@ -1,6 +1,7 @@
 """Building a model as timm does, with weights that timm could not load by itself."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from timm.models import build_model_with_cfg, get_pretrained_cfg
@@ -8,6 +9,26 @@ from timm.models._builder import resolve_pretrained_cfg
 
 from res2net_zoo import catalog
 from res2net_zoo.program import WEIGHTS
+
+# The largest models have 66 blocks, 8 groups and 2,048 channels; DLA's levels are the depths of binary trees.
+LARGEST = dict(layers=256, levels=6, scale=64, cardinality=1024, base_width=4096, channels=2**14, stem_width=2**12)
+LARGEST |= dict(num_classes=2**20, in_chans=2**12, alpha=64, beta=64)
+
+
+def check_bounds(arguments: Mapping[str, Any]) -> None:
+    """Check the numbers that a model's size follows from, before it is built.
+
+    Args:
+        arguments: As for the model's class.
+
+    Raises:
+        ValueError: One is out of bounds.
+    """
+    for name, value in {**arguments, **(arguments.get("block_args") or {})}.items():
+        if most := LARGEST.get(name):
+            for number in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(number, int | float) and not 0 <= number <= most:
+                    raise ValueError(f"{name} is {number}; it must be from 0 to {most:,}")
 
 
 def build_model(model_cls: Any, variant: str, pretrained: bool, **kwargs) -> Any:
@@ -25,9 +46,13 @@ def build_model(model_cls: Any, variant: str, pretrained: bool, **kwargs) -> Any
 
     Raises:
         InputError: The weight cannot be fetched or is not the right one.
+        ValueError: A number of layers, groups or channels beyond what the zoo builds.
     """
     hub_id, filename, known = "", WEIGHTS, ""
+    check_bounds(kwargs)
     if pretrained:
+        import res2net_zoo.hub  # noqa: F401  bounds what the Hub's client waits for
+
         overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
         name = f"{variant}.{cfg.tag}" if cfg.tag else variant

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from res2net_zoo.files import sha256_of, write_atomically
+from res2net_zoo.files import read_json, sha256_of, write_atomically
 from res2net_zoo.program import WEIGHTS, InputError
 
 NAME = "fingerprint.json"
+
+LARGEST = 32 * 2**20  # bytes; a logit takes some 15
 
 # Of the largest logit. Another number of threads, channels_last or double give some 4e-7; the wrong wiring of the
 # block, wrong statistics or a wrong padding give 1e-3 and more.
@@ -114,17 +116,17 @@ def read(folder: Path) -> Stored | None:
         InputError: It is none that this module wrote.
     """
     path = folder / NAME
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         return None
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path, LARGEST)
         digest, size, values = content["sha256"][WEIGHTS], content["input_size"], content["logits"]
         # Whoever wrote the file shall not say how much memory is taken.
         fits = len(size) == 3 and all(type(n) is int and 0 < n <= 4096 for n in size) and math.prod(size) <= 3 * 2048**2
         numbers = isinstance(values, list) and len(values) > 0 and all(type(x) is float for x in values)
         if not (isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest) and fits and numbers):
             raise ValueError("a hash, an input size or logits that cannot be")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (InputError, OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no fingerprint: {' '.join(str(error).split())[:200]}") from error
     return Stored(digest, tuple(size), values)
 

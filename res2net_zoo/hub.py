@@ -35,12 +35,20 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, filter_repo_objects, get_session
 from huggingface_hub.utils.sha import git_hash
 
-from res2net_zoo.files import sha256_of, write_atomically
+from res2net_zoo import client
+from res2net_zoo.files import read_bytes, sha256_of, write_atomically
 from res2net_zoo.program import WEIGHTS, InputError
 
 T = TypeVar("T")
 
 TRIES = 4
+LONGEST = 60  # seconds of failing after which a call is not tried again
+
+client.install()
+
+
+class OutOfReachError(InputError):
+    """The Hub cannot be asked now; another time it may answer."""
 
 
 def one_line(error: BaseException) -> str:
@@ -66,17 +74,40 @@ def patiently(call: Callable[[], T]) -> T:
     Raises:
         HTTPError: It failed for good, or every time.
     """
+    start = time.monotonic()
     for attempt in range(TRIES):
         try:
             return call()
         except HTTPError as error:
-            status = status_of(error)
-            temporary = status is None or status in (408, 429) or status >= 500
-            if attempt == TRIES - 1 or not temporary:
+            last = attempt == TRIES - 1 or time.monotonic() - start > LONGEST
+            if last or not is_temporary(error):
                 raise
-            wait = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
-            time.sleep(min(int(wait), 60) if wait.isdigit() else 2**attempt)
+            time.sleep(seconds_to_wait(error) or 2**attempt)
     raise AssertionError("unreachable")
+
+
+def is_temporary(error: BaseException) -> bool:
+    """Return whether what failed may work a moment later."""
+    status = status_of(error)
+    if status is None:
+        return True
+    return (status in (408, 429) or status >= 500) and seconds_to_wait(error) <= client.LONGEST_WAIT
+
+
+def seconds_to_wait(error: BaseException) -> int:
+    """Return for how many seconds a server asks to be left alone; 0 where it does not."""
+    response = getattr(error, "response", None)
+    return 0 if response is None else client.asked_to_wait(response)
+
+
+def cause_of(error: BaseException) -> str:
+    """Return what a connection failed of, on one line; "" where that is not what an error is from."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, HTTPError) and not isinstance(found, LocalEntryNotFoundError):
+            return one_line(found)
+        found = found.__cause__ or found.__context__
+    return ""
 
 
 def download(url: str, path: Path, headers: dict[str, str] | None = None, size: int | None = None) -> None:
@@ -116,8 +147,7 @@ def download(url: str, path: Path, headers: dict[str, str] | None = None, size: 
     except OfflineModeIsEnabled as error:
         raise InputError(f"cannot download {name}: HF_HUB_OFFLINE is set; unset it") from error
     except HTTPError as error:
-        status = status_of(error)
-        advice = "; run it again to go on" if status is None or status in (408, 429) or status >= 500 else ""
+        advice = "; run it again to go on" if is_temporary(error) else ""
         raise InputError(f"cannot download {name}: {one_line(error)}{advice}") from error
     except OSError as error:
         if error.errno is not None:
@@ -184,9 +214,12 @@ def plainly(repo_id: str) -> Iterator[None]:
     except HFValidationError as error:
         raise InputError(f"{repo_id!r} is no repository id ORG/NAME: {one_line(error)}") from error
     except LocalEntryNotFoundError as error:
-        raise InputError(f"cannot fetch {repo_id} from {constants.ENDPOINT}; run it again to go on") from error
+        cause = cause_of(error)
+        raise OutOfReachError(
+            f"cannot fetch {repo_id} from {constants.ENDPOINT}{f': {cause}' if cause else ''}; run it again to go on"
+        ) from error
     except OfflineModeIsEnabled as error:
-        raise InputError(f"HF_HUB_OFFLINE is set, so {repo_id} cannot be reached; unset it") from error
+        raise OutOfReachError(f"HF_HUB_OFFLINE is set, so {repo_id} cannot be reached; unset it") from error
     except HTTPError as error:
         reasons = {
             401: "the Hub does not know you; log in by `hf auth login`, or set HF_TOKEN",
@@ -196,11 +229,17 @@ def plainly(repo_id: str) -> Iterator[None]:
         status = status_of(error)
         if status is None:
             reason = f"cannot reach {constants.ENDPOINT}: {one_line(error)}; run it again to go on"
+        elif (seconds := seconds_to_wait(error)) > client.LONGEST_WAIT:
+            reason = (
+                f"the Hub asks to wait {seconds:,} s (Retry-After), longer than the limit of {client.LONGEST_WAIT} s; "
+                "run it again later to go on"
+            )
         elif status >= 500:
             reason = f"the Hub is out of order (status {status}); run it again later to go on"
         else:
             reason = f"the Hub refused {repo_id}: {reasons.get(status) or one_line(error)}"
-        raise InputError(reason) from error
+        unavailable = status is None or status in (408, 429) or status >= 500
+        raise (OutOfReachError if unavailable else InputError)(reason) from error
     except (OSError, ValueError) as error:
         # A full disk, a cache that cannot be written; some of it the client wraps in a type of no meaning.
         where = constants.HF_HUB_CACHE
@@ -350,4 +389,4 @@ def fetch_repository(repo_id: str, sha: str, folder: Path) -> None:
 
 def hash_of(path: Path, lfs: bool) -> str:
     """Return the hash by which the Hub knows a file: its SHA-256 in LFS, else the id of git's object."""
-    return sha256_of(path) if lfs else git_hash(path.read_bytes())
+    return sha256_of(path) if lfs else git_hash(read_bytes(path, path.stat().st_size))

@@ -78,8 +78,8 @@ def _from_hub(checkpoint: Checkpoint, root: Path) -> str:
 
 
 def _damages(folder: Path, checkpoint: Checkpoint) -> list[Check]:
-    """Return the checks that a folder fails, but for preprocessing, which the catalogue has and a mirror need not."""
-    return [c for c in verify(folder, checkpoint) if c.passed is False and c.what != "preprocessing"]
+    """Return the checks that a folder fails, but for those of what the catalogue has and a mirror need not."""
+    return [c for c in verify(folder, checkpoint) if c.passed is False and c.what not in ("preprocessing", "card")]
 
 
 @contextlib.contextmanager

@@ -14,15 +14,15 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from safetensors import SafetensorError
-from timm.data import create_transform, resolve_model_data_config
 from timm.models import get_arch_name, parse_model_name
 from torch import nn
 
-from res2net_zoo import catalog
+from res2net_zoo import catalog, hub, model_config
 from res2net_zoo.catalog import Accuracy
 from res2net_zoo.command_line import did_you_mean
+from res2net_zoo.files import read_text
 from res2net_zoo.names import parse_name
-from res2net_zoo.program import InputError, nearest
+from res2net_zoo.program import WEIGHTS, InputError, nearest
 
 
 def create_model(name: str, pretrained: bool = True, **kwargs) -> nn.Module:
@@ -45,23 +45,30 @@ def create_model(name: str, pretrained: bool = True, **kwargs) -> nn.Module:
     if source is None:
         _check_registered(name, pretrained)
     try:
-        model = timm.create_model(name, pretrained=pretrained, **kwargs)
-        _check_config(model)
+        if source == "local-dir":
+            _check_folder(name, Path(identifier), pretrained)
+        if source != "hf-hub":
+            return timm.create_model(name, pretrained=pretrained, **kwargs)
+        pinned = _check_repository(name, identifier, pretrained, kwargs.get("cache_dir"))
+        model: Any = timm.create_model(pinned, pretrained=pretrained, **kwargs)
+        model.pretrained_cfg["hf_hub_id"] = identifier  # as the caller names it
         return model
     except InputError:
         raise
     except LocalEntryNotFoundError as error:
         where = identifier if source else timm.get_pretrained_cfg_value(name, "hf_hub_id")
         command = f"hf download {where}".replace("@", " --revision ")
+        cause = hub.cause_of(error)
         raise InputError(
-            f"the Hub is out of reach and {where} is not in its cache; where there is a network, `{command}` fetches it"
+            f"the Hub is out of reach{f' ({cause})' if cause else ''} and {where} is not in its cache; where there is "
+            f"a network, `{command}` fetches it"
         ) from error
     except RepositoryNotFoundError as error:
         raise InputError(
             f"there is no model {identifier} on the Hub, or it is private and you are not logged in"
         ) from error
     except (EntryNotFoundError, HfHubHTTPError) as error:
-        raise InputError(f"cannot read {name} from the Hub: {error}") from error
+        raise InputError(f"cannot read {name} from the Hub: {hub.one_line(error)}") from error
     except SafetensorError as error:
         raise InputError(
             f"the weights of {name} are no whole safetensors file ({error}); fetch or make them again"
@@ -87,17 +94,48 @@ def _check_registered(name: str, pretrained: bool) -> None:
         raise InputError(f"{architecture} has no published weights; train some, or name a folder as local-dir:DIR")
 
 
-def _check_config(model: Any) -> None:
-    """Try out what a config says of preprocessing and labels, which building a model does not read."""
-    config = resolve_model_data_config(model)
-    create_transform(**config)
-    if not len(config["mean"]) == len(config["std"]) == config["input_size"][0]:
-        raise ValueError("its config has not one mean and std for each of input_size's channels")
-    names = model.pretrained_cfg.get("label_names") or []
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise ValueError("label_names of its config are no list of names")
-    if names and not len(names) == len(set(names)) == model.pretrained_cfg["num_classes"]:
-        raise ValueError("label_names of its config are not one name for each of its classes")
+def _check_folder(name: str, folder: Path, pretrained: bool) -> None:
+    """Check a model folder before timm builds anything of it; without weights only if none are to be loaded."""
+    try:
+        if pretrained or (folder / WEIGHTS).exists():
+            model_config.check_folder(folder)
+        else:
+            model_config.build_on_meta(model_config.read(folder / model_config.NAME))
+    except InputError as error:
+        raise InputError(f"cannot load {name}: {error}") from error
+
+
+def _check_repository(name: str, identifier: str, pretrained: bool, cache_dir: str | Path | None) -> str:
+    """Check a repository's config and weights before timm builds anything of it.
+
+    Returns:
+        Its name at the commit that was checked, of which timm finds all in the cache without asking the Hub again.
+    """
+    repository, _, revision = identifier.partition("@")
+    path = Path(hf_hub_download(repository, model_config.NAME, revision=revision or None, cache_dir=cache_dir))
+    commit = path.parent.name
+    try:
+        config = model_config.read(path)
+        if pretrained:
+            model_config.check_weights(config, _fetch_weights(repository, commit, cache_dir))
+        else:
+            model_config.build_on_meta(config)
+    except InputError as error:
+        raise InputError(f"cannot load {name}: {error}") from error
+    return f"hf-hub:{repository}@{commit}"
+
+
+def _fetch_weights(repository: str, commit: str, cache_dir: str | Path | None) -> Path:
+    """Fetch a repository's weights as timm does: safetensors where there are some, and hold them against their hash."""
+    pickled = "pytorch_model.bin"
+    try:
+        path, filename = hf_hub_download(repository, WEIGHTS, revision=commit, cache_dir=cache_dir), WEIGHTS
+    except EntryNotFoundError as error:
+        if isinstance(error, LocalEntryNotFoundError):
+            raise
+        path, filename = hf_hub_download(repository, pickled, revision=commit, cache_dir=cache_dir), pickled
+    hub.check_cached(f"{repository}@{commit}", filename, cache_dir)
+    return Path(path)
 
 
 def published_accuracies(name: str) -> list[Accuracy]:
@@ -120,7 +158,8 @@ def published_accuracies(name: str) -> list[Accuracy]:
         else:
             repository, _, revision = identifier.partition("@")
             path = Path(hf_hub_download(repository, "README.md", revision=revision or None))
-        results = ModelCard.load(path).data.eval_results or []
+        card: Any = ModelCard(read_text(path))
+        results = card.data.eval_results or []
     except Exception:
         return []  # without a card, or with one that nobody can read, nothing is published
     figures: dict[tuple[str, str], dict[str, float]] = {}

@@ -6,14 +6,24 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, ModelInfo
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelInfo
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
 from res2net_zoo import catalog, verify
-from res2net_zoo.files import sha256_of
+from res2net_zoo.files import open_regular, sha256_of
 from res2net_zoo.folder import EVAL_RESULTS
-from res2net_zoo.hub import TRIES, hash_of, one_line, patiently, plainly, status_of
+from res2net_zoo.hub import (
+    LONGEST,
+    TRIES,
+    OutOfReachError,
+    hash_of,
+    is_temporary,
+    one_line,
+    patiently,
+    plainly,
+    status_of,
+)
 from res2net_zoo.program import WEIGHTS, InputError
 from res2net_zoo.provenance import of_folder
 
@@ -42,7 +52,7 @@ class Upload:
         path: Its path in the folder.
         size: Its bytes.
         sha256: Its SHA-256.
-        state: `new`, `changed` or `unchanged`.
+        state: `new`, `changed` or `unchanged`; `unknown` where the Hub could not be asked.
     """
 
     path: str
@@ -83,9 +93,11 @@ def files_of(folder: Path) -> list[str]:
     """Return the paths of a model folder's files, without those that tools leave there.
 
     Raises:
-        InputError: One is nothing to publish: a pickle, or a link that leads elsewhere.
+        InputError: One cannot be published: a pickle, a device or a pipe, or a link that leads elsewhere.
     """
-    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    # A link to a folder is listed as it is, and is not followed.
+    entries = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    paths = sorted(path.relative_to(folder).as_posix() for path in entries)
     kept = []
     for path in filter_repo_objects(paths, ignore_patterns=[*DEFAULT_IGNORE_PATTERNS, "*.part"]):
         parts = path.split("/")
@@ -93,27 +105,42 @@ def files_of(folder: Path) -> list[str]:
             continue  # .cache, .DS_Store, .env
         if path.endswith(PICKLES):
             raise InputError(f"{folder / path} is a pickle, which nobody should load; take it out")
-        target = (folder / path).resolve()
-        # The Hub's own cache has links to its blobs.
-        if not target.is_relative_to(folder.resolve()) and target.parent.name != "blobs":
-            raise InputError(f"{folder / path} leads to a file outside of the folder; put the file itself there")
+        check_inside(folder, path)
         kept.append(path)
     return kept
 
 
+def check_inside(folder: Path, path: str) -> None:
+    """Check that a path of a folder is a regular file of that folder.
+
+    Raises:
+        InputError: It is a link that leads elsewhere, or something else than a file.
+    """
+    root, target = folder.resolve(), (folder / path).resolve()
+    # The Hub's own cache has links to its blobs: models--ORG--NAME/snapshots/COMMIT/FILE to models--ORG--NAME/blobs.
+    in_cache = root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
+    if not target.is_relative_to(root) and not in_cache:
+        raise InputError(f"{folder / path} leads to a file outside of the folder; put the file itself there")
+    if target.is_dir():
+        raise InputError(f"{folder / path} is a link to a folder; put the folder itself there")
+    with open_regular(folder / path):
+        pass
+
+
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that does not verify, or that has no card that can be read.
+    """Refuse a folder that does not verify, its card included.
 
     Raises:
         InputError: It is no model folder, or something of it is wrong.
     """
+    files_of(folder)
     if failed := [check for check in verify.verify(folder) if check.passed is False]:
         what, found, expected, _ = failed[0]
+        if what == "card":
+            raise InputError(f"{found}; nothing was sent")
         raise InputError(f"{folder} does not verify: {what}: {found}, not {expected}; nothing was sent")
     if not (folder / "README.md").is_file():
         raise InputError(f"{folder} has no README.md, the model card; nothing was sent")
-    license_of(folder)
-    files_of(folder)
 
 
 def license_of(folder: Path) -> str | None:
@@ -122,11 +149,7 @@ def license_of(folder: Path) -> str | None:
     Raises:
         InputError: The card cannot be read.
     """
-    try:
-        license = ModelCard.load(folder / "README.md").data.get("license")
-    except Exception as error:
-        # Whatever huggingface_hub's parser of YAML stumbles over.
-        raise InputError(f"{folder / 'README.md'} is no model card: {one_line(error)}") from error
+    license = verify.read_card(folder).data.get("license")
     return license if isinstance(license, str) else None
 
 
@@ -206,6 +229,23 @@ def make_plan(folder: Path, repo_id: str, revision: str = "main", private: bool 
     return Plan(repo_id, revision, info is None, branches, is_private, info.sha if info else None, uploads)
 
 
+def make_plan_or_guess(folder: Path, repo_id: str, revision: str = "main", private: bool = False) -> tuple[Plan, str]:
+    """Do as `make_plan`, also where the Hub is out of reach.
+
+    Returns:
+        The plan, and why the Hub could not be asked; "" where it could.
+
+    Raises:
+        InputError: As `make_plan`, but for a Hub that is out of reach.
+    """
+    try:
+        return make_plan(folder, repo_id, revision, private), ""
+    except OutOfReachError as error:
+        paths = [(name, folder / name) for name in files_of(folder)]
+        uploads = [Upload(name, path.stat().st_size, sha256_of(path), "unknown") for name, path in paths]
+        return Plan(repo_id, revision, False, False, private, None, uploads), str(error)
+
+
 def check_weights(plan: Plan, force: bool) -> None:
     """Refuse to put a weight in the place of a different one.
 
@@ -247,6 +287,7 @@ def publish(folder: Path, plan: Plan, create_pr: bool = False, force: bool = Fal
             raise InputError(f"{repo_id} has become public meanwhile; nothing was sent")
         return new
 
+    start = time.monotonic()
     with plainly(repo_id):
         if plan.creates:
             patiently(lambda: api.create_repo(repo_id, private=plan.private, exist_ok=True))
@@ -265,9 +306,8 @@ def publish(folder: Path, plan: Plan, create_pr: bool = False, force: bool = Fal
             try:
                 done = _commit(api, folder, plan, title, create_pr)
             except HTTPError as error:
-                status = status_of(error)
-                temporary = status is None or status in (408, 412, 429) or status >= 500
-                if attempt == TRIES - 1 or not temporary:
+                temporary = is_temporary(error) or status_of(error) == 412
+                if attempt == TRIES - 1 or time.monotonic() - start > LONGEST or not temporary:
                     raise
                 time.sleep(2**attempt)
                 plan = again()

@@ -3,22 +3,25 @@
 A folder of a task's model (`tasks`) has no fingerprint; it is loaded, and its backbone is compared.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
 import torch
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from res2net_zoo import catalog, fingerprint
+from res2net_zoo import catalog, fingerprint, model_config
 from res2net_zoo.catalog import Checkpoint
-from res2net_zoo.files import sha256_of
+from res2net_zoo.files import read_json, read_text, sha256_of
 from res2net_zoo.hub import one_line
+from res2net_zoo.model_config import ModelConfig
 from res2net_zoo.program import WEIGHTS, InputError
 from res2net_zoo.provenance import metadata_of, of_folder
+
+LARGEST_CARD = 2**20  # bytes; the parser of YAML is slow
 
 PREPROCESSING = ("input_size", "crop_pct", "interpolation", "mean", "std")
 
@@ -55,6 +58,7 @@ def verify(folder: Path, wanted: Checkpoint | None = None) -> list[Check]:
     if is_of_task(folder):
         return _verify_task(folder)
     config, name = read_config(folder)
+    cfg = config.pretrained_cfg
     checkpoint = wanted or identify(folder)
     weights = folder / WEIGHTS
     stored = fingerprint.read(folder)
@@ -64,18 +68,15 @@ def verify(folder: Path, wanted: Checkpoint | None = None) -> list[Check]:
         checks.append(_compare(f"SHA-256 of {WEIGHTS}", digest, checkpoint.hub_sha256, "the catalogue"))
     if wanted:
         checks.append(Check("name", name, wanted.name, name == wanted.name))
-    try:
-        model: Any = timm.create_model(f"local-dir:{folder}", pretrained=False)
-    except Exception as error:
-        # A config that timm cannot build; it has no one type for it.
-        raise InputError(f"{folder / 'config.json'} makes no model: {one_line(error)}") from error
+    model_config.build_on_meta(config)  # a config that makes no model is no fault of the weights
     every = "every tensor once, and no other"
     try:
+        model_config.check_weights(config, weights)
+        with torch.random.fork_rng(devices=[]):  # a model is made with random weights first
+            model: Any = timm.create_model(f"local-dir:{folder}", pretrained=False)
         tensors = load_file(weights)
-        if odd := [name for name, tensor in tensors.items() if tensor.is_complex()]:
-            raise RuntimeError(f"{odd[0]} is of complex numbers")
         model.load_state_dict(tensors, strict=True)
-    except (SafetensorError, RuntimeError, OSError) as error:
+    except (InputError, SafetensorError, RuntimeError, OSError) as error:
         return [*checks, Check("strict load", one_line(error), every, False)]
     if checkpoint:
         source = metadata_of(weights).get("source_sha256", "")
@@ -86,7 +87,8 @@ def verify(folder: Path, wanted: Checkpoint | None = None) -> list[Check]:
     checks.append(Check("strict load", f"{len(tensors)} tensors", every, True))
     checks += [_values(tensors), _origin(folder)]
     if checkpoint:
-        checks.append(_preprocessing(config, checkpoint))
+        checks.append(_preprocessing(cfg, checkpoint))
+    checks += _card(folder)
     if not stored:
         return [*checks, Check("logits", "-", "no fingerprint.json", None)]
     try:
@@ -101,8 +103,8 @@ def verify(folder: Path, wanted: Checkpoint | None = None) -> list[Check]:
 def is_of_task(folder: Path) -> bool:
     """Return whether a folder is of a model for a task beyond classification."""
     try:
-        return isinstance(json.loads((folder / "config.json").read_text())["task"], str)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return isinstance(read_json(folder / "config.json")["task"], str)
+    except (InputError, KeyError, TypeError):
         return False
 
 
@@ -124,6 +126,7 @@ def _verify_task(folder: Path) -> list[Check]:
         Check("strict load", f"{len(network)} tensors", every, True),
         _values(network),
         _origin(folder),
+        *_card(folder),
         Check("backbone", "the network's" if same else "another", "the network's", same),
     ]
 
@@ -137,22 +140,55 @@ def _values(tensors: dict[str, torch.Tensor]) -> Check:
     return Check("values", f"not finite in {odd[0]}" if odd else "finite", "finite", not odd)
 
 
-def read_config(folder: Path) -> tuple[dict[str, Any], str]:
-    """Return a model folder's pretrained cfg, and the `arch.tag` that it gives itself.
+def _card(folder: Path) -> list[Check]:
+    """Check that a folder's README.md is a model card: it begins with metadata, such as the licence.
+
+    Returns:
+        What there is to say of it; nothing where it is a card with a licence.
+    """
+    wanted = "README.md with metadata"
+    if not (folder / "README.md").exists() and not (folder / "README.md").is_symlink():
+        return [Check("card", "no README.md", wanted, None)]
+    try:
+        license = read_card(folder).data.get("license")
+    except InputError as error:
+        return [Check("card", str(error), wanted, False)]
+    return [] if license else [Check("card", "no licence", wanted, None)]
+
+
+def read_card(folder: Path) -> ModelCard:
+    """Read a model folder's card.
 
     Raises:
-        InputError: There is no config that can be read, or there are no weights.
+        InputError: It is missing, or no model card that can be read.
     """
+    path = folder / "README.md"
     try:
-        content = json.loads((folder / "config.json").read_text())
-        config = dict(content.get("pretrained_cfg", content))  # older ones have it all on one level
-        name = f"{content['architecture']}.{config.get('tag')}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        what = "there is no such folder" if not folder.is_dir() else one_line(error)
-        raise InputError(f"{folder} is no model folder: {what}") from error
+        content = read_text(path, LARGEST_CARD)
+        card = ModelCard(content)
+        if not card.data.to_dict():
+            raise ValueError("it does not begin with metadata between two lines of ---")
+    except Exception as error:
+        # Whatever huggingface_hub's parser of YAML stumbles over.
+        raise InputError(f"{path} is no model card: {one_line(error)}") from error
+    return card
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, str]:
+    """Return a model folder's config, checked, and the `arch.tag` that it gives itself.
+
+    Raises:
+        InputError: The config cannot be loaded, or there are no weights.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no model folder: there is no such folder")
+    try:
+        config = model_config.read(folder / model_config.NAME)
+    except InputError as error:
+        raise InputError(f"{folder} is no model folder: {error}") from error
     if not (folder / WEIGHTS).is_file():
         raise InputError(f"{folder} has no {WEIGHTS}, so it is no model folder")
-    return config, name
+    return config, f"{config.architecture}.{config.pretrained_cfg.get('tag')}"
 
 
 def identify(folder: Path) -> Checkpoint | None:
