@@ -2,7 +2,7 @@
 
 A checkpoint is written to a temporary file that then takes its name, and older ones are deleted only
 after that, so that whenever a run is killed a whole one is there. It holds tensors and plain values
-and is read with `weights_only`, which runs no code of the file's.
+and is read by `torch_file`, which runs no code of the file's and takes no more memory than the file has.
 """
 
 import contextlib
@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 
+from res2net_zoo import torch_file
 from res2net_zoo.files import check_can_make, finish_replacing, sweep, temporary_file
 from res2net_zoo.program import InputError, warn
 
 # State of an optimizer that has its parameter's shape; others factor theirs.
 SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
 Fits = Callable[[Any], bool]  # whether a value may be what a checkpoint holds under some name
+
+STEPS = 20_000_000  # of a checkpoint's pickle, which also lists learning rates and images left out
 
 
 class Checkpoints:
@@ -109,11 +112,13 @@ class Checkpoints:
         if not (paths := self.paths()):
             return None
         try:
-            return torch.load(paths[-1], map_location="cpu", weights_only=True)
-        except Exception as error:  # zip, pickle and torch have no one type for it
+            return torch_file.load(paths[-1], STEPS)
+        except InputError:
+            raise
+        except Exception as error:  # also what a damaged file makes torch stumble over
             others = f"; delete it, and --resume goes on from {paths[-2].name}" if len(paths) > 1 else ""
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(f"{paths[-1]} is no whole checkpoint ({reason[:200]}){others}") from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"{paths[-1]} is not a valid checkpoint ({reason[:200]}){others}") from error
 
     def sweep(self) -> None:
         """Delete what a killed process of an earlier version left half written."""

@@ -4,122 +4,37 @@ No file is unpickled without restriction, and what a file declares is held again
 memory is taken for it.
 """
 
-import io
 import math
-import pickle
-import pickletools
+import os
 import re
-import zipfile
 import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
+from res2net_zoo import torch_file
+from res2net_zoo.files import open_regular, read_bytes
+from res2net_zoo.pickles import Buildable, FormatError, PlainUnpickler, ordered_dict
 from res2net_zoo.program import InputError
 
 VERSION = "1"  # of the conversion; another one may give other bytes
 
+LARGEST = 4 * 2**30  # bytes of an original; the catalogue's largest has 0.4 GB
+ENTRIES = 100_000  # of a MindSpore checkpoint
+
 Tensors = dict[str, torch.Tensor]
 
 
-class FormatError(ValueError):
-    """A file that is not what it should be, or that would run code."""
-
-
-# ----------------------------------------------------------------------------------------- pickles
-
-MOST = 1_000_000  # steps of a pickle; res2net200 in PaddlePaddle's format has 45,593
-
-# Steps that take memory or call something and that no state dict has.
-REFUSED = {"BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "EXT1", "EXT2", "EXT4", "INST", "OBJ"}
-
-
-class _Bounded:
-    """A file of which nothing is read beyond its end, so that no memory is taken for what is not there."""
-
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self.file, self.size = file, size
-
-    def read(self, n: int = -1) -> bytes:
-        if n > (left := self.size - self.file.tell()):
-            raise FormatError(f"it ends {n - left:,} bytes too early")
-        return self.file.read(n)
-
-    def readline(self) -> bytes:
-        return self.file.readline()
-
-
-class _Pickle(pickle.Unpickler):
-    """Reads one pickle after having gone through its steps, none of which may take memory by itself."""
-
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        bounded, start = _Bounded(file, size), file.tell()
-        for step, (opcode, argument, _) in enumerate(pickletools.genops(bounded)):  # type: ignore[arg-type]
-            if opcode.name in REFUSED:
-                raise FormatError(f"its pickle has a step {opcode.name}, which no state dict has")
-            if step >= MOST or (opcode.name.endswith("PUT") and int(argument or 0) >= MOST):
-                raise FormatError("its pickle is larger than any state dict's")
-        file.seek(start)
-        super().__init__(bounded, encoding="latin1")
-
-
-def _refuse(module: str, name: str) -> FormatError:
-    return FormatError(f"it would call {module}.{name}; only tensors in plain containers are read")
+def short(name: object) -> str:
+    """Return a name from a file in bearable length."""
+    return text if len(text := str(name)) <= 80 else f"{text[:77]}..."
 
 
 # ---------------------------------------------------------------------------- PyTorch and mmengine
-
-
-class _Ignored:
-    """Stands for every object of a pickle whose storages are only counted."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None: ...
-
-    def __setitem__(self, key: Any, value: Any) -> None: ...
-
-
-class _StorageType(NamedTuple):
-    """Stands for a type of storage."""
-
-    itemsize: int
-
-
-ITEMSIZES = dict(Double=8, Float=4, Half=2, BFloat16=2, Long=8, Int=4, Short=2, Char=1, Byte=1, Bool=1)
-TORCH_NAMES = {
-    "collections.OrderedDict",
-    "torch.Size",
-    "torch._utils._rebuild_parameter",
-    "torch._utils._rebuild_tensor_v2",
-}
-
-
-class _StorageCounter(_Pickle):
-    """Adds up the storages that a torch pickle declares; makes none of them and imports nothing."""
-
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        super().__init__(file, size)
-        self.bytes: dict[str, int] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name.removesuffix("Storage") in ITEMSIZES:
-            return _StorageType(ITEMSIZES[name.removesuffix("Storage")])
-        if f"{module}.{name}" in TORCH_NAMES:
-            return _Ignored
-        raise _refuse(module, name)
-
-    def persistent_load(self, pid: Any) -> Any:
-        _, kind, key, _, numel = pid[:5]
-        if not isinstance(kind, _StorageType) or type(numel) is not int or numel < 0 or not isinstance(key, str):
-            raise FormatError("it has a storage that is none of torch's")
-        self.bytes[key] = numel * kind.itemsize
-        return _Ignored()
 
 
 def read_torch(path: Path) -> Tensors:
@@ -133,51 +48,31 @@ def read_torch(path: Path) -> Tensors:
 
     Raises:
         FormatError: It is cut short, packed, holds something else, or would run code.
+        InputError: It cannot be read.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"  # as torch tells, or it could read another part than is looked at here
-    if is_zip:
-        with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                # torch never packs; a small file that unpacks to a huge one is an attack.
-                if info.compress_type != zipfile.ZIP_STORED:
-                    raise FormatError(f"its part {info.filename} is packed, as torch writes none")
-            names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            if len(names) != 1:  # of two, torch could take the other one
-                raise FormatError("it is a zip file, but none of torch's")
-            with archive.open(names[0]) as file:
-                content = file.read()
-        counter = _StorageCounter(io.BytesIO(content), len(content))
-        counter.load()
-    else:
-        with path.open("rb") as file:
-            for _ in range(3):  # magic number, protocol version and machine
-                _StorageCounter(file, size).load()
-            counter = _StorageCounter(file, size)
-            counter.load()
-    if (declared := sum(counter.bytes.values())) > size:
-        raise FormatError(f"it declares {declared:,} bytes of weights and has {size:,}: it is cut short")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = torch_file.load(path)
     if isinstance(state, dict):
         state = state.get("state_dict", state)
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
-        raise FormatError("it holds no state dict")
+    if not isinstance(state, dict):
+        raise FormatError("it does not hold a state dict")
+    if other := [name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor)]:
+        raise FormatError(f"its entry {short(other[0])} is not a tensor")
     return {str(name): tensor for name, tensor in state.items()}
 
 
 # ------------------------------------------------------------------------------------ PaddlePaddle
 
 
-class _Dtype:
+class _Dtype(Buildable):
     """Stands for a NumPy type while a pickle is read: only numbers."""
 
     def __init__(self, name: Any, *flags: Any) -> None:
         if not isinstance(name, str) or not re.fullmatch(r"[fiu][1248]", name):
-            raise FormatError(f"it has an array of type {str(name)[:20]}, which no weight is")
+            raise FormatError(f"it has an array of type {str(name)[:20]}; weights are numbers")
         self.name, self.order = name, "="
 
-    def __setstate__(self, state: Any) -> None:
+    def build(self, state: Any) -> None:
+        """Take the byte order."""
         self.order = state[1] if state[1] in ("<", ">", "=", "|") else "="
 
     @property
@@ -185,52 +80,48 @@ class _Dtype:
         return np.dtype(self.order.replace("|", "=") + self.name)
 
 
-class _Array:
+class _Array(Buildable):
     """Stands for a NumPy array, which is made only of bytes that are there."""
 
-    def __init__(self) -> None:
+    def __init__(self, *args: Any) -> None:
         self.array: np.ndarray | None = None
 
-    def __setstate__(self, state: Any) -> None:
+    def build(self, state: Any) -> None:
+        """Make the array of its shape, type, order and bytes."""
         _, shape, kind, is_fortran, raw = state
         raw = raw.encode("latin1") if isinstance(raw, str) else raw
         if not isinstance(kind, _Dtype) or not isinstance(raw, bytes) or not isinstance(shape, tuple):
-            raise FormatError("it has an array that is none of numbers")
-        if not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) * kind.dtype.itemsize != len(raw):
+            raise FormatError("it has an array that is not one of numbers")
+        if not all(type(n) is int and 0 <= n < 2**63 for n in shape) or len(shape) > 8:
+            raise FormatError("it has an array whose shape is not valid")
+        if math.prod(shape) * kind.dtype.itemsize != len(raw):
             raise FormatError(f"it has an array of shape {shape} with {len(raw):,} bytes")
         self.array = np.frombuffer(raw, kind.dtype).reshape(shape, order="F" if is_fortran else "C")
 
 
 class _ArrayType:
-    """Stands for NumPy's type of arrays, which `_reconstruct` is told."""
+    """Stands for NumPy's type of arrays, an argument of `_reconstruct`."""
 
     def __init__(self, *args: Any) -> None:
         raise FormatError("it has an array without its numbers")
 
 
-class _ArrayUnpickler(_Pickle):
-    """Admits NumPy arrays in plain containers, and nothing else; none of NumPy's own functions is called."""
+def _encode(text: Any, encoding: Any) -> bytes:
+    """Return bytes, which protocol 2 writes as text."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise FormatError("its pickle encodes something else than bytes")
+    return text.encode("latin1")
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        super().__init__(file, size)
-        self.encoded = size
 
-    def find_class(self, module: str, name: str) -> Any:
-        if module in ("numpy._core.multiarray", "numpy.core.multiarray") and name == "_reconstruct":
-            return lambda *args: _Array()
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return _ArrayType if name == "ndarray" else _Dtype
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("_codecs", "encode"):  # how protocol 2 writes bytes
-            return self.encode
-        raise _refuse(module, name)
-
-    def encode(self, text: str, encoding: str) -> bytes:
-        self.encoded -= len(text)
-        if self.encoded < 0:
-            raise FormatError("it makes more bytes than it has")
-        return text.encode("latin1")
+# Stand-ins for what the pickle of a NumPy array names; none of NumPy's own functions is called.
+ARRAYS: dict[str, Any] = {
+    "numpy._core.multiarray._reconstruct": _Array,
+    "numpy.core.multiarray._reconstruct": _Array,
+    "numpy.ndarray": _ArrayType,
+    "numpy.dtype": _Dtype,
+    "collections.OrderedDict": ordered_dict,
+    "_codecs.encode": _encode,
+}
 
 
 def read_paddle(path: Path) -> Tensors:
@@ -244,23 +135,45 @@ def read_paddle(path: Path) -> Tensors:
 
     Raises:
         FormatError: It is cut short, holds something else, or would run code.
+        InputError: It cannot be read.
     """
-    with path.open("rb") as file:
-        content = _ArrayUnpickler(file, path.stat().st_size).load()
+    with open_regular(path) as file:
+        content = PlainUnpickler(file, os.fstat(file.fileno()).st_size, ARRAYS).load()
     if not isinstance(content, dict):
-        raise FormatError("it holds no state dict")
+        raise FormatError("it does not hold a state dict")
     content.pop("StructuredToParameterName@@", None)  # of Paddle's own names, which nothing here asks for
     joined = content.pop("UnpackBigParamInfor@@", {})  # what protocol 2 cannot write whole
     arrays: dict[str, np.ndarray] = {}
     while content:
         name, value = content.popitem()
         if not isinstance(value, _Array) or value.array is None:
-            raise FormatError(f"its entry {name} is no array of numbers")
+            raise FormatError(f"its entry {short(name)} is not an array of numbers, or appears twice")
         arrays[str(name)], value.array = value.array, None  # so that one array under two names is noticed
+    _join(arrays, joined)
+    return {name: torch.from_numpy(_native(arrays.pop(name))) for name in list(arrays)}
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    """Return an array as torch takes it: contiguous, writable and in this machine's byte order."""
+    return np.require(array, array.dtype.newbyteorder("="), ["C", "W"])
+
+
+def _join(arrays: dict[str, np.ndarray], joined: Any) -> None:
+    """Join the slices of large arrays, each of which is used once."""
+    if not isinstance(joined, dict):
+        raise FormatError("its list of large arrays is not valid")
     for name, part in joined.items():
-        whole = np.concatenate([arrays.pop(key) for key in part["slices"]])
-        arrays[name] = whole.reshape(part["OriginShape"])
-    return {name: torch.from_numpy(np.require(arrays.pop(name), requirements=["C", "W"])) for name in list(arrays)}
+        slices, shape = (part.get("slices"), part.get("OriginShape")) if isinstance(part, dict) else (None, None)
+        if not isinstance(slices, list | tuple) or not slices or not isinstance(shape, list | tuple):
+            raise FormatError(f"its large array {short(name)} has no list of slices or no shape")
+        if missing := [key for key in slices if not isinstance(key, str) or key not in arrays]:
+            raise FormatError(f"the slice {short(missing[0])} of its large array {short(name)} is missing")
+        if len(set(slices)) < len(slices) or (name in arrays and name not in slices):
+            raise FormatError(f"its large array {short(name)} is made of the same slice twice")
+        pieces = [arrays.pop(key).reshape(-1) for key in slices]
+        if not all(type(n) is int and 0 <= n < 2**63 for n in shape) or math.prod(shape) != sum(map(len, pieces)):
+            raise FormatError(f"the slices of its large array {short(name)} do not fill its shape")
+        arrays[str(name)] = np.concatenate(pieces).reshape(shape)
 
 
 # --------------------------------------------------------------------------------------- MindSpore
@@ -311,14 +224,16 @@ def _count_entries(data: bytes) -> None:
         if data[place] != 0x0A:  # field 1, of bytes that follow their length
             raise FormatError("it has something else than entries")
         size, shift, place, entries = 0, 0, place + 1, entries + 1
-        while True:
+        while place < len(data):
             byte, place = data[place], place + 1
             size, shift = size | (byte & 0x7F) << shift, shift + 7
             if byte < 0x80 or shift > 63:
                 break
         place += size
-        if place > len(data) or entries > MOST // 10:
-            raise FormatError("it is cut short" if place > len(data) else "it has more entries than any state dict")
+        if entries > ENTRIES:
+            raise FormatError(f"it has more than {ENTRIES:,} entries, more than any state dict has")
+    if place > len(data):
+        raise FormatError("it is cut short")
 
 
 def read_mindspore(path: Path) -> Tensors:
@@ -332,40 +247,47 @@ def read_mindspore(path: Path) -> Tensors:
 
     Raises:
         FormatError: It is cut short or holds something else.
+        InputError: It cannot be read.
     """
-    data = path.read_bytes()
+    from google.protobuf.message import DecodeError
+
+    data = read_bytes(path, 2**31 - 1)  # protobuf's own limit
     if data[-17:-10] == b"crc_num":
         if zlib.crc32(data[:-17]) != int.from_bytes(data[-10:], "big"):
-            raise FormatError("its checksum is not the one that it carries")
+            raise FormatError("its checksum does not match its content: it is damaged")
         data = data[:-17]
     _count_entries(data)
     message = _checkpoint_message()()
-    message.ParseFromString(data)
+    try:
+        message.ParseFromString(data)
+    except DecodeError as error:
+        raise FormatError("its entries are damaged") from error
     del data
     parts: dict[str, list[Any]] = {}
     last = ""
     for value in message.value:
         if value.tag in parts and value.tag != last:
-            raise FormatError(f"its entry {value.tag} stands twice")
+            raise FormatError(f"its entry {short(value.tag)} appears twice")
         parts.setdefault(value.tag, []).append(value.tensor)  # a large tensor is cut into several
         last = value.tag
-    tensors = {}
-    for name, pieces in parts.items():
-        first = pieces[0]
-        if first.tensor_type not in MINDSPORE_DTYPES:
-            raise FormatError(f"its entry {name} is of type {first.tensor_type}, which no weight is")
-        if len(first.dims) > 8 or any(size < 0 for size in first.dims):
-            raise FormatError(f"its entry {name} has {len(first.dims)} dimensions, as no weight has")
-        # MindSpore writes a single 0 for a number that is no array.
-        dtype, shape = MINDSPORE_DTYPES[first.tensor_type], [] if list(first.dims) == [0] else list(first.dims)
-        content = bytearray().join(piece.tensor_content for piece in pieces)
-        if (
-            any(list(piece.dims) != list(first.dims) for piece in pieces)
-            or len(content) != math.prod(shape) * dtype.itemsize
-        ):
-            raise FormatError(f"its entry {name} has {len(content):,} bytes, not those of {shape}")
-        tensors[name] = torch.frombuffer(content, dtype=dtype).reshape(shape)
-    return tensors
+    return {name: _from_pieces(short(name), pieces) for name, pieces in parts.items()}
+
+
+def _from_pieces(name: str, pieces: list[Any]) -> torch.Tensor:
+    """Return a tensor from the pieces that MindSpore cuts it into."""
+    first = pieces[0]
+    if first.tensor_type not in MINDSPORE_DTYPES:
+        raise FormatError(f"its entry {name} is of the unsupported type {short(first.tensor_type)}")
+    if len(first.dims) > 8 or any(size < 0 for size in first.dims):
+        raise FormatError(f"its entry {name} has {len(first.dims):,} dimensions or a negative one; the limit is 8")
+    # MindSpore writes a single 0 for a number that is not an array.
+    dtype, shape = MINDSPORE_DTYPES[first.tensor_type], [] if list(first.dims) == [0] else list(first.dims)
+    if any(piece.dims != first.dims for piece in pieces):
+        raise FormatError(f"the pieces of its entry {name} have different shapes")
+    content = bytearray().join(piece.tensor_content for piece in pieces)
+    if len(content) != math.prod(shape) * dtype.itemsize:
+        raise FormatError(f"its entry {name} has {len(content):,} bytes, not those of {shape}")
+    return torch.frombuffer(content, dtype=dtype).reshape(shape) if content else torch.empty(shape, dtype=dtype)
 
 
 READERS: dict[str, Callable[[Path], Tensors]] = {
@@ -406,10 +328,10 @@ def rename_holocron(name: str) -> str:
         return f"fc.{leaf}"
     if modules in (["features", "0"], ["features", "1"]):
         return f"{'conv1' if modules[1] == '0' else 'bn1'}.{leaf}"
-    if len(modules) < 5 or modules[0] != "features":
+    if len(modules) < 5 or modules[0] != "features" or not re.fullmatch(r"\d{1,3}", modules[1]):
         return name
     block = f"layer{int(modules[1]) - 3}.{modules[2]}"
-    if modules[3:6] == ["conv", "3", "conv"]:
+    if modules[3:6] == ["conv", "3", "conv"] and len(modules) == 8:
         return f"{block}.{'convs' if modules[7] == '0' else 'bns'}.{modules[6]}.{leaf}"
     inner = {"0": "conv1", "1": "bn1", "4": "conv3", "5": "bn3"}.get(modules[4], modules[4])
     return f"{block}.{inner}.{leaf}" if modules[3] == "conv" else f"{block}.{'.'.join(modules[3:])}.{leaf}"
@@ -437,10 +359,10 @@ def rename_paddle(name: str) -> str:
             return f"{'bn1' if is_norm else 'conv1'}.{leaf}"
         i = int(match[1]) - 1
         return f"bn1.{leaf}" if is_norm and i == 2 else f"conv1.{3 * i + is_norm}.{leaf}"
-    if not (match := re.fullmatch(r"bb_(\d+)_(\d+)", modules[0])):
+    if not (match := re.fullmatch(r"bb_(\d{1,3})_(\d{1,3})", modules[0])):
         return name
     block = f"layer{int(match[1]) + 1}.{match[2]}"
-    if match := re.search(r"_branch2b_(\d+)$", layer):
+    if match := re.search(r"_branch2b_(\d{1,3})$", layer):
         return f"{block}.{'bns' if is_norm else 'convs'}.{int(match[1]) - 1}.{leaf}"
     if layer == "short":
         return f"{block}.downsample.{int(is_norm)}.{leaf}"
@@ -481,20 +403,23 @@ def fit(source: Tensors, format: str, target: Mapping[str, torch.Tensor]) -> Ten
     unpooled = {key.removesuffix(first) for key in names.values() if key.endswith(first) and key not in target}
     fitted: Tensors = {}
     wrong: list[str] = []
+    classes: set[str] = set()
     for name, key in names.items():
         tensor = source.pop(name)
         if key.partition(".downsample.")[0] in unpooled:
             key = re.sub(r"(?<=\.downsample\.)\d", lambda match: str(int(match[0]) + 1), key)
         if format == "paddle" and key == "fc.weight":
             tensor = tensor.T  # Paddle stores a linear layer transposed
+        label = short(name) if name == key else f"{short(name)} (in the model {short(key)})"
         if key not in target:
-            wrong.append(f"{name} {tuple(tensor.shape)} has no place in the model")
+            wrong.append(f"{short(name)} {tuple(tensor.shape)} is not in the model")
         elif key in fitted:
-            wrong.append(f"{name} would be {key}, which another tensor is already")
+            wrong.append(f"{label} is there twice")
         elif tensor.shape != target[key].shape:
-            wrong.append(f"{name} is {tuple(tensor.shape)}, {key} is {tuple(target[key].shape)}")
+            wrong.append(f"{label} has {shapes(tensor.shape, target[key].shape)}")
+            classes.update(classes_of(key, tensor.shape, target[key].shape))
         elif tensor.is_floating_point() != target[key].is_floating_point():
-            wrong.append(f"{name} is {tensor.dtype}, {key} is {target[key].dtype}")
+            wrong.append(f"{label} is of type {tensor.dtype} in the file and {target[key].dtype} in the model")
         else:
             fitted[key] = tensor.to(target[key].dtype).contiguous()
     for key, tensor in target.items():
@@ -503,9 +428,85 @@ def fit(source: Tensors, format: str, target: Mapping[str, torch.Tensor]) -> Ten
         elif key not in fitted:
             wrong.append(f"{key} {tuple(tensor.shape)} of the model is missing")
     if wrong:
-        shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
-        raise FormatError(f"{len(wrong)} of its tensors do not fit: {shown}")
+        if names and not target.keys() & set(names.values()):
+            have, want = (short(next(iter(keys))) for keys in (names, target))
+            raise FormatError(
+                f"none of its {len(names)} tensors has a name of the model's: its first is {have}, the model's {want}"
+            )
+        raise FormatError(f"{''.join(classes)}{len(wrong)} of its tensors do not fit: {listed(wrong)}")
     return {key: fitted[key] for key in target}
+
+
+def listed(wrong: list[str]) -> str:
+    """Return what is wrong on one line, of many things the first 8."""
+    return "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+
+
+def shapes(found: Iterable[int], expected: Iterable[int]) -> str:
+    """Return whose shape is which, for a message."""
+    return f"shape {tuple(found)} in the file and {tuple(expected)} in the model"
+
+
+def classes_of(key: str, found: Sequence[int], expected: Sequence[int]) -> list[str]:
+    """Return a sentence about the numbers of classes, where the classifier of a file has another number of them."""
+    if not key.startswith("fc.") or len(found) != len(expected) or found[1:] != expected[1:]:
+        return []
+    return [f"the file has {found[0]} classes and the model {expected[0]}; "]
+
+
+def plain(error: RuntimeError) -> str:
+    """Return what torch found wrong with a state dict, on one line that names the file's and the model's shapes.
+
+    Args:
+        error: What `load_state_dict` raised; any other error's text is returned as it is, on one line.
+    """
+    text = str(error)
+    names = r"((?:\"[^\"\n]*\"(?:, )?)+)"
+    wrong, classes = [], set()
+    for match in re.finditer(rf"Missing key\(s\) in state_dict: {names}", text):
+        wrong += [f"{short(name)} of the model is missing" for name in re.findall(r'"([^"]*)"', match[1])]
+    for match in re.finditer(rf"Unexpected key\(s\) in state_dict: {names}", text):
+        wrong += [f"{short(name)} is not in the model" for name in re.findall(r'"([^"]*)"', match[1])]
+    size = r"torch\.Size\(\[([\d, ]*)\]\)"
+    mismatch = (
+        rf"size mismatch for (\S+): copying a param with shape {size} from checkpoint, the shape in .*? is {size}"
+    )
+    for name, *both in re.findall(mismatch, text):
+        found, expected = (tuple(map(int, re.findall(r"\d+", numbers))) for numbers in both)
+        wrong.append(f"{short(name)} has {shapes(found, expected)}")
+        classes.update(classes_of(name, found, expected))
+    return f"{''.join(classes)}{listed(wrong)}" if wrong else " ".join(text.split())[:500]
+
+
+def strip_prefix(source: Tensors, format: str, target: Mapping[str, torch.Tensor]) -> Tensors:
+    """Return a source's tensors without a prefix that all of their names share and no name of the model has.
+
+    `DataParallel` puts `module.` before every name, `torch.compile` puts `_orig_mod.`, and a larger model the
+    name that it has for its backbone.
+
+    Args:
+        source: The original's tensors.
+        format: Whose names they have.
+        target: The model's state dict; only its names are read.
+    """
+    rename, names = RENAMERS[format], list(source)
+    while names and not any(rename(name) in target for name in names):
+        prefixes = {name.partition(".")[0] for name in names}
+        names = [name.partition(".")[2] for name in names]
+        if len(prefixes) > 1 or not all(names):
+            return source
+    return dict(zip(names, source.values(), strict=True))
+
+
+def check_file(path: Path) -> None:
+    """Refuse what cannot be an original before any of it is read.
+
+    Raises:
+        InputError: It is missing, unreadable, not a regular file, or too large.
+    """
+    with open_regular(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > LARGEST:
+            raise InputError(f"cannot read {path}: it has {size:,} bytes, more than the limit of {LARGEST:,}")
 
 
 def convert(
@@ -517,7 +518,7 @@ def convert(
         path: The file.
         format: What kind of file it is, a key of `READERS`.
         target: The model's state dict; only its names, shapes and types are read.
-        drop: Tells of a source's tensor that the model is known not to have.
+        drop: Whether a source's tensor, by its name, is one that the model is known not to have.
 
     Returns:
         The state dict.
@@ -526,18 +527,21 @@ def convert(
         InputError: The file cannot be read or does not fit the model.
     """
     try:
-        source = READERS[format](path)
+        check_file(path)
+        source = strip_prefix(READERS[format](path), format, target)
         for name in [name for name in source if drop(name)]:
             del source[name]
         return fit(source, format, target)
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except MemoryError as error:
-        raise InputError(f"{path} declares more than this machine's memory holds; it is no weight file") from error
+        raise InputError(f"cannot read {path}: it needs more memory than this machine has") from error
     except FormatError as error:
         raise InputError(f"{path}: {error}") from error
     except Exception as error:
         # Whatever a broken file makes a reader stumble over; there is no one type for it.
         raise InputError(
-            f"{path} is no whole {format} file: {' '.join((str(error) or repr(error)).split())[:300]}"
+            f"{path} is not a valid {format} file: {' '.join((str(error) or repr(error)).split())[:300]}"
         ) from error

@@ -53,14 +53,13 @@ def read_original(
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Check and convert an original's file.
 
-    What is downloaded must be the released file. A file that somebody had may be another one, which
-    is told on stderr and by its metadata (`is_released`): say weights that were trained on with the
-    original's code.
+    What is downloaded must be the released file. A local file may be another one, such as weights that
+    were trained on with the original's code: a warning on stderr and its metadata (`is_released`) report that.
 
     Args:
         path: The file.
         checkpoint: Which of the catalogue's it is, or is a sibling of.
-        source: The URL that it came from, None for a file that somebody had.
+        source: The URL that it came from, None for a local file.
 
     Returns:
         The state dict, and what its safetensors file is to say of itself.
@@ -74,12 +73,8 @@ def read_original(
     from res2net_zoo.dla import drop_unread
 
     name = hub.shown(source) if source else str(path)
-    try:
-        if not path.is_dir() and path.exists() and not path.is_file():
-            raise InputError(f"cannot read {path}: it is no regular file")
-        digest = sha256_of(path)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    convert.check_file(path)
+    digest = sha256_of(path)
     other = f"{name} is not the released {checkpoint.name}: its SHA-256 is {digest}, not {checkpoint.sha256}..."
     if source and not digest.startswith(checkpoint.sha256):
         raise WrongFileError(other)

@@ -17,6 +17,7 @@ import timm
 import torch
 
 from res2net_zoo.convert import convert, read_mindspore, read_paddle, read_torch
+from res2net_zoo.pickles import FormatError
 from res2net_zoo.program import InputError
 from tests.conftest import relative_error, spread
 from tests.originals.draw import images, parameter
@@ -117,12 +118,12 @@ class TestFitIsStrict:
 
     def test_left_over(self, format, tmp_path):
         told = refuse(changed(format, tmp_path, lambda t: t.update({"layer9.weight": np.zeros((2, 3), "f")})), format)
-        assert "layer9.weight (2, 3) has no place" in told
+        assert "layer9.weight (2, 3) is not in the model" in told
 
     def test_another_shape(self, format, tmp_path):
         first = self.first(format)
         told = refuse(changed(format, tmp_path, lambda tensors: tensors.update({first: np.zeros((7, 7), "f")})), format)
-        assert f"{first} is (7, 7)" in told
+        assert re.search(rf"{re.escape(first)} .*has shape \(7, 7\) in the file and \(\d.*\) in the model", told), told
 
     def test_many_are_listed_in_one_line(self, format, tmp_path):
         told = refuse(
@@ -224,8 +225,9 @@ def forge(path: Path, numel: int, legacy: bool) -> Path:
 def test_no_memory_is_taken_for_what_a_torch_file_only_declares(legacy, tmp_path, monkeypatch):
     assert read_torch(forge(tmp_path / "whole", 4, legacy))["w"].tolist() == [0, 0, 0, 0]
     path = forge(tmp_path / "huge", 5 * 10**9, legacy)
-    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("it was loaded"))
-    assert "declares 20,000,000,000 bytes of weights and has" in refuse(path, "torch")
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: pytest.fail("memory was taken"))
+    with pytest.raises(FormatError, match="declares 20,000,000,000 bytes of weights and has"):
+        read_torch(path)
 
 
 def test_no_memory_is_taken_for_what_a_paddle_file_only_declares(tmp_path):
@@ -248,18 +250,18 @@ PADDLE_ATTACKS = {
         b"cnumpy\nndarray\nJ\x00\x00\x00\x40\x85cnumpy\ndtype\nU\x02f4\x85R\x86R.",
         "without its numbers",
     ),
-    "a memo of gigabytes": (b"Nr\x00\x00\x00\x0a.", "larger than any"),
-    "bytes of gigabytes": (b"\x96" + struct.pack("<Q", 2**40), "too early|no whole|BYTEARRAY8"),
+    "a memo of gigabytes": (b"Nr\x00\x00\x00\x0a.", "not hold a state dict"),
+    "bytes of gigabytes": (b"\x96" + struct.pack("<Q", 2**40), "BYTEARRAY8"),
     "an extension": (b"\x82\x01.", "EXT1"),
-    "many steps": (b"}0" * 600_000 + b".", "larger than any"),
+    "many steps": (b"N" * 1_200_000 + b".", "more than 1,000,000 steps"),
+    "values that are thrown away": (b"}0" * 10 + b".", "POP"),
 }
 
 
 @pytest.mark.parametrize("attack", PADDLE_ATTACKS)
 @pytest.mark.parametrize("format", ["paddle", "torch"])
-def test_no_memory_is_taken_for_a_hostile_pickle(attack, format, tmp_path, monkeypatch):
+def test_no_memory_is_taken_for_a_hostile_pickle(attack, format, tmp_path):
     body, words = PADDLE_ATTACKS[attack]
-    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("it was loaded"))
     tracemalloc.start()
     line = refuse(long_steps(tmp_path / "file", body), format)
     _, peak = tracemalloc.get_traced_memory()
@@ -270,17 +272,15 @@ def test_no_memory_is_taken_for_a_hostile_pickle(attack, format, tmp_path, monke
 def test_a_paddle_file_that_has_the_same_bytes_many_times(tmp_path):
     path, array = tmp_path / "file", np.zeros(1000, "f")
     path.write_bytes(pickle.dumps({str(i): array for i in range(9)}, 4))
-    assert "no array of numbers" in refuse(path, "paddle")
+    assert "not an array of numbers" in refuse(path, "paddle")
     slices = {f"w@@.{i}": array for i in range(9)}
     info = {"UnpackBigParamInfor@@": {"w": {"OriginShape": (9000,), "slices": list(slices)}}}
     path.write_bytes(pickle.dumps({**slices, **info}, 2))
-    assert "no array of numbers" in refuse(path, "paddle")
-    path.write_bytes(
-        b"\x80\x02}(c_codecs\nencode\nq\x00(X\xe8\x03\x00\x00" + b"a" * 1000 + b"X\x06\x00\x00\x00latin1tq\x01R"
-    )
-    with path.open("ab") as file:
-        file.write(b"h\x00h\x01R" * 50 + b"u.")
-    assert "more bytes than it has" in refuse(path, "paddle")
+    assert "not an array of numbers" in refuse(path, "paddle")
+    text = b"X" + struct.pack("<I", 100_000) + b"a" * 100_000
+    body = b"(c_codecs\nencode\nq\x00" + text + b"X\x06\x00\x00\x00latin1\x86q\x01R" + b"h\x00h\x01R" * 20
+    path.write_bytes(b"\x80\x02" + body + b"t.")
+    assert "more bytes than the file has" in refuse(path, "paddle")
 
 
 def test_torch_storages_of_other_kinds_are_refused(tmp_path):
@@ -291,7 +291,7 @@ def test_torch_storages_of_other_kinds_are_refused(tmp_path):
     torch.save({"w": torch.zeros(3)}, other)
     with zipfile.ZipFile(other, "a") as archive:
         archive.writestr("second/data.pkl", b"\x80\x02}.")
-    assert "none of torch's" in refuse(other, "torch")
+    assert "not one of PyTorch's" in refuse(other, "torch")
 
 
 def test_a_file_of_two_formats_is_looked_at_as_torch_reads_it(tmp_path):
@@ -307,7 +307,7 @@ def test_a_file_of_two_formats_is_looked_at_as_torch_reads_it(tmp_path):
 def test_hostile_mindspore_messages(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"\x0a\x00" * 200_000)
-    assert "more entries than any" in refuse(path, "mindspore")
+    assert "more than 100,000 entries" in refuse(path, "mindspore")
     path.write_bytes(b"\x12\x00" + mindspore_value("w", np.zeros(3, "f")))
     assert "something else than entries" in refuse(path, "mindspore")
     path.write_bytes(mindspore_value("w", np.zeros((1,) * 9, "f")))
@@ -324,7 +324,7 @@ def test_mindspore_pieces_join_and_must_fill_their_shape(tmp_path):
     path.write_bytes(pieces[0])
     assert "20 bytes, not those of [3, 4]" in refuse(path, "mindspore")
     path.write_bytes(pieces[0] + mindspore_value("v", array) + pieces[1])
-    assert "stands twice" in refuse(path, "mindspore")
+    assert "appears twice" in refuse(path, "mindspore")
     shutil.copy(ORIGINALS / "mindspore_small_crc.ckpt", path)
     path.chmod(0o644)
     path.write_bytes(path.read_bytes().replace(b"Float32", b"Float16", 1))

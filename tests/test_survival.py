@@ -310,10 +310,10 @@ def test_checkpoints_are_whole_few_and_never_unpickled(tmp_path, monkeypatch):
     assert checkpoints.load()["step"] == 3
     whole = checkpoints.paths()[-1].read_bytes()
     checkpoints.paths()[-1].write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"no whole checkpoint .* --resume goes on from step-000000002.pt"):
+    with pytest.raises(InputError, match=r"not a valid checkpoint .* --resume goes on from step-000000002.pt"):
         checkpoints.load()
     torch.save({"model": Payload()}, checkpoints.paths()[-1])
-    with pytest.raises(InputError, match="no whole checkpoint"):
+    with pytest.raises(InputError, match="not a valid checkpoint"):
         checkpoints.load()
     assert not (tmp_path / "unpickled").exists()
 

@@ -158,7 +158,7 @@ def test_a_secret_in_a_url_is_neither_stored_nor_told(hub, in_process, original,
 @pytest.mark.parametrize("source", ["https://", "http:///x", "/dev/zero", "tests"])
 def test_what_is_no_file(in_process, tmp_path, source):
     args = ["--model", NAME, "--checkpoint", source, "--output", tmp_path / "out"]
-    assert re.search("is no URL|no regular file|Is a directory", input_error(in_process("hub/convert.py", *args)))
+    assert re.search("is no URL|not a regular file|Is a directory", input_error(in_process("hub/convert.py", *args)))
 
 
 def test_a_cache_that_cannot_be_written(hub, monkeypatch, in_process, tmp_path):
