@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from res2net_zoo import torch_file
-from res2net_zoo.files import open_regular, read_bytes
+from res2net_zoo.files import open_regular
 from res2net_zoo.pickles import Buildable, FormatError, PlainUnpickler, ordered_dict
 from res2net_zoo.program import InputError
 
@@ -251,7 +251,8 @@ def read_mindspore(path: Path) -> Tensors:
     """
     from google.protobuf.message import DecodeError
 
-    data = read_bytes(path, 2**31 - 1)  # protobuf's own limit
+    with open_regular(path) as file:
+        data = file.read()
     if data[-17:-10] == b"crc_num":
         if zlib.crc32(data[:-17]) != int.from_bytes(data[-10:], "big"):
             raise FormatError("its checksum does not match its content: it is damaged")

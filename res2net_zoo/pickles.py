@@ -17,6 +17,7 @@ DEEPEST = 64  # containers within each other; a training checkpoint has fewer th
 STEPS = 1_000_000  # of a pickle; res2net200 in PaddlePaddle's format has 45,593
 REPEATED = 2**20  # bytes that a file may use again beyond its own size; names of types and devices, mostly
 
+TOO_DEEP = f"its pickle nests containers more than {DEEPEST} deep, as no state dict does"
 NAMES = {opcode.code.encode("latin1"): opcode.name for opcode in pickletools.opcodes}
 
 
@@ -140,6 +141,8 @@ class PlainUnpickler:
 
     def mark(self) -> None:
         """Begin a list of items."""
+        if len(self.marks) >= 2 * DEEPEST:
+            raise FormatError(TOO_DEEP)
         self.marks.append(self.stack)
         self.stack = []
 
@@ -152,7 +155,7 @@ class PlainUnpickler:
             if item.depth > depth:
                 depth = item.depth
         if depth >= DEEPEST:
-            raise FormatError(f"its pickle nests containers more than {DEEPEST} deep, as no state dict does")
+            raise FormatError(TOO_DEEP)
         return depth + 1, size
 
     def push_tuple(self, items: list[_Item]) -> None:
