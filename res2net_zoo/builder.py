@@ -7,7 +7,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, get_pretrained_cfg
 from timm.models._builder import resolve_pretrained_cfg
 
-from res2net_zoo import catalog
+from res2net_zoo import catalog, torch_file
 from res2net_zoo.program import WEIGHTS
 
 # The largest models have 66 blocks, 8 groups and 2,048 channels; DLA's levels are the depths of binary trees.
@@ -71,7 +71,8 @@ def build_model(model_cls: Any, variant: str, pretrained: bool, **kwargs) -> Any
             hub_id, filename = cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS
             known = checkpoint.hub_sha256 if checkpoint and checkpoint.hub_id == hub_id else ""
     try:
-        return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
+        with torch_file.checking_timm():
+            return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
     finally:  # also where timm stumbled over a wrong byte
         if hub_id:
             from res2net_zoo.hub import check_cached

@@ -403,18 +403,19 @@ def fit(source: Tensors, format: str, target: Mapping[str, torch.Tensor]) -> Ten
     first = ".downsample.0.weight"
     unpooled = {key.removesuffix(first) for key in names.values() if key.endswith(first) and key not in target}
     fitted: Tensors = {}
+    found: set[str] = set()
     wrong: list[str] = []
     classes: set[str] = set()
     for name, key in names.items():
         tensor = source.pop(name)
         if key.partition(".downsample.")[0] in unpooled:
             key = re.sub(r"(?<=\.downsample\.)\d", lambda match: str(int(match[0]) + 1), key)
-        if format == "paddle" and key == "fc.weight":
+        if format == "paddle" and key == "fc.weight" and tensor.ndim == 2:
             tensor = tensor.T  # Paddle stores a linear layer transposed
         label = short(name) if name == key else f"{short(name)} (in the model {short(key)})"
         if key not in target:
             wrong.append(f"{short(name)} {tuple(tensor.shape)} is not in the model")
-        elif key in fitted:
+        elif key in found:
             wrong.append(f"{label} is there twice")
         elif tensor.shape != target[key].shape:
             wrong.append(f"{label} has {shapes(tensor.shape, target[key].shape)}")
@@ -423,10 +424,11 @@ def fit(source: Tensors, format: str, target: Mapping[str, torch.Tensor]) -> Ten
             wrong.append(f"{label} is of type {tensor.dtype} in the file and {target[key].dtype} in the model")
         else:
             fitted[key] = tensor.to(target[key].dtype).contiguous()
+        found.add(key)
     for key, tensor in target.items():
         if key not in fitted and key.endswith("num_batches_tracked"):
             fitted[key] = torch.zeros_like(tensor, device="cpu")  # which other frameworks do not count
-        elif key not in fitted:
+        elif key not in found:
             wrong.append(f"{key} {tuple(tensor.shape)} of the model is missing")
     if wrong:
         if names and not target.keys() & set(names.values()):
@@ -455,7 +457,7 @@ def classes_of(key: str, found: Sequence[int], expected: Sequence[int]) -> list[
     return [f"the file has {found[0]} classes and the model {expected[0]}; "]
 
 
-def plain(error: RuntimeError) -> str:
+def explain(error: Exception) -> str:
     """Return what torch found wrong with a state dict, on one line that names the file's and the model's shapes.
 
     Args:

@@ -20,6 +20,7 @@ from torch import nn
 from res2net_zoo import catalog, hub, model_config
 from res2net_zoo.catalog import Accuracy
 from res2net_zoo.command_line import did_you_mean
+from res2net_zoo.convert import explain
 from res2net_zoo.files import read_text
 from res2net_zoo.names import parse_name
 from res2net_zoo.program import WEIGHTS, InputError, nearest
@@ -75,7 +76,7 @@ def create_model(name: str, pretrained: bool = True, **kwargs) -> nn.Module:
         ) from error
     except Exception as error:
         # A wrong config, foreign tensors or a missing file: timm and torch have no one type for it.
-        plain = isinstance(error, OSError | RuntimeError | ValueError) and str(error).strip()
+        plain = isinstance(error, OSError | RuntimeError | ValueError) and explain(error)
         reason = plain or repr(error)
         raise InputError(f"cannot load {name}: {reason[:500]}{' ...' if len(reason) > 500 else ''}") from error
 

@@ -4,19 +4,23 @@
 takes memory for tensors that a file only declares. Here the file's own size bounds what is made of it.
 """
 
+import contextlib
 import io
 import math
 import os
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from timm.models import _helpers, _hub
 
 from res2net_zoo.files import open_regular
-from res2net_zoo.pickles import STEPS, FormatError, PlainUnpickler, ordered_dict
+from res2net_zoo.pickles import STEPS, Buildable, FormatError, PlainUnpickler, ordered_dict
+from res2net_zoo.program import InputError
 
 MAGIC = 0x1950A86A20F9469CFC6C  # of the format that torch wrote before it had zip files
 PARTS = 100_000  # of a zip file: one for each storage
@@ -63,6 +67,10 @@ FUNCTIONS = {
 }
 
 
+class _Namespace(Buildable):
+    """Stands for the arguments that timm's training keeps beside the weights."""
+
+
 class _Storages:
     """The storages that a pickle refers to, each made once, of together no more bytes than the file has."""
 
@@ -103,12 +111,13 @@ def _fill(storage: torch.Tensor, file: BinaryIO) -> None:
         raise FormatError("it is cut short")
 
 
-def load(path: Path, steps: int = STEPS) -> Any:
+def load(path: Path, steps: int = STEPS, functions: Mapping[str, Any] = FUNCTIONS) -> Any:
     """Read a file that `torch.save` wrote.
 
     Args:
         path: The file.
         steps: How many steps its pickle may have.
+        functions: What its pickle may name.
 
     Returns:
         What was saved: tensors, on the CPU, and plain values in containers.
@@ -123,14 +132,14 @@ def load(path: Path, steps: int = STEPS) -> Any:
         file.seek(0)
         try:
             if not is_zip:
-                return _load_legacy(file, size, steps)
+                return _load_legacy(file, size, steps, functions)
             with zipfile.ZipFile(file) as archive:
-                return _load_zip(file, archive, size, steps)
+                return _load_zip(file, archive, size, steps, functions)
         except (zipfile.BadZipFile, NotImplementedError, UnicodeError, struct.error) as error:
             raise FormatError(f"it is damaged or cut short: {error}") from error
 
 
-def _load_zip(file: BinaryIO, archive: zipfile.ZipFile, size: int, steps: int) -> Any:
+def _load_zip(file: BinaryIO, archive: zipfile.ZipFile, size: int, steps: int, functions: Mapping[str, Any]) -> Any:
     parts = {info.filename: info for info in archive.infolist()}
     if len(parts) > PARTS:
         raise FormatError(f"it has {len(parts):,} parts, more than the limit of {PARTS:,}")
@@ -158,7 +167,7 @@ def _load_zip(file: BinaryIO, archive: zipfile.ZipFile, size: int, steps: int) -
         _fill(storage, file)
 
     content = _content(file, parts[names[0]], LARGEST_PICKLE)
-    return PlainUnpickler(io.BytesIO(content), len(content), FUNCTIONS, _Storages(size, read), steps).load()
+    return PlainUnpickler(io.BytesIO(content), len(content), functions, _Storages(size, read), steps).load()
 
 
 def _seek(file: BinaryIO, part: zipfile.ZipInfo) -> None:
@@ -177,9 +186,9 @@ def _content(file: BinaryIO, part: zipfile.ZipInfo, largest: int) -> bytes:
     return file.read(part.file_size)
 
 
-def _load_legacy(file: BinaryIO, size: int, steps: int) -> Any:
+def _load_legacy(file: BinaryIO, size: int, steps: int, functions: Mapping[str, Any]) -> Any:
     def read(storages: _Storages | None = None) -> Any:
-        return PlainUnpickler(file, size - file.tell(), FUNCTIONS, storages, steps).load()
+        return PlainUnpickler(file, size - file.tell(), functions, storages, steps).load()
 
     if read() != MAGIC:
         raise FormatError("it is not a PyTorch file")
@@ -193,3 +202,36 @@ def _load_legacy(file: BinaryIO, size: int, steps: int) -> Any:
             raise FormatError(f"its storage {key[:80]} is not of the size that it declares")
         _fill(storages.made[key], file)
     return content
+
+
+_is_checking: ContextVar[bool] = ContextVar("is_checking", default=False)
+
+
+@contextlib.contextmanager
+def checking_timm() -> Iterator[None]:
+    """Check every pickle that timm reads in the block, such as `pytorch_model.bin`, before it reads it.
+
+    Raises:
+        InputError: A file is damaged, exceeds a bound, or holds something else than weights.
+    """
+    token = _is_checking.set(True)
+    try:
+        yield
+    finally:
+        _is_checking.reset(token)
+
+
+def _check_first(torch_load: Callable[..., Any]) -> Callable[..., Any]:
+    def load_checked(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_checking.get():
+            try:
+                load(Path(path), functions={**FUNCTIONS, "argparse.Namespace": _Namespace})
+            except FormatError as error:
+                raise InputError(f"{path}: {error}") from error
+        return torch_load(path, *args, **kwargs)
+
+    return load_checked
+
+
+# timm has no hook for this: both of its modules call this one function for all that is not safetensors.
+_helpers._torch_load = _hub._torch_load = _check_first(_helpers._torch_load)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from res2net_zoo import catalog, fingerprint, model_config
 from res2net_zoo.catalog import Checkpoint
+from res2net_zoo.convert import explain
 from res2net_zoo.files import read_json, read_text, sha256_of
 from res2net_zoo.hub import one_line
 from res2net_zoo.model_config import ModelConfig
@@ -77,7 +78,7 @@ def verify(folder: Path, wanted: Checkpoint | None = None) -> list[Check]:
         tensors = load_file(weights)
         model.load_state_dict(tensors, strict=True)
     except (InputError, SafetensorError, RuntimeError, OSError) as error:
-        return [*checks, Check("strict load", one_line(error), every, False)]
+        return [*checks, Check("strict load", explain(error), every, False)]
     if checkpoint:
         source = metadata_of(weights).get("source_sha256", "")
         known = checkpoint.sha256 if source else ""

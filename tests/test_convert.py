@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 
-from res2net_zoo.convert import convert, read_mindspore, read_paddle, read_torch
+from res2net_zoo.convert import convert, explain, read_mindspore, read_paddle, read_torch
 from res2net_zoo.pickles import FormatError
 from res2net_zoo.program import InputError
 from tests.conftest import relative_error, spread
@@ -347,3 +347,55 @@ def test_a_state_dict_that_went_through_timm_comes_back_unchanged(tmp_path):
     torch.save(model.state_dict(), tmp_path / "file")
     state = convert(tmp_path / "file", "torch", model.state_dict())
     assert all(torch.equal(state[key], tensor) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.", "module.backbone.encoder."])
+@pytest.mark.parametrize("format", ["torch", "mmengine"])
+def test_a_prefix_that_all_names_share_is_left_out(prefix, format, tmp_path):
+    """As `DataParallel`, `torch.compile` or a larger model puts it before the names."""
+    model = small_model(format)
+    state = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save(state, tmp_path / "file")
+    converted = convert(tmp_path / "file", format, model.state_dict())
+    assert all(torch.equal(converted[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_prefix_is_left_out_only_if_all_names_share_it(tmp_path):
+    model = small_model("torch")
+    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({**state, "epoch": torch.ones(1)}, tmp_path / "file")
+    line = refuse(tmp_path / "file", "torch")
+    assert line.endswith(
+        f"none of its {len(state) + 1} tensors has a name of the model's: its first is module.conv1.0.weight, "
+        "the model's conv1.0.weight"
+    )
+    torch.save({f"other.{i}": torch.ones(1) for i in range(900)}, tmp_path / "file")
+    assert "none of its 900 tensors" in refuse(tmp_path / "file", "torch")
+
+
+def test_a_mismatch_names_the_files_shape_and_the_models_and_the_classes(tmp_path):
+    model = small_model("torch")
+    state = model.state_dict()
+    classes, channels = state["fc.weight"].shape
+    other = {**state, "fc.weight": torch.zeros(7, channels), "fc.bias": torch.zeros(7)}
+    torch.save(other, tmp_path / "file")
+    line = refuse(tmp_path / "file", "torch")
+    assert line.endswith(
+        f": the file has 7 classes and the model {classes}; 2 of its tensors do not fit: fc.weight has shape "
+        f"(7, {channels}) in the file and ({classes}, {channels}) in the model; fc.bias has shape (7,) in the file "
+        f"and ({classes},) in the model"
+    )
+    with pytest.raises(RuntimeError) as caught:
+        model.load_state_dict(other)
+    assert explain(caught.value) == line.split(": ", 1)[1].replace("2 of its tensors do not fit: ", "")
+
+
+def test_torchs_errors_about_a_state_dict_on_one_line():
+    model = torch.nn.Linear(2, 3)
+    with pytest.raises(RuntimeError) as caught:
+        model.load_state_dict({"w": torch.ones(1), "weight": torch.ones(3, 1)})
+    assert explain(caught.value) == (
+        "bias of the model is missing; w is not in the model; "
+        "weight has shape (3, 1) in the file and (3, 2) in the model"
+    )
+    assert explain(RuntimeError("another\n thing")) == "another thing"

@@ -3,6 +3,7 @@
 A process of its own converts them all, each in a fork with a limit on its memory and its time.
 """
 
+import argparse
 import io
 import json
 import os
@@ -20,10 +21,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 
 from res2net_zoo.checkpoints import Checkpoints
 from res2net_zoo.convert import read_mindspore, read_paddle, read_torch
+from res2net_zoo.pretrained import create_model
 from res2net_zoo.program import InputError
+from res2net_zoo.verify import verify
 from tests.conftest import ROOT
 from tests.test_convert import mindspore_value, refuse, varint
 
@@ -435,3 +439,60 @@ def test_a_part_of_a_storage_as_torch_wrote_it_before_0_4(tmp_path):
     (tmp_path / "file").write_bytes(head + b"\x80\x02}U\x01w" + body + b"s." + pickle.dumps(["0"], 2) + data)
     assert read_torch(tmp_path / "file")["w"].tolist() == [3, 4]
     assert torch.load(tmp_path / "file", weights_only=True)["w"].tolist() == [3, 4]
+
+
+def pickled_folder(folder: Path, tiny_folder: Path) -> Path:
+    """Make a model folder whose weights are a pickle, as older ones on the Hub are."""
+    folder.mkdir()
+    (folder / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
+    state = {"state_dict": load_file(tiny_folder / "model.safetensors"), "args": argparse.Namespace(lr=0.1)}
+    torch.save(state, folder / "pytorch_model.bin")
+    return folder
+
+
+def test_a_pickle_that_timm_would_read_is_checked_before(tiny_folder, tmp_path):
+    folder = pickled_folder(tmp_path / "folder", tiny_folder)
+    name = f"local-dir:{folder}"
+    model, expected = (timm.create_model(n, pretrained=True) for n in (name, f"local-dir:{tiny_folder}"))
+    assert same(model.state_dict(), expected.state_dict())
+    size = (folder / "pytorch_model.bin").stat().st_size
+    for case, write in [("a list that holds itself", of_zip), ("a billion laughs kept", of_legacy)]:
+        content, words = PICKLES[case]
+        write(folder / "pytorch_model.bin", content)
+        with (folder / "pytorch_model.bin").open("ab") as file:
+            file.write(b"\0" * (size if write is of_legacy else 0))
+        with pytest.raises(InputError, match=rf"pytorch_model.bin: .*({words})"):
+            timm.create_model(name, pretrained=True)
+
+
+SAFETENSORS = {
+    "a header of exabytes": struct.pack("<Q", 2**63) + b"{}",
+    "a header longer than the file": struct.pack("<Q", 10**7) + b"{}",
+    "a header nested deeply": b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "numbers that overlap": b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+    b'"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}' + b"\0" * 12,
+    "numbers that are missing": b'{"a":{"dtype":"F32","shape":[1000000000],"data_offsets":[0,4000000000]}}',
+    "a huge shape without numbers": b'{"a":{"dtype":"F32","shape":[0,9223372036854775807,9223372036854775807],'
+    b'"data_offsets":[0,0]}}',
+    "a name twice": b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+    b'"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}' + b"\0" * 8,
+    "a negative offset": b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[-4,0]}}',
+}
+
+
+@pytest.mark.parametrize("case", SAFETENSORS)
+def test_a_hostile_safetensors_file_is_refused(case, tiny_folder, tmp_path):
+    content = SAFETENSORS[case]
+    if content.startswith(b"{"):
+        header = content[: content.rindex(b"}") + 1]
+        content = struct.pack("<Q", len(header)) + content
+    (tmp_path / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        create_model(f"local-dir:{tmp_path}")
+    assert len(str(caught.value)) < 1500
+    try:
+        checks = verify(tmp_path)
+    except InputError:
+        return
+    assert any(check.passed is False for check in checks)

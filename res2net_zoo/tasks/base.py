@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 
+from res2net_zoo.convert import explain
 from res2net_zoo.files import finish_replacing
 from res2net_zoo.folder import replaced_folder, write_backbone
 from res2net_zoo.names import parse_name
@@ -384,5 +385,5 @@ def load(name: str) -> TaskModel:
             f"{folder / WEIGHTS} is no whole safetensors file ({error}); fetch or make it again"
         ) from error
     except RuntimeError as error:
-        raise InputError(f"the weights in {folder} are not those of its config.json: {error}") from error
+        raise InputError(f"the weights in {folder} are not those of its config.json: {explain(error)}") from error
     return model.eval()
