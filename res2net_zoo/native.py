@@ -30,6 +30,10 @@ from torch import fx, nn
 from res2net_zoo.compiled import CannotCompile, compile_library
 
 SOURCE = Path(__file__).with_name("native.cpp")
+FUNCTIONS = {
+    "run": (None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int),
+    **dict.fromkeys(("has_bf16", "lanes", "rows"), (ctypes.c_int,)),
+}
 
 CONV, POINTWISE, MAX_POOL, AVG_POOL, MEAN, RESIZE, INPUT = range(7)
 NONE, RELU, SIGMOID = range(3)
@@ -81,12 +85,9 @@ def library() -> ctypes.CDLL:
         Unsupported: There is no C++ compiler, or it cannot compile them.
     """
     try:
-        found = compile_library(SOURCE)
+        return compile_library(SOURCE, FUNCTIONS)
     except CannotCompile as error:
         raise Unsupported(str(error)) from error
-    found.run.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int)
-    found.run.restype = None
-    return found
 
 
 @dataclass(eq=False)

@@ -23,6 +23,10 @@ from torch.autograd import forward_ad
 from res2net_zoo.compiled import CannotCompile, compile_library
 
 SOURCE = Path(__file__).with_name("norm.cpp")
+FUNCTIONS = {
+    "forward": (None, ctypes.c_void_p, ctypes.c_double, ctypes.c_double, ctypes.c_int, ctypes.c_int),
+    "backward": (None, ctypes.c_void_p, ctypes.c_int, ctypes.c_int),
+}
 LEAST = 2**17  # elements from which on this is faster: calling it costs more than calling PyTorch
 
 
@@ -30,14 +34,10 @@ LEAST = 2**17  # elements from which on this is faster: calling it costs more th
 def library() -> ctypes.CDLL | None:
     """Return the compiled steps, or None, with a warning, where they cannot be compiled."""
     try:
-        found = compile_library(SOURCE)
+        return compile_library(SOURCE, FUNCTIONS)
     except CannotCompile as error:
         warnings.warn(f"training runs in plain PyTorch, which is slower: {error}", stacklevel=2)
         return None
-    found.forward.argtypes = (ctypes.c_void_p, ctypes.c_double, ctypes.c_double, ctypes.c_int, ctypes.c_int)
-    found.backward.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
-    found.forward.restype = found.backward.restype = None
-    return found
 
 
 def fits(x: Any) -> bool:
