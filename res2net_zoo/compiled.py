@@ -32,16 +32,13 @@ from res2net_zoo.program import InputError, printable
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 DESCRIBING = 15  # seconds that a compiler may take to describe the machine, which takes it some milliseconds
-COMPILING = 30  # seconds that it may take to compile a source, which takes 1 to 4 seconds
+COMPILING = 45  # seconds that it may take to compile a source, which takes 1 to 4 seconds
+WAITING = COMPILING + 5  # seconds to wait for another process that compiles
 LARGEST_OUTPUT = 2**20  # bytes that it may print
 LARGEST_LIBRARY = 2**26  # bytes; these have some 200 kB
 LOCK, RECORD = "lock", "sha256"  # files beside a library
 
 Functions = Mapping[str, Sequence[Any]]  # a function's name: the type that it returns, and those of its arguments
-
-# Libraries are loaded by the number of an open file, which must not become another file's: a library of a
-# known name is not loaded again.
-loaded: list[BufferedReader] = []
 
 
 class CannotCompile(Exception):
@@ -73,13 +70,14 @@ def compile_library(source: Path, functions: Functions) -> ctypes.CDLL:
             folder = cached_assets_path("res2net_zoo", "native", "compiled") / key
             return load_or_compile(folder, compiler, source, functions)
         except (OSError, ValueError) as error:
+            with tempfile.TemporaryDirectory(prefix="res2net-zoo-") as name:
+                library = load_or_compile(Path(name), compiler, source, functions)
             warnings.warn(
                 f"{source.name} is compiled for this process alone, since the cache cannot be used "
                 f"({printable(error)}); set HF_HOME to a folder of your own",
                 stacklevel=3,
             )
-            with tempfile.TemporaryDirectory(prefix="res2net-zoo-") as name:
-                return load_or_compile(Path(name), compiler, source, functions)
+            return library
     except CannotCompile as error:
         raise CannotCompile(f"cannot compile {source.name}: {printable(error)}") from error
     except (OSError, ValueError, InputError) as error:
@@ -170,7 +168,7 @@ def load_or_compile(path: Path, compiler: list[str], source: Path, functions: Fu
         name = f"{source.stem}.so"
         with contextlib.suppress(OSError, CannotCompile):
             return load(folder, path, name, functions)
-        with WeakFileLock(path / LOCK, timeout=COMPILING + 5):
+        with WeakFileLock(path / LOCK, timeout=WAITING):
             with contextlib.suppress(OSError, CannotCompile):
                 return load(folder, path, name, functions)  # another process has compiled it meanwhile
             empty(folder)
@@ -239,14 +237,18 @@ def load(folder: int, path: Path, name: str, functions: Functions) -> ctypes.CDL
     """
     with open_own(folder, RECORD) as record:
         expected = record.read(64)
-    file = open_own(folder, name)
-    if hashlib.sha256(file.read(LARGEST_LIBRARY)).hexdigest().encode() != expected:
-        file.close()
-        raise OSError(f"{name} is not what was compiled")
-    loaded.append(file)
-    # The very file that was read, not what its path may lead to by now.
-    opened = Path(f"/proc/self/fd/{file.fileno()}")
-    library = ctypes.CDLL(str(opened if opened.exists() else path / name))
+    with open_own(folder, name) as file:
+        if hashlib.sha256(file.read(LARGEST_LIBRARY)).hexdigest().encode() != expected:
+            raise OSError(f"{name} is not what was compiled")
+        # The very file that was read is loaded, not what its path may lead to by now. Its number stays open, since
+        # the system takes another library under a known name for the one that it has.
+        number = os.dup(file.fileno())
+    opened = Path(f"/proc/self/fd/{number}")
+    try:
+        library = ctypes.CDLL(str(opened if opened.exists() else path / name))
+    except OSError as error:
+        os.close(number)
+        raise OSError(str(error).replace(str(opened), str(path / name))) from error
     for function, (result, *arguments) in functions.items():
         try:
             found = getattr(library, function)

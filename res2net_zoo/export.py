@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import sys
+import threading
 import xml.etree.ElementTree
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ SEVERAL = 4  # images in the larger of the batches that a file for any batch is 
 INPUT = "images"
 SECTION = "res2net_zoo"  # of an IR's rt_info
 ONNX_LIMIT = 2**31 - 2**24  # bytes of weights, which leaves the graph itself some: one file holds 2 GB
+
+EXPORTING = threading.Lock()  # torch's exporter works for one thread at a time; two at once break all later exports
 
 # Takes images (N, C, H, W) and returns logits (N, classes), both float32.
 Runner = Callable[[np.ndarray], np.ndarray]
@@ -222,7 +225,7 @@ def to_program(
         raise InputError(f"the model takes no images of {size}: {_short(error)}") from error
     shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic_batch else None
     try:
-        with torch.no_grad():
+        with EXPORTING, torch.no_grad():
             return torch.export.export(folded, (images,), dynamic_shapes=shapes)
     except Exception as error:  # there is no one type for it, and the model may be any of timm's
         raise InputError(f"torch cannot export this model: {_short(error)}") from error
@@ -263,14 +266,15 @@ def to_onnx(
         raise InputError("an ONNX model holds 2 GB, and the weights of this one are larger")
     program = to_program(model, example_input, dynamic_batch)
     try:
-        made = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=opset,
-            input_names=[INPUT],
-            output_names=[output_name(model)],
-            verbose=False,
-        )
+        with EXPORTING:
+            made = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                input_names=[INPUT],
+                output_names=[output_name(model)],
+                verbose=False,
+            )
     except Exception as error:  # as above
         raise InputError(f"torch cannot export this model to ONNX: {_short(error)}") from error
     assert made is not None
@@ -363,13 +367,19 @@ def run_openvino(source: "Path | openvino.Model", precision: str = "f32", thread
         threads: CPU threads; with 0 the runtime chooses.
 
     Returns:
-        What runs it: images (N, C, H, W) to its output, in float32.
+        What runs it: images (N, C, H, W) to its output, in float32. Calls from several threads take turns.
     """
     options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
     compiled = openvino_core().compile_model(source, "CPU", options)
-    return lambda images: compiled(images)[0]
+    lock = threading.Lock()  # it has one request for all threads
+
+    def run(images: np.ndarray) -> np.ndarray:
+        with lock:
+            return compiled(images)[0]
+
+    return run
 
 
 def export(

@@ -5,34 +5,40 @@ import hashlib
 import json
 import platform
 import statistics
+import threading
 import warnings
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
+from huggingface_hub import cached_assets_path
 from timm.utils import reparameterize_model
 from torch import fx, nn
 from torch.fx.experimental.optimization import fuse
 
 from res2net_zoo.block import Res2NetModule
-from res2net_zoo.files import write_atomically
-from res2net_zoo.hub import assets, one_line
+from res2net_zoo.files import read_json, write_atomically
+from res2net_zoo.hub import one_line
 from res2net_zoo.native import Network, Unsupported
 from res2net_zoo.program import InputError
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Backend = Literal["native", "inductor", "inductor-padded", "openvino", "onnxruntime", "cudagraphs", "eager"]
 Call = Callable[[torch.Tensor], torch.Tensor]
+T = TypeVar("T")
 
 PADDED = 16  # channels that a GPU's matrix units take at a time in half precision
 TOLERANCE = 1e-4  # of float32 logits, relative to the largest
 ROUNDS = 5  # how often each backend is timed
+KEPT = 4  # networks that a backend keeps, each for a size of images; one of res2net50_26w_4s takes 250 MB
+LARGEST_PIXEL = 1e15  # from which on activations may overflow
 PAUSE = 0.02  # seconds before each of them, for the threads of the last one to come to rest
 
 
@@ -48,24 +54,29 @@ class Optimized:
         backend: What runs it.
         precision: Type that activations and weights have; logits are float32 in all.
         milliseconds: What each backend that was tried took for the example, where several were.
+        classes: Number of logits of an image.
     """
 
     call: Call
     backend: Backend
     precision: Precision
     milliseconds: dict[Backend, float]
+    classes: int
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Classify images.
 
         Args:
-            images: (N, C, H, W), normalized as the model wants them; N is any number, H and W any
-                that the model takes, but other sizes than the example's may cost a compilation.
+            images: (N, C, H, W), normalized as the model wants them; N is any number, also 0, H and W
+                any that the model takes. Other sizes than the example's may cost a compilation of some
+                seconds; the networks of the last few sizes are kept.
 
         Returns:
-            Logits, (N, classes), float32.
+            Logits, (N, classes), float32. Those of an image with NaN or infinity are what the model gives it.
         """
+        if images.ndim == 4 and not len(images):
+            return images.new_zeros((0, self.classes), dtype=torch.float32)
         return self.call(images).float()
 
 
@@ -100,7 +111,8 @@ def optimize(
         The model as a function from images to logits.
 
     Raises:
-        ValueError: An unknown precision or backend, or images that are not (N, C, H, W) floats.
+        ValueError: An unknown precision or backend, images that are not (N, C, H, W) floats, a model that
+            gives them NaN or infinite logits, or one that no backend can run.
     """
     if precision not in get_args(Precision):
         raise ValueError(f"precision is {precision!r}; there are {', '.join(get_args(Precision))}")
@@ -121,6 +133,8 @@ def optimize(
         raise ValueError(
             f"the model returns {tuple(expected.shape)}, no table of logits; give it a classifier or a pooling"
         )
+    if not expected.isfinite().all():
+        raise ValueError(_why_not_finite(model, example))
     folded = fold_batch_norm(model)
 
     def make(name: Backend) -> Call:
@@ -138,32 +152,46 @@ def optimize(
     ready = candidates(device)
     if backend != "auto":
         try:
-            return Optimized(make(backend), backend, precision, {})
+            return Optimized(make(backend), backend, precision, {}, expected.shape[1])
         except Unavailable as error:
             warnings.warn(f"the backend {backend} cannot run this model here ({error}); another is taken", stacklevel=2)
             ready = [name for name in ready if name != backend]
 
-    path = assets("optimize", "choices", cache_dir) / f"{_key(folded, example, precision, ready)}.json"
-    chosen = _read_choice(path, ready)
+    key = _key(folded, example, precision, ready)
+    chosen = _read_choice(key, cache_dir, ready)
     if chosen:
         try:
-            return Optimized(make(chosen), chosen, precision, {})
+            return Optimized(make(chosen), chosen, precision, {}, expected.shape[1])
         except Unavailable as error:
             warnings.warn(f"{chosen}, the fastest before, cannot run this model now ({error})", stacklevel=2)
     calls: dict[Backend, Call] = {}
+    reasons = []
     for name in ready:
         try:
             calls[name] = make(name)
         except Unavailable as error:
+            reasons.append(f"{name}: {error}")
             # Only what would have been expected to run is missed.
             if name == "native":
                 warnings.warn(
                     f"the backend {name} cannot run this model here ({error}); another is taken", stacklevel=2
                 )
+    if not calls:
+        raise ValueError(f"no backend can run this model here in {precision}: {'; '.join(reasons)}")
     milliseconds = dict(zip(calls, time_by_turns(list(calls.values()), example), strict=True))
     fastest = min(calls, key=lambda name: milliseconds[name])
-    write_atomically(path, lambda file: file.write_text(json.dumps({"backend": fastest, "milliseconds": milliseconds})))
-    return Optimized(calls[fastest], fastest, precision, milliseconds)
+    _keep_choice(key, cache_dir, {"backend": fastest, "milliseconds": milliseconds})
+    return Optimized(calls[fastest], fastest, precision, milliseconds, expected.shape[1])
+
+
+def _why_not_finite(model: nn.Module, example: torch.Tensor) -> str:
+    """Return why a model may give an example logits that are NaN or infinite."""
+    if not example.isfinite().all():
+        return "example_input has NaN or infinite values; give finite images"
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return f"the model's {name} has NaN or infinite values; load other weights"
+    return "the model gives example_input NaN or infinite logits; check its weights"
 
 
 def fold_batch_norm(model: nn.Module, multiple: int = 1) -> nn.Module:
@@ -261,25 +289,30 @@ def _cudagraphs(model: nn.Module, example: torch.Tensor, precision: Precision) -
     if example.device.type != "cuda":
         raise Unavailable("CUDA graphs are for NVIDIA's GPUs")
     eager = _eager(model, example, precision)
-    graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
+
+    def record(images: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
+        torch.cuda.synchronize()  # a graph that runs still may be dropped for this one
+        taken = images.clone()
+        stream = torch.cuda.Stream()  # libraries choose their kernels before they are recorded
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                eager(taken)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = eager(taken)
+        return graph, taken, logits
+
+    graphs: _LastFew[tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = _LastFew()
+    lock = threading.Lock()  # a graph has one place for its images and one for its logits
 
     def call(images: torch.Tensor) -> torch.Tensor:
-        if tuple(images.shape) not in graphs:
-            taken = images.clone()
-            stream = torch.cuda.Stream()  # libraries choose their kernels before they are recorded
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    eager(taken)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                logits = eager(taken)
-            graphs[tuple(images.shape)] = graph, taken, logits
-        graph, taken, logits = graphs[tuple(images.shape)]
-        taken.copy_(images)
-        graph.replay()
-        return logits.clone()
+        with lock:
+            graph, taken, logits = graphs.get(tuple(images.shape), partial(record, images))
+            taken.copy_(images)
+            graph.replay()
+            return logits.clone()
 
     return call
 
@@ -287,15 +320,24 @@ def _cudagraphs(model: nn.Module, example: torch.Tensor, precision: Precision) -
 def _openvino(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
     from res2net_zoo.export import run_openvino, to_openvino
 
-    # Shapes known beforehand are faster than dynamic ones.
-    return _by_shape(
+    hint = "f32" if precision == "float32" else "bf16"
+    run = _by_shape(
         example,
-        lambda images: run_openvino(
-            to_openvino(model, images, dynamic_batch=False),
-            "f32" if precision == "float32" else "bf16",
-            torch.get_num_threads(),
+        lambda images, dynamic: run_openvino(
+            to_openvino(model, images, dynamic_batch=dynamic), hint, torch.get_num_threads()
         ),
     )
+
+    def call(images: torch.Tensor) -> torch.Tensor:
+        logits = run(images)
+        # Its ReLU makes 0 of NaN, and a number is all that comes out; PyTorch computes what the model gives.
+        largest = torch.linalg.vector_norm(images.float().flatten(1), float("inf"), 1)
+        strange = ~(largest < LARGEST_PIXEL)
+        if strange.any():
+            logits[strange] = model(images[strange].float())
+        return logits
+
+    return call
 
 
 def _onnxruntime(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
@@ -304,21 +346,47 @@ def _onnxruntime(model: nn.Module, example: torch.Tensor, precision: Precision) 
     if precision != "float32":
         raise Unavailable("ONNX Runtime has no bfloat16 convolutions on CPUs")
     return _by_shape(
-        example, lambda images: run_onnx(to_onnx(model, images, dynamic_batch=False), torch.get_num_threads())
+        example,
+        lambda images, dynamic: run_onnx(to_onnx(model, images, dynamic_batch=dynamic), torch.get_num_threads()),
     )
 
 
-def _by_shape(example: torch.Tensor, make: Callable[[torch.Tensor], Callable[[np.ndarray], np.ndarray]]) -> Call:
-    """Return a function of images that makes another for each shape, and keeps it."""
+class _LastFew(Generic[T]):
+    """What was made for the last few keys. Several threads need a lock around it."""
+
+    def __init__(self) -> None:
+        self.made: OrderedDict[Hashable, T] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what was made for a key, making it if it is not kept any more."""
+        if key not in self.made:
+            while len(self.made) >= KEPT:
+                self.made.popitem(last=False)
+            self.made[key] = make()
+        self.made.move_to_end(key)
+        return self.made[key]
+
+
+def _by_shape(example: torch.Tensor, make: Callable[[torch.Tensor, bool], Callable[[np.ndarray], np.ndarray]]) -> Call:
+    """Return a function of images that makes a network for the example's shape, and one for each other image size.
+
+    Args:
+        example: Images, (N, C, H, W), as most will come.
+        make: Makes a network for some images, and whether it is for any number of them. One for a number known
+            beforehand is faster, but each takes seconds and the memory of the weights.
+    """
     if example.device.type != "cpu":
         raise Unavailable("only its CPU side is used here")
-    made: dict[tuple[int, ...], Callable[[np.ndarray], np.ndarray]] = {}
+    usual = tuple(example.shape)
+    networks: _LastFew[Callable[[np.ndarray], np.ndarray]] = _LastFew()
+    lock = threading.Lock()
 
     def call(images: torch.Tensor) -> torch.Tensor:
         shape = tuple(images.shape)
-        if shape not in made:
-            made[shape] = make(images)
-        return torch.from_numpy(made[shape](images.float().contiguous().numpy()))
+        dynamic = shape != usual
+        with lock:
+            network = networks.get(shape[1:] if dynamic else shape, partial(make, images, dynamic))
+        return torch.from_numpy(network(images.float().contiguous().numpy()))
 
     return call
 
@@ -361,10 +429,23 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _read_choice(path: Path, ready: list[Backend]) -> Backend | None:
+def _choice_path(key: str, cache_dir: str | Path | None) -> Path:
+    return cached_assets_path("res2net_zoo", "optimize", "choices", assets_dir=cache_dir) / f"{key}.json"
+
+
+def _read_choice(key: str, cache_dir: str | Path | None, ready: list[Backend]) -> Backend | None:
     """Return the backend chosen before, if there is one that can still be taken."""
     try:
-        chosen = json.loads(path.read_text())["backend"]
-    except (OSError, ValueError, KeyError, TypeError):
+        kept = read_json(_choice_path(key, cache_dir))
+    except (OSError, ValueError, InputError):
         return None
+    chosen = kept.get("backend") if isinstance(kept, dict) else None
     return chosen if chosen in ready else None
+
+
+def _keep_choice(key: str, cache_dir: str | Path | None, choice: dict[str, Any]) -> None:
+    """Write a choice down for the next time, or warn that the backends will be tried again then."""
+    try:
+        write_atomically(_choice_path(key, cache_dir), lambda file: file.write_text(json.dumps(choice)))
+    except (OSError, ValueError) as error:
+        warnings.warn(f"the choice is not kept and will be made again: {one_line(error)}; set HF_HOME", stacklevel=3)
