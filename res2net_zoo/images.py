@@ -8,13 +8,15 @@ import glob
 import io
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from res2net_zoo.files import open_regular, read_bytes
@@ -26,8 +28,13 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000
 
 LARGEST = 2**30  # bytes of an image file
 
-# Pixels that one byte holds at most: a JPEG takes at least one bit for 8 x 8 pixels, a bitmap packs 8 in a byte.
-PIXELS_PER_BYTE = {"JPEG": 512, "MPO": 512, "PPM": 8}
+# Pixels that one byte holds at most: a JPEG takes at least one bit for 8 x 8 pixels, a bitmap packs 8 in a byte, which
+# deflate (PNG) makes at most 1032 times smaller, and run lengths (BMP) 16 times. The other formats can hold a plain
+# image of any size in a few bytes.
+PIXELS_PER_BYTE = {"JPEG": 512, "MPO": 512, "PPM": 8, "PNG": 8 * 1032, "BMP": 8 * 16}
+
+# An image of more than twice `Image.MAX_IMAGE_PIXELS` (179 million pixels) is an error; a smaller one is read.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def find_images(words: list[str]) -> list[str]:
@@ -85,6 +92,47 @@ def open_image(source: str | os.PathLike | bytes) -> Iterator[Image.Image]:
         if width * height > size * PIXELS_PER_BYTE.get(image.format or "", math.inf):
             raise OSError(f"it claims {width} x {height} pixels, more than its {size:,} bytes can hold")
         yield image
+
+
+def check_mode(image: Image.Image) -> None:
+    """Refuse pixels that have no one meaning as 8-bit ones.
+
+    Args:
+        image: From `open_image`; need not be decoded.
+
+    Raises:
+        OSError: Its pixels are floating-point, signed or 32-bit numbers, of unknown range.
+    """
+    sixteen_bits = image.format in ("PNG", "PPM")  # Pillow has their 16 bits in a wider mode
+    if image.mode == "F" or (image.mode == "I" and not sixteen_bits):
+        kind = "floating-point" if image.mode == "F" else "signed or 32-bit"
+        raise OSError(f"{kind} pixels are unsupported, as their range is unknown; convert it to 8 or 16 bits")
+
+
+def to_mode(image: Image.Image, mode: str, upright: bool = False) -> Image.Image:
+    """Convert an image to a mode of 8 bits.
+
+    As `Image.convert`, which timm calls, but for grey images of 16 bits: Pillow would clip them at 255, here
+    their whole range of 0 to 65535 becomes 0 to 255, rounded, whatever part of it an image uses.
+
+    Args:
+        image: From `open_image`.
+        mode: PIL mode, `RGB` or `L`.
+        upright: Whether to turn it by its EXIF orientation first, which timm does not.
+
+    Returns:
+        The decoded image.
+
+    Raises:
+        OSError: As `check_mode`.
+        Exception: Whatever PIL raises for a corrupt image.
+    """
+    check_mode(image)
+    if upright:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = Image.fromarray(((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8))
+    return image.convert(mode)
 
 
 class ForeignPathError(InputError):
@@ -163,7 +211,7 @@ def read_named(image: dict[str, Any]) -> bytes:
 
 
 def decode(content: bytes, mode: str) -> Image.Image:
-    """Decode an image as timm's datasets do: no EXIF orientation, then one conversion of mode.
+    """Decode an image as timm's datasets do: no EXIF orientation, then one conversion of mode (`to_mode`).
 
     Args:
         content: The image file's content.
@@ -176,7 +224,7 @@ def decode(content: bytes, mode: str) -> Image.Image:
         Exception: Whatever PIL raises for a corrupt image.
     """
     with open_image(content) as opened:
-        return opened.convert(mode)
+        return to_mode(opened, mode)
 
 
 @dataclass

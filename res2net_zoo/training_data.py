@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from res2net_zoo.data import Source, held_out_of, hold_out, labels_of, open_source
 from res2net_zoo.evaluate import collate
-from res2net_zoo.images import ForeignPathError, Sample, Samples, open_image
+from res2net_zoo.images import ForeignPathError, Sample, Samples, check_mode, open_image
 from res2net_zoo.program import InputError, all_or_none, main_first, progress_bar, warn
 from res2net_zoo.stop import spare_worker
 from res2net_zoo.training import balanced
@@ -228,6 +228,7 @@ class _Decodable(torch.utils.data.Dataset):
         image = self.source.rows[index]["image"] or {"bytes": b"", "path": None}
         try:
             with open_image(self.source.read(image)) as opened:
+                check_mode(opened)
                 opened.draft("RGB", (1, 1))  # a JPEG's blocks are all read, but turned into few pixels
                 opened.load()
         except ForeignPathError:
