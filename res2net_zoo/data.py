@@ -1,7 +1,9 @@
 """From a source of images to batches: reading through `datasets`, labels, timm's transform."""
 
 import contextlib
+import difflib
 import glob
+import json
 import os
 import re
 import tarfile
@@ -12,17 +14,38 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import yaml
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from pyarrow import parquet
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from res2net_zoo.files import read_text
-from res2net_zoo.images import ImageFiles, Sample, Samples, read_named
+from res2net_zoo.files import LARGEST_TEXT, check_writable, read_text
+from res2net_zoo.images import (
+    HIDDEN,
+    LINKS,
+    ImageFiles,
+    Sample,
+    Samples,
+    Skipped,
+    identity,
+    images_below,
+    is_hidden,
+    is_image,
+    read_named,
+    walk,
+)
 from res2net_zoo.program import InputError
+from res2net_zoo.shards import read_shards
 
 # The words by which people and `datasets` name splits, and the name that `datasets` gives them.
 SPLITS = {
@@ -33,8 +56,11 @@ SPLITS = {
 FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 # Builders of `datasets` that images are read by; others follow links or run parsers that nothing here needs.
 READERS = ("imagefolder", "parquet", "arrow", "webdataset", "json", "csv")
+HUB_TIMEOUT = 10  # seconds for its answer to whether it has a data set
 MAX_PARTS = 1024  # of a stream that has no files of its own
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
+MOST_CLASSES = 1_000_000  # more than any data set has; work and memory grow with the largest label
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "target", "fine_label")
 
 
@@ -49,6 +75,7 @@ class Source:
         class_names: Name of each label, where the data names them.
         num_rows: Number of images, where it is known before they are read.
         read: From an image of a row to its content.
+        skipped: Counts of what is there and was left out, and why.
     """
 
     name: str
@@ -57,6 +84,7 @@ class Source:
     class_names: list[str] | None
     num_rows: int | None
     read: Callable[[dict[str, Any]], bytes] = ImageFiles().read
+    skipped: str = ""
 
 
 def open_source(
@@ -90,6 +118,7 @@ def open_source(
         if streaming:
             raise InputError(f"nothing can be held out of a stream; read {src} without --streaming")
         return hold_out(open_source(src, held[0], label_column=label_column), *held[1:])[1]
+    src = src if Path(src).exists() else os.path.expanduser(src)
     try:
         splits, load = _find(src)
         split = _choose_split(src, splits, split)
@@ -99,8 +128,25 @@ def open_source(
     except Exception as error:
         # `datasets` wraps whatever its readers raise (tarfile, pyarrow, the network, the operating
         # system) in types of its own; all that a user can do is in the innermost message.
+        _check_cache(streaming)
         cause = error.__cause__ or error
         raise InputError(f"cannot read the data {src}: {str(cause).strip() or type(cause).__name__}") from error
+
+
+def _check_cache(streaming: bool) -> None:
+    """Refuse a cache that cannot be written, where `datasets` names the data that it was to convert into it.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    caches = [HF_HUB_CACHE] if streaming else [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE]
+    for cache in map(Path, caches):
+        try:
+            check_writable(next(path for path in (cache, *cache.absolute().parents) if path.exists()))
+        except InputError as error:
+            raise InputError(
+                f"cannot write into the cache {cache}: {getattr(error.__cause__, 'strerror', '')}; set HF_HOME to a folder that can be written"
+            ) from error
 
 
 def held_out_of(split: str | None) -> tuple[str, float, int] | None:
@@ -110,12 +156,24 @@ def held_out_of(split: str | None) -> tuple[str, float, int] | None:
 
 
 def labels_of(source: Source) -> np.ndarray:
-    """Return the label of each image of a map-style source, -1 where it has none."""
+    """Return the label of each image of a map-style source, -1 where it has none.
+
+    Raises:
+        InputError: A label is less than -1, or too large for any data set (`MOST_CLASSES`).
+    """
     labels = source.rows.data.column("label") if isinstance(source.rows, datasets.Dataset) else None
     assert labels is not None
     if source.rows._indices is not None:  # some of the rows
         labels = labels.take(source.rows._indices.column(0).combine_chunks())
-    return labels.fill_null(-1).to_numpy()
+    bounds = pc.min_max(labels).as_py()
+    if labels.null_count < len(labels) and (bounds["min"] < -1 or bounds["max"] >= MOST_CLASSES):
+        values = enumerate(labels.to_pylist())
+        first, label = next((i, x) for i, x in values if x is not None and not -1 <= x < MOST_CLASSES)
+        raise InputError(
+            f"image {first} of {source.split} in {source.name} has label {label}; labels go from 0 to "
+            f"{MOST_CLASSES - 1} at most"
+        )
+    return labels.cast(pa.int64()).fill_null(-1).to_numpy()
 
 
 def hold_out(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
@@ -162,11 +220,13 @@ class Rows(NamedTuple):
         rows: Map-style or iterable dataset.
         num_rows: Their number, where it is known before they are read.
         read: From an image of a row to its content.
+        skipped: As for `Source`.
     """
 
     rows: Any
     num_rows: int | None
     read: Callable[[dict[str, Any]], bytes]
+    skipped: str = ""
 
 
 def _find(src: str) -> tuple[list[str], Callable[[str, bool], Rows]]:
@@ -175,13 +235,18 @@ def _find(src: str) -> tuple[list[str], Callable[[str, bool], Rows]]:
     if not src:
         raise InputError("the data's name is empty; name a folder, a file or a Hub dataset id ORG/NAME")
     if path.is_dir():
+        for name in ("README.md", ".huggingface.yaml"):
+            _check_configs(path / name)
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return _find_saved(path)
         if folders := _class_folders(path):
             return list(folders), lambda split, streaming: _load_class_folders(folders[split], streaming)
-        for name in ("README.md", ".huggingface.yaml"):
-            _check_configs(path / name)
         builder = datasets.load_dataset_builder(str(path))
+        if builder.name == "imagefolder" and (beside := [p for p in path.iterdir() if p.suffix in FILE_FORMATS]):
+            raise InputError(
+                f"{src} has images and also {beside[0].name}; move that elsewhere to read the images, or name it to "
+                "read it"
+            )
     elif matches := sorted(glob.glob(src)):
         kinds = {FILE_FORMATS.get(Path(match).suffix) for match in matches}
         kind = kinds.pop()
@@ -192,12 +257,11 @@ def _find(src: str) -> tuple[list[str], Callable[[str, bool], Rows]]:
             split = _split_in(match.name) or _split_in(match.absolute().parent.name) or "train"
             files.setdefault(split, []).append(glob.escape(str(match)))
         builder = datasets.load_dataset_builder(kind, data_files=files)
-    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", src) and path.suffix not in FILE_FORMATS:
+    else:
+        _check_on_hub(src)
         with contextlib.suppress(HTTPError, HFValidationError, OSError):  # `datasets` reports those itself
             _check_configs(Path(hf_hub_download(src, "README.md", repo_type="dataset")))
         builder = datasets.load_dataset_builder(src)
-    else:
-        raise InputError(f"there is no data {src}: no such folder or file, and no Hub dataset id ORG/NAME")
 
     if builder.name not in READERS:
         raise InputError(f"{src} has files that `datasets` reads as {builder.name}; there are {', '.join(READERS)}")
@@ -209,9 +273,12 @@ def _find(src: str) -> tuple[list[str], Callable[[str, bool], Rows]]:
         # Only this split's files are named, or `datasets` would fetch and convert all splits. It
         # takes names for patterns.
         files = {split: [glob.escape(file) for file in data_files[split]]}
-        rows = datasets.load_dataset(
-            builder.name, data_files=files, split=split, features=builder.info.features, streaming=streaming
-        )
+        if builder.name == "webdataset":
+            rows = read_shards(files, split, streaming)
+        else:
+            rows = datasets.load_dataset(
+                builder.name, data_files=files, split=split, features=builder.info.features, streaming=streaming
+            )
         read = _image_files(src, builder.name, data_files[split]).read
         if not streaming:
             return Rows(rows, len(rows), read)
@@ -221,6 +288,37 @@ def _find(src: str) -> tuple[list[str], Callable[[str, bool], Rows]]:
         return Rows(rows, known.num_examples if known and known.num_examples else None, read)
 
     return list(data_files), load
+
+
+def _check_on_hub(src: str) -> None:
+    """Refuse a name that is none of a file or folder here, and cannot be or is not found on the Hub.
+
+    `datasets` would try for half a minute to reach the Hub before it reports a misspelt name.
+
+    Raises:
+        InputError: It is a path, the Hub does not have it, or cannot be reached.
+    """
+    folder, name = os.path.split(src.rstrip("/"))
+    names = os.listdir(folder or os.curdir) if os.path.isdir(folder or os.curdir) else []
+    close = difflib.get_close_matches(name, names, n=3)
+    missing = f"there is no folder or file {src}"
+    hint = f"did you mean {' or '.join(os.path.join(folder, match) for match in close)}?" if close else ""
+    suffix = Path(src).suffix
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", src) or ".." in src or suffix in FILE_FORMATS:
+        raise InputError(f"{missing}; {hint or 'name a folder, a file, or a Hub dataset id ORG/NAME'}")
+    try:
+        HfApi().dataset_info(src, timeout=HUB_TIMEOUT)
+    except RepositoryNotFoundError as error:
+        hint = hint or "check the name, and for a private data set log in with `hf auth login`"
+        raise InputError(f"{missing}, and no data set of this name on the Hub; {hint}") from error
+    except HfHubHTTPError:
+        pass  # `datasets` reports what else the Hub answers
+    except OfflineModeIsEnabled as error:
+        raise InputError(
+            f"{missing}; {hint or 'the Hub cannot be reached in offline mode (HF_HUB_OFFLINE)'}"
+        ) from error
+    except (HTTPError, OSError) as error:
+        raise InputError(f"{missing}, and the Hub cannot be reached; {hint or 'check the network'}") from error
 
 
 def _check_configs(card: Path) -> None:
@@ -297,38 +395,111 @@ def _class_folders(path: Path) -> dict[str, Path] | None:
 
     `datasets` has a builder for them, which takes a class called `test tube` for a test split, a
     name with a bracket for a pattern, gives a single class no label and does not follow links.
+
+    Raises:
+        InputError: Some folders are named as splits and others as classes, or two as the same split.
     """
-    folders = _folders(path)
+    folders = _folders(path, Skipped())
     files = [p for p in path.iterdir() if p.is_file()]
     # Where something else than the folders' names says what is what, `datasets` shall read that.
-    configured = any(file.name == "README.md" and "\nconfigs:" in file.read_text(errors="replace") for file in files)
-    described = any(any(folder.glob("metadata.*")) for folder in (path, *folders))
+    configured = any(file.name == "README.md" and b"\nconfigs:" in _head(file) for file in files)
+    described = any(_describes_images(place / name) for place in (path, *folders) for name in METADATA)
     if configured or described or any(file.suffix in FILE_FORMATS for file in files):
         return None
-    if not any(_has_image(folder) for folder in folders):
+    if not any(map(_has_image, folders)):
         return None
-    splits = {SPLITS[f.name.lower()]: f for f in folders if f.name.lower() in SPLITS and _folders(f)}
-    return splits or {_split_in(path.name) or "train": path}
+    splits: dict[str, Path] = {}
+    for folder in folders:
+        split = SPLITS.get(folder.name.lower())
+        if split is None or not any(map(_has_image, _folders(folder, Skipped()))):
+            continue
+        if split in splits:
+            raise InputError(
+                f"{path} has two folders for the split {split}, {splits[split].name} and {folder.name}; "
+                "name the folder of one split, or rename one of them"
+            )
+        splits[split] = folder
+    if not splits:
+        return {_split_in(path.name) or "train": path}
+    if others := [folder.name for folder in folders if folder.name.lower() not in SPLITS and _has_image(folder)]:
+        names = ", ".join(folder.name for folder in splits.values())
+        raise InputError(
+            f"{path} has folders named as splits with folders of images in them ({names}) beside others with images "
+            f"({', '.join(others[:3])}{', ...' * (len(others) > 3)}): name the folder of one split if they are splits, "
+            "or rename them if they are classes"
+        )
+    return splits
 
 
-def _folders(path: Path) -> list[Path]:
-    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+def _folders(path: Path, skipped: Skipped) -> list[Path]:
+    """Return the folders in a folder: each real one once, and none that is hidden, a system's own or above `path`."""
+    above = {identity(parent) for parent in (path.resolve(), *path.resolve().parents)}
+    found: dict[tuple[int, int], Path] = {}
+    for folder in sorted((p for p in path.iterdir() if p.is_dir()), key=lambda p: (p.is_symlink(), p)):
+        key = identity(folder)
+        if is_hidden(folder.name):
+            skipped.add(HIDDEN, str(folder))
+        elif key in found or key in above:
+            skipped.add(LINKS, str(folder))
+        else:
+            found[key] = folder
+    return sorted(found.values())
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(LARGEST_TEXT)
+
+
+def _describes_images(path: Path) -> bool:
+    """Return whether a file of a name in `METADATA` is what `datasets` goes by: names of images, and data of each."""
+    if not path.is_file():
+        return False
+    try:
+        if path.suffix == ".parquet":
+            columns = parquet.read_schema(path).names
+        else:
+            line = _head(path).decode("utf-8-sig", errors="replace").partition("\n")[0]
+            columns = list(json.loads(line)) if path.suffix == ".jsonl" else line.strip().split(",")
+    except (pa.ArrowException, ValueError, TypeError, RecursionError):
+        return False
+    return any(str(column).strip('"').endswith(("file_name", "file_names")) for column in columns)
 
 
 def _has_image(path: Path) -> bool:
-    return any(f.lower().endswith(IMG_EXTENSIONS) for _, _, fs in os.walk(path, followlinks=True) for f in fs)
+    return any(is_image(name) for _, name in walk(str(path), set(), Skipped()))
 
 
 def _load_class_folders(path: Path, streaming: bool) -> Rows:
-    names = [folder.name for folder in _folders(path)]
-    files = make_dataset(path, {name: i for i, name in enumerate(names)}, IMG_EXTENSIONS, allow_empty=True)
+    skipped = Skipped()
+    folders = _folders(path, skipped)
+    seen = {identity(folder) for folder in folders}
+    files: list[str] = []
+    labels: list[int] = []
+    for label, folder in enumerate(folders):
+        images = images_below(str(folder), seen, skipped)
+        files += images
+        labels += [label] * len(images)
+        if not images:
+            skipped.add("class folders without images", str(folder))
+    for suffix in FILE_FORMATS:
+        if found := skipped.kinds.get(f"{suffix} files"):
+            raise InputError(
+                f"{path} has images in class folders and also {found[1]}; move that elsewhere to read the "
+                "images, or name it to read it"
+            )
     if not files:
         raise InputError(f"{path} has no image in its class folders")
+    for entry in path.iterdir():
+        if is_image(entry.name) and not is_hidden(entry.name) and entry.is_file():
+            skipped.add("images outside of class folders", str(entry))
+    names = [folder.name for folder in folders]
     features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=names)})
-    images = [{"bytes": None, "path": file} for file, _ in files]
-    rows = datasets.Dataset.from_dict({"image": images, "label": [label for _, label in files]}, features=features)
+    images_column = [{"bytes": None, "path": file} for file in files]
+    rows = datasets.Dataset.from_dict({"image": images_column, "label": labels}, features=features)
     number = len(rows)
-    return Rows(rows.to_iterable_dataset(num_shards=min(number, MAX_PARTS)) if streaming else rows, number, read_named)
+    parts = min(number, MAX_PARTS)
+    return Rows(rows.to_iterable_dataset(num_shards=parts) if streaming else rows, number, read_named, str(skipped))
 
 
 def _split_in(name: str) -> str | None:
@@ -351,7 +522,7 @@ def _choose_split(src: str, splits: list[str], wanted: str | None) -> str:
 
 
 def _describe(src: str, split: str, loaded: Rows, label_column: str | None, labelled: bool) -> Source:
-    rows, num_rows, read = loaded
+    rows, num_rows, read, skipped = loaded
     features = rows.features
     if features is None:
         raise InputError(f"{src} does not say what its columns are; read it without --streaming")
@@ -366,7 +537,8 @@ def _describe(src: str, split: str, loaded: Rows, label_column: str | None, labe
     if not labels and labelled:
         raise InputError(f"{src} has no column of labels; name one with --label-column: {', '.join(features)}")
     label = features[labels[0]] if labels else None
-    if label is not None and not isinstance(label, datasets.ClassLabel) and "int" not in getattr(label, "dtype", ""):
+    kind = "int64" if label is None else getattr(label, "dtype", "")  # a ClassLabel's is int64, too
+    if not re.fullmatch(r"u?int\d+", kind):
         raise InputError(f"column {labels[0]} of {src} holds no class numbers; name another with --label-column")
     # Decoding is ours: `datasets` would turn images by their EXIF orientation, which timm does not,
     # and one corrupt image would end a whole stream. First of all, for a stream decodes its rows
@@ -382,6 +554,7 @@ def _describe(src: str, split: str, loaded: Rows, label_column: str | None, labe
         class_names=list(label.names) if isinstance(label, datasets.ClassLabel) else None,
         num_rows=num_rows,
         read=read,
+        skipped=skipped,
     )
 
 

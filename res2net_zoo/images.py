@@ -4,6 +4,7 @@ Without `datasets`, whose import a program that reads files alone need not wait 
 """
 
 import contextlib
+import fnmatch
 import glob
 import io
 import math
@@ -17,14 +18,34 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from res2net_zoo.files import open_regular, read_bytes
-from res2net_zoo.program import InputError
+from res2net_zoo.program import InputError, warn
 
-# Raster formats only, in the order in which they are tried. Pillow goes by a file's content, not its name, and passes
-# EPS to Ghostscript, which runs it as a program. MPO is opened as JPEG.
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000")
+# The extensions of raster formats, in the order in which these are tried, and in any letter case those by which images
+# are found in folders. Pillow goes by a file's content, not its name, and passes EPS to Ghostscript, which runs it as
+# a program. MPO is opened as JPEG.
+EXTENSIONS_OF = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    "WEBP": (".webp",),
+    "TIFF": (".tif", ".tiff"),
+    "AVIF": (".avif", ".avifs"),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+}
+FORMATS = tuple(EXTENSIONS_OF)
+EXTENSIONS = frozenset(extension for extensions in EXTENSIONS_OF.values() for extension in extensions)
+
+# What file managers, storage systems, archivers and notebooks leave between images, besides names with a dot in front.
+SYSTEM_FOLDERS = frozenset(("@eadir", "__macosx", "#recycle", "#snapshot", "@tmp", "$recycle.bin", "lost+found"))
+SYSTEM_FILES = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini"))
+
+# What a search leaves out, besides files that are no images.
+HIDDEN = "hidden or system folders"
+LINKS = "links to folders that are read already or lie above"
 
 LARGEST = 2**30  # bytes of an image file
 
@@ -37,8 +58,95 @@ PIXELS_PER_BYTE = {"JPEG": 512, "MPO": 512, "PPM": 8, "PNG": 8 * 1032, "BMP": 8 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder of this name is hidden, or a system's own."""
+    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS | SYSTEM_FILES
+
+
+def is_image(name: str) -> bool:
+    """Return whether a file of this name is taken for an image; where it is hidden it is not looked for."""
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+class Skipped:
+    """What a search for images left out, by kind, with an example of each."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, tuple[int, str]] = {}
+
+    def add(self, kind: str, path: str) -> None:
+        """Count something of a kind; the kind is in the plural."""
+        number, first = self.kinds.get(kind, (0, path))
+        self.kinds[kind] = (number + 1, first)
+
+    def __str__(self) -> str:
+        """Return the counts as the end of a sentence, empty where nothing was left out."""
+        return ", ".join(f"{kind}: {number} (such as {first})" for kind, (number, first) in self.kinds.items())
+
+
+def identity(path: str | os.PathLike) -> tuple[int, int]:
+    """Return what tells a file or folder from all others, by whatever path it is reached."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def walk(folder: str, seen: set[tuple[int, int]], skipped: Skipped) -> Iterator[tuple[str, str]]:
+    """Yield the folder and name of each file in a folder and below it, behind links too, in any order.
+
+    Hidden and system files are left out.
+
+    Args:
+        folder: Is searched, even if it is in `seen`.
+        seen: `identity` of each folder that is not to be searched (again); what is searched is added. A link
+            to a folder above `folder` is never followed.
+        skipped: Where hidden and system folders and second links are counted.
+
+    Raises:
+        InputError: A folder cannot be read.
+    """
+    above = {identity(parent) for parent in Path(folder).resolve().parents}
+    folders: list[str] = []
+    links: list[str] = []
+    here: str | None = folder
+    while here:
+        key = identity(here)
+        if here != folder and (key in seen or key in above):
+            skipped.add(LINKS, here)
+        else:
+            seen.add(key)
+            try:
+                entries = list(os.scandir(here))
+            except OSError as error:
+                raise InputError(f"cannot read the folder {here}: {error.strerror}") from error
+            for entry in entries:
+                if not entry.is_dir():
+                    if not is_hidden(entry.name):
+                        yield here, entry.name
+                elif is_hidden(entry.name):
+                    skipped.add(HIDDEN, entry.path)
+                else:
+                    (links if entry.is_symlink() else folders).append(entry.path)
+        # Links come last, so that what can be reached without them is found by its own path.
+        here = folders.pop() if folders else links.pop() if links else None
+
+
+def images_below(folder: str, seen: set[tuple[int, int]], skipped: Skipped) -> list[str]:
+    """Return the images that `walk` finds by folder and name; the other files are counted in `skipped`."""
+    images = []
+    for place in sorted(walk(folder, seen, skipped)):
+        path = os.path.join(*place)
+        if is_image(path):
+            images.append(path)
+        else:
+            end = os.path.splitext(path)[1].lower()
+            skipped.add(f"{end} files" if end else "files without an extension", path)
+    return images
+
+
 def find_images(words: list[str]) -> list[str]:
     """Return the image files that a command line names, each once, in its order.
+
+    What the folders hold besides images is counted in one warning, on the main process.
 
     Args:
         words: Files, folders (searched with all that is in them) and patterns.
@@ -46,24 +154,52 @@ def find_images(words: list[str]) -> list[str]:
     Raises:
         InputError: A word names none.
     """
-    found: dict[str, None] = {}
+    found: dict[tuple[str, str], str] = {}
+    skipped = Skipped()
     for word in words:
-        matches = [word] if Path(word).exists() else sorted(glob.glob(word, recursive=True))
+        matches = _matches(word, skipped)
         images = []
         for match in matches:
-            if not Path(match).is_dir():
-                images.append(match)
-                continue
-            for folder, folders, files in os.walk(match, followlinks=True):
-                folders.sort()
-                images += [
-                    os.path.join(folder, file) for file in sorted(files) if file.lower().endswith(IMG_EXTENSIONS)
-                ]
+            images += images_below(match, set(), skipped) if os.path.isdir(match) else [match]
         if not images:
-            kind = "holds no image" if matches else "is no file or folder, and no pattern that fits one"
-            raise InputError(f"{word} {kind}")
-        found |= dict.fromkeys(images)
-    return list(found)
+            raise InputError(f"there is no image in {word}" if matches else f"there is no file or folder {word}")
+        real = {folder: os.path.realpath(folder) for folder in {os.path.dirname(image) for image in images}}
+        for image in images:
+            folder, name = os.path.split(image)
+            found.setdefault((real[folder], name), image)
+    if skipped.kinds and int(os.environ.get("RANK", "0")) == 0:
+        warn(f"left out: {skipped}")
+    return list(found.values())
+
+
+def _matches(word: str, skipped: Skipped) -> list[str]:
+    """Return the files and folders that a word of the command line names, as `glob.glob` does.
+
+    But `**` follows no link twice, and hidden and system folders do not match.
+    """
+    for path in (word, os.path.expanduser(word)):
+        if os.path.exists(path):
+            return [path]
+    head, deep, tail = os.path.expanduser(word).partition("**")
+    if not deep or (head and not head.endswith(os.sep)):
+        return [match for match in sorted(glob.glob(head + deep + tail)) if not is_hidden(os.path.basename(match))]
+    pattern = ("**" + tail).split(os.sep)
+    found = []
+    for folder in sorted(glob.glob(head)) if head else [os.curdir]:
+        for here, name in sorted(walk(folder, set(), skipped)):
+            path = os.path.normpath(os.path.join(here, name))
+            if _fits(os.path.relpath(path, folder).split(os.sep), pattern):
+                found.append(path)
+    return found
+
+
+def _fits(parts: list[str], pattern: list[str]) -> bool:
+    """Return whether a path fits a pattern, in which `**` stands for any number of folders."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return _fits(parts, pattern[1:] or ["*"]) or (len(parts) > 1 and _fits(parts[1:], pattern))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
 
 
 @contextlib.contextmanager

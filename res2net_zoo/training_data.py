@@ -140,6 +140,9 @@ def open_training_data(
         return source.split.split("/held-out-")[0]
 
     train, valid = main_first(accelerator, open_splits)
+    if accelerator.is_main_process:
+        for skipped in filter(None, {train.skipped: None, valid.skipped: None}):
+            warn(f"left out of {src}: {skipped}")
     names = class_names(train, num_classes)
     check_names(train, valid, names)
     if streaming:
@@ -198,7 +201,7 @@ def count_classes(train: Source, valid: Source, names: Sequence[str]) -> list[in
             labels = labels_of(source)
             known = len(source.class_names or names)
             if len(wrong := np.flatnonzero((labels < 0) | (labels >= known))):
-                what = "no label" if (label := labels[wrong[0]]) < 0 else f"label {label}"
+                what = "no label" if (label := labels[wrong[0]]) == -1 else f"label {label}"
                 raise InputError(
                     f"image {wrong[0]} of {source.split} in {source.name} has {what}; labels go from 0 to {known - 1}"
                 )

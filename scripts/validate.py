@@ -103,7 +103,7 @@ def validate(args: argparse.Namespace, accelerator: "Accelerator") -> int:
     from res2net_zoo import catalog
     from res2net_zoo.data import open_source
     from res2net_zoo.files import write_atomically
-    from res2net_zoo.program import InputError, all_or_none, main_first, markdown_table, report
+    from res2net_zoo.program import InputError, all_or_none, main_first, markdown_table, report, warn
 
     def read_old() -> list[dict]:
         if args.output is None or not accelerator.is_main_process:
@@ -121,6 +121,8 @@ def validate(args: argparse.Namespace, accelerator: "Accelerator") -> int:
             labelled=args.benchmark != "imagenet-real",
         ),
     )
+    if source.skipped and accelerator.is_main_process:
+        warn(f"left out of {args.data}: {source.skipped}")
 
     exit_code = 0
     unwritten: OSError | None = None

@@ -247,9 +247,9 @@ def test_images_are_left_as_they_are_stored(tmp_path, streaming):
     ("name", "words"),
     [
         ("", "name is empty"),
-        ("no/such/folder/at/all", "there is no data"),
-        ("missing.parquet", "there is no data"),
-        ("some_org/some_dataset", "cannot read the data some_org/some_dataset: .*reach"),
+        ("no/such/folder/at/all", "there is no folder or file no/such/folder/at/all; name"),
+        ("missing.parquet", "there is no folder or file missing.parquet; name"),
+        ("some_org/some_dataset", "there is no folder or file some_org/some_dataset; the Hub cannot be reached"),
     ],
 )
 def test_what_is_not_there(name, words):

@@ -200,7 +200,7 @@ def labelled(folder: Path, labels: list[int]) -> Source:
     """Open the images with other labels than their folder's."""
     source = open_source(str(folder))
     rows = source.rows.remove_columns("label").add_column("label", labels)
-    return Source("modes", "test", rows, None, len(rows))
+    return Source("modes", "test", rows, None, len(rows), source.read)
 
 
 def test_agrees_with_timm_prediction_for_prediction(agreement):
