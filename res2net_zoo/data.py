@@ -144,8 +144,9 @@ def _check_cache(streaming: bool) -> None:
         try:
             check_writable(next(path for path in (cache, *cache.absolute().parents) if path.exists()))
         except InputError as error:
+            reason = getattr(error.__cause__, "strerror", "")
             raise InputError(
-                f"cannot write into the cache {cache}: {getattr(error.__cause__, 'strerror', '')}; set HF_HOME to a folder that can be written"
+                f"cannot write into the cache {cache}: {reason}; set HF_HOME to a folder that can be written"
             ) from error
 
 
@@ -268,13 +269,12 @@ def _find(src: str) -> tuple[list[str], Callable[[str, bool], Rows]]:
     data_files = builder.config.data_files
 
     def load(split: str, streaming: bool) -> Rows:
-        for file in data_files[split]:
-            _check_whole(Path(file))
+        members = [name for file in data_files[split] for name in _members(Path(file))]
         # Only this split's files are named, or `datasets` would fetch and convert all splits. It
         # takes names for patterns.
         files = {split: [glob.escape(file) for file in data_files[split]]}
         if builder.name == "webdataset":
-            rows = read_shards(files, split, streaming)
+            rows = read_shards(files, members, split, streaming)
         else:
             rows = datasets.load_dataset(
                 builder.name, data_files=files, split=split, features=builder.info.features, streaming=streaming
@@ -358,21 +358,28 @@ def _image_files(src: str, reader: str, data_files: Sequence[str]) -> ImageFiles
     return ImageFiles(listed=(*home, *(f"{os.path.abspath(place)}{os.sep}" for place in places)))
 
 
-def _check_whole(path: Path) -> None:
-    """Refuse a tar file that was cut off or damaged, which its readers take for a shorter one."""
+def _members(path: Path) -> list[str]:
+    """Return the names of the files in a tar file; empty for another, or one on the Hub.
+
+    Raises:
+        InputError: It was cut off or damaged, and its readers would take it for a shorter one.
+    """
     if path.suffix != ".tar" or not path.is_file():
-        return
+        return []
     end = 0
+    names = []
     try:
         with tarfile.open(path, "r:") as tar:  # reads the headers only
             for member in tar:
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                names += [member.name] * member.isfile()
     except tarfile.TarError as error:
         raise InputError(f"{path} is no whole tar file ({error}); fetch it again") from error
     with path.open("rb") as file:
         file.seek(end)
         if file.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
             raise InputError(f"{path} was cut off or damaged at byte {end}; fetch it again")
+    return names
 
 
 def _find_saved(path: Path) -> tuple[list[str], Callable[[str, bool], Rows]]:

@@ -346,20 +346,21 @@ def read_named(image: dict[str, Any]) -> bytes:
     return read_bytes(Path(image["path"]), LARGEST) if image["bytes"] is None else image["bytes"]
 
 
-def decode(content: bytes, mode: str) -> Image.Image:
+def decode(image: bytes | dict[str, Any], mode: str) -> Image.Image:
     """Decode an image as timm's datasets do: no EXIF orientation, then one conversion of mode (`to_mode`).
 
     Args:
-        content: The image file's content.
+        image: The image file's content, or an undecoded image whose path the user named (`read_named`).
         mode: PIL mode, `RGB` or `L`.
 
     Returns:
         The decoded image.
 
     Raises:
+        InputError: The file cannot be read.
         Exception: Whatever PIL raises for a corrupt image.
     """
-    with open_image(content) as opened:
+    with open_image(read_named(image) if isinstance(image, dict) else image) as opened:
         return to_mode(opened, mode)
 
 

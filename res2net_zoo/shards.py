@@ -4,9 +4,7 @@
 its own, whose functions `datasets` exchanges for others that read over the network.
 """
 
-import os
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -20,24 +18,40 @@ FIRST = ("image", "img", "jpg", "jpeg", "png", "webp")
 EXTENSION = "__extension__"  # of the image, where a sample has one
 
 
-def read_shards(files: dict[str, list[str]], split: str, streaming: bool) -> Any:
+def read_shards(files: dict[str, list[str]], members: list[str], split: str, streaming: bool) -> Any:
     """Return the rows of one split of shards.
 
     Args:
         files: Patterns of each split's shards.
+        members: Names of the files in all of them, where they are known.
         split: Which split.
         streaming: Whether to read the samples as they come.
     """
+    features = _features(_field(name) for name in members if _is_visible(name)) if members else None
     # The name and the hash take part in the name of what is cached.
-    builder = ImageShards(data_files=files, dataset_name="image_shards", hash="1")
+    builder = ImageShards(data_files=files, features=features, dataset_name="image_shards", hash="1")
     if streaming:
         return builder.as_streaming_dataset(split=split)
     builder.download_and_prepare()
     return builder.as_dataset(split=split)
 
 
+def _whole_number(content: bytes) -> int:
+    try:
+        return int(content)
+    except ValueError as error:
+        raise ValueError(f"the label {content[:20]!r} is not a whole number") from error
+
+
+def _text(content: bytes) -> str:
+    return content.decode(errors="replace")
+
+
 class ImageShards(WebDataset):
     """Samples with the columns `image` and one for each other lower-case extension of whole numbers or text."""
+
+    # What else a sample has is left as it is, and out.
+    DECODERS = {name: _whole_number for name, decoder in WebDataset.DECODERS.items() if decoder is int} | {"txt": _text}
 
     @classmethod
     def _get_pipeline_from_tar(cls, tar_path: str, tar_iterator: Any) -> Iterator[dict[str, Any]]:
@@ -49,12 +63,11 @@ class ImageShards(WebDataset):
             yield row
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        columns: dict[str, datasets.Value] = {}
-        for paths in dl_manager.download(self.config.data_files).values():
-            for path in paths if all(map(os.path.isfile, paths)) else paths[:1]:
-                columns |= _columns_in(path, dl_manager)
-        features = {"image": datasets.Image(), **columns, "__key__": datasets.Value("string")}
-        self.info.features = datasets.Features({**features, "__url__": datasets.Value("string")})
+        if not self.info.features:  # from the first samples
+            path = next(iter(dl_manager.download(self.config.data_files).values()))[0]
+            rows = self._get_pipeline_from_tar(path, dl_manager.iter_archive(path))
+            first = islice(rows, self.NUM_EXAMPLES_FOR_FEATURES_INFERENCE)
+            self.info.features = _features(field for row in first for field in row)
         return super()._split_generators(dl_manager)
 
     def _generate_examples(self, tar_paths: Any, tar_iterators: Any) -> Iterator[Any]:
@@ -64,21 +77,18 @@ class ImageShards(WebDataset):
             yield key, {name: example[name] for name in self.info.features}
 
 
-def _columns_in(path: str, dl_manager: Any) -> dict[str, datasets.Value]:
-    """Return the columns besides the image: of a local file all there are, of another those of its first samples."""
-    if os.path.isfile(path):
-        with tarfile.open(path, "r:") as tar:  # reads the headers only
-            names = [base_plus_ext(member.name)[1] for member in tar if member.isfile() and _is_visible(member.name)]
-    else:
-        rows = ImageShards._get_pipeline_from_tar(path, dl_manager.iter_archive(path))
-        names = [name for row in islice(rows, ImageShards.NUM_EXAMPLES_FOR_FEATURES_INFERENCE) for name in row]
-    types = {"int": datasets.Value("int64"), "text_loads": datasets.Value("string")}
-    found: dict[str, datasets.Value] = {}
-    for name in sorted({name.lower() for name in names if name and not _holds_image(name)}):
-        decoder = ImageShards.DECODERS.get(name.split(".")[-1])
-        if kind := types.get(getattr(decoder, "__name__", "")):
-            found[name] = kind
-    return found
+def _features(fields: Iterable[str | None]) -> datasets.Features:
+    """Return the columns of samples that have these fields: the image, whole numbers and text."""
+    columns = {}
+    for field in sorted({field.lower() for field in fields if field and not _holds_image(field)}):
+        if decoder := ImageShards.DECODERS.get(field.split(".")[-1]):
+            columns[field] = datasets.Value("int64" if decoder is _whole_number else "string")
+    names = dict.fromkeys(("__key__", "__url__"), datasets.Value("string"))
+    return datasets.Features({"image": datasets.Image(), **columns, **names})
+
+
+def _field(member: str) -> str | None:
+    return base_plus_ext(member)[1]
 
 
 def _is_visible(member: str) -> bool:
