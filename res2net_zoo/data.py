@@ -25,7 +25,6 @@ from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,
     OfflineModeIsEnabled,
-    RepositoryNotFoundError,
 )
 from pyarrow import parquet
 
@@ -128,18 +127,19 @@ def open_source(
     except Exception as error:
         # `datasets` wraps whatever its readers raise (tarfile, pyarrow, the network, the operating
         # system) in types of its own; all that a user can do is in the innermost message.
-        _check_cache(streaming)
         cause = error.__cause__ or error
+        if isinstance(cause, OSError):
+            _check_caches()
         raise InputError(f"cannot read the data {src}: {str(cause).strip() or type(cause).__name__}") from error
 
 
-def _check_cache(streaming: bool) -> None:
-    """Refuse a cache that cannot be written, where `datasets` names the data that it was to convert into it.
+def _check_caches() -> None:
+    """Refuse caches that cannot be written, where `datasets` names the data that it was to convert into them.
 
     Raises:
-        InputError: It cannot be written.
+        InputError: One cannot be written.
     """
-    caches = [HF_HUB_CACHE] if streaming else [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE]
+    caches = (datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE)
     for cache in map(Path, caches):
         try:
             check_writable(next(path for path in (cache, *cache.absolute().parents) if path.exists()))
@@ -243,7 +243,7 @@ def _find(src: str) -> tuple[list[str], Callable[[str, bool], Rows]]:
         if folders := _class_folders(path):
             return list(folders), lambda split, streaming: _load_class_folders(folders[split], streaming)
         builder = datasets.load_dataset_builder(str(path))
-        if builder.name == "imagefolder" and (beside := [p for p in path.iterdir() if p.suffix in FILE_FORMATS]):
+        if builder.name == "imagefolder" and (beside := [p for p in path.iterdir() if _is_data(p)]):
             raise InputError(
                 f"{src} has images and also {beside[0].name}; move that elsewhere to read the images, or name it to "
                 "read it"
@@ -308,11 +308,11 @@ def _check_on_hub(src: str) -> None:
         raise InputError(f"{missing}; {hint or 'name a folder, a file, or a Hub dataset id ORG/NAME'}")
     try:
         HfApi().dataset_info(src, timeout=HUB_TIMEOUT)
-    except RepositoryNotFoundError as error:
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (401, 404):
+            return  # `datasets` reports what else the Hub answers
         hint = hint or "check the name, and for a private data set log in with `hf auth login`"
         raise InputError(f"{missing}, and no data set of this name on the Hub; {hint}") from error
-    except HfHubHTTPError:
-        pass  # `datasets` reports what else the Hub answers
     except OfflineModeIsEnabled as error:
         raise InputError(
             f"{missing}; {hint or 'the Hub cannot be reached in offline mode (HF_HUB_OFFLINE)'}"
@@ -411,7 +411,7 @@ def _class_folders(path: Path) -> dict[str, Path] | None:
     # Where something else than the folders' names says what is what, `datasets` shall read that.
     configured = any(file.name == "README.md" and b"\nconfigs:" in _head(file) for file in files)
     described = any(_describes_images(place / name) for place in (path, *folders) for name in METADATA)
-    if configured or described or any(file.suffix in FILE_FORMATS for file in files):
+    if configured or described or any(map(_is_data, files)):
         return None
     if not any(map(_has_image, folders)):
         return None
@@ -453,6 +453,10 @@ def _folders(path: Path, skipped: Skipped) -> list[Path]:
     return sorted(found.values())
 
 
+def _is_data(path: Path) -> bool:
+    return path.suffix in FILE_FORMATS and path.name not in METADATA
+
+
 def _head(path: Path) -> bytes:
     with path.open("rb") as file:
         return file.read(LARGEST_TEXT)
@@ -489,11 +493,11 @@ def _load_class_folders(path: Path, streaming: bool) -> Rows:
         labels += [label] * len(images)
         if not images:
             skipped.add("class folders without images", str(folder))
-    for suffix in FILE_FORMATS:
-        if found := skipped.kinds.get(f"{suffix} files"):
+    for file in map(Path, skipped.files):
+        if _is_data(file) or (file.name in METADATA and _describes_images(file)):
             raise InputError(
-                f"{path} has images in class folders and also {found[1]}; move that elsewhere to read the "
-                "images, or name it to read it"
+                f"{path} has images in class folders and also {file}; move that elsewhere to read the images, or name "
+                "it or its folder to read it"
             )
     if not files:
         raise InputError(f"{path} has no image in its class folders")

@@ -69,15 +69,27 @@ def is_image(name: str) -> bool:
 
 
 class Skipped:
-    """What a search for images left out, by kind, with an example of each."""
+    """What a search for images left out, by kind, with an example of each.
+
+    Attributes:
+        files: Files that are no images.
+        kinds: Number and first example of each kind.
+    """
 
     def __init__(self) -> None:
+        self.files: list[str] = []
         self.kinds: dict[str, tuple[int, str]] = {}
 
     def add(self, kind: str, path: str) -> None:
         """Count something of a kind; the kind is in the plural."""
         number, first = self.kinds.get(kind, (0, path))
         self.kinds[kind] = (number + 1, first)
+
+    def add_file(self, path: str) -> None:
+        """Count a file by its extension."""
+        end = os.path.splitext(path)[1].lower()
+        self.add(f"{end} files" if end else "files without an extension", path)
+        self.files.append(path)
 
     def __str__(self) -> str:
         """Return the counts as the end of a sentence, empty where nothing was left out."""
@@ -138,8 +150,7 @@ def images_below(folder: str, seen: set[tuple[int, int]], skipped: Skipped) -> l
         if is_image(path):
             images.append(path)
         else:
-            end = os.path.splitext(path)[1].lower()
-            skipped.add(f"{end} files" if end else "files without an extension", path)
+            skipped.add_file(path)
     return images
 
 
@@ -162,7 +173,8 @@ def find_images(words: list[str]) -> list[str]:
         for match in matches:
             images += images_below(match, set(), skipped) if os.path.isdir(match) else [match]
         if not images:
-            raise InputError(f"there is no image in {word}" if matches else f"there is no file or folder {word}")
+            kind = "file that fits the pattern" if glob.has_magic(word) else "file or folder"
+            raise InputError(f"there is no {'image in' if matches else kind} {word}")
         real = {folder: os.path.realpath(folder) for folder in {os.path.dirname(image) for image in images}}
         for image in images:
             folder, name = os.path.split(image)

@@ -4,6 +4,7 @@
 its own, whose functions `datasets` exchanges for others that read over the network.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -37,10 +38,10 @@ def read_shards(files: dict[str, list[str]], members: list[str], split: str, str
 
 
 def _whole_number(content: bytes) -> int:
-    try:
-        return int(content)
-    except ValueError as error:
-        raise ValueError(f"the label {content[:20]!r} is not a whole number") from error
+    text = content[:20].strip()
+    if not re.fullmatch(rb"[+-]?\d{1,18}", text):  # more digits may not fit into 64 bits
+        raise ValueError(f"the label {text.decode(errors='replace')} is not a whole number of at most 18 digits")
+    return int(text)
 
 
 def _text(content: bytes) -> str:

@@ -136,7 +136,7 @@ def test_what_is_no_image(program, in_process, digits, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"nothing")
     result = program(CAM, tmp_path, "--output", tmp_path / "a.svg")
     assert f"{tmp_path / 'broken.png'} is corrupt (not an image of a supported format)" in input_error(result)
-    assert "holds no image" in input_error(in_process(CAM, Path(__file__).parent / "parity"))
+    assert "there is no image in" in input_error(in_process(CAM, Path(__file__).parent / "parity"))
     line = input_error(in_process(CAM, tmp_path, "--output", tmp_path / "broken.png"))
     assert "is one of the images, which the picture would replace" in line
     assert (tmp_path / "broken.png").read_bytes() == b"nothing"

@@ -3,15 +3,18 @@
 import io
 import json
 import shutil
+import socket
 import tarfile
+import time
 from pathlib import Path
 
 import datasets
 import pytest
+from huggingface_hub import constants
 from PIL import Image
 
 from res2net_zoo.data import open_source
-from res2net_zoo.images import Samples, decode, read_named
+from res2net_zoo.images import EXTENSIONS, FORMATS, Samples, decode, find_images, read_named
 from res2net_zoo.program import InputError
 from tests.conftest import SHIPPED_DATA, save_images
 
@@ -198,6 +201,115 @@ def test_folders_with_metadata_are_what_it_says(tmp_path, streaming, images, spl
     assert sorted(greys(source)) == [(0, 1), (1, 2), (2, 0)]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("place", ["", "door", "crash test"])
+@pytest.mark.parametrize(
+    "name", ["metadata.txt", "metadata.json", "metadata.csv", "metadata.jsonl", "metadata.parquet"]
+)
+def test_a_stray_file_named_metadata_changes_nothing(tmp_path, streaming, place, name):
+    """`datasets` would read two of these classes as a test split and the others as no images at all."""
+    names = ("crash test", "door", "engine test", "wheel")
+    data = tree(tmp_path / "data", *(f"{name}/{i}.png" for name in names for i in range(4)))
+    (data / place / name).write_text("camera,date\nA,2020\n")
+    source = open_source(str(data), streaming=streaming)
+    assert source.class_names == list(names) and source.split == "train"
+    assert greys(source) == [(i, i // 4) for i in range(16)]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_metadata_of_images_is_read_where_it_names_files(tmp_path, kind):
+    data = tree(tmp_path, "0.png", "sub/1.png")
+    rows = datasets.Dataset.from_dict({"label": [7, 8], "file_name": ["0.png", "sub/1.png"]})
+    write = {"csv": rows.to_csv, "jsonl": rows.to_json, "parquet": rows.to_parquet}[kind]
+    write(data / f"metadata.{kind}")
+    assert sorted(greys(open_source(str(data)))) == [(0, 7), (1, 8)]
+
+
+def test_a_class_named_as_a_split_hides_no_other(tmp_path):
+    tree(tmp_path / "flat", "bus/0.png", "test/1.png", "train/2.png")
+    assert greys(open_source(str(tmp_path / "flat"))) == [(0, 0), (1, 1), (2, 2)]
+    for name in ("train", "test", "Eval"):
+        data = tree(tmp_path / name, "bus/0.png", "car/1.png", f"{name}/steam/2.png")
+        with pytest.raises(InputError, match=rf"named as splits .*\({name}\) beside others .*\(bus, car\)"):
+            open_source(str(data))
+    twice = tree(tmp_path / "twice", "train/a/0.png", "val/a/1.png", "validation/a/2.png")
+    with pytest.raises(InputError, match="two folders for the split validation, val and validation"):
+        open_source(str(twice))
+    # A test split without labels, and folders without images, are no classes beside the splits.
+    splits = tree(tmp_path / "splits", "train/a/0.png", "val/a/1.png", "test/2.png", "train/.cache/a/3.png")
+    (splits / "annotations").mkdir()
+    assert greys(open_source(str(splits))) == [(1, 0)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_systems_leave_between_images_is_left_out_and_counted(tmp_path, streaming):
+    names = [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(3)]
+    hidden = ("cat/@eaDir/0.png/THUMB.jpg", "cat/.ipynb_checkpoints/0.png", "dog/.thumbnails/x.png", "@eaDir/a.png",
+              "__MACOSX/cat/0.png", "dog/._0.png", "dog/Thumbs.db")  # fmt: skip
+    data = tree(tmp_path, *names, *hidden, "dog/notes.TXT", "dog/a.heic", "dog/b.heic", "stray.png")
+    (data / "empty").mkdir()
+    source = open_source(str(data), streaming=streaming)
+    assert source.class_names == ["cat", "dog", "empty"]
+    assert greys(source) == [(i, i // 3) for i in range(6)]
+    for words in (
+        "hidden or system folders: 5 (such as ",
+        f".heic files: 2 (such as {data}/dog/a.heic)",
+        f".txt files: 1 (such as {data}/dog/notes.TXT)",
+        f"class folders without images: 1 (such as {data}/empty)",
+        f"images outside of class folders: 1 (such as {data}/stray.png)",
+    ):
+        assert words in source.skipped
+    assert "Thumbs" not in source.skipped
+    assert open_source(str(tree(tmp_path / "clean", "a/0.png")), streaming=streaming).skipped == ""
+
+
+def test_images_are_found_by_the_extensions_of_the_formats_that_are_opened(tmp_path):
+    Image.init()
+    registered = {end for end, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO")}
+    assert registered == EXTENSIONS
+    folder = tmp_path / "data" / "a"
+    folder.mkdir(parents=True)
+    names = ["a.GIF", "b.jfif", "c.jpe", "d.avif", "e.JP2", "f.mpo", "g.Tif", "h.pbm", "i.apng"]
+    kinds = dict(zip(names, ("GIF", "JPEG", "JPEG", "AVIF", "JPEG2000", "MPO", "TIFF", "PPM", "PNG"), strict=True))
+    for name, kind in kinds.items():
+        Image.new("1" if kind == "PPM" else "RGB", (8, 8), 1).save(folder / name, kind)
+    source = open_source(str(folder.parent))
+    assert [Path(row["image"]["path"]).name for row in source.rows] == names
+    assert all(decode(source.read(row["image"]), "RGB").size == (8, 8) for row in source.rows)
+    assert [Path(path).name for path in find_images([str(folder)])] == names
+
+
+def test_links_that_lead_back_are_followed_once(tmp_path):
+    data = tree(tmp_path / "data", "cat/0.png", "cat/more/1.png", "dog/2.png")
+    tree(tmp_path / "elsewhere", "bird/0.png")
+    for link, target in (
+        ("cat/up", "."), ("cat/more/up", "cat"), ("dog/also", "cat"), ("all", "."), ("cats", "cat"), ("two", ".."),
+        ("cat/more/a", "cat/more"), ("cat/more/b", "cat/more"), ("bird", "../elsewhere/bird"),
+    ):  # fmt: skip
+        (data / link).symlink_to((data / target).resolve())
+    start = time.perf_counter()
+    source = open_source(str(data))
+    assert source.class_names == ["bird", "cat", "dog"]
+    assert greys(source) == [(0, 0), (0, 1), (1, 1), (2, 2)]
+    assert "links to folders that are read already or lie above: 8 (such as" in source.skipped
+    names = [Path(path).relative_to(tmp_path) for path in find_images([str(data)])]
+    assert sorted(str(path) for path in names) == [
+        "data/bird/0.png", "data/cat/0.png", "data/cat/more/1.png", "data/dog/2.png"
+    ]  # fmt: skip
+    assert len(find_images([str(data / "**" / "*.png")])) == 4
+    assert len(find_images([str(data / "cat" / "**" / "[01].png"), str(data / "cats")])) == 2
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.tar", "x.arrow"])
+def test_images_in_folders_beside_data_files_are_not_guessed_at(tmp_path, name):
+    for place in ("", "data/deep"):
+        folder = tree(tmp_path / f"beside{len(place)}", "a/0.png", "b/1.png", "data/deep/images/2.png")
+        shutil.copy(make_parquet(tmp_path), folder / place / name)
+        with pytest.raises(InputError, match=rf"has images .*and also .*{name}; move that elsewhere .*or name it"):
+            open_source(str(folder))
+
+
 @pytest.mark.parametrize("stray", [False, True])
 def test_parquet_deep_in_folders_or_beside_other_files(tmp_path, stray):
     for split, n in (("train", 3), ("validation", 7)):
@@ -257,6 +369,60 @@ def test_what_is_not_there(name, words):
         open_source(name)
 
 
+@pytest.mark.parametrize(
+    "word", ["../no_images", "./no_images", "~/no_images", "a/b/no_images", "no\\images", "/no/images"]
+)
+def test_what_looks_like_a_path_is_not_asked_of_the_hub(hub, tmp_path, monkeypatch, word):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(InputError, match=r"^there is no folder or file .*images; name a folder"):
+        open_source(word)
+    assert not hub.requests
+
+
+def test_a_folder_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tree(tmp_path, "data/a/0.png")))
+    assert greys(open_source("~/data")) == [(0, 0)]
+    assert find_images(["~/data"]) == find_images(["~/data/a/*.png"]) == [str(tmp_path / "data/a/0.png")]
+
+
+def test_a_misspelt_name_names_those_that_are_near(hub, tmp_path, monkeypatch):
+    tree(tmp_path, "my_images/train/a/0.png")
+    monkeypatch.chdir(tmp_path)
+    for word, near in (("my_imagse", "my_images"), ("my_images/trian", "my_images/train"), ("./my_image", "my_images")):
+        with pytest.raises(InputError, match=rf"there is no folder or file {word}.*did you mean .*{near}\?"):
+            open_source(word)
+    with pytest.raises(InputError, match=r"nothing_near, and no data set of this name on the Hub; check the name"):
+        open_source("nothing_near")
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_hub_out_of_reach_is_reported_at_once(monkeypatch, silent):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr("res2net_zoo.data.HUB_TIMEOUT", 1)
+        if not silent:
+            server.close()
+        start = time.perf_counter()
+        with pytest.raises(InputError, match="there is no folder or file my_imagse, and the Hub cannot be reached"):
+            open_source("my_imagse")
+        assert time.perf_counter() - start < 5
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    data = make_parquet(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr("datasets.builder.config.HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
+    for streaming in (False, True):
+        with pytest.raises(
+            InputError, match=r"cannot write into the cache .*file/cache: Not .*; set HF_HOME to a fold"
+        ):
+            open_source(data, streaming=streaming)
+    assert greys(open_source(str(tree(tmp_path / "folders", "a/0.png")))) == [(0, 0)]
+
+
 def test_what_cannot_be_read(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nonsense")
     (tmp_path / "notes.txt").write_text("hello")
@@ -264,6 +430,46 @@ def test_what_cannot_be_read(tmp_path):
     for name in ("bad.parquet", "notes.txt", "empty"):
         with pytest.raises(InputError, match=name.split(".")[0]):
             open_source(str(tmp_path / name))
+
+
+def encoded(grey: int, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8), grey).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def save_shard(path: Path, *members: tuple[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_shards_of_several_image_formats(tmp_path, streaming):
+    """`datasets` makes a column of each extension that the first samples have, and leaves the others out."""
+    kinds = [("jpg", "JPEG")] * 6 + [("png", "PNG"), ("WEBP", "WEBP"), ("Jpeg", "JPEG"), ("bmp", "BMP")]
+    members = [
+        (f"a/{i:02}.{name}", content)
+        for i, (end, kind) in enumerate(kinds)
+        for name, content in ((end, encoded(20 * i, kind)), ("CLS" if i == 7 else "cls", b"%d\n" % (i % 3)))
+    ]
+    save_shard(tmp_path / "val-0.tar", ("a/._00.jpg", b"AppleDouble"), *members[:14])
+    save_shard(tmp_path / "val-1.tar", *members[14:], ("a/10.jpg", encoded(200, "JPEG")), ("a/11.json", b"no JSON"))
+    source = open_source(str(tmp_path / "val-*.tar"), streaming=streaming)
+    rows = list(source.rows)
+    made = [(decode(source.read(row["image"]), "L").getpixel((0, 0)), row["label"]) for row in rows[:11]]
+    assert made == [*((20 * i, i % 3) for i in range(10)), (200, None)]
+    assert [row["image"]["path"] for row in rows[6:8]] == ["a/06.png", "a/07.WEBP"]
+    assert [row["image"] for row in rows[11:]] == [None]
+
+
+@pytest.mark.parametrize("label", [b"x", b"1.5", b"", b"9" * 30])
+def test_labels_of_shards_that_are_no_whole_numbers(tmp_path, label):
+    save_shard(tmp_path / "val.tar", ("0.png", png(0)), ("0.cls", label))
+    with pytest.raises(InputError, match=rf"the label {label[:20].decode()} is not a whole number"):
+        open_source(str(tmp_path / "val.tar"))
 
 
 @pytest.mark.parametrize("streaming", [False, True])

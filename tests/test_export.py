@@ -274,7 +274,7 @@ def test_the_two_files_of_an_ir_are_never_mixed(tmp_path, monkeypatch):
         (["--opset", "99"], "opset 99 cannot be written"),
         (["--format", "openvino", "--output", "m.xml", "--opset", "18"], "--opset is ONNX's"),
         (["--precision", "float16"], "needs --format openvino"),
-        (["--images", "no/such.png"], "is no file or folder"),
+        (["--images", "no/such.png"], "there is no file or folder"),
         (["--images", "README.md"], "README.md) is corrupt (not an image of a supported format)"),
     ],
 )

@@ -111,9 +111,9 @@ def test_names_of_imagenet(in_process, digits, tmp_path):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["no/such.jpg"], "is no file or folder"),
-        (["tests/*.jpg"], "no pattern that fits one"),
-        (["res2net_zoo"], "holds no image"),
+        (["no/such.jpg"], "there is no file or folder no/such.jpg"),
+        (["tests/*.jpg"], "there is no file that fits the pattern tests/*.jpg"),
+        (["res2net_zoo"], "there is no image in res2net_zoo"),
         (["README.md"], "README.md is corrupt (not an image of a supported format)"),
         (["README.md", "--skip-corrupt"], "none of the 1 images can be decoded"),
         (["README.md", "--topk", "0"], "--topk"),
