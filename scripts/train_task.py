@@ -56,6 +56,8 @@ def parse_args() -> argparse.Namespace:
     add("--head-kwargs", type=named, nargs="+", default=[], metavar="NAME=VALUE", help=about)
     add("--output-stride", type=int, choices=(8, 16, 32), help="of the backbone, where the head can have another")
     add("--img-size", type=within(int, 32), help="pixels of a side; default the task's")
+    about = "joints that a mirror exchanges, where their names do not show it; none: mirror no images"
+    add("--flip-pairs", nargs="+", metavar="ONE:OTHER", help=about)
     add(
         "--scales",
         type=within(float, 0.01),
@@ -125,6 +127,7 @@ def train_task(args: argparse.Namespace, accelerator: Any) -> int:
     head = args.head or task.heads[0]
     data = all_or_none(lambda: task.open(args.data, args.train_split, head))
     valid = all_or_none(lambda: task.open(args.data, args.eval_split, head, data.classes))
+    options = all_or_none(lambda: task.options(data, args.flip_pairs))
     set_seed(args.seed)  # the same random weights in all processes
     model = all_or_none(
         lambda: task(
@@ -135,6 +138,7 @@ def train_task(args: argparse.Namespace, accelerator: Any) -> int:
             output_stride=args.output_stride,
             head_kwargs=dict(args.head_kwargs),
             pretrained=args.pretrained,
+            **options,
         )
     )
     if args.scales is not None:
@@ -158,6 +162,8 @@ def train_task(args: argparse.Namespace, accelerator: Any) -> int:
         "license": model.origin.license,
         "recipe": args.recipe,
         "command": command_of("train_task.py", args, accelerator.num_processes, accelerator.device.type),
+        **model.about(),
+        **valid.remarks(),
     }
     plan = Plan(
         output=args.output,
@@ -175,6 +181,7 @@ def train_task(args: argparse.Namespace, accelerator: Any) -> int:
     accelerator.print(
         f"task: {task.task}, {head} on {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters",
         f"data: {args.data}, {data.samples} {facts[data.samples]}; {shown}",
+        *(f"{name}: {printable(value)}" for name, value in {**model.about(), **valid.remarks()}.items()),
         sep="\n",
         flush=True,
     )

@@ -62,6 +62,7 @@ def validate(args: argparse.Namespace, accelerator: Any) -> int:
         default_workers,
         main_first,
         markdown_table,
+        printable,
     )
     from res2net_zoo.tasks import load
     from res2net_zoo.tasks.base import find_folder
@@ -115,6 +116,8 @@ def validate(args: argparse.Namespace, accelerator: Any) -> int:
         print(markdown_table(header, rows))
         if source:
             print(f"published: {source}")
+        for name, value in data.remarks().items():
+            print(f"{name}: {printable(value)}")
         if args.results is not None:
             write_json(args.results, results, indent=None)
         if args.output is not None:
@@ -122,7 +125,7 @@ def validate(args: argparse.Namespace, accelerator: Any) -> int:
             about |= {} if args.boxes is None else {"boxes": str(args.boxes)}
             measured = {"samples": len(data), "figures": figures, "published": expected, "published_source": source}
             done = {"passed": passed, "num_processes": accelerator.num_processes}
-            write_json(args.output, [{**about, **measured, **done}])
+            write_json(args.output, [{**about, **measured, **score.details(), **data.remarks(), **done}])
     return 0 if passed else 1
 
 

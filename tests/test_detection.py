@@ -508,6 +508,11 @@ def content(change: Callable[[Any], None]) -> Callable[[Path], None]:
     return lambda data: edit(data / VAL, change)
 
 
+def null(key: str) -> Callable[[Path], None]:
+    """Write null for what is said of the first object."""
+    return content(lambda x: x["annotations"][0].update({key: None}))
+
+
 OBJECT = "val.json, annotation 1: its"
 
 
@@ -515,11 +520,27 @@ OBJECT = "val.json, annotation 1: its"
     ("harm", "told"),
     [
         (lambda data: (data / VAL).unlink(), r"no annotations/instances_val.json of COCO's layout \(there is .*train"),
-        (lambda data: (data / VAL).write_text('{"images": ['), "val.json is no file of COCO's: JSONDecodeError"),
-        (lambda data: (data / VAL).write_text("[]"), "val.json is no file of COCO's: TypeError"),
-        (content(lambda x: x.pop("categories")), "val.json is no file of COCO's: KeyError: 'categories'"),
+        (
+            lambda data: (data / VAL).write_text('{"images": ['),
+            "cannot read .*val.json: it is not JSON: Expecting value",
+        ),
+        (lambda data: (data / VAL).write_text("[" * 100_000), "cannot read .*val.json: its JSON is nested too deeply"),
+        (lambda data: (data / VAL).write_text("[]"), "val.json is not a file of COCO's: it must be a JSON object with"),
+        (content(lambda x: x.pop("categories")), "val.json is not a file of COCO's: categories is missing"),
+        (content(lambda x: x.update(images={})), "val.json is not a file of COCO's: images is not a list"),
+        (content(lambda x: x["images"].append(3)), "val.json, image 6: it must be a JSON object, not 3"),
+        (content(lambda x: x["images"][0].pop("width")), "val.json, image 1: its width is missing"),
+        (content(lambda x: x["images"][0].update(width="128")), "image 1: its width '128' is not a finite number"),
+        (content(lambda x: x["images"][0].update(width=True)), "image 1: its width true is not a finite number"),
+        (content(lambda x: x["images"][0].update(width=0.5)), "image 1: its width 0.5 is not a positive whole number"),
+        (content(lambda x: x["images"][0].update(width=10**400)), "image 1: its width 10+.* is not a finite number"),
+        (content(lambda x: x["images"][0].update(id=[1])), r"image 1: its id \[1\] must be a whole number or a text"),
+        (content(lambda x: x["images"][0].update(file_name=None)), "image 1: its file_name null must be a text"),
+        (content(lambda x: x["images"][0].update(file_name="/etc/passwd")), "names /etc/passwd, which is not below"),
+        (content(lambda x: x["images"][1].update(file_name="../../a.jpg")), "names ../../a.jpg, which is not below"),
+        (content(lambda x: x["categories"][0].update(name=None)), "category 1: its name null must be a text"),
         (content(lambda x: x.update(annotations=[])), "val.json has no objects that count"),
-        (content(lambda x: x["images"].append(x["images"][0])), "val.json has two images or two categories"),
+        (content(lambda x: x["images"].append(x["images"][0])), "val.json, image 6: its id 7 is that of another image"),
         (
             content(lambda x: x["categories"][1].update(name="egg")),
             r"the category egg \(id 5\), which the model does not",
@@ -527,17 +548,40 @@ OBJECT = "val.json, annotation 1: its"
         (lambda data: (data / "val/val_00002.jpg").unlink(), "cannot read .*val_00002.jpg, which .*val.json names"),
         (lambda data: (data / "val/val_00002.jpg").write_bytes(b"no"), "cannot read .*val_00002.jpg"),
         (content(lambda x: x["images"][3].update(width=130)), "val_00003.jpg is 128 x 96; .* for 130 x 96"),
-        (first(image_id=99), f"{OBJECT} image 99 is not in the list of images"),
-        (first(category_id=1), f"{OBJECT} category 1 is not in the list of categories"),
+        (
+            content(lambda x: x["categories"].append(x["categories"][0])),
+            "val.json, category 4: its id 2 or its name disc is that of another category",
+        ),
+        (
+            first(image_id="7"),
+            f"{OBJECT} image '7' is not in the list: image_id is a text and the id there a number",
+        ),
+        (first(image_id=True), f"{OBJECT} image_id true must be a whole number or a text"),
+        (first(image_id=99), f"{OBJECT} image 99 is not in the list"),
+        (first(category_id=1), f"{OBJECT} category 1 is not in the list"),
         (first(bbox=[5, 5, 0, 0]), rf"{OBJECT} box \[5.0, 5.0, 0.0, 0.0\] is empty"),
         (first(bbox=[5, 5, -3, 4]), f"{OBJECT} box .* is empty"),
         (first(bbox=[-0.9, 5, 0.8, 9]), f"{OBJECT} box .* is empty"),
         (first(bbox=[100, 5, 30, 9]), f"{OBJECT} box .* is not within its image, 128 x 96"),
-        (first(bbox=[float("nan"), 5, 30, 9]), f"{OBJECT} box .* is not within its image"),
-        (first(bbox=[1, 2]), "val.json, annotation 1: "),
-        (first(bbox=None), "val.json, annotation 1: it has no 'bbox'"),
-        (first(area=-1), f"{OBJECT} area -1.0 is no number of pixels"),
-        (first(segmentation=None), "val.json, annotation 1: it has no 'segmentation'"),
+        (first(bbox=[float("nan"), 5, 30, 9]), f"{OBJECT} bbox nan is not a finite number"),
+        (first(bbox=["5", 5, 30, 9]), f"{OBJECT} bbox '5' is not a finite number"),
+        (first(bbox=[1, 2]), rf"{OBJECT} bbox \[1, 2\] must be 4 numbers"),
+        (first(bbox=None), f"{OBJECT} bbox is missing"),
+        (first(area=-1), f"{OBJECT} area -1.0 is negative"),
+        (first(area=10**400), f"{OBJECT} area 10+.* is not a finite number"),
+        (null("area"), f"{OBJECT} area null is not a finite number"),
+        (first(iscrowd="no"), f"{OBJECT} iscrowd 'no' must be 0 or 1"),
+        (first(iscrowd=2), f"{OBJECT} iscrowd 2 must be 0 or 1"),
+        (first(segmentation=None), f"{OBJECT} segmentation is missing"),
+        (first(segmentation="abc"), f"{OBJECT} segmentation 'abc' must be a list of polygons or run lengths"),
+        (first(segmentation=[[1, 2, "3", 4, 5, 6]]), f"{OBJECT} polygon is not of numbers"),
+        (first(segmentation=[[1, 2, True, 4, 5, 6]]), f"{OBJECT} polygon is not of numbers"),
+        (
+            first(segmentation={"size": [96, 128], "counts": [2**40, 96 * 128]}),
+            f"{OBJECT} mask has no run lengths of its size: they must be whole numbers whose sum",
+        ),
+        (first(segmentation={"size": [96, 128], "counts": 5}), f"{OBJECT} mask has no run lengths of its size"),
+        (first(segmentation={"size": 96, "counts": [9]}), f"{OBJECT} mask's size 96 must be 2 numbers"),
         (first(segmentation=[]), f"{OBJECT} mask is no polygon of three points or more"),
         (first(segmentation=[[1, 2, 3]]), f"{OBJECT} mask is no polygon of three points or more"),
         (first(segmentation=[[1, 2, 300, 4, 5, 6]]), f"{OBJECT} polygon is not within its image, 128 x 96"),
@@ -546,7 +590,7 @@ OBJECT = "val.json, annotation 1: its"
         (first(segmentation={"size": [96, 128], "counts": [9]}), f"{OBJECT} mask has no run lengths of its size"),
         (first(segmentation={"size": [96, 128], "counts": [-9, 3]}), f"{OBJECT} mask has no run lengths of its size"),
         (first(segmentation={"size": [96, 128], "counts": "abc"}), f"{OBJECT} mask has no run lengths of its size"),
-        (first(segmentation={"size": [96, 128]}), "val.json, annotation 1: it has no 'counts'"),
+        (first(segmentation={"size": [96, 128]}), f"{OBJECT} counts is missing"),
     ],
 )
 def test_bad_data(shapes, tmp_path, harm, told):
@@ -563,15 +607,20 @@ BOMB = '<!DOCTYPE a [<!ENTITY b "bbbbbbbbbb"><!ENTITY c "&b;&b;&b;&b;&b;&b;">]><
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ("<annotation>", "<annotation", "val_00000.xml is no annotation of VOC's: "),
-        ("<width>128", "<width>wide", "val_00000.xml is no annotation of VOC's: .*'wide'"),
+        ("<annotation>", "<annotation", "val_00000.xml is not an annotation of VOC's: "),
+        ("<width>128", "<width>wide", "val_00000.xml is not an annotation of VOC's: its width 'wide' is not a finite"),
+        ("<width>128", "<width>0", "val_00000.xml is not an annotation of VOC's: its width 0.0 is not a positive"),
+        ("<width>128</width>", "", "val_00000.xml is not an annotation of VOC's: its width is missing"),
         ("<xmin>", "<xmin>-100", "val_00000.xml, object 1: its box .* is not within its image, 128 x 96"),
         ("<xmax>", "<xmax>.", "val_00000.xml, object 1: its box .* is empty"),
-        ("<ymax>", "<ymax>n", "val_00000.xml, object 1: could not convert string to float"),
-        ("<name>", "<name>egg", "val_00000.xml, object 1: there is no class egg"),
-        ("<difficult>", "<difficult>x", "val_00000.xml, object 1: invalid literal for int"),
-        (None, BOMB, "val_00000.xml is no annotation of VOC's: it declares a document type"),
-        (None, BOMB.encode("utf-16"), "val_00000.xml is no annotation of VOC's: it declares a document type"),
+        ("<ymax>", "<ymax>n", "val_00000.xml, object 1: its ymax 'n[0-9]+' is not a finite number"),
+        ("<name>", "<name>egg", "val_00000.xml, object 1: its class egg.* is unknown; there are disc, square"),
+        ("<name>square", "<name>", "val_00000.xml, object 1: its name is missing"),
+        ("<difficult>", "<difficult>x", "val_00000.xml, object 1: its difficult 'x[01]' must be 0 or 1"),
+        ("<difficult>0", "<difficult>", "val_00000.xml, object 1: its difficult '' must be 0 or 1"),
+        (None, BOMB, "val_00000.xml is not an annotation of VOC's: it declares a document type"),
+        (None, "<a>" * 9_000_000, "val_00000.xml is not an annotation of VOC's: it is larger than the limit"),
+        (None, BOMB.encode("utf-16"), "val_00000.xml is not an annotation of VOC's: it declares a document type"),
     ],
 )
 def test_bad_voc(voc, tmp_path, old, new, told):

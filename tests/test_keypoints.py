@@ -26,7 +26,7 @@ from res2net_zoo.tasks import keypoints
 from res2net_zoo.tasks.detection import Detection
 from res2net_zoo.tasks.keypoints import OKSAP, COCOPersons, Keypoints, SimpleBaseline
 from tests.conftest import SMALL, input_error, spread
-from tests.scenes import JOINTS, save_keypoints
+from tests.scenes import JOINTS, save_keypoints, save_saliency
 from tests.test_survival import Running
 
 TRAIN, VALIDATE, PREDICT = (f"scripts/{name}_task.py" for name in ("train", "validate", "predict"))
@@ -150,13 +150,16 @@ def test_a_box_that_is_half_as_sure_counts_for_half(people, tmp_path):
     ("change", "told"),
     [
         (lambda boxes: boxes.clear(), "has no box of category 1, persons"),
-        (lambda boxes: boxes[1].pop("score"), "box 2: it has no 'score'"),
+        (lambda boxes: boxes[1].pop("score"), "box 2: its score is missing"),
         (lambda boxes: boxes[1].update(bbox=[200, 5, 10, 10]), "box 2: .* is empty or not within its image, 160 x 120"),
         (lambda boxes: boxes[1].update(bbox=[20, 5, 0, 10]), "box 2: .* is empty or not within its image"),
-        (lambda boxes: boxes[1].update(bbox=[float("nan"), 5, 9, 9]), "box 2: .* is empty or not within its image"),
+        (lambda boxes: boxes[1].update(bbox=[float("nan"), 5, 9, 9]), "box 2: its bbox nan is not a finite number"),
+        (lambda boxes: boxes[1].update(bbox=None), "box 2: its bbox null must be 4 numbers"),
+        (lambda boxes: boxes[1].update(image_id=None), "box 2: its image_id null must be a whole number or a text"),
+        (lambda boxes: boxes[1].update(score="1"), "box 2: its score '1' is not a finite number"),
         (lambda boxes: boxes[1].update(score=7), "box 2: its score 7.0 is not from 0 to 1"),
-        (lambda boxes: boxes.append(3), "box .*: 'int' object"),
-        (None, "cannot read boxes from .*JSON|cannot read boxes from .*Expecting"),
+        (lambda boxes: boxes.append(3), "box [0-9]+: it must be a JSON object, not 3"),
+        (None, "cannot read .*boxes.json: it is not JSON: Expecting value"),
     ],
 )
 def test_bad_boxes(people, tmp_path, change, told):
@@ -284,11 +287,86 @@ def test_a_mirrored_image_has_mirrored_joints(wild):
     assert torch.allclose(one[0], places, atol=1e-2) and torch.allclose(one[1], two[1][model.partners], atol=1e-4)
 
 
-def test_partners():
-    assert keypoints.mirrored(["right_a", "nose", "left_a"]) == [2, 1, 0]
-    for names in (["left_ear", "nose"], ["ear_left", "ear_right"], ["LShoulder left", "a"]):
-        with pytest.raises(InputError, match="has no partner"):
-            keypoints.mirrored(names)
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        *(("left_eye", "right_eye"), ("L_Eye", "R_Eye"), ("l_eye", "r_eye"), ("LEye", "REye"), ("lEye", "rEye")),
+        *(("eye_l", "eye_r"), ("eye.L", "eye.R"), ("eyeLeft", "eyeRight"), ("LEFT EYE", "RIGHT EYE"), ("leye", "reye")),
+        *(("left-eye", "right-eye"), ("front_left_paw", "front_right_paw"), ("lefteye", "righteye"), ("eyeL", "eyeR")),
+        *(("Left_eye", "right_Eye"), ("LBigToe", "RBigToe"), ("LEYE", "REYE"), ("l_eye_2", "r_eye_2"), ("Lft", "Rft")),
+    ],
+)
+def test_partners_by_their_names(left, right):
+    names = [right, "nose", left]
+    assert keypoints.flip_pairs(names, None) == [[left, right]]
+    model = Keypoints("res2net_tiny", names, img_size=128)
+    assert model.partners == [2, 1, 0] and model.mirrors
+    assert model.about() == {"mirrored pairs": f"{left} and {right}", "without a pair": "nose"}
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "told"),
+    [
+        (["left_ear", "nose"], None, "the joint left_ear has no partner on the right; name the pairs, --flip-pairs"),
+        (["L1", "L2", "left_a", "right_a"], None, "the joint L1 has no partner"),
+        (["left_ear", "ear_left", "L_ear"], None, "the joints left_ear and L_ear are both left / ear"),
+        (
+            ["kpt-0", "kpt-1"],
+            None,
+            r"no two of the joints kpt-0, kpt-1 are a left and a right one .* --flip-pairs none",
+        ),
+        (["LShoulder left", "a"], None, "no two of the joints"),
+        (["a", "b"], ["a:c"], "a:c is not a pair of joints ONE:OTHER; there are a, b"),
+        (["a", "b"], ["a:a"], "a:a is not a pair of joints"),
+        (["a", "b", "c"], ["a:b", "b:c"], "each in one pair at most"),
+    ],
+)
+def test_no_partners(names, given, told):
+    with pytest.raises(InputError, match=told):
+        keypoints.flip_pairs(names, given)
+
+
+def test_named_partners(people, tmp_path, in_process):
+    """They stay with the model, as does that no image is to be mirrored; a training without either is refused."""
+    data = Path(shutil.copytree(people, tmp_path / "people"))
+    for name in ("train", "val"):
+        names = [f"kpt:{i}" for i in range(len(JOINTS))]
+        path = data / f"annotations/person_keypoints_{name}.json"
+        edit(path, lambda content: content["categories"][0].update(keypoints=names))  # noqa: B023
+    args = [*TINY, "--data", data, "--epochs", 1, "--batch-size", 2, "--threads", 1, "--output", tmp_path / "out"]
+    line = input_error(in_process(TRAIN, *args))
+    assert "no two of the joints kpt:0, kpt:1, kpt:2, kpt:3, kpt:4, ... are a left and a right one" in line
+    done = in_process(TRAIN, *args, "--flip-pairs", "kpt:1:kpt:2", "kpt:4:kpt:3")
+    assert done.returncode == 0, done.stderr
+    line = "mirrored pairs: kpt:1 and kpt:2, kpt:4 and kpt:3\nwithout a pair: kpt:0, kpt:5, "
+    assert done.stdout.count(line) == 1
+    assert "kpt:1 and kpt:2" in (tmp_path / "out/README.md").read_text()
+    model: Any = tasks.load(str(tmp_path / "out"))
+    assert model.partners == [0, 2, 1, 4, 3, *range(5, len(JOINTS))]
+    done = in_process(TRAIN, *args, "--overwrite", "--flip-pairs", "none")
+    assert done.returncode == 0 and "mirrored: no" in done.stdout, done.stderr
+    model = tasks.load(str(tmp_path / "out"))
+    assert not model.mirrors and model.partners == list(range(len(JOINTS)))
+    image, target = model.open(str(data), "val", "simplebaseline")[0]
+    model.scales = (1, 1)
+    crops = [model.transform(image, target, True)[1]["matrix"] for _ in range(20)]
+    assert all(matrix[:, :2].det() > 0 for matrix in crops)  # a mirror's is negative
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    for pairs, told in (([["kpt:1"]], "must be pairs"), ([["kpt:1", 3]], "must be pairs"), (3, "must be pairs")):
+        (tmp_path / "out/config.json").write_text(json.dumps({**config, "flip_pairs": pairs}))
+        with pytest.raises(InputError, match=told):
+            tasks.load(str(tmp_path / "out"))
+    # Folders of before have no pairs.
+    del config["flip_pairs"]
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    old: Any = tasks.load(str(tmp_path / "out"))
+    assert old.mirrors and old.partners == list(range(len(JOINTS)))
+
+
+def test_only_keypoints_have_pairs(people, tmp_path, in_process):
+    data = save_saliency(tmp_path / "data", train=1, val=1)
+    args = ["--task", "saliency", "--data", data, "--output", tmp_path / "out", "--flip-pairs", "a:b"]
+    assert "--flip-pairs is for keypoints, not for saliency" in input_error(in_process(TRAIN, *args))
 
 
 def test_losses_by_hand():
@@ -421,7 +499,7 @@ def first(**changes: Any) -> Callable[[Path], None]:
     return harm
 
 
-def joint(index: int, value: float) -> Callable[[Path], None]:
+def joint(index: int, value: Any) -> Callable[[Path], None]:
     """Return what changes a number of the first person's joints, all of which are then labelled."""
 
     def change(content: Any) -> None:
@@ -465,6 +543,14 @@ def repeat_an_image(data: Path) -> None:
     edit(data / VAL, lambda content: content["images"].append(content["images"][0]))
 
 
+def repeat_a_joint(data: Path) -> None:
+    edit(data / VAL, lambda content: content["categories"][0]["keypoints"].__setitem__(0, "left_shoulder"))
+
+
+def take_the_joints_away(data: Path) -> None:
+    edit(data / VAL, lambda content: content["categories"][0].pop("keypoints"))
+
+
 def label_nothing(data: Path) -> None:
     nothing = {"keypoints": [0] * 3 * len(JOINTS), "num_keypoints": 0}
     edit(data / VAL, lambda content: [person.update(nothing) for person in content["annotations"]])
@@ -473,23 +559,34 @@ def label_nothing(data: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "told"),
     [
-        (cut_the_list, "person_keypoints_val.json is no file of COCO's with one category of joints: JSONDecodeError"),
-        (write_something_else, "person_keypoints_val.json is no file of COCO's with one category of joints"),
+        (cut_the_list, "cannot read .*person_keypoints_val.json: it is not JSON: "),
+        (write_something_else, "person_keypoints_val.json is not a file of COCO's: it must be a JSON object with"),
+        (lambda data: (data / VAL).write_text("[" * 100_000), "cannot read .*val.json: its JSON is nested too deeply"),
+        (repeat_a_joint, "val.json, category of the joints: two of its keypoints have the name left_shoulder"),
+        (take_the_joints_away, "val.json must have one category with keypoints, and has 0"),
         (lose_the_list, "there is no .*person_keypoints_val.json, as COCO's layout has it; splits there: train"),
         (lose_an_image, "cannot read .*val_00000.jpg, which .*person_keypoints_val.json names"),
-        (shrink_an_image, "val_00000.jpg is 80 x 60, and .*person_keypoints_val.json says 160 x 120"),
-        (lose_a_joint, "joint left_ankle has no partner"),
+        (shrink_an_image, "val_00000.jpg is 80 x 60; its annotations are for 160 x 120"),
+        (lose_a_joint, "val.json, annotation 1: it has 39 numbers for 12 joints, not 3 for each"),
         (rename_a_joint, r"has other joints \(snout, .*than the model \(nose, "),
         (label_nothing, "person_keypoints_val.json has no person with a labelled joint"),
-        (first(image_id=99), "val.json, annotation 1: its image 99 is not in the list of images"),
+        (first(image_id=99), "val.json, annotation 1: its image 99 is not in the list"),
+        (
+            first(image_id="1"),
+            "annotation 1: its image '1' is not in the list: image_id is a text and the id there a n",
+        ),
+        (first(iscrowd="yes"), "val.json, annotation 1: its iscrowd 'yes' must be 0 or 1"),
         (first(bbox=[5, 5, 0, 9]), r"val.json, annotation 1: its box \[5.0, 5.0, 0.0, 9.0\] or its area .* is empty"),
         (first(bbox=[-0.9, 5, 0.8, 9]), "val.json, annotation 1: its box .* or its area .* is empty"),
         (first(bbox=[100, 5, 62, 9]), "val.json, annotation 1: its box .* is not within its image, 160 x 120"),
-        (first(bbox=[1, 2]), r"val.json, annotation 1: its box \[1.0, 2.0\] is not of four numbers"),
-        (first(bbox=[], iscrowd=1), "val.json, annotation 1: its box .* is not of four numbers"),
-        (first(area=math.inf, iscrowd=1), "val.json, annotation 1: .* its area inf is none"),
-        (repeat_an_image, "val.json has two images of the same id"),
-        (first(area=None), "val.json, annotation 1: it has no 'area'"),
+        (first(bbox=[1, 2]), r"val.json, annotation 1: its bbox \[1, 2\] must be 4 numbers"),
+        (first(bbox=[], iscrowd=1), r"val.json, annotation 1: its bbox \[\] must be 4 numbers"),
+        (first(area=math.inf, iscrowd=1), "val.json, annotation 1: its area inf is not a finite number"),
+        (repeat_an_image, "val.json, image 6: its id 1 is that of another image"),
+        (first(area=None), "val.json, annotation 1: its area is missing"),
+        (first(keypoints=5), "val.json, annotation 1: it has no list of numbers for 13 joints"),
+        (joint(0, "20"), "val.json, annotation 1: its keypoints must be numbers"),
+        (joint(0, 10**400), "val.json, annotation 1: a joint is far out of its image, 160 x 120"),
         (first(category_id=2), "val.json, annotation 1: its category 2 is not that of the joints, 1"),
         (first(keypoints=[3, 4, 2]), "val.json, annotation 1: it has 3 numbers for 13 joints, not 3 for each"),
         (joint(2, 3), "val.json, annotation 1: a joint's visibility is not 0, 1 or 2"),

@@ -284,6 +284,11 @@ def write_ones(data: Path) -> None:
         Image.fromarray(np.asarray(Image.open(path)) // 255).save(path)
 
 
+def write_ones_all_over(data: Path) -> None:
+    for path in (data / "train/masks").iterdir():
+        Image.new("L", Image.open(path).size, 255).save(path)
+
+
 def list_another(data: Path) -> None:
     shutil.copytree(data / "train", data / "all")
     shutil.move(data / "all/images", data / "images")
@@ -304,14 +309,15 @@ def list_in_latin1(data: Path) -> None:
         (lose_the_masks, r"train has no folder masks \(or mask, ground_truth_mask, gt\)"),
         (lose_the_images, "train has no images"),
         (lose_a_mask, "there is no mask for .*images/train_00002.jpg"),
-        (shrink_a_mask, "masks/train_00002.png is 9 x 7, its image 128 x 96"),
+        (shrink_a_mask, "train_00002.jpg is 128 x 96; its mask .*masks/train_00002.png is 9 x 7"),
         (cut_a_mask, "cannot read the mask .*masks/train_00002.png"),
         (write_over_an_image, "cannot read .*images/train_00002.jpg"),
         (cut_an_image, "cannot decode .*images/train_00002.jpg"),
         (copy_an_image, "train_00002.png has the name of train_00002.jpg"),
         (write_ones, "no mask like .*train_00000.png has a salient pixel"),
-        (list_in_latin1, "cannot read .*train.txt: .*; a list is a text in UTF-8"),
-        (list_another, "there is no image train_99999, which .*train.txt names"),
+        (write_ones_all_over, "all masks like .*train_00000.png are salient all over"),
+        (list_in_latin1, "cannot read .*train.txt: it is not UTF-8 text"),
+        (list_another, "there is no image train_99999.jpg, which .*train.txt names"),
     ],
 )
 def test_bad_data(scenes, tmp_path, in_process, harm, told):

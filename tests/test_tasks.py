@@ -356,14 +356,14 @@ def leave_nothing_that_counts(voc: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "told"),
     [
-        (cut_a_mask, "cannot read .* or its mask"),
-        (write_in_latin1, "cannot read .*train.txt: .*; a list is a text in UTF-8"),
+        (cut_a_mask, "cannot read the mask .*train_00002.png: "),
+        (write_in_latin1, "cannot read .*train.txt: it is not UTF-8 text"),
         (leave_nothing_that_counts, "no mask like .*train_.*png has a pixel that counts: all are 255"),
         (list_nothing, "no ImageSets/Segmentation/train.txt of VOC's layout; lists there: val"),
         (lose_a_mask, "there is no .*train_00002.png"),
-        (shrink_a_mask, "train_00002.png is 9 x 9, its image 128 x 96"),
+        (shrink_a_mask, "train_00002.jpg is 128 x 96; its mask .*train_00002.png is 9 x 9"),
         (name_a_class_less, "train_.*png has the number [23], and there are 2 classes"),
-        (paint_a_mask, "train_00002.png is of mode RGB"),
+        (paint_a_mask, "cannot read the mask .*train_00002.png: it is of mode RGB; class numbers must be"),
         (cut_an_image, "cannot decode .*train_00002.jpg"),
     ],
 )

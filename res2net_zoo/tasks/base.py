@@ -33,8 +33,13 @@ from res2net_zoo.weights import save_weights
 
 Figures = dict[str, float]
 
-# What Pillow raises of a damaged image, or of one that would fill the memory.
-NO_IMAGE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+# What is raised of a file that cannot be read, of a damaged image, or of one that would fill the memory.
+NO_IMAGE = (InputError, OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+
+
+def reason(error: BaseException, path: Path) -> str:
+    """Return why a file cannot be read, without its name, for a message that has it already."""
+    return str(error).removeprefix(f"cannot read {path}: ") or type(error).__name__
 
 
 class Annotated(Dataset, ABC):
@@ -48,13 +53,17 @@ class Annotated(Dataset, ABC):
     classes: list[str]
     samples: ClassVar[str] = "images"
 
+    def remarks(self) -> dict[str, str]:
+        """Return what the figures of these data must be read with, for the card and the results, by a short name."""
+        return {}
+
     @abstractmethod
     def __len__(self) -> int:
         """Return the number of images."""
 
     @abstractmethod
     def __getitem__(self, i: int) -> tuple[Image.Image, dict[str, Any]]:
-        """Return an image in RGB and what is known of it."""
+        """Return an image in RGB, upright, and what is known of it."""
 
     @abstractmethod
     def path(self, i: int) -> Path:
@@ -74,6 +83,10 @@ class Score(ABC):
     @abstractmethod
     def compute(self, accelerator: Accelerator) -> Figures:
         """Return the figures, by the names that the paper's tables use."""
+
+    def details(self) -> dict[str, Any]:
+        """Return what else the results tell beside the figures; after `compute`."""
+        return {}
 
     def results(self) -> list[dict[str, Any]]:
         """Return what was found in the images of all processes, in COCO's format of results; after `compute`.
@@ -195,6 +208,25 @@ class TaskModel(nn.Module, ABC):
             InputError: No such data, or annotations that cannot be right.
         """
 
+    @classmethod
+    def options(cls, data: Annotated, flip_pairs: Sequence[str] | None) -> dict[str, Any]:
+        """Return what a model for these data needs beside their classes.
+
+        Args:
+            data: What it is to be trained on.
+            flip_pairs: Joints that exchange their names in a mirror, as --flip-pairs has them.
+
+        Raises:
+            InputError: The task has no joints, or these are unclear.
+        """
+        if flip_pairs is not None:
+            raise InputError(f"--flip-pairs is for keypoints, not for {cls.task}")
+        return {}
+
+    def about(self) -> dict[str, str]:
+        """Return what a reader should know of the model beside its settings, by a short name."""
+        return {}
+
     @abstractmethod
     def build(self, features: Any, **kwargs: Any) -> nn.Module:
         """Build the network on a backbone, which is timm's `features_only` model."""
@@ -302,18 +334,6 @@ def check_options(network: Callable[..., Any], options: Mapping[str, Any]) -> No
             raise InputError(f"{network.__name__} has no option {name}; {hint}")
         if isinstance(known[name].default, int | float) and not isinstance(value, int | float):
             raise InputError(f"{network.__name__}'s {name} is a number, such as {known[name].default}, not {value}")
-
-
-def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text that are not empty, without the space around them.
-
-    Raises:
-        InputError: It cannot be read, or is no text.
-    """
-    try:
-        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}; a list is a text in UTF-8") from error
 
 
 def find_folder(name: str) -> Path:

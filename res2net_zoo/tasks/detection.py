@@ -90,10 +90,13 @@ class COCOFigures(Score):
         """
         results = []
         for one in self.found:
+            i, rle = one["image_id"], one.get("segmentation")
             if (category := self.data.category_ids[one["category_id"] - 1]) is None:
                 continue
-            ids = {"image_id": self.data.image_ids[one["image_id"]], "category_id": category}
-            rle = one.get("segmentation")
+            if i in self.data.turns:
+                bbox, rle = self.data.as_annotated(i, one["bbox"], rle)
+                one = {**one, "bbox": bbox}
+            ids = {"image_id": self.data.image_ids[i], "category_id": category}
             shape = {} if rle is None else {"segmentation": {**rle, "counts": rle["counts"].decode()}}
             results.append({**one, **ids, **shape})
         return results

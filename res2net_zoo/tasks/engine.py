@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.utils import distribute_bn
 from torch.utils.data import DataLoader, Dataset
 
@@ -35,7 +35,8 @@ from res2net_zoo.images import open_image
 from res2net_zoo.program import InputError, markdown_table, progress_bar
 from res2net_zoo.report import hardware, plainly, start_run, write_metrics, write_recipe
 from res2net_zoo.stop import Stop, spare_worker
-from res2net_zoo.tasks.base import NO_IMAGE, Annotated, Figures, Score, TaskModel
+from res2net_zoo.tasks.base import NO_IMAGE, Annotated, Figures, Score, TaskModel, reason
+from res2net_zoo.tasks.upright import to_rgb
 from res2net_zoo.training import Optimization, highest_rate
 from res2net_zoo.training_data import seed_of
 
@@ -53,7 +54,9 @@ class Prepared(Dataset):
         try:
             image, target = self.data[i]
         except NO_IMAGE as error:
-            return i, str(error)  # an exception of a loader's process would come with its traceback
+            return i, reason(
+                error, self.data.path(i)
+            )  # an exception of a loader's process would come with its traceback
         if self.train:
             set_seed(seed_of(self.seed, 1, self.epoch, i))
         return i, self.model.transform(image, target, self.train)
@@ -354,7 +357,10 @@ def make_card(model: TaskModel, metrics: Sequence[dict[str, Any]], accelerator: 
     figures = {name: value for name, value in metrics[-1].items() if name not in ("epoch", "lr", "loss")}
     res2net = "res2n" in model.settings["model"]  # as all of them are called, Res2NeXt's too
     paper = ", a Res2Net (Gao et al., TPAMI 2021, arXiv 1904.01169)" * res2net
-    facts = {"task": model.task, **{key: value for key, value in model.settings.items() if key != "classes"}}
+    facts = {
+        "task": model.task,
+        **{key: value for key, value in model.settings.items() if key not in ("classes", "flip_pairs")},
+    }
     facts |= {"classes": len(model.settings["classes"]), **plan.facts, "hardware": hardware(accelerator)}
     results = [
         EvalResult(
@@ -442,9 +448,9 @@ def pictures(
     for path in progress_bar(accelerator, paths, desc="predict", unit="image"):
         try:
             with open_image(path) as file:
-                image = ImageOps.exif_transpose(file).convert("RGB")  # as its camera was held
+                image = to_rgb(file)
         except NO_IMAGE as error:
-            raise InputError(f"cannot decode {path}: {error}") from error
+            raise InputError(f"cannot decode {path}: {reason(error, path)}") from error
         drawn = image.copy()
         try:
             for target in [{}] if boxes is None else [{"box": box} for box in boxes(image)]:

@@ -7,7 +7,6 @@ Data are in one of two layouts:
   VOC's, a classes.txt with a name a line.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +19,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from res2net_zoo.images import open_image
+from res2net_zoo.files import LARGEST_TEXT, read_bytes
 from res2net_zoo.program import InputError, progress_bar
-from res2net_zoo.tasks.base import NO_IMAGE, Annotated, read_lines
+from res2net_zoo.tasks import annotations as checked
+from res2net_zoo.tasks.base import Annotated, reason
 from res2net_zoo.tasks.segmentation import VOC
+from res2net_zoo.tasks.upright import BACK, Frames, Turn, moved_box, read_rgb
 
 LEAST = 0.01  # a side of a box that is trained on, in pixels: of less, float32 may leave nothing
 
@@ -67,6 +68,7 @@ class Instances(Annotated):
         instances: The objects of each image.
         image_ids: COCO's number of each image; of VOC's its name.
         category_ids: COCO's number of each class, None where the data do not know it; of VOC's from 1.
+        turns: What turned the annotations of an image, which are for its stored pixels, upright.
 
     Raises:
         InputError: Annotations that cannot be right, or an image that is missing.
@@ -78,19 +80,39 @@ class Instances(Annotated):
         self.image_ids: list[Any] = []
         self.category_ids: list[Any] = []
         self.instances: list[list[Instance]] = []
+        self.turns: dict[int, Turn] = {}
         self.voc = (folder / "ImageSets" / "Main").is_dir()
         read = self._read_voc if self.voc else self._read_coco
         source = read(folder, split, classes)
         if not any(instance.trained_on for instances in self.instances for instance in instances):
             raise InputError(f"{source} has no objects that count")
-        for file, *size in progress_bar(None, self.images, desc="check the images", unit="image"):
-            try:
-                with open_image(file) as image:
-                    found = list(image.size)
-            except NO_IMAGE as error:
-                raise InputError(f"cannot read {file}, which {source} names: {error}") from error
-            if found != size:
-                raise InputError("{} is {} x {}; its annotations are for {} x {}".format(file, *found, *size))
+        for i, turn in self.turns.items():
+            self._turn(i, turn)
+
+    def _check_images(self, source: Path) -> None:
+        """Check that the images are there and of their annotations' size, before anything of that size is made."""
+        frames = Frames()
+        for i, (file, width, height) in enumerate(
+            progress_bar(None, self.images, desc="check the images", unit="image")
+        ):
+            turn = frames.turn(file, (width, height), source, "its annotations are for")
+            if turn is not None:
+                self.turns[i] = turn
+        frames.warn()
+
+    def _turn(self, i: int, turn: Turn) -> None:
+        """Turn an image's annotations upright, as the image is."""
+        file, width, height = self.images[i]
+        self.images[i] = (file, height, width)
+        for instance in self.instances[i]:
+            instance.bbox = moved_box(instance.bbox, turn, width, height)
+            instance.rle = None if instance.rle is None else turned(instance.rle, turn)
+
+    def as_annotated(self, i: int, bbox: list[float], rle: Any) -> tuple[list[float], Any]:
+        """Return a box and a mask as the data's annotations of their image have it, if these are not upright."""
+        _, width, height = self.images[i]
+        back = BACK.get(self.turns[i], self.turns[i])
+        return moved_box(bbox, back, width, height), None if rle is None else turned(rle, back)
 
     def _read_coco(self, folder: Path, split: str, classes: Sequence[str] | None) -> Path:
         names = (split, f"{split}2017")
@@ -103,50 +125,55 @@ class Instances(Annotated):
                 f"{folder} has no annotations/instances_{split}.json of COCO's layout (there is {there}), "
                 "and no ImageSets/Main of VOC's"
             )
-        try:
-            content = json.loads(path.read_text())
-            categories = [(category["id"], str(category["name"])) for category in content["categories"]]
-            named = [(image["id"], image["file_name"], image["width"], image["height"]) for image in content["images"]]
-            numbers = {number: i for i, (number, *_) in enumerate(named)}
-            records = [(record["id"], record) for record in content["annotations"]]
-            roots = [*(folder / name for name in names), folder / "images" / split, folder / "images", folder]
-            root = next((root for root in roots if named and (root / named[0][1]).is_file()), roots[0])
-            self.images = [(root / name, width, height) for _, name, width, height in named]
-            labels = dict(categories)
-            self.image_ids = [number for number, *_ in named]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} is no file of COCO's: {type(error).__name__}: {error}") from error
-        if len(numbers) < len(named) or len(labels) < len(categories) or len(set(labels.values())) < len(categories):
-            raise InputError(f"{path} has two images or two categories of the same id, or categories of the same name")
-        self.classes = [name for _, name in categories] if classes is None else list(classes)
-        for number, name in categories:
-            if name not in self.classes:
-                raise InputError(f"{path} has the category {name} (id {number}), which the model does not know")
-        ids = {name: number for number, name in categories}
-        self.category_ids = [ids.get(name) for name in self.classes]
-        known = {number: self.classes.index(name) + 1 for number, name in categories}
+        content = checked.read_coco(path, "categories", "images", "annotations")
+        known = self._categories(path, content["categories"], classes)
+        images = checked.coco_images(path, content["images"])
+        roots = [*(folder / name for name in names), folder / "images" / split, folder / "images", folder]
+        first = next((name for name, *_ in images.values()), "")
+        root = next((root for root in roots if first and checked.is_file(folder, root, first, path)), roots[0])
+        self.images = [(checked.inside(folder, root, name, path), w, h) for name, w, h in images.values()]
+        self.image_ids = list(images)
+        self._check_images(path)
+        numbers = {number: i for i, number in enumerate(images)}
         self.instances = [[] for _ in self.images]
-        for number, record in progress_bar(None, records, desc="check the annotations", unit="annotation"):
+        records = progress_bar(None, content["annotations"], desc="check the annotations", unit="annotation")
+        for place, record in enumerate(records, 1):
             try:
-                if record["image_id"] not in numbers:
-                    raise ValueError(f"its image {record['image_id']} is not in the list of images")
-                if record["category_id"] not in known:
-                    raise ValueError(f"its category {record['category_id']} is not in the list of categories")
-                i = numbers[record["image_id"]]
-                self.instances[i].append(self._instance(record, known[record["category_id"]], *self.images[i][1:]))
-            except (KeyError, TypeError, ValueError) as error:
-                what = f"it has no {error}" if isinstance(error, KeyError) else error
-                raise InputError(f"{path}, annotation {number}: {what}") from error
+                i = checked.find_by_id(numbers, record, "image_id", "image")
+                label = checked.find_by_id(known, record, "category_id", "category")
+                self.instances[i].append(self._instance(record, label, *self.images[i][1:]))
+            except ValueError as error:
+                raise InputError(f"{path}, {checked.named(record, place)}: {error}") from error
         return path
 
+    def _categories(self, path: Path, records: list[Any], classes: Sequence[str] | None) -> dict[Any, int]:
+        """Read the categories, and return each one's number here by its own."""
+        ids: dict[str, Any] = {}
+        for place, record in enumerate(records, 1):
+            try:
+                number, name = checked.identifier(checked.member(record, "id"), "id"), checked.member(record, "name")
+                if type(name) not in (str, int):
+                    raise ValueError(f"its name {checked.shown(name)} must be a text")
+                if str(name) in ids or number in ids.values():
+                    raise ValueError(f"its id {checked.shown(number)} or its name {name} is that of another category")
+            except ValueError as error:
+                raise InputError(f"{path}, category {place}: {error}") from error
+            ids[str(name)] = number
+        self.classes = list(ids) if classes is None else list(classes)
+        for name, number in ids.items():
+            if name not in self.classes:
+                raise InputError(f"{path} has the category {name} (id {number}), which the model does not know")
+        self.category_ids = [ids.get(name) for name in self.classes]
+        return {number: self.classes.index(name) + 1 for name, number in ids.items()}
+
     def _instance(self, record: dict[str, Any], label: int, width: int, height: int) -> Instance:
-        bbox = [float(value) for value in record["bbox"]]
+        bbox = checked.numbers(checked.member(record, "bbox"), "bbox", 4)
         check_box(bbox, width, height)
-        area = float(record.get("area", bbox[2] * bbox[3]))
-        if not 0 <= area < math.inf:
-            raise ValueError(f"its area {area} is no number of pixels")
-        rle = encoded(record["segmentation"], width, height) if self.masks else None
-        return Instance(label, bbox, area, bool(record.get("iscrowd", 0)), rle)
+        area = checked.number(record.get("area", bbox[2] * bbox[3]), "area")
+        if area < 0:
+            raise ValueError(f"its area {area} is negative")
+        rle = encoded(checked.member(record, "segmentation"), width, height) if self.masks else None
+        return Instance(label, bbox, area, checked.flag(record.get("iscrowd", 0), "iscrowd"), rle)
 
     def _read_voc(self, folder: Path, split: str, classes: Sequence[str] | None) -> Path:
         if self.masks:
@@ -156,36 +183,50 @@ class Instances(Annotated):
             there = ", ".join(sorted(file.stem for file in path.parent.glob("*.txt"))) or "none"
             raise InputError(f"there is no {path} of VOC's layout; lists there: {there}")
         named = folder / "classes.txt"
-        own = [name for name in (read_lines(named) if named.is_file() else VOC) if name != "background"]
+        own = [name for name in (checked.read_classes(named) if named.is_file() else VOC) if name != "background"]
         self.classes = own if classes is None else list(classes)
-        names = [line.split()[0] for line in read_lines(path)]
-        self.image_ids, self.category_ids = names, list(range(1, len(self.classes) + 1))
-        for name in progress_bar(None, names, desc="check the annotations", unit="image"):
-            about = folder / "Annotations" / f"{name}.xml"
+        pairs = list_voc(folder, path)
+        for image, about in progress_bar(None, pairs, desc="check the annotations", unit="image"):
             try:
-                root = parse_xml(about.read_bytes())
-                width, height = (int(root.findtext(f"size/{side}", "")) for side in ("width", "height"))
-            except (OSError, ValueError, SyntaxError, expat.ExpatError) as error:
-                raise InputError(f"{about} is no annotation of VOC's: {error}") from error
-            self.images.append((folder / "JPEGImages" / f"{name}.jpg", width, height))
+                root = parse_xml(read_bytes(about, LARGEST_TEXT))
+                width, height = (
+                    checked.whole(checked.number_in(root.findtext(f"size/{side}"), side), side)
+                    for side in ("width", "height")
+                )
+            except (InputError, ValueError, SyntaxError, expat.ExpatError) as error:
+                raise InputError(f"{about} is not an annotation of VOC's: {reason(error, about)}") from error
+            self.images.append((image, width, height))
             self.instances.append([])
             for number, element in enumerate(root.iterfind("object"), 1):
-                label = element.findtext("name", "").strip()
-                if label not in self.classes:
-                    raise InputError(f"{about}, object {number}: there is no class {label or 'named'}")
                 try:
-                    corners = (float(element.findtext(f"bndbox/{x}", "")) for x in ("xmin", "ymin", "xmax", "ymax"))
-                    left, top, right, bottom = corners
-                    # VOC counts pixels from 1, and the last one is in the box.
-                    bbox = [left - 1, top - 1, right - left + 1, bottom - top + 1]
-                    check_box(bbox, width, height)
-                    difficult = bool(int(element.findtext("difficult", "0")))
+                    self.instances[-1].append(self._object(element, width, height))
                 except ValueError as error:
                     raise InputError(f"{about}, object {number}: {error}") from error
-                # COCO's code does not count what is of another size than it is asked for.
-                area = math.inf if difficult else bbox[2] * bbox[3]
-                self.instances[-1].append(Instance(self.classes.index(label) + 1, bbox, area))
+        images = folder / "JPEGImages"
+        inside = [image.relative_to(images) if image.is_relative_to(images) else image for image, _ in pairs]
+        self.image_ids = [image.with_suffix("").as_posix() for image in inside]
+        self.category_ids = list(range(1, len(self.classes) + 1))
+        self._check_images(path)
         return path
+
+    def _object(self, element: ElementTree.Element, width: int, height: int) -> Instance:
+        label = (element.findtext("name") or "").strip()
+        if label not in self.classes:
+            raise ValueError(
+                f"its class {label} is unknown; there are {', '.join(self.classes[:20])}"
+                if label
+                else "its name is missing"
+            )
+        left, top, right, bottom = (
+            checked.number_in(element.findtext(f"bndbox/{x}"), x) for x in ("xmin", "ymin", "xmax", "ymax")
+        )
+        # VOC counts pixels from 1, and the last one is in the box.
+        bbox = [left - 1, top - 1, right - left + 1, bottom - top + 1]
+        check_box(bbox, width, height)
+        difficult = checked.flag(element.findtext("difficult", "0"), "difficult")
+        # COCO's code does not count what is of another size than it is asked for.
+        area = math.inf if difficult else bbox[2] * bbox[3]
+        return Instance(self.classes.index(label) + 1, bbox, area)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -210,8 +251,30 @@ class Instances(Annotated):
             for mask, instance in zip(masks, instances, strict=True):
                 mask[:] = decoded(instance.rle)
             target["masks"] = masks
-        with open_image(file) as image:
-            return image.convert("RGB"), target
+        return read_rgb(file), target
+
+
+def list_voc(folder: Path, path: Path) -> list[checked.Pair]:
+    """Return the images and annotations that a list of VOC's names, of which lines may end with a flag of a class."""
+    images, abouts = folder / "JPEGImages", folder / "Annotations"
+
+    def single(line: str) -> checked.Pair | None:
+        image = checked.find_file(folder, images, line, (".jpg",), path)
+        if image is None:
+            name, _, last = line.replace("\t", " ").rpartition(" ")
+            if name and last in ("-1", "0", "1"):
+                image = checked.find_file(folder, images, name.strip(), (".jpg",), path)
+        if image is None:
+            return None
+        inside = image.relative_to(images) if image.is_relative_to(images) else Path(image.name)
+        return image, (abouts / inside).with_suffix(".xml")
+
+    def pair(one: str, other: str) -> checked.Pair | None:
+        image = checked.find_file(folder, images, one, (), path)
+        about = checked.find_file(folder, abouts, other, (), path)
+        return None if image is None or about is None else (image, about)
+
+    return checked.read_list(path, single, pair)
 
 
 def parse_xml(content: bytes) -> ElementTree.Element:
@@ -223,7 +286,7 @@ def parse_xml(content: bytes) -> ElementTree.Element:
     """
 
     def refuse(*_: Any) -> None:
-        raise ValueError("it declares a document type, which VOC's have not")
+        raise ValueError("it declares a document type, which VOC's files do not")
 
     parser = expat.ParserCreate()
     parser.StartDoctypeDeclHandler = refuse
@@ -250,33 +313,48 @@ def check_box(bbox: Sequence[float], width: int, height: int) -> None:
 def encoded(segmentation: Any, width: int, height: int) -> dict[str, Any]:
     """Return a mask, run lengths or polygons as COCO has them, as compressed run lengths.
 
+    Args:
+        segmentation: What the annotation has.
+        width: Of the image, as the file has it: what is made here is of that size.
+        height: So.
+
     Raises:
-        ValueError: It is no mask of an image of this size.
+        ValueError: It is not a mask of an image of this size.
     """
     from faster_coco_eval.core import mask
 
     if isinstance(segmentation, dict):
-        if list(segmentation["size"]) != [height, width]:
-            size = " x ".join(str(side) for side in reversed(segmentation["size"]))
-            raise ValueError(f"its mask is {size}, and its image {width} x {height}")
+        size, counts = (
+            checked.numbers(checked.member(segmentation, "size"), "mask's size", 2),
+            checked.member(segmentation, "counts"),
+        )
+        if size != [height, width]:
+            raise ValueError(f"its mask is {size[1]:g} x {size[0]:g}, and its image {width} x {height}")
         try:
-            rle = (
-                mask.frPyObjects(segmentation, height, width)
-                if isinstance(segmentation["counts"], list)
-                else segmentation
-            )
+            if isinstance(counts, list):
+                if not set(map(type, counts)) <= {int} or min(counts, default=0) < 0 or sum(counts) != width * height:
+                    raise ValueError("they must be whole numbers whose sum is the number of pixels")
+                return mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+            if not isinstance(counts, str):
+                raise ValueError("they must be a list or a text")
+            rle = {"size": [height, width], "counts": counts}
             mask.decode(rle)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"its mask has no run lengths of its size: {error}") from error
         return rle
-    polygons = [np.asarray(polygon, dtype=np.float64) for polygon in segmentation]
-    polygons = [polygon for polygon in polygons if polygon.ndim == 1 and len(polygon) >= 6 and len(polygon) % 2 == 0]
+    if not isinstance(segmentation, list) or not all(isinstance(polygon, list) for polygon in segmentation):
+        raise ValueError(f"its segmentation {checked.shown(segmentation)} must be a list of polygons or run lengths")
+    if not all(set(map(type, polygon)) <= {int, float} for polygon in segmentation):
+        raise ValueError("its polygon is not of numbers")
+    polygons = [polygon for polygon in segmentation if len(polygon) >= 6 and len(polygon) % 2 == 0]
     if not polygons:
         raise ValueError("its mask is no polygon of three points or more")
-    places = np.concatenate(polygons).reshape(-1, 2)
-    if not ((places >= -1) & (places <= np.array([width, height]) + 1)).all():
-        raise ValueError(f"its polygon is not within its image, {width} x {height}")
-    return mask.merge(mask.frPyObjects([polygon.tolist() for polygon in polygons], height, width))
+    for polygon in polygons:
+        low, right, bottom = min(polygon), max(polygon[::2]), max(polygon[1::2])
+        # As `all` of comparisons each of which NaN fails; `min` and `max` can pass over one.
+        if not (low >= -1 and right <= width + 1 and bottom <= height + 1 and math.isfinite(sum(polygon))):
+            raise ValueError(f"its polygon is not within its image, {width} x {height}")
+    return mask.merge(mask.frPyObjects([list(map(float, polygon)) for polygon in polygons], height, width))
 
 
 def decoded(rle: Any) -> torch.Tensor:
@@ -284,3 +362,10 @@ def decoded(rle: Any) -> torch.Tensor:
     from faster_coco_eval.core import mask
 
     return torch.from_numpy(mask.decode(rle))
+
+
+def turned(rle: Any, turn: Turn) -> dict[str, Any]:
+    """Return a mask turned, as run lengths."""
+    from faster_coco_eval.core import mask
+
+    return mask.encode(np.asfortranarray(Image.fromarray(mask.decode(rle)).transpose(turn)))

@@ -9,8 +9,9 @@ Places in an image, in a crop of it and in heatmaps are (x, y) from the upper le
 of the first pixel is at (0.5, 0.5). COCO has (0, 0) there, and so have predictions.
 """
 
-import json
+import contextlib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,11 @@ from PIL import Image, ImageDraw
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
-from res2net_zoo.images import open_image
+from res2net_zoo.files import read_json
 from res2net_zoo.program import InputError, progress_bar
-from res2net_zoo.tasks.base import NO_IMAGE, Annotated, Figures, Score, TaskModel, check_options
+from res2net_zoo.tasks import annotations as checked
+from res2net_zoo.tasks.base import Annotated, Figures, Score, TaskModel, check_options
+from res2net_zoo.tasks.upright import BACK, Frames, Turn, moved, moved_box, read_rgb
 
 # How far apart people put a joint, of COCO's joints: the sigma of its OKS. Of any other joint it is SIGMA.
 COCO = {
@@ -48,6 +51,10 @@ BONES = [
 ]
 COLOURS = {"left": (40, 120, 255), "right": (255, 120, 20)}  # and what is in the middle:
 MIDDLE = (60, 210, 90)
+SIDES = {"left": "left", "l": "left", "right": "right", "r": "right"}
+WORDS = r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[A-Z]|\d+|[^\W\d_A-Za-z]+"  # of a joint's name: RShoulder are R and Shoulder
+HOW_TO_PAIR = "name the pairs, --flip-pairs ONE:OTHER ..., or --flip-pairs none to mirror no images"
+FAR = 1e15  # from where on coordinates are all alike: out of any image
 MARGIN = 1.25  # a crop is larger than its box by this factor
 SURE = 0.5  # the least score of a box in which the joints of a person are drawn
 ALIKE = 0.9  # object keypoint similarity above which the less sure of two found persons is left out
@@ -91,6 +98,7 @@ class COCOPersons(Annotated):
         found: Whether these are a detector's boxes.
         image_ids: COCO's number of each image.
         category_id: COCO's number of the persons.
+        turns: What turned the annotations of an image, which are for its stored pixels, upright.
 
     Raises:
         InputError: Annotations that cannot be right, or an image that is missing.
@@ -104,29 +112,21 @@ class COCOPersons(Annotated):
             files = sorted(path.parent.glob("person_keypoints_*.json"))
             there = ", ".join(file.stem.removeprefix("person_keypoints_") for file in files) or "none"
             raise InputError(f"there is no {path}, as COCO's layout has it; splits there: {there}")
-        try:
-            content = json.loads(path.read_text())
-            (category,) = (category for category in content["categories"] if category.get("keypoints"))
-            self.classes: list[str] = [str(name) for name in category["keypoints"]]
-            self.images = [(folder / split / x["file_name"], x["width"], x["height"]) for x in content["images"]]
-            self.image_ids = [image["id"] for image in content["images"]]
-            self.category_id = category["id"]
-            numbers = {number: i for i, number in enumerate(self.image_ids)}
-            records = [(record["id"], record) for record in content["annotations"]]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{path} is no file of COCO's with one category of joints: {type(error).__name__}: {error}"
-            ) from error
-        if len(numbers) < len(self.images):
-            raise InputError(f"{path} has two images of the same id")
-        mirrored(self.classes)
+        content = checked.read_coco(path, "categories", "images", "annotations")
+        self.category_id, self.classes = category_of_joints(path, content["categories"])
+        images = checked.coco_images(path, content["images"])
+        self.images = [(checked.inside(folder, folder / split, name, path), w, h) for name, w, h in images.values()]
+        self.image_ids = list(images)
+        self.turns: dict[int, Turn] = {}
+        self._seen: set[int] = set()
+        numbers = {number: i for i, number in enumerate(images)}
         self.annotations = []
-        for number, record in progress_bar(None, records, desc="check the annotations", unit="annotation"):
+        records = progress_bar(None, content["annotations"], desc="check the annotations", unit="annotation")
+        for place, record in enumerate(records, 1):
             try:
-                self.annotations.append(self._person(record, numbers, category["id"]))
-            except (KeyError, TypeError, ValueError) as error:
-                what = f"it has no {error}" if isinstance(error, KeyError) else error
-                raise InputError(f"{path}, annotation {number}: {what}") from error
+                self.annotations.append(self._person(record, numbers))
+            except ValueError as error:
+                raise InputError(f"{path}, {checked.named(record, place)}: {error}") from error
         self.found = False
         self.persons = [person for person in self.annotations if person.labelled and not person.crowd]
         if not self.persons:
@@ -141,71 +141,92 @@ class COCOPersons(Annotated):
         Raises:
             InputError: No such list, or a box that cannot be one.
         """
-        try:
-            records = list(enumerate(json.loads(path.read_text()), 1))
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"cannot read boxes from {path}: {error}") from error
+        records = read_json(path, checked.LARGEST_JSON)
+        if not isinstance(records, list):
+            raise InputError(f"cannot read boxes from {path}: it must be a JSON list, as COCO's results are")
         numbers, self.persons, self.found = {number: i for i, number in enumerate(self.image_ids)}, [], True
-        for number, record in records:
+        for place, record in enumerate(records, 1):
             try:
-                if record["category_id"] != self.category_id or record["image_id"] not in numbers:
-                    continue
-                i = numbers[record["image_id"]]
-                _, width, height = self.images[i]
-                x, y, w, h = (float(value) for value in record["bbox"])
-                left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
-                if not (right > left and bottom > top):
-                    raise ValueError(f"the box {record['bbox']} is empty or not within its image, {width} x {height}")
-                score = float(record["score"])
-                if not 0 <= score <= 1:
-                    raise ValueError(f"its score {score} is not from 0 to 1")
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                what = f"it has no {error}" if isinstance(error, KeyError) else error
-                raise InputError(f"{path}, box {number}: {what}") from error
-            box, joints = [left, top, right - left, bottom - top], np.zeros((len(self.classes), 3))
-            self.persons.append(Person(i, joints, 0, box, box[2] * box[3], crowd=False, score=score))
+                ids = [checked.identifier(checked.member(record, key), key) for key in ("category_id", "image_id")]
+                if ids[0] == self.category_id and ids[1] in numbers:
+                    self.persons.append(self._box(record, numbers[ids[1]]))
+            except ValueError as error:
+                raise InputError(f"{path}, box {place}: {error}") from error
         if not self.persons:
             raise InputError(f"{path} has no box of category {self.category_id}, persons, in these images")
         self._check_images(path)
 
-    def _check_images(self, path: Path) -> None:
-        for i in progress_bar(None, sorted({person.image for person in self.persons}), desc="check", unit="image"):
-            file, *size = self.images[i]
-            try:
-                with open_image(file) as image:
-                    found = list(image.size)
-            except NO_IMAGE as error:
-                raise InputError(f"cannot read {file}, which {path} names: {error}") from error
-            if found != size:
-                raise InputError("{} is {} x {}, and {} says {} x {}".format(file, *found, path, *size))
+    def _box(self, record: dict[str, Any], i: int) -> Person:
+        """Read a detector's box; what is wrong with it is raised as ValueError."""
+        _, width, height = self.images[i]
+        if i in self.turns:
+            width, height = height, width  # of the annotations
+        x, y, w, h = checked.numbers(checked.member(record, "bbox"), "bbox", 4)
+        left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
+        if not (right > left and bottom > top):
+            raise ValueError(f"the box {record['bbox']} is empty or not within its image, {width} x {height}")
+        score = checked.number(checked.member(record, "score"), "score")
+        if not 0 <= score <= 1:
+            raise ValueError(f"its score {score} is not from 0 to 1")
+        box, joints = [left, top, right - left, bottom - top], np.zeros((len(self.classes), 3))
+        if i in self.turns:
+            box = moved_box(box, self.turns[i], width, height)
+        return Person(i, joints, 0, box, box[2] * box[3], crowd=False, score=score)
 
-    def _person(self, record: dict[str, Any], numbers: dict[Any, int], category: Any) -> Person:
+    def _check_images(self, path: Path) -> None:
+        """Check the persons' images, and turn annotations upright that are for the stored pixels."""
+        frames = Frames()
+        new = sorted({person.image for person in self.persons} - self._seen)
+        turns = {}
+        for i in progress_bar(None, new, desc="check", unit="image"):
+            file, width, height = self.images[i]
+            turn = frames.turn(file, (width, height), path, "its annotations are for")
+            self._seen.add(i)
+            if turn is not None:
+                turns[i] = turn
+        frames.warn()
+        everybody = self.annotations + self.persons if self.found else self.annotations
+        for person in everybody if turns else ():
+            if (turn := turns.get(person.image)) is not None:
+                _, width, height = self.images[person.image]
+                person.bbox = moved_box(person.bbox, turn, width, height)
+                person.joints = moved_joints(person.joints, turn, width, height)
+        for i in turns:
+            file, width, height = self.images[i]
+            self.images[i] = (file, height, width)
+        self.turns |= turns
+
+    def as_annotated(self, i: int, joints: list[float]) -> list[float]:
+        """Return joints as the data's annotations of their image have them, which may be for the stored pixels."""
+        if (turn := self.turns.get(i)) is None:
+            return joints
+        _, width, height = self.images[i]
+        places = np.asarray(joints).reshape(-1, 3)
+        return moved_joints(places, BACK.get(turn, turn), width, height).flatten().tolist()
+
+    def _person(self, record: dict[str, Any], numbers: dict[Any, int]) -> Person:
         """Read an annotation; what is wrong with it is raised as ValueError."""
-        if record["category_id"] != category:
-            raise ValueError(f"its category {record['category_id']} is not that of the joints, {category}")
-        if record["image_id"] not in numbers:
-            raise ValueError(f"its image {record['image_id']} is not in the list of images")
-        values = np.asarray(record["keypoints"], dtype=np.float64)
-        if values.shape != (3 * len(self.classes),):
-            raise ValueError(f"it has {values.size} numbers for {len(self.classes)} joints, not 3 for each")
-        i, joints = numbers[record["image_id"]], values.reshape(-1, 3)
-        labelled, bbox, area = joints[:, 2] > 0, [float(value) for value in record["bbox"]], float(record["area"])
-        if len(bbox) != 4 or not np.isfinite([*bbox, area]).all():
-            raise ValueError(f"its box {bbox} is not of four numbers, or its area {area} is none")
-        person = Person(i, joints, int(labelled.sum()), bbox, area, bool(record.get("iscrowd", 0)))
+        category = checked.identifier(checked.member(record, "category_id"), "category_id")
+        if category != self.category_id:
+            raise ValueError(f"its category {category} is not that of the joints, {self.category_id}")
+        i = checked.find_by_id(numbers, record, "image_id", "image")
+        values = checked.member(record, "keypoints")
+        if not isinstance(values, list) or len(values) != 3 * len(self.classes):
+            size = len(values) if isinstance(values, list) else "no list of"
+            raise ValueError(f"it has {size} numbers for {len(self.classes)} joints, not 3 for each")
+        if not set(map(type, values)) <= {int, float}:
+            raise ValueError("its keypoints must be numbers")
+        joints = np.array([min(max(value, -FAR), FAR) for value in values], dtype=np.float64).reshape(-1, 3)
+        bbox = checked.numbers(checked.member(record, "bbox"), "bbox", 4)
+        area = checked.number(checked.member(record, "area"), "area")
+        labelled, crowd = joints[:, 2] > 0, checked.flag(record.get("iscrowd", 0), "iscrowd")
+        person = Person(i, joints, int(labelled.sum()), bbox, area, crowd)
         if not np.isin(joints[:, 2], (0, 1, 2)).all():
             raise ValueError("a joint's visibility is not 0, 1 or 2")
         if person.labelled and not person.crowd:
-            x, y, w, h = bbox
-            _, width, height = self.images[i]
-            if not (x >= -1 and y >= -1 and x + w <= width + 1 and y + h <= height + 1):
-                raise ValueError(f"its box {bbox} is not within its image, {width} x {height}")
-            if not (min(x + w, width) > max(x, 0) and min(y + h, height) > max(y, 0) and area > 0):
-                raise ValueError(f"its box {bbox} or its area {area} is empty")
-            # Some data have joints that the image's edge cuts off, but not as far away as wrong coordinates are.
-            far, places = max(width, height) / 4, joints[labelled, :2]
-            if not ((places >= -far) & (places <= np.array([width, height]) + far)).all():
-                raise ValueError(f"a joint is far out of its image, {width} x {height}")
+            check_person(person, *self.images[i][1:])
+        if np.isnan(joints).any():
+            raise ValueError("a joint is NaN")
         return person
 
     def __len__(self) -> int:
@@ -222,8 +243,51 @@ class COCOPersons(Annotated):
         _, width, height = self.images[person.image]
         box = (left, top, min(x + w, width) - left, min(y + h, height) - top)
         joints = torch.from_numpy(person.joints).float()
-        with open_image(self.path(i)) as image:
-            return image.convert("RGB"), {"box": box, "joints": joints[:, :2] + 0.5, "visible": joints[:, 2] > 0}
+        return read_rgb(self.path(i)), {"box": box, "joints": joints[:, :2] + 0.5, "visible": joints[:, 2] > 0}
+
+
+def category_of_joints(path: Path, records: list[Any]) -> tuple[Any, list[str]]:
+    """Return the id of the one category of a file of COCO's that has joints, and their names.
+
+    Raises:
+        InputError: There is none, or there are several, or the joints cannot be told apart.
+    """
+    found = [record for record in records if isinstance(record, dict) and record.get("keypoints")]
+    if len(found) != 1:
+        raise InputError(f"{path} must have one category with keypoints, and has {len(found)}")
+    try:
+        names = found[0]["keypoints"]
+        if not isinstance(names, list) or not all(type(name) in (str, int) for name in names):
+            raise ValueError("its keypoints must be a list of names")
+        classes = [str(name) for name in names]
+        if twice := sorted({name for name in classes if classes.count(name) > 1}):
+            raise ValueError(f"two of its keypoints have the name {twice[0]}")
+        return checked.identifier(checked.member(found[0], "id"), "id"), classes
+    except ValueError as error:
+        raise InputError(f"{path}, category of the joints: {error}") from error
+
+
+def check_person(person: Person, width: int, height: int) -> None:
+    """Check that a person and the labelled joints are where the image is.
+
+    Raises:
+        ValueError: They are not.
+    """
+    x, y, w, h = person.bbox
+    if not (x >= -1 and y >= -1 and x + w <= width + 1 and y + h <= height + 1):
+        raise ValueError(f"its box {person.bbox} is not within its image, {width} x {height}")
+    if not (min(x + w, width) > max(x, 0) and min(y + h, height) > max(y, 0) and person.area > 0):
+        raise ValueError(f"its box {person.bbox} or its area {person.area} is empty")
+    # Some data have joints that the image's edge cuts off, but not as far away as wrong coordinates are.
+    far, places = max(width, height) / 4, person.joints[person.joints[:, 2] > 0, :2]
+    if not ((places >= -far) & (places <= np.array([width, height]) + far)).all():
+        raise ValueError(f"a joint is far out of its image, {width} x {height}")
+
+
+def moved_joints(joints: np.ndarray, turn: Turn, width: int, height: int) -> np.ndarray:
+    """Return joints (J, 3), as COCO has them, in an image of this size when that is turned."""
+    places = moved(joints[:, :2] + 0.5, turn, width, height) - 0.5
+    return np.concatenate([places, joints[:, 2:]], 1)
 
 
 def boxes_of(detector: Any, image: Image.Image) -> list[list[float]]:
@@ -248,21 +312,84 @@ def boxes_of(detector: Any, image: Image.Image) -> list[list[float]]:
     return chosen.tolist()
 
 
-def mirrored(names: Sequence[str]) -> list[int]:
-    """Return for each joint the number of the one that it becomes in a mirror, by names left_X and right_X.
+def side_of(name: str) -> tuple[str, str] | None:
+    """Return the side that a joint's name has, `left` or `right`, and the name without it; None where it has none.
+
+    The side is a word or a letter of the name, at any place and in any case: left_eye, L_Eye, eye.r, RightEye, LEye.
+    """
+    words = [word.lower() for word in re.findall(WORDS, name)]
+    places = [i for i, word in enumerate(words) if word in SIDES]
+    if len(places) != 1:
+        return None
+    (place,) = places
+    return SIDES[words[place]], " ".join([*words[:place], "/", *words[place + 1 :]])
+
+
+def partners_by_name(names: Sequence[str]) -> list[list[str]]:
+    """Return the pairs of joints, left and right, that exchange their names in a mirror, by the usual spellings.
 
     Raises:
-        InputError: A joint of a side without its partner.
+        InputError: A joint of a side is without its partner, or has several.
     """
-    other = {"left": "right", "right": "left"}
-    partners = []
+    sides: dict[tuple[str, str], str] = {}
     for name in names:
-        side, _, rest = name.partition("_")
-        partner = f"{other[side]}_{rest}" if side in other else name
-        if partner not in names or (partner == name and any(word in name.lower() for word in other)):
-            raise InputError(f"the joint {name} has no partner; joints of the sides are named left_X and right_X")
-        partners.append(names.index(partner))
-    return partners
+        if (key := side_of(name)) is not None and sides.setdefault(key, name) != name:
+            raise InputError(f"the joints {sides[key]} and {name} are both {' '.join(key)}; {HOW_TO_PAIR}")
+    other = {"left": "right", "right": "left"}
+    for (side, rest), name in sides.items():
+        if (other[side], rest) not in sides:
+            raise InputError(f"the joint {name} has no partner on the {other[side]}; {HOW_TO_PAIR}")
+    pairs = [[name, sides["right", rest]] for (side, rest), name in sides.items() if side == "left"]
+    # Such as leye and reye, or lefteye and righteye, which only both together are sides.
+    bare = {name.lower(): name for name in names if side_of(name) is None}
+    for low, name in bare.items():
+        mirrored = [low.replace("left", "right", 1)] + [f"r{low[1:]}"] * (low[:1] == "l" and len(low) > 2)
+        pairs += [[name, bare[partner]] for partner in mirrored if partner in bare and partner != low][:1]
+    return pairs
+
+
+def flip_pairs(names: Sequence[str], given: Sequence[str] | None) -> list[list[str]]:
+    """Return the pairs of joints that exchange their names in a mirror.
+
+    Args:
+        names: The joints.
+        given: Pairs as ONE:OTHER, or `none` alone, to mirror no images; None to go by the names.
+
+    Returns:
+        The pairs; none where images are not to be mirrored.
+
+    Raises:
+        InputError: The names show no pairs, or what is given are none of these joints.
+    """
+    if given is None:
+        pairs = partners_by_name(names)
+        if not pairs:
+            some = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+            raise InputError(f"no two of the joints {some} are a left and a right one by their names; {HOW_TO_PAIR}")
+        return pairs
+    if list(given) == ["none"]:
+        return []
+    pairs = []
+    for text in given:
+        splits = [(text[:i], text[i + 1 :]) for i, c in enumerate(text) if c == ":"]
+        pair = next(([one, other] for one, other in splits if one in names and other in names), None)
+        if pair is None or pair[0] == pair[1]:
+            raise InputError(f"{text} is not a pair of joints ONE:OTHER; there are {', '.join(names)}")
+        pairs.append(pair)
+    check_pairs(names, pairs)
+    return pairs
+
+
+def check_pairs(names: Sequence[str], pairs: Any) -> None:
+    """Check pairs of joints.
+
+    Raises:
+        InputError: They are not pairs of these joints, each of which is in one at most.
+    """
+    whole = isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
+    joints = [joint for pair in pairs for joint in pair] if whole else []
+    if not whole or any(joint not in names for joint in joints) or len(set(joints)) < len(joints):
+        raise InputError(f"flip_pairs {checked.shown(pairs)} must be pairs of the joints, each in one pair at most")
 
 
 def crop_matrix(
@@ -380,11 +507,12 @@ class OKSAP(Score):
 
     def results(self) -> list[dict[str, Any]]:
         """Return the persons, as COCO's format of results has them."""
-        ids, about = self.data.image_ids, {"category_id": self.data.category_id}
-        return [
-            {"image_id": ids[self.data.persons[i].image], **about, "keypoints": joints, "score": score}
-            for i, joints, score in self.gathered
-        ]
+        found = []
+        for i, joints, score in self.gathered:
+            image = self.data.persons[i].image
+            about = {"image_id": self.data.image_ids[image], "category_id": self.data.category_id}
+            found.append({**about, "keypoints": self.data.as_annotated(image, joints), "score": score})
+        return found
 
     def _unlike(self, said: list[tuple[int, list[float], float]]) -> list[tuple[int, list[float], float]]:
         """Leave out those that are like a surer one in their image."""
@@ -457,6 +585,41 @@ class Keypoints(TaskModel):
             )
         return found
 
+    def __init__(
+        self, model: str, classes: Sequence[str], *args: Any, flip_pairs: list[list[str]] | None = None, **kwargs: Any
+    ) -> None:
+        """Build the model; `flip_pairs` are the joints that exchange their names in a mirror, default by their names.
+
+        No pairs at all, an empty list, are for joints of unknown sides: no image is mirrored.
+        """
+        names = list(classes)
+        if flip_pairs is None:
+            # Models of before, and those that are not trained here, may have names that show none.
+            with contextlib.suppress(InputError):
+                flip_pairs = partners_by_name(names) or None
+        else:
+            check_pairs(names, flip_pairs)
+        self.mirrors = flip_pairs != []
+        other = {one: two for a, b in flip_pairs or () for one, two in ((a, b), (b, a))}
+        self.partners = [names.index(other.get(name, name)) for name in names]
+        super().__init__(model, classes, *args, **kwargs)
+        self.settings["flip_pairs"] = flip_pairs
+
+    @classmethod
+    def options(cls, data: Any, given: Sequence[str] | None) -> dict[str, Any]:
+        """Return the pairs of the data's joints."""
+        return {"flip_pairs": flip_pairs(data.classes, given)}
+
+    def about(self) -> dict[str, str]:
+        """Return the pairs of joints, and those that are their own mirror image."""
+        if not self.mirrors:
+            return {"mirrored": "no"}
+        pairs = self.settings["flip_pairs"] or []
+        paired = {name for pair in pairs for name in pair}
+        alone = [name for name in self.settings["classes"] if name not in paired]
+        shown = {"mirrored pairs": ", ".join(" and ".join(pair) for pair in pairs)}
+        return shown | ({"without a pair": ", ".join(alone)} if alone else {})
+
     def build(self, features: Any, **kwargs: Any) -> nn.Module:
         """Put the deconvolutions on the backbone."""
         height, stride = self.settings["img_size"], features.feature_info.reduction()[-1]
@@ -466,7 +629,6 @@ class Keypoints(TaskModel):
                 f"not {height}: the width is 3/4 of it"
             )
         self.size = (3 * height // 4, height)
-        self.partners = mirrored(self.settings["classes"])
         check_options(SimpleBaseline, kwargs)
         return SimpleBaseline(features, len(self.partners), **kwargs)
 
@@ -488,7 +650,7 @@ class Keypoints(TaskModel):
         if train:
             scale = float(torch.empty(()).uniform_(*self.scales))
             turn = math.radians(float(torch.empty(()).uniform_(-40, 40)))
-            mirror = bool(torch.rand(()) < 0.5)
+            mirror = bool(torch.rand(()) < 0.5) and self.mirrors
         matrix = crop_matrix(target.get("box", (0, 0, *image.size)), self.size, scale, turn, mirror)
         numbers: Any = matrix.flatten().tolist()
         crop = image.transform(self.size, Image.Transform.AFFINE, numbers, Image.Resampling.BILINEAR)
@@ -525,8 +687,11 @@ class Keypoints(TaskModel):
         return self.network(self.normalize(crops).contiguous(memory_format=torch.channels_last)).float()
 
     def _joints(self, crop: torch.Tensor, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        here, there = self.heatmaps(torch.stack([crop, crop.flip(2)]))
-        places, scores = decode((here + there.flip(2)[self.partners]) / 2)
+        if self.mirrors:
+            here, there = self.heatmaps(torch.stack([crop, crop.flip(2)]))
+            places, scores = decode((here + there.flip(2)[self.partners]) / 2)
+        else:
+            places, scores = decode(self.heatmaps(crop[None])[0])
         return to_image(places * self.stride, matrix).cpu() - 0.5, scores.cpu()
 
     def score(self, data: Any) -> OKSAP:

@@ -5,7 +5,9 @@ The network is DSS (Hou et al., "Deeply Supervised Salient Object Detection with
 put behind it. Data are folders of images and of grey masks, in any of the layouts of `Masks`.
 """
 
+import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,13 +20,16 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
-from res2net_zoo.images import open_image
+from res2net_zoo.images import open_image, to_mode
 from res2net_zoo.program import InputError, progress_bar
-from res2net_zoo.tasks.base import NO_IMAGE, Annotated, Figures, Score, TaskModel, check_options, read_lines
+from res2net_zoo.tasks import annotations as checked
+from res2net_zoo.tasks.base import NO_IMAGE, Annotated, Figures, Score, TaskModel, check_options, reason
+from res2net_zoo.tasks.upright import Frames, Turn, read_rgb
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")  # in any case
 MASK_FOLDERS = ("masks", "mask", "ground_truth_mask", "gt")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
+ALIKE = 0.9  # IoU of what colours and alpha channel of a mask show, which may differ at smooth edges
 
 
 def by_name(root: Path, folders: Sequence[str]) -> dict[str, Path]:
@@ -46,8 +51,8 @@ class Masks(Annotated):
 
     Args:
         folder: It holds SPLIT/images/NAME.jpg and SPLIT/masks/NAME.png, or images and masks themselves with
-            a list SPLIT.txt, whose lines begin with an image. Folders may have the names that the benchmarks
-            give them, such as ECSSD's ground_truth_mask or HKU-IS's imgs and gt.
+            a list SPLIT.txt, a line of which names an image, or an image and its mask. Folders may have the names
+            that the benchmarks give them, such as ECSSD's ground_truth_mask or HKU-IS's imgs and gt.
         split: Name of the folder or of the list.
 
     Raises:
@@ -57,42 +62,33 @@ class Masks(Annotated):
     def __init__(self, folder: Path, split: str) -> None:
         self.classes = ["salient object"]
         root, listed = folder / split, folder / f"{split}.txt"
-        if not root.is_dir():
-            if not listed.is_file():
-                raise InputError(f"{folder} has neither a folder {split} nor a list {split}.txt")
-            root = folder
-        images, masks = by_name(root, IMAGE_FOLDERS), by_name(root, MASK_FOLDERS)
-        names = list(images)
-        if root == folder:
-            files = [Path(line.split()[0]) for line in read_lines(listed)]
-            names = [file.stem if file.suffix.lower() in SUFFIXES else file.name for file in files]
-        if not names:
-            raise InputError(f"{listed if root == folder else root} has no images")
-        for name in names:
-            if name not in images:
-                raise InputError(f"there is no image {name}, which {listed} names")
-            if name not in masks:
-                raise InputError(f"there is no mask for {images[name]}")
-        self.pairs = [(images[name], masks[name]) for name in names]
-        every = progress_bar(None, self.pairs, desc="check the masks", unit="mask")
-        # One without an object may be, but what marks it by 1 of 255 would be none in all of them.
-        if not any([self._check(*pair) for pair in every]):  # noqa: C419  all are to be checked
+        if root.is_dir():
+            source, self.pairs = root, pairs_by_name(root)
+        elif listed.is_file():
+            source, self.pairs = listed, list_pairs(folder, listed)
+        else:
+            raise InputError(f"{folder} has neither a folder {split} nor a list {split}.txt")
+        self.turns: dict[int, Turn] = {}
+        frames, shares = Frames(), []
+        for i in progress_bar(None, range(len(self)), desc="check the masks", unit="mask"):
+            shares.append(self._check(i, source, frames))
+        frames.warn()
+        # One mask may be without an object or all over it, but if all are, something else marks the objects.
+        if max(shares) == 0:
             raise InputError(f"no mask like {self.pairs[0][1]} has a salient pixel: a value over 128")
+        if min(shares) == 1:
+            raise InputError(f"all masks like {self.pairs[0][1]} are salient all over: no value is 128 or less")
 
-    def _check(self, path: Path, mask_path: Path) -> bool:
-        try:
-            with open_image(path) as image:
-                w, h = image.size
-        except NO_IMAGE as error:
-            raise InputError(f"cannot read {path}: {error}") from error
+    def _check(self, i: int, source: Path, frames: Frames) -> float:
+        path, mask_path = self.pairs[i]
         try:
             mask = read_mask(mask_path)
         except NO_IMAGE as error:
-            raise InputError(f"cannot read the mask {mask_path}: {error}") from error
-        if mask.shape != (h, w):
-            sizes = f"{mask.shape[1]} x {mask.shape[0]}, its image {w} x {h}"
-            raise InputError(f"the mask {mask_path} is {sizes}; they must be alike")
-        return bool(mask.any())
+            raise InputError(f"cannot read the mask {mask_path}: {reason(error, mask_path)}") from error
+        turn = frames.turn(path, mask.shape[::-1], source, f"its mask {mask_path} is")
+        if turn is not None:
+            self.turns[i] = turn
+        return float(mask.mean())
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -103,14 +99,84 @@ class Masks(Annotated):
 
     def __getitem__(self, i: int) -> tuple[Image.Image, dict[str, Any]]:
         path, mask_path = self.pairs[i]
-        with open_image(path) as image:
-            return image.convert("RGB"), {"mask": torch.from_numpy(read_mask(mask_path))}
+        mask = read_mask(mask_path)
+        if (turn := self.turns.get(i)) is not None:
+            mask = np.array(Image.fromarray(mask).transpose(turn))
+        return read_rgb(path), {"mask": torch.from_numpy(mask)}
+
+
+def pairs_by_name(root: Path) -> list[checked.Pair]:
+    """Return the images of a folder, each with the mask of its name.
+
+    Raises:
+        InputError: There are none, or one is without a mask.
+    """
+    images, masks = by_name(root, IMAGE_FOLDERS), by_name(root, MASK_FOLDERS)
+    if not images:
+        raise InputError(f"{root} has no images")
+    return [(image, mask_of(image, masks)) for image in images.values()]
+
+
+def mask_of(image: Path, masks: dict[str, Path]) -> Path:
+    """Return the mask that has an image's name.
+
+    Raises:
+        InputError: There is none.
+    """
+    if image.stem not in masks:
+        raise InputError(f"there is no mask for {image}")
+    return masks[image.stem]
+
+
+def list_pairs(folder: Path, path: Path) -> list[checked.Pair]:
+    """Return the images and masks of a list that names images, or images and masks."""
+
+    @cache
+    def files() -> tuple[dict[str, Path], dict[str, Path]]:
+        return by_name(folder, IMAGE_FOLDERS), by_name(folder, MASK_FOLDERS)
+
+    def find(name: str, kind: int) -> Path | None:
+        file = checked.find_file(folder, folder, name, (), path)
+        if file is None:
+            checked.inside(folder, folder, name.lstrip("/"), path)
+            stem, suffix = os.path.splitext(os.path.basename(name))
+            file = files()[kind].get(stem if suffix.lower() in SUFFIXES else stem + suffix)
+        return file
+
+    def single(line: str) -> checked.Pair | None:
+        if checked.pairs_in(line) and checked.find_file(folder, folder, line, (), path) is None:
+            return None
+        image = find(line, 0)
+        return None if image is None else (image, mask_of(image, files()[1]))
+
+    def pair(one: str, other: str) -> checked.Pair | None:
+        image, mask = find(one, 0), find(other, 1)
+        return None if image is None or mask is None else (image, mask)
+
+    return checked.read_list(path, single, pair)
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Return where a mask (H, W) is salient, as pysodmetrics has it."""
+    """Return where a mask (H, W) is salient: over half of white, as pysodmetrics has it.
+
+    Of a mask with an alpha channel it is that where the colour does not vary, as of an object cut out of its image.
+
+    Raises:
+        OSError: Colour and alpha channel show other objects.
+    """
     with open_image(path) as mask:
-        return np.asarray(mask.convert("L")) > 128
+        if not mask.has_transparency_data or mask.mode.startswith("I"):
+            return np.asarray(to_mode(mask, "L")) > 128
+        mask = mask.convert("RGBA")
+        grey, alpha = np.asarray(mask.convert("RGB").convert("L")), np.asarray(mask.getchannel("A"))
+    by_colour, by_alpha = grey > 128, alpha > 128
+    if np.ptp(alpha) == 0 and (np.ptp(grey) > 0 or alpha[0, 0] == 255):
+        return by_colour
+    if np.ptp(grey) == 0:
+        return by_alpha
+    if (by_colour & by_alpha).sum() < ALIKE * (by_colour | by_alpha).sum():
+        raise OSError("its colours and its alpha channel show different objects; store it as 8-bit grey")
+    return by_colour
 
 
 class MaxFAndMAE(Score):

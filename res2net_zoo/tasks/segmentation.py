@@ -15,18 +15,22 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
 from res2net_zoo.images import open_image
-from res2net_zoo.program import InputError, progress_bar
-from res2net_zoo.tasks.base import NO_IMAGE, Annotated, Figures, Score, TaskModel, check_options, read_lines
+from res2net_zoo.program import InputError, progress_bar, warn
+from res2net_zoo.tasks import annotations as checked
+from res2net_zoo.tasks.base import NO_IMAGE, Annotated, Figures, Score, TaskModel, check_options, reason
+from res2net_zoo.tasks.upright import Frames, Turn, read_rgb
 
 VOC = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
 IGNORED = 255  # VOC's number for a border that counts for nothing
+LOSSY = ("JPEG", "MPO", "WEBP", "JPEG2000", "AVIF")
 
 
 class VOCMasks(Annotated):
@@ -41,67 +45,142 @@ class VOCMasks(Annotated):
     """
 
     def __init__(self, folder: Path, split: str) -> None:
+        self.split = split
         lists = folder / "ImageSets" / "Segmentation"
-        if not (lists / f"{split}.txt").is_file():
+        self.list = lists / f"{split}.txt"
+        if not self.list.is_file():
             there = ", ".join(sorted(path.stem for path in lists.glob("*.txt"))) or "none"
             raise InputError(
                 f"{folder} has no ImageSets/Segmentation/{split}.txt of VOC's layout; lists there: {there}"
             )
-        self.folder = folder
-        self.names = [line.split()[0] for line in read_lines(lists / f"{split}.txt")]
-        if not self.names:
-            raise InputError(f"{lists / split}.txt lists no images")
+        self.pairs = list_masks(folder, self.list)
         named = folder / "classes.txt"
-        self.classes = read_lines(named) if named.is_file() else list(VOC)
-        every = progress_bar(None, range(len(self)), desc="check the masks", unit="mask")
-        if not any([self._check(i) for i in every]):  # noqa: C419  all are to be checked
+        self.own_classes = named.is_file()
+        self.classes = checked.read_classes(named) if self.own_classes else list(VOC)
+        self.turns: dict[int, Turn] = {}
+        frames, self.counts = Frames(), np.zeros(256, dtype=np.int64)
+        for i in progress_bar(None, range(len(self)), desc="check the masks", unit="mask"):
+            self.counts += self._check(i, frames)
+        frames.warn()
+        if not self.counts[:IGNORED].any():
             raise InputError(f"no mask like {self.mask_path(0)} has a pixel that counts: all are {IGNORED}")
 
-    def _check(self, i: int) -> bool:
-        for path in (self.path(i), self.mask_path(i)):
-            if not path.is_file():
-                raise InputError(f"there is no {path}, which the list names")
+    @property
+    def absent(self) -> list[str]:
+        """Classes without a pixel in any mask."""
+        return [name for number, name in enumerate(self.classes) if not self.counts[number]]
+
+    def remarks(self) -> dict[str, str]:
+        """Return the classes that no mask has, by which the mean over the classes is not over all of them."""
+        return {f"classes without a pixel in {self.split}": ", ".join(self.absent)} if self.absent else {}
+
+    def check_classes(self, train: bool) -> None:
+        """Check that the masks have what is to be learned or measured.
+
+        Args:
+            train: Whether it is to be learned.
+
+        Raises:
+            InputError: They are of the background alone, or have another class as 255.
+        """
+        if not self.absent or len(self.classes) == 1:
+            return
+        ignored = self.counts[IGNORED] > 0
+        some = ", ".join(self.absent[:5]) + ", ..." * (len(self.absent) > 5)
+        what = f"no mask of {self.list} has a pixel of the class{'es' * (len(self.absent) > 1)} {some}"
+        alone = len(self.absent) == len(self.classes) - 1
+        if (alone and (train or ignored)) or (train and ignored and self.own_classes):
+            number = self.classes.index(self.absent[0])
+            hint = f"{IGNORED} counts for nothing: where it marks a class, write the class's number, such as {number}"
+            raise InputError(f"{what}; {hint if ignored else 'correct the masks or classes.txt'}")
+        warn(f"{what}; {'it cannot be learned' if train else 'figures are of the other classes alone'}")
+
+    def _check(self, i: int, frames: Frames) -> np.ndarray:
+        path, mask_path = self.pairs[i]
+        if not mask_path.is_file():
+            raise InputError(f"there is no {mask_path}, the mask of {path}, which {self.list} names")
         try:
-            with open_image(self.path(i)) as image, open_image(self.mask_path(i)) as mask:
-                if image.size != mask.size:
-                    sizes = "{} x {}, its image {} x {}".format(*mask.size, *image.size)
-                    raise InputError(f"the mask {self.mask_path(i)} is {sizes}; they must be alike")
-                numbers = np.unique(np.asarray(mask))
-                if mask.mode not in ("P", "L"):
-                    raise InputError(f"the mask {self.mask_path(i)} is of mode {mask.mode}; class numbers are P or L")
+            with open_image(mask_path) as mask:
+                check_numbers(mask)
+                size, counts = mask.size, np.bincount(np.asarray(mask).ravel(), minlength=256)
         except NO_IMAGE as error:
-            raise InputError(f"cannot read {self.path(i)} or its mask: {error}") from error
-        wrong = numbers[(numbers >= len(self.classes)) & (numbers != IGNORED)]
+            raise InputError(f"cannot read the mask {mask_path}: {reason(error, mask_path)}") from error
+        turn = frames.turn(path, size, self.list, f"its mask {mask_path} is")
+        if turn is not None:
+            self.turns[i] = turn
+        wrong = np.flatnonzero(counts[len(self.classes) : IGNORED])
         if len(wrong):
             raise InputError(
-                f"the mask {self.mask_path(i)} has the number {wrong[0]}, and there are {len(self.classes)} classes"
+                f"the mask {mask_path} has the number {len(self.classes) + wrong[0]}, and there are "
+                f"{len(self.classes)} classes, from 0"
             )
-        return bool((numbers != IGNORED).any())
+        return counts
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.pairs)
 
     def path(self, i: int) -> Path:
         """Return an image's file."""
-        return self.folder / "JPEGImages" / f"{self.names[i]}.jpg"
+        return self.pairs[i][0]
 
     def mask_path(self, i: int) -> Path:
         """Return the file of its mask."""
-        return self.folder / "SegmentationClass" / f"{self.names[i]}.png"
+        return self.pairs[i][1]
 
     def __getitem__(self, i: int) -> tuple[Image.Image, dict[str, Any]]:
         with open_image(self.mask_path(i)) as mask:
-            numbers = torch.from_numpy(np.array(mask, dtype=np.int64))
-        with open_image(self.path(i)) as image:
-            return image.convert("RGB"), {"mask": numbers}
+            turn = self.turns.get(i)
+            numbers = np.array(mask if turn is None else mask.transpose(turn), dtype=np.int64)
+        return read_rgb(self.path(i)), {"mask": torch.from_numpy(numbers)}
+
+
+def list_masks(folder: Path, path: Path) -> list[checked.Pair]:
+    """Return the images and masks that a list of VOC's names, or of which it has pairs."""
+    images, masks = folder / "JPEGImages", folder / "SegmentationClass"
+
+    def single(line: str) -> checked.Pair | None:
+        image = checked.find_file(folder, images, line, (".jpg",), path)
+        if image is None:
+            return None
+        inside = image.relative_to(images) if image.is_relative_to(images) else Path(image.name)
+        return image, (masks / inside).with_suffix(".png")
+
+    def pair(one: str, other: str) -> checked.Pair | None:
+        image, mask = (
+            checked.find_file(folder, place, name, (), path) for place, name in ((images, one), (masks, other))
+        )
+        return None if image is None or mask is None else (image, mask)
+
+    return checked.read_list(path, single, pair)
+
+
+def check_numbers(mask: Image.Image) -> None:
+    """Check that an opened mask has a class's number for each pixel.
+
+    Raises:
+        OSError: It has something else.
+    """
+    if mask.mode not in ("P", "L"):
+        raise OSError(f"it is of mode {mask.mode}; class numbers must be 8-bit grey (L) or a palette's (P)")
+    if mask.format in LOSSY:
+        raise OSError(f"it is a {mask.format}, whose compression changes numbers; store it as PNG")
+    packed = str(mask.tile[0].args) if isinstance(mask, PngImageFile) and mask.tile else ""
+    if packed in ("L;2", "L;4"):
+        # Pillow stretches these to 0 to 255, so that class 1 would become 85 or 17.
+        raise OSError(f"it is grey of {packed[2:]} bits; class numbers must be 8-bit grey (L) or a palette's (P)")
 
 
 class MeanIoU(Score):
-    """Mean over the classes of intersection over union, counted over all pixels of all images, in percent."""
+    """Mean over the classes of intersection over union, counted over all pixels of all images, in percent.
+
+    Attributes:
+        by_class: Each class's, after `compute`; None of one that is neither there nor predicted.
+    """
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = classes
         self.confusion = torch.zeros(len(classes), len(classes), dtype=torch.long)
+        self.by_class: dict[str, float | None] = {}
 
     def update(self, i: int, target: dict[str, Any], prediction: torch.Tensor) -> None:
         """Count pixels, by what they are and what they were taken for."""
@@ -111,12 +190,20 @@ class MeanIoU(Score):
         self.confusion += torch.bincount(pairs, minlength=len(self.classes) ** 2).view_as(self.confusion)
 
     def compute(self, accelerator: Accelerator) -> Figures:
-        """Return mIoU and pixel accuracy; a class that is nowhere, neither there nor said, does not count."""
+        """Return mIoU and pixel accuracy; a class that is nowhere, neither there nor predicted, does not count."""
         confusion = accelerator.reduce(self.confusion.to(accelerator.device), "sum").cpu().double()
         both, either = confusion.diag(), confusion.sum(0) + confusion.sum(1) - confusion.diag()
         there = either > 0
         iou = 100 * both[there] / either[there]
+        every: list[float | None] = [None] * len(self.classes)
+        for number, value in zip(there.nonzero().flatten().tolist(), iou.tolist(), strict=True):
+            every[number] = value
+        self.by_class = dict(zip(self.classes, every, strict=True))
         return {"mIoU": iou.mean().item(), "pixel accuracy": (100 * both.sum() / confusion.sum()).item()}
+
+    def details(self) -> dict[str, Any]:
+        """Return each class's IoU, null of one that is neither there nor predicted."""
+        return {"IoU": self.by_class}
 
 
 class Segmentation(TaskModel):
@@ -151,6 +238,7 @@ class Segmentation(TaskModel):
             raise InputError(
                 f"{data} has other classes ({', '.join(found.classes)}) than the model ({', '.join(classes)})"
             )
+        found.check_classes(train=classes is None)
         return found
 
     def build(self, features: Any, **kwargs: Any) -> nn.Module:
