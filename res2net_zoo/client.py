@@ -23,6 +23,10 @@ SILENT_TIMEOUTS = 3  # time-outs in a row after which a server is not asked agai
 SILENT_SECONDS = 60
 
 
+class SilentServerError(httpx2.ConnectTimeout):
+    """A server has been silent several times in a row and is not asked again for a while."""
+
+
 def install() -> None:
     """Make huggingface_hub's client keep these bounds, whatever factory makes it; again without effect."""
     factory = _http._GLOBAL_CLIENT_FACTORY
@@ -71,7 +75,7 @@ class State:
         """Give a request time-outs, and refuse it where the server has just been silent.
 
         Raises:
-            ConnectTimeout: It has.
+            SilentServerError: It has.
         """
         limit = read_timeout()
         if request.method not in ("GET", "HEAD"):
@@ -87,11 +91,11 @@ class State:
         """Refuse a host that has just been silent.
 
         Raises:
-            ConnectTimeout: It has.
+            SilentServerError: It has.
         """
         number, last = self.timeouts.get(host, (0, 0.0))
         if number >= SILENT_TIMEOUTS and time.monotonic() - last < SILENT_SECONDS:
-            raise httpx2.ConnectTimeout(f"{host} timed out {number} times in a row, after {read_timeout():g} s each")
+            raise SilentServerError(f"{host} timed out {number} times in a row, after {read_timeout():g} s each")
 
     def timed_out(self, host: str) -> None:
         """Count a time-out of a host."""

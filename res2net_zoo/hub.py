@@ -80,6 +80,7 @@ def patiently(call: Callable[[], T]) -> T:
             return call()
         except HTTPError as error:
             last = attempt == TRIES - 1 or time.monotonic() - start > LONGEST
+            last = last or isinstance(error, client.SilentServerError)
             if last or not is_temporary(error):
                 raise
             time.sleep(seconds_to_wait(error) or 2**attempt)

@@ -55,6 +55,9 @@ DTYPES = {
 }
 
 
+Header = Mapping[str, tuple[str, tuple[int, ...]]]  # of safetensors: kind of number and shape of each tensor
+
+
 class ModelConfig(NamedTuple):
     """What a config.json says, as timm reads it.
 
@@ -282,7 +285,7 @@ def check_weights(config: ModelConfig, weights: Path) -> None:
     state = model.state_dict()
     needed = sum(tensor.numel() for tensor in state.values())
     unsaved = sum(buffer.numel() for buffer in model.buffers()) + sum(p.numel() for p in model.parameters()) - needed
-    header: dict[str, tuple[str, tuple[int, ...]]] = {}
+    header: Header = {}
     if weights.suffix == ".safetensors":
         header = read_header(weights)
         values = sum(math.prod(shape) for _, shape in header.values())
@@ -293,43 +296,44 @@ def check_weights(config: ModelConfig, weights: Path) -> None:
             f"{config.path} describes a model of {needed:,} values, {weights.name} has {values:,}"
             f"{'' if header else ' bytes'}: they are not of one model"
         )
-    if header:
-        compare(header, state, config)
+    if header and (not is_renamed_by_timm(config.architecture) or same_names(header, state)):
+        compare(header, state, config.path)
     check_names(config, model)
 
 
-def compare(
-    header: Mapping[str, tuple[str, tuple[int, ...]]], state: Mapping[str, torch.Tensor], config: ModelConfig
-) -> None:
+def same_names(header: Header, state: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether a safetensors header has the names of a state dict; BatchNorm does without its counter."""
+    return header.keys() <= state.keys() and all(
+        k.endswith("num_batches_tracked") for k in state.keys() - header.keys()
+    )
+
+
+def compare(header: Header, state: Mapping[str, torch.Tensor], path: Path) -> None:
     """Compare a safetensors header with a model's state dict.
 
     Args:
         header: Kind and shape of each tensor of the file.
         state: The model's state dict.
-        config: The config that the model is of.
+        path: The config that the model is of.
 
     Raises:
         InputError: A tensor is missing or unexpected, or has another shape or kind.
     """
-    where = f"the weights beside {config.path}"
-    # BatchNorm does without its counter.
-    missing = sorted(key for key in state.keys() - header.keys() if not key.endswith("num_batches_tracked"))
-    unexpected = sorted(header.keys() - state.keys())
-    if missing or unexpected:
-        if is_renamed_by_timm(config.architecture):
-            return
+    where = f"the weights are not those of {path}"
+    if not same_names(header, state):
+        missing, unexpected = sorted(state.keys() - header.keys()), sorted(header.keys() - state.keys())
         prefixes = {key[: -len(end)] for key in unexpected for end in missing[:1] if key.endswith(f".{end}")}
         hint = f"; their names begin with {shown(min(prefixes))}" if prefixes else ""
-        parts = [f"{len(keys)} {what} ({shown(keys[0])})" for keys, what in
-                 ((missing, "missing"), (unexpected, "unexpected")) if keys]  # fmt: skip
-        raise InputError(f"{where} are not of {config.architecture}: {' and '.join(parts)} tensors{hint}")
+        kinds = (("missing", missing), ("unexpected", unexpected))
+        parts = [f"{len(keys)} {what} ({shown(keys[0])})" for what, keys in kinds if keys]
+        raise InputError(f"{where}: {' and '.join(parts)} tensors{hint}")
     for key, (kind, shape) in header.items():
         tensor = state[key]
         if shape != tuple(tensor.shape):
-            raise InputError(f"{where} have {shown(key)} of shape {shape}; its model has {tuple(tensor.shape)}")
-        wanted = "floating-point" if tensor.is_floating_point() else "integer"
-        if kind != wanted:
-            raise InputError(f"{where} have {shown(key)} of {kind} numbers; its model has {wanted} numbers")
+            raise InputError(f"{where}: {shown(key)} has the shape {shape}, its model's has {tuple(tensor.shape)}")
+        # A counter of batches does no harm whatever its numbers are.
+        if kind not in (("floating-point",) if tensor.is_floating_point() else ("floating-point", "integer")):
+            raise InputError(f"{where}: {shown(key)} has {kind} numbers, its model's are of {tensor.dtype}")
 
 
 def is_renamed_by_timm(architecture: str) -> bool:
@@ -338,7 +342,7 @@ def is_renamed_by_timm(architecture: str) -> bool:
     return not module.startswith("res2net_zoo.") or module.endswith(".dla")
 
 
-def read_header(weights: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+def read_header(weights: Path) -> Header:
     """Return kind of number and shape of each tensor of a safetensors file.
 
     Raises:
@@ -408,6 +412,50 @@ def at_most(modules: int) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+# ------------------------------------------------------------------------------------ models of tasks
+
+
+def read_task(path: Path) -> dict[str, Any]:
+    """Read and check the config.json of a task's model (`res2net_zoo.tasks`).
+
+    Args:
+        path: The file.
+
+    Returns:
+        What it holds: `task` and the settings of its model.
+
+    Raises:
+        InputError: It cannot be read, or names no task, or has a value that no such model can have.
+    """
+    content = read_json(path)
+    try:
+        if not isinstance(content, dict) or not isinstance(content.get("task"), str):
+            raise Invalid("it names no task")
+        check_finite(content)
+        for key in ("task", "model", "head"):
+            text(content.get(key), key)
+        if not timm.is_model(content["model"]) or ":" in content["model"]:
+            raise Invalid(f"unknown architecture {shown(content['model'])}")
+        classes = content.get("classes")
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise Invalid("classes must be a list of names")
+        if not 0 < len(set(classes)) == len(classes) <= MOST_CLASSES:
+            raise Invalid(f"classes must be from 1 to {MOST_CLASSES:,} names, all different")
+        whole_number(content, "img_size", 1, LARGEST_SIDE)
+        whole_number(content, "output_stride", 1, 64)
+        for key, least in (("mean", -1e6), ("std", 1e-6)):
+            if content.get(key) is not None:
+                numbers(content[key], key, least)
+                if len(content[key]) != 3:
+                    raise Invalid(f"{key} has {len(content[key])} values for 3 channels")
+        if not isinstance(options := content.get("head_kwargs") or {}, dict):
+            raise Invalid(f"head_kwargs must be an object, not {kind_of(options)}")
+        check_arguments(options, "head_kwargs")
+    except Invalid as error:
+        raise InputError(f"{path}: {error}; correct it, or fetch the folder again") from error
+    return content
 
 
 # ------------------------------------------------------------------------------------ values

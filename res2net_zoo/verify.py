@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from res2net_zoo import catalog, fingerprint, model_config
 from res2net_zoo.catalog import Checkpoint
 from res2net_zoo.convert import explain
-from res2net_zoo.files import read_json, read_text, sha256_of
+from res2net_zoo.files import open_regular, read_json, read_text, sha256_of
 from res2net_zoo.hub import one_line
 from res2net_zoo.model_config import ModelConfig
 from res2net_zoo.program import WEIGHTS, InputError
@@ -115,10 +115,13 @@ def _verify_task(folder: Path) -> list[Check]:
     every = "every tensor once, and no other"
     try:
         model = tasks.load(str(folder))
-        network, backbone = model.state_dict(), load_file(folder / "backbone" / WEIGHTS)
+        network = model.state_dict()
     except InputError as error:
         return [Check("strict load", str(error), every, False)]
-    except (SafetensorError, OSError) as error:
+    try:
+        with open_regular(folder / "backbone" / WEIGHTS):
+            backbone = load_file(folder / "backbone" / WEIGHTS)
+    except (InputError, SafetensorError, OSError) as error:
         return [Check("backbone", one_line(error), "the network's", False)]
     features = model.features.state_dict()
     same = features.keys() == backbone.keys() and all(torch.equal(features[key], backbone[key]) for key in features)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 
+from res2net_zoo import model_config
 from res2net_zoo.convert import explain
 from res2net_zoo.files import finish_replacing
 from res2net_zoo.folder import replaced_folder, write_backbone
@@ -368,12 +369,12 @@ def load_settings(folder: Path) -> tuple[str, dict[str, Any]]:
     from res2net_zoo.tasks import TASKS
 
     try:
-        config = json.loads((folder / "config.json").read_text())
-        task = config.pop("task")
-        for key in ("library_name", KEY):
-            config.pop(key, None)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{folder} is no folder of a task's model: its config.json names no task") from error
+        config = model_config.read_task(folder / "config.json")
+    except InputError as error:
+        raise InputError(f"{folder} is no folder of a task's model: {error}") from error
+    task = config.pop("task")
+    for key in ("library_name", KEY):
+        config.pop(key, None)
     if task not in TASKS:
         raise InputError(f"{folder} is of the task {task}, which is not known here; there are {', '.join(TASKS)}")
     return task, config
@@ -392,14 +393,19 @@ def load(name: str) -> TaskModel:
 
     folder = find_folder(name)
     task, settings = load_settings(folder)
+    if not (folder / WEIGHTS).exists():
+        raise InputError(f"{folder} has no {WEIGHTS}; fetch or make it again")
+    header = model_config.read_header(folder / WEIGHTS)
     try:
+        # What no weights fit is not built: the meta device takes no memory.
+        with torch.device("meta"), model_config.at_most(model_config.MOST_MODULES):
+            state = task_class(task)(**settings).state_dict()
+        model_config.compare(header, state, folder / "config.json")
         model = task_class(task)(**settings)
         model.load_state_dict(load_file(folder / WEIGHTS))
         model.origin = of_folder(folder)
     except TypeError as error:
         raise InputError(f"{folder}/config.json does not build a model: {error}") from error
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} has no {WEIGHTS}; fetch or make it again") from error
     except SafetensorError as error:
         raise InputError(
             f"{folder / WEIGHTS} is no whole safetensors file ({error}); fetch or make it again"
