@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub import ModelCard, constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -75,6 +75,11 @@ def create_model(name: str, pretrained: bool = True, **kwargs) -> nn.Module:
             f"the weights of {name} are no whole safetensors file ({error}); fetch or make them again"
         ) from error
     except Exception as error:
+        if source != "local-dir" and isinstance(error, OSError) and error.errno is not None:
+            raise InputError(
+                f"cannot keep {name} in the cache {kwargs.get('cache_dir') or constants.HF_HUB_CACHE}: "
+                f"{error.strerror or error}; make room there, or set HF_HOME to another folder"
+            ) from error
         # A wrong config, foreign tensors or a missing file: timm and torch have no one type for it.
         plain = isinstance(error, OSError | RuntimeError | ValueError) and explain(error)
         reason = plain or repr(error)

@@ -221,8 +221,8 @@ def test_timms_own_folders_load(tmp_path):
         {
             "resnet10t": dict(num_classes=7),
             "test_convnext": dict(num_classes=3, in_chans=1),
-            "mobilenetv3_small_050": dict(num_classes=0),
-            "vit_tiny_patch16_224": dict(img_size=32, num_classes=5),
+            "test_efficientnet": dict(num_classes=0),
+            "test_vit": dict(img_size=96, num_classes=5),
             "res2net_tiny": dict(block_args=dict(scale=2), num_classes=4),
         }.items()
     ):
@@ -276,3 +276,69 @@ def test_every_architecture_fits_the_bounds():
     with torch.device("meta"), model_config.at_most(model_config.MOST_MODULES):
         for name in ("resnetrs420", "ghostnetv3_050", "res2net200_vd_26w_4s"):
             timm.create_model(name)
+
+
+def test_a_repository_is_checked_as_a_folder_is(hub, in_process, folder, tmp_path):
+    hub.add("models/zoo/good", folder)
+    assert create_model("hf-hub:zoo/good").pretrained_cfg["hf_hub_id"] == "zoo/good"
+    asked = len(hub.requests)
+    create_model("hf-hub:zoo/good")
+    assert len(hub.requests) == asked + 1  # which commit main is; all else is in the cache
+    change(folder, {"cfg": {"std": [0, 0, 0], "hf_hub_filename": "README.md"}})
+    hub.add("models/zoo/bad", folder)
+    for pretrained in (True, False):
+        with pytest.raises(InputError, match=r"config\.json: hf_hub_filename is 'README\.md'"):
+            create_model("hf-hub:zoo/bad", pretrained)
+    assert not [request for request in hub.requests if "zoo/bad" in request and "safetensors" in request]
+    assert "hf_hub_filename" in input_error(in_process("hub/verify.py", "zoo/bad"))
+
+
+def test_a_cache_that_cannot_be_written_is_named(hub, folder, monkeypatch):
+    from huggingface_hub import constants
+
+    hub.add("models/zoo/good", folder)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/proc/nothing/cache")
+    with pytest.raises(InputError, match=r"cache /proc/nothing/cache.*set HF_HOME"):
+        create_model("hf-hub:zoo/good", cache_dir="/proc/nothing/cache")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(task=3),
+        dict(model="hf-hub:zoo/evil"),
+        dict(model="nothing"),
+        dict(classes="abc"),
+        dict(classes=["a", "a"]),
+        dict(img_size=-1),
+        dict(img_size=10**7),
+        dict(std=[0, 0, 0]),
+        dict(mean=[float("nan")] * 3),
+        dict(head="evil"),
+        dict(head_kwargs=[1]),
+        dict(head_kwargs={"decoder_channels": [10**6] * 5}),
+        dict(head_kwargs={"decoder_channels": [60_000] * 5}),
+        dict(classes=[str(i) for i in range(10_000)]),
+        dict(model="vit_7b_patch16_dinov3"),
+        dict(evil=1),
+    ],
+    ids=lambda change: str(change)[:60],
+)
+def test_a_tasks_config_that_cannot_be_right(in_process, tmp_path_factory, change):
+    from res2net_zoo import tasks
+    from res2net_zoo.card import model_card
+
+    folder = tmp_path_factory.getbasetemp() / "task"
+    if not folder.exists():
+        model = tasks.task_class("segmentation")("res2net_tiny", ["a", "b"], head="unet", img_size=64)
+        model.save(folder, model_card("task", "# task", None))
+        assert tasks.load(str(folder)) is not None
+    content = (folder / "config.json").read_text()
+    try:
+        (folder / "config.json").write_text(json.dumps(json.loads(content) | change))
+        with pytest.raises(InputError):
+            tasks.load(str(folder))
+        result = in_process("hub/verify.py", folder)
+        assert result.returncode in (1, 2) and ": passed" not in result.stdout
+    finally:
+        (folder / "config.json").write_text(content)
