@@ -267,6 +267,8 @@ def read_mindspore(path: Path) -> Tensors:
     parts: dict[str, list[Any]] = {}
     last = ""
     for value in message.value:
+        if not isinstance(value.tag, str):  # protobuf returns bytes that are not UTF-8 as they are
+            raise FormatError("it has a name that is not UTF-8")
         if value.tag in parts and value.tag != last:
             raise FormatError(f"its entry {short(value.tag)} appears twice")
         parts.setdefault(value.tag, []).append(value.tensor)  # a large tensor is cut into several
@@ -431,7 +433,7 @@ def fit(source: Tensors, format: str, target: Mapping[str, torch.Tensor]) -> Ten
         elif key not in found:
             wrong.append(f"{key} {tuple(tensor.shape)} of the model is missing")
     if wrong:
-        if names and not target.keys() & set(names.values()):
+        if names and target and not target.keys() & set(names.values()):
             have, want = (short(next(iter(keys))) for keys in (names, target))
             raise FormatError(
                 f"none of its {len(names)} tensors has a name of the model's: its first is {have}, the model's {want}"

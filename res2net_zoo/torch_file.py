@@ -24,6 +24,7 @@ from res2net_zoo.program import InputError
 
 MAGIC = 0x1950A86A20F9469CFC6C  # of the format that torch wrote before it had zip files
 PARTS = 100_000  # of a zip file: one for each storage
+LARGEST_DIRECTORY = 2**24  # bytes of a zip file's list of parts
 LARGEST_PICKLE = 2**28  # bytes of `data.pkl`, which has no weights in it; some 100 kB
 
 STORAGES = dict(
@@ -57,10 +58,17 @@ def _view(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> torch.T
     )
 
 
+def _parameter(tensor: Any, *_: Any) -> torch.Tensor:
+    """Return the tensor of a parameter; of nothing else, or a container would be known under two depths."""
+    if not isinstance(tensor, torch.Tensor):
+        raise FormatError("it has a parameter that is not a tensor")
+    return tensor
+
+
 FUNCTIONS = {
     "collections.OrderedDict": ordered_dict,
     "torch.Size": lambda sizes=(): torch.Size(sizes),
-    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_tensor_v2": _view,
     **{f"torch.{name}": dtype for name, dtype in STORAGES.items()},
     **{str(dtype): dtype for dtype in STORAGES.values()},
@@ -133,10 +141,22 @@ def load(path: Path, steps: int = STEPS, functions: Mapping[str, Any] = FUNCTION
         try:
             if not is_zip:
                 return _load_legacy(file, size, steps, functions)
-            with zipfile.ZipFile(file) as archive:
+            with zipfile.ZipFile(_Directory(file)) as archive:
                 return _load_zip(file, archive, size, steps, functions)
         except (zipfile.BadZipFile, NotImplementedError, UnicodeError, struct.error) as error:
             raise FormatError(f"it is damaged or cut short: {error}") from error
+
+
+class _Directory:
+    """A file as `zipfile` sees it, which would take memory for a list of parts of any length."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, n: int = -1) -> bytes:
+        if n > LARGEST_DIRECTORY:
+            raise FormatError(f"its list of parts is larger than the limit of {LARGEST_DIRECTORY:,} bytes")
+        return self.file.read(n)
 
 
 def _load_zip(file: BinaryIO, archive: zipfile.ZipFile, size: int, steps: int, functions: Mapping[str, Any]) -> Any:
