@@ -74,8 +74,13 @@ class Optimized:
 
         Returns:
             Logits, (N, classes), float32. Those of an image with NaN or infinity are what the model gives it.
+
+        Raises:
+            ValueError: The images are not (N, C, H, W).
         """
-        if images.ndim == 4 and not len(images):
+        if images.ndim != 4:
+            raise ValueError(f"images are {tuple(images.shape)}; give (N, C, H, W)")
+        if not len(images):
             return images.new_zeros((0, self.classes), dtype=torch.float32)
         return self.call(images).float()
 

@@ -1,8 +1,12 @@
 """`res2net_zoo.optimize`: fast, and the same logits."""
 
 import copy
+import gc
 import json
+import os
+import threading
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,11 +16,11 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 import res2net_zoo
-from res2net_zoo import inference, native
+from res2net_zoo import export, inference, native
 from res2net_zoo.data import open_source
 from res2net_zoo.export import load_images
 from res2net_zoo.inference import Unavailable
-from tests.conftest import SHIPPED_DATA, SHIPPED_MODEL, SMALL, relative_error, spread
+from tests.conftest import SHIPPED_DATA, SHIPPED_MODEL, SMALL, full_disk, relative_error, spread
 
 CPU_BACKENDS = ("native", "openvino", "onnxruntime", "eager")
 
@@ -101,6 +105,126 @@ def test_the_choice_is_kept(tiny, tmp_path):
         assert res2net_zoo.optimize(tiny, other, cache_dir=tmp_path).milliseconds
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("fc.weight", float("nan")), ("fc.weight", float("inf")), ("layer2.0.bns.1.running_mean", float("nan"))],
+)
+def test_a_model_with_weights_that_are_no_numbers_is_refused_by_their_name(tiny, tmp_path, name, value):
+    broken = copy.deepcopy(tiny)
+    broken.state_dict()[name].view(-1)[0] = value
+    with pytest.raises(ValueError, match=f"the model's {name} has NaN or infinite values"):
+        res2net_zoo.optimize(broken, images(1, 3, 64, 64), cache_dir=tmp_path)
+
+
+def test_a_model_that_overflows_is_refused(tiny, tmp_path):
+    broken = copy.deepcopy(tiny)
+    broken.fc.weight.data.fill_(3e38)
+    with pytest.raises(ValueError, match="gives example_input NaN or infinite logits"):
+        res2net_zoo.optimize(broken, images(1, 3, 64, 64), cache_dir=tmp_path)
+
+
+def test_a_model_that_no_backend_can_run_is_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "candidates", lambda device: ["eager"])
+    monkeypatch.setitem(inference.BACKENDS, "eager", lambda model, *_: lambda x: 2 * model(x))
+    with pytest.raises(ValueError, match="no backend can run this model here in float32: eager: its logits are off by"):
+        res2net_zoo.optimize(tiny, images(1, 3, 32, 32), cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("how", ["a file in the way", "a full disk", "a folder in the way"])
+def test_without_a_place_for_the_choice_it_is_not_kept(tiny, tmp_path, monkeypatch, how):
+    monkeypatch.setattr(inference, "candidates", lambda device: ["native", "eager"])
+    x, cache = images(1, 3, 32, 32), tmp_path / "cache"
+    expected = res2net_zoo.optimize(tiny, x, cache_dir=tmp_path / "other")(x)
+    if how == "a file in the way":
+        cache.touch()
+    elif how == "a folder in the way":
+        (file,) = (tmp_path / "other").rglob("*.json")
+        (cache / file.relative_to(tmp_path / "other")).mkdir(parents=True)
+    with pytest.warns(UserWarning, match="the choice is not kept"), full_disk(8 if how == "a full disk" else 2**30):
+        fast = res2net_zoo.optimize(tiny, x, cache_dir=cache)
+    assert relative_error(fast(x), expected) < 1e-4 and set(fast.milliseconds) == {"native", "eager"}
+
+
+def test_a_choice_that_is_a_pipe_or_deep_is_made_anew(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "candidates", lambda device: ["eager"])
+    res2net_zoo.optimize(tiny, images(1, 3, 32, 32), cache_dir=tmp_path)
+    (file,) = tmp_path.rglob("*.json")
+    file.unlink()
+    os.mkfifo(file)
+    assert res2net_zoo.optimize(tiny, images(1, 3, 32, 32), cache_dir=tmp_path).milliseconds
+    for text in ("[" * 200_000, '{"backend": ' * 200_000, '{"backend": ["eager"]}', '{"backend": {}}'):
+        file.write_text(text)
+        assert res2net_zoo.optimize(tiny, images(1, 3, 32, 32), cache_dir=tmp_path).milliseconds
+        assert json.loads(file.read_text())["backend"] == "eager"
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_what_a_backend_is_fed(tiny, tmp_path, backend):
+    """No images; one that holds no numbers among others; a number of images that two threads are first to bring."""
+    x = images(3, 3, 64, 64)
+    fast = res2net_zoo.optimize(tiny, x, backend=backend, cache_dir=tmp_path)
+    assert fast.backend == backend
+    assert fast(x[:0]).shape == (0, 10) and fast(x[:0]).dtype == torch.float32
+    for bad in (x[0], x[:, 0]):
+        with pytest.raises(ValueError, match=r"give \(N, C, H, W\)"):
+            fast(bad)
+    with torch.no_grad():
+        expected = tiny(x)
+    for value in (float("nan"), float("inf"), float("-inf")):
+        strange = x.clone()
+        strange[1, 0, 30, 31] = value
+        found = fast(strange)
+        assert found[1].isnan().all() and relative_error(found[[0, 2]], expected[[0, 2]]) < 1e-4
+
+    results: list = []
+
+    def classify() -> None:
+        results.extend(fast(x[:n]) - expected[:n] for n in (2, 1, 2, 1, 3) * 5)
+
+    threads = [threading.Thread(target=classify) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 50 and max(result.abs().max() for result in results) < 1e-3 * expected.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_few_networks_are_kept(tiny, tmp_path, monkeypatch, backend):
+    """One for the example, and one for any number of images of each of the last few other sizes."""
+    alive = weakref.WeakSet()
+    to_onnx = export.to_onnx
+
+    def run(source, *args):
+        network = run_before(source, *args)
+        alive.add(network)
+        return network
+
+    exported: list[tuple[int, ...]] = []
+
+    def noted(model, x, **kwargs):
+        exported.append(tuple(x.shape))
+        return to_onnx(model, x, **kwargs)
+
+    name = "run_openvino" if backend == "openvino" else "run_onnx"
+    run_before = getattr(export, name)
+    monkeypatch.setattr(export, name, run)
+    monkeypatch.setattr(export, "to_onnx", noted)
+    fast = res2net_zoo.optimize(tiny, images(4, 3, 64, 64), backend=backend, cache_dir=tmp_path)
+    assert fast.backend == backend
+    for n in (1, 2, 3, 5):
+        fast(images(n, 3, 64, 64))
+    assert exported == [(4, 3, 64, 64), (1, 3, 64, 64)]
+    for size in (32, 40, 48):
+        x = images(2, 3, size, size)
+        with torch.no_grad():
+            assert relative_error(fast(x), tiny(x)) < 1e-4
+        gc.collect()
+        assert len(alive) <= inference.KEPT
+    assert len(exported) == 5
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"backend": "warp"}', '{"backend": "cudagraphs"}'])
 def test_a_broken_choice_is_made_anew(tiny, tmp_path, monkeypatch, text):
     monkeypatch.setattr(inference, "candidates", lambda device: ["native", "eager"])
@@ -160,6 +284,7 @@ def test_a_model_that_no_compiler_understands_runs_all_the_same(tmp_path, monkey
         (dict(example_input=torch.zeros(0, 3, 32, 32)), r"give images as \(N, C, H, W\)"),
         (dict(example_input=torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), r"give images as \(N, C, H, W\)"),
         (dict(model=nn.Conv2d(3, 4, 1)), "no table of logits"),
+        (dict(example_input=torch.full((1, 3, 32, 32), float("nan"))), "example_input has NaN or infinite values"),
     ],
 )
 def test_bad_arguments(tiny, arguments, says):
