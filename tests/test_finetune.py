@@ -152,6 +152,43 @@ def test_bad_input(in_process, tmp_path):
     assert "b/1.jpg" in refused(*args)
 
 
+def test_images_left_out_while_training_are_counted(in_process, tmp_path):
+    data, folder = tmp_path / "data", tmp_path / "model"
+    save_images(data / "train", ["a", "b"], 8)
+    save_images(data / "val", ["a", "b"], 3)
+    for name in ("train/a/1.jpg", "train/a/5.jpg", "train/b/2.jpg", "val/b/0.jpg"):
+        (data / name).write_bytes(b"no image")
+    args = ["--data", data, "--skip-corrupt", "--no-check", "--epochs", 2, "--batch-size", 4, "--workers", 0]
+    result = in_process(FINETUNE, *args, "--tracker", "none", "--output", folder)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("3 images of train cannot be decoded and are left out") == 1
+    assert result.stderr.count("1 images of validation cannot be decoded and are left out") == 1
+    card = (folder / "README.md").read_text()
+    assert "Trained on 13 images, 6 to 7 of each class, of the split `train`; evaluated on 5 of" in " ".join(
+        card.split()
+    )
+    result = in_process(FINETUNE, "--resume", "--epochs", 3, "--output", folder)
+    assert result.returncode == 0, result.stderr
+    assert "Trained on 13 images" in " ".join((folder / "README.md").read_text().split())
+
+
+@pytest.mark.parametrize("options", [[], ["--no-check"], ["--no-check", "--streaming"]])
+def test_an_evaluation_split_without_a_readable_image_is_one_line(in_process, tmp_path, options):
+    data, folder = tmp_path / "data", tmp_path / "model"
+    save_images(data / "train", ["a", "b"], 4)
+    save_images(data / "val", ["a", "b"], 1)
+    for path in (data / "val").rglob("*.jpg"):
+        path.write_bytes(b"no image")
+    args = ["--data", data, "--skip-corrupt", "--epochs", 1, "--batch-size", 4, "--workers", 0, "--tracker", "none"]
+    result = in_process(FINETUNE, *args, *options, "--output", folder)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert ("of 2 images of validation" in line or "no image to count in split validation: 2 cannot" in line) or (
+        "none of the 2 images of validation in data can be decoded" in line
+    )
+    assert not (folder / "config.json").exists()
+
+
 def test_a_constant_learning_rate(in_process, tmp_path):
     args = ["--sched", "none", "--lr", "1e-3", "--epochs", 2, "--batch-size", 256, "--workers", 0]
     result = in_process(FINETUNE, *args, "--output", tmp_path / "out")

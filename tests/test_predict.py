@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -145,6 +146,26 @@ def test_a_failure_leaves_the_old_files(in_process, digits, tmp_path):
         args = ["--output", tmp_path / "p.csv", "--embeddings", tmp_path / "e", "--workers", 0]
         line = input_error(in_process(PREDICT, digits, *args))
     assert "cannot write" in line and [path.name for path in tmp_path.iterdir()] == ["p.csv"]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "table"])
+def test_names_that_are_not_utf8_lose_no_prediction(in_process, digits, tmp_path, form):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    source = next(digits.rglob("*.png")).read_bytes()
+    name = b"\xff\xfe.png"
+    for other in (b"a.png", name):
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + other)).write_bytes(source)
+    args = [folder, "--format", form, "--output", tmp_path / "out", "--embeddings", tmp_path / "e.parquet"]
+    result = in_process(PREDICT, *args)
+    assert result.returncode == 0, result.stderr
+    text = (tmp_path / "out").read_text("utf-8")
+    assert "a.png" in text and r"\udcff\udcfe.png" in text
+    if form == "jsonl":
+        assert os.fsencode(json.loads(text.splitlines()[1])["path"]).endswith(name)
+    paths = pyarrow.parquet.read_table(tmp_path / "e.parquet")["path"].to_pylist()
+    assert [Path(path).name for path in paths] == ["a.png", r"\udcff\udcfe.png"]
+    assert r"\udcff\udcfe.png" in in_process(PREDICT, folder, "--format", form).stdout
 
 
 def test_files_are_predicted_without_what_only_data_sets_need(program, tmp_path):

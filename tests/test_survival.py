@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from res2net_zoo.checkpoints import Checkpoints
 from res2net_zoo.program import InputError
-from tests.conftest import ROOT, SHIPPED_DATA, full_disk, input_error
+from tests.conftest import ROOT, SHIPPED_DATA, full_disk, input_error, read_tree
 
 FINETUNE = "scripts/finetune.py"
 # All that is random at once: if any of it did not follow from the place in the run, weights would differ.
@@ -273,6 +273,83 @@ def test_what_a_run_does_not_go_on_with(in_process, tmp_path):
     )
     result = in_process(FINETUNE, *args, "--resume", "--output", tmp_path / "new")
     assert result.returncode == 0, result.stderr
+    assert "to resume from; the run starts from the beginning" in result.stderr
+
+
+OTHER_CONTENT = {
+    "list": (lambda s: [1], "it holds a list, not a dictionary"),
+    "missing": (lambda s: {k: v for k, v in s.items() if k != "done"}, "done missing"),
+    "metrics": (lambda s: {**s, "metrics": [{}]}, "its metrics cannot be right"),
+    "negative": (lambda s: {**s, "done": -3}, "its done cannot be right"),
+    "too far": (lambda s: {**s, "done": 10**9}, "steps and 0 epochs of 4 steps do not fit together"),
+    "rates": (lambda s: {**s, "rates": [1, 2]}, "its rates cannot be right"),
+    "plan": (lambda s: {**s, "plan": {"model": 1}}, "its plan cannot be right"),
+    "weights": (lambda s: {**s, "model": {"a": 1}}, "is not a checkpoint of this run"),
+    "shapes": (lambda s: {**s, "model": {**s["model"], "fc.bias": torch.zeros(3)}}, "size mismatch for fc.bias"),
+    "types": (lambda s: {**s, "model": {**s["model"], "fc.bias": torch.zeros(10, dtype=torch.long)}}, "torch.int64"),
+    "NaN": (lambda s: {**s, "model": {**s["model"], "fc.bias": torch.full((10,), torch.nan)}}, "NaN or infinite"),
+    "optimizer": (lambda s: {**s, "optimizer": {"state": {}, "param_groups": []}}, "is not a checkpoint of this run"),
+    "moments": (
+        lambda s: {
+            **s,
+            "optimizer": {
+                **s["optimizer"],
+                "state": {k: {**v, "exp_avg": torch.zeros(7)} for k, v in s["optimizer"]["state"].items()},
+            },
+        },
+        "exp_avg of shape (7,)",
+    ),
+    "losses": (lambda s: {**s, "losses": torch.zeros(5)}, "its losses cannot be right"),
+}
+
+
+def test_a_checkpoint_of_other_content_is_one_line(in_process, tmp_path):
+    folder = tmp_path / "model"
+    args = ["--epochs", 1, "--steps-per-epoch", 4, "--no-check", "--workers", 0, "--threads", 1, "--tracker", "none"]
+    args += ["--opt", "adamw", "--save-minutes", 0, "--batch-size", 16, "--output", folder]
+    assert in_process(FINETUNE, *args).returncode == 0
+    last = Checkpoints(tmp_path / "model.run" / "checkpoints").paths()[-1]
+    state = final(folder)
+    for name, (change, words) in OTHER_CONTENT.items():
+        torch.save(change(state), last)
+        line = input_error(in_process(FINETUNE, "--resume", "--output", folder, "--epochs", 3))
+        assert str(last) in line and words in line, (name, line)
+
+
+def test_two_trainings_cannot_write_one_folder(in_process, tmp_path):
+    """While one runs, others that would write its folder end; killed, it does not keep them out."""
+    folder = tmp_path / "model"
+    running = Running(folder, *SHORT, "--epochs", 100, "--save-minutes", 0, "--workers", 1)
+    running.wait_for_step(2)
+    for options in (SHORT, ["--resume"], ["--overwrite"]):
+        line = input_error(in_process(FINETUNE, *options, "--output", folder))
+        assert f"another run (process {running.process.pid} on" in line and str(folder) in line
+    before = read_tree(tmp_path / "model.run")
+    os.kill(running.process.pid, signal.SIGKILL)  # its loader process lives on for some seconds
+    running.process.wait()
+    assert before.keys() & {"recipe.toml"}
+    (tmp_path / "model.run" / ".raw-new-abcdefgh").mkdir()
+    result = in_process(FINETUNE, *SHORT, "--epochs", 1, "--steps-per-epoch", 2, "--overwrite", "--output", folder)
+    assert result.returncode == 0, result.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "model.run"}
+    assert not list((tmp_path / "model.run").glob(".*"))
+
+
+def test_killed_while_it_replaced_its_model_a_run_goes_on(in_process, tmp_path):
+    """Between the two renames: the old model and the new one stand beside their place."""
+    folder = tmp_path / "model"
+    args = [*SHORT, "--epochs", 1, "--steps-per-epoch", 2, "--no-check", "--workers", 0, "--output", folder]
+    assert in_process(FINETUNE, *args).returncode == 0
+    whole = read_tree(folder)
+    folder.rename(tmp_path / ".model-new-abcdefgh")
+    (tmp_path / ".model-old-abcdefgh").mkdir()
+    assert "holds another run" in input_error(in_process(FINETUNE, *args))
+    assert read_tree(folder) == whole and {p.name for p in tmp_path.iterdir()} == {"model", "model.run"}
+    folder.rename(tmp_path / ".model-new-abcdefgh")
+    (tmp_path / ".model-old-abcdefgh").mkdir()
+    assert in_process("scripts/validate.py", "--model", f"local-dir:{folder}").returncode == 0
+    result = in_process(FINETUNE, "--resume", "--epochs", 2, "--output", folder)
+    assert result.returncode == 0 and "goes on after step 2 of 4" in result.stdout
 
 
 def test_a_run_goes_on_with_the_classes_that_it_began_with_only(in_process, tmp_path):

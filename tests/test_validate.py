@@ -1,6 +1,7 @@
 """scripts/validate.py, run as a user runs it: figures, comparison, bad input, many models, interruption."""
 
 import json
+import math
 import re
 import shutil
 import signal
@@ -12,12 +13,15 @@ from pathlib import Path
 import pytest
 import timm
 from huggingface_hub import constants
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from res2net_zoo.card import model_card
+from res2net_zoo.files import locked
 from res2net_zoo.folder import write_model_folder
 from res2net_zoo.labels import imagenet_synsets, real_labels, subset_synsets
 from res2net_zoo.pretrained import published_accuracies
-from tests.conftest import ROOT, SHIPPED_DATA, SHIPPED_MODEL, input_error, save_images, spread
+from tests.conftest import ROOT, SHIPPED_DATA, SHIPPED_MODEL, full_disk, input_error, save_images, spread
 from tests.hub_server import serve
 
 VALIDATE = "scripts/validate.py"
@@ -123,7 +127,96 @@ def test_strange_figures_on_a_card_are_not_published(tmp_path):
 def test_nothing_published_cannot_pass_a_check(in_process, tiny_folder, tmp_path):
     result = in_process(VALIDATE, "--model", f"local-dir:{tiny_folder}", "--check", "--output", tmp_path / "r.json")
     assert "nothing is published" in input_error(result)
-    assert results(tmp_path / "r.json")[0]["passed"] is None
+    assert not (tmp_path / "r.json").exists()  # it was not measured
+
+
+def test_weights_data_and_figures_that_have_changed_are_noticed(in_process, tmp_path):
+    """Resuming with --check must not pass for what was never measured."""
+    images = save_images(tmp_path / "digits", [str(i) for i in range(10)], 1)
+    folder = shutil.copytree(SHIPPED_MODEL, tmp_path / "model")
+    args = ["--model", f"local-dir:{folder}", "--data", images, "--output", tmp_path / "r.json", "--resume"]
+
+    def says(*more: object) -> str:
+        result = in_process(VALIDATE, *args, *more)
+        assert len(results(tmp_path / "r.json")) == 1
+        return "done already" if "is done already" in result.stdout else result.stdout
+
+    says()
+    first = results(tmp_path / "r.json")[0]
+    assert re.fullmatch("[0-9a-f]{64}", first["weights_sha256"])
+    assert says() == "done already"
+    weights = load_file(folder / "model.safetensors")
+    weights["fc.weight"].zero_()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert "is measured again: weights changed" in says()
+    assert says() == "done already"
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"]["crop_pct"] = 0.5
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "is measured again: crop_pct changed" in says()
+    Image.new("RGB", (50, 60)).save(images / "3" / "0.jpg")
+    assert "is measured again: data changed" in says()
+    # A file of an earlier version, without the hash.
+    old = [{k: v for k, v in results(tmp_path / "r.json")[0].items() if k != "weights_sha256"}]
+    (tmp_path / "r.json").write_text(json.dumps(old))
+    assert "is measured again: weights changed since, or not recorded" in says()
+
+
+def test_two_runs_cannot_write_one_results_file(in_process, tmp_path):
+    with locked(tmp_path / "r.json"):
+        for options in ([], ["--resume"]):
+            line = input_error(in_process(VALIDATE, "--output", tmp_path / "r.json", *options))
+            assert "another run (process" in line and "r.json" in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("top1", "100"), ("top5", None), ("published_top1", []), ("samples", {}), ("images_per_second", math.nan),
+     ("model", 3), ("options", []), ("benchmark", 1)],
+)  # fmt: skip
+def test_results_of_other_content_are_one_line(in_process, tmp_path, key, value):
+    result = dict.fromkeys(("model", "data", "split", "precision"), "")
+    result |= dict.fromkeys(("samples", "skipped", "images_per_second", "top1", "top5"), 1)
+    result |= {"options": {}, "benchmark": None, "published_top1": None, "published_top5": None, key: value}
+    (tmp_path / "r.json").write_text(json.dumps([result]))
+    line = input_error(in_process(VALIDATE, "--resume", "--output", tmp_path / "r.json"))
+    assert f"r.json holds no results of this program: {key} of result 1 cannot be" in line
+
+
+def test_a_full_disk_costs_no_measurement(in_process, tmp_path):
+    other = dict.fromkeys(("model", "data", "split", "precision"), "other" * 200)
+    other |= dict.fromkeys(("samples", "skipped", "images_per_second", "top1", "top5"), 1)
+    other |= {"options": {}, "benchmark": None, "published_top1": None, "published_top5": None}
+    before = json.dumps([other] * 10)
+    (tmp_path / "r.json").write_text(before)
+    with full_disk(len(before)):  # enough for what is printed, which goes to a file here as well
+        result = in_process(VALIDATE, "--output", tmp_path / "r.json", "--resume", "--workers", 0)
+    line = input_error(result)
+    assert "cannot write" in line and "r.json: File too large; the results are in the table above" in line
+    assert table(result)[0][3] == "360"
+    assert [p.name for p in tmp_path.iterdir()] == ["r.json"] and (tmp_path / "r.json").read_text() == before
+
+
+def test_a_full_disk_behind_the_standard_output_is_one_line(program):
+    for args in (["scripts/validate.py"], ["-m", "res2net_zoo", "list"]):
+        command = " ".join(f"'{word}'" for word in (sys.executable, *args))
+        result = program("-c", f"import os; os._exit(os.system({command + ' > /dev/full'!r}) >> 8)")
+        assert "cannot write the output: No space left on device" in input_error(result)
+
+
+def test_images_that_the_model_was_trained_on_are_named(in_process, tmp_path):
+    images = save_images(tmp_path / "digits", [str(i) for i in range(10)], 2)
+    folder = shutil.copytree(SHIPPED_MODEL, tmp_path / "model")
+    card = (folder / "README.md").read_text().replace("split: validation", "split: train/held-out-0.5-0")
+    (folder / "README.md").write_text(card)
+    args = ["--model", f"local-dir:{folder}", "--data", images]
+    result = in_process(VALIDATE, *args)
+    assert result.returncode == 0 and "it was trained on images of train of digits" in result.stderr
+    assert "of --split train/held-out-0.5-0" in result.stderr
+    line = input_error(in_process(VALIDATE, *args, "--check"))
+    assert "nothing is published" in line and "of --split train/held-out-0.5-0" in line
+    assert "trained on" not in in_process(VALIDATE, *args, "--split", "train/held-out-0.5-0").stderr
 
 
 class TestBadInput:
@@ -274,7 +367,7 @@ class TestBadInput:
         for content in ('{"not": "results"}', "{}", "[1]", '[{"model": "x"}]', "half of"):
             (tmp_path / "r.json").write_text(content)
             line = input_error(in_process(VALIDATE, "--resume", "--output", tmp_path / "r.json"))
-            assert "no results of this program" in line
+            assert "no results of this program" in line or "is not JSON" in line
             assert (tmp_path / "r.json").read_text() == content
 
     def test_in_two_processes_one_line_all_the_same(self, program, tmp_path):
