@@ -43,7 +43,7 @@ from res2net_zoo.images import (
     read_named,
     walk,
 )
-from res2net_zoo.program import InputError
+from res2net_zoo.program import InputError, printable
 from res2net_zoo.shards import read_shards
 
 # The words by which people and `datasets` name splits, and the name that `datasets` gives them.
@@ -130,6 +130,9 @@ def open_source(
         cause = error.__cause__ or error
         if isinstance(cause, OSError):
             _check_caches()
+        if isinstance(cause, UnicodeEncodeError):
+            odd = printable(cause.object[-200:])
+            raise InputError(f"cannot read the data {src}: the name {odd} is not UTF-8; rename it") from error
         raise InputError(f"cannot read the data {src}: {str(cause).strip() or type(cause).__name__}") from error
 
 

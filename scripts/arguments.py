@@ -230,6 +230,11 @@ def parse_run(
     for key in none_words:
         if getattr(args, key) in (0, "none"):
             setattr(args, key, None)
+    for key, value in vars(args).items():
+        # A card and a recipe hold all settings, and are UTF-8.
+        if any("\ud800" <= letter <= "\udfff" for letter in str(value)):
+            name = str(value).encode("ascii", "backslashreplace").decode()
+            parser.error(f"--{key.replace('_', '-')} {name} is not UTF-8; rename it")
     if args.output.resolve() in (Path.cwd(), *Path.cwd().parents):
         parser.error(f"--output {args.output} is a folder that this runs in; name one of its own")
     if args.output.exists() and not args.output.is_dir():

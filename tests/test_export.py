@@ -257,6 +257,15 @@ def test_the_two_files_of_an_ir_are_never_mixed(tmp_path, monkeypatch):
     write()
     assert state() == ("new", "new") and all(xml in ("-", other) for xml, other in states)
     assert {file.name for file in tmp_path.iterdir()} == {"m.xml", "m.bin"}
+    # Killed when one of the new files is in its place: the next export puts the other one there.
+    monkeypatch.undo()
+    left = tmp_path / ".m.xml-new-abcdefgh"
+    (left / "old").mkdir(parents=True)
+    path.rename(left / "m.xml")
+    export.check_output(path, "openvino")
+    assert path.read_text() == "new"
+    write()
+    assert {file.name for file in tmp_path.iterdir()} == {"m.xml", "m.bin"}
 
 
 @pytest.mark.parametrize(

@@ -131,13 +131,25 @@ def test_a_lock_and_what_is_half_written_last_as_long_as_their_process(tmp_path)
 
 def test_a_lock_does_not_outlive_its_process_in_its_children(tmp_path):
     """Loader processes are forked, and may live some seconds longer."""
-    code = "import os, sys, time\nfrom pathlib import Path\nfrom res2net_zoo.files import locked\n"
-    code += "with locked(Path(sys.argv[1])):\n    child = os.fork()\n    print(child, flush=True)\n    time.sleep(600)"
+    code = """
+import os, sys, time
+from pathlib import Path
+from res2net_zoo.files import locked
+with locked(Path(sys.argv[1])):
+    heard, say = os.pipe()
+    child = os.fork()
+    if child:
+        os.read(heard, 1)
+        print(child, flush=True)
+    else:
+        os.write(say, b"1")
+    time.sleep(600)
+"""
     process = subprocess.Popen(
         [sys.executable, "-c", code, tmp_path / "f"], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    child = max(int(process.stdout.readline()) for _ in range(2))
+    child = int(process.stdout.readline())
     process.kill()
     process.wait()
     try:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from res2net_zoo import catalog, tasks
 from res2net_zoo.checkpoints import Checkpoints
+from res2net_zoo.files import locked
 from res2net_zoo.program import InputError
 from res2net_zoo.tasks.engine import Plan, make_card
 from res2net_zoo.tasks.segmentation import IGNORED, MeanIoU, Segmentation, voc_colour
@@ -138,6 +139,39 @@ def test_killed_and_resumed_it_ends_the_same(voc, tmp_path, trained):
     assert (trained / "metrics.csv").read_text() == (tmp_path / "unet/metrics.csv").read_text()
     one, two = (load_file(folder / "model.safetensors") for folder in (trained, tmp_path / "unet"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_no_second_run_and_no_checkpoint_of_other_content(trained, voc, in_process, tmp_path):
+    with locked(trained):
+        assert "another run (process" in input_error(in_process(TRAIN, "--resume", "--output", trained))
+    with locked(tmp_path / "figures.json"):
+        args = ["--data", voc, "--output", tmp_path / "figures.json"]
+        assert "another run (process" in input_error(in_process(VALIDATE, trained, *args))
+    folder = Path(shutil.copytree(trained, tmp_path / "unet"))
+    shutil.copytree(trained.with_name("unet.run"), tmp_path / "unet.run")
+    last = Checkpoints(tmp_path / "unet.run" / "checkpoints").paths()[-1]
+    state = Checkpoints(tmp_path / "unet.run" / "checkpoints").load()
+    for changed, words in (
+        ([1], "it holds a list"),
+        ({**state, "metrics": [{}]}, "its metrics cannot be right"),
+        ({**state, "done": -1}, "its done cannot be right"),
+        ({**state, "model": {}}, "is not a checkpoint of this run"),
+        ({**state, "optimizer": [1]}, "its optimizer cannot be right"),
+        ({k: v for k, v in state.items() if k != "plan"}, "plan missing"),
+    ):
+        torch.save(changed, last)
+        line = input_error(in_process(TRAIN, "--resume", "--epochs", 3, "--output", folder))
+        assert str(last) in line and words in line, line
+
+
+def test_an_image_to_measure_on_that_cannot_be_read_is_found_before_training(voc, in_process, tmp_path):
+    data = Path(shutil.copytree(voc, tmp_path / "voc"))
+    for name in (data / "ImageSets" / "Segmentation" / "val.txt").read_text().split():
+        (data / "JPEGImages" / f"{name}.jpg").write_bytes(b"no image")
+    args = [*SMALL, "--workers", 0, "--data", data, "--head", "unet", "--epochs", 1, "--output", tmp_path / "unet"]
+    line = input_error(in_process(TRAIN, *args))
+    assert "cannot" in line and "JPEGImages/val_" in line
+    assert not list((tmp_path / "unet.run").rglob("*.pt"))
 
 
 def test_a_backbone_starts_another_task_and_a_classifier(trained, voc):

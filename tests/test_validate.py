@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -254,6 +255,24 @@ class TestBadInput:
         images = save_images(tmp_path / "images", [f"class {c}" for c in "abcdefghijk"], 1)
         line = self.refused(in_process, tmp_path, "--data", images)
         assert "11 classes and the model only 10" in line
+
+    @pytest.mark.parametrize("place", [b"1/\xff.jpg", b"\xfe/0.jpg"])
+    def test_names_that_are_not_utf8(self, in_process, tmp_path, place):
+        images = save_images(tmp_path / "images", ["0", "1"], 1)
+        path = Path(os.fsdecode(os.fsencode(images) + b"/" + place))
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(images / "1" / "0.jpg", path)
+        line = self.refused(in_process, tmp_path, "--data", images)
+        assert "is not UTF-8; rename it" in line and r"\udcf" in line
+
+    def test_a_folder_that_is_not_utf8(self, in_process, tmp_path):
+        images = save_images(tmp_path / os.fsdecode(b"\xff"), ["0", "1"], 1)
+        result = in_process(VALIDATE, "--data", images, "--output", tmp_path / "r.json")
+        assert result.returncode == 0 and r"\udcff" in table(result)[0][1]
+        assert os.fsencode(results(tmp_path / "r.json")[0]["data"]) == os.fsencode(images)
+        for options in (["--data", images, "--output", tmp_path / "m"], ["--output", images / "m"]):
+            line = input_error(in_process("scripts/finetune.py", *options))
+            assert "is not UTF-8; rename it" in line
 
     def test_label_out_of_range(self, in_process, tmp_path):
         import datasets
