@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
     HTTPError,
     OfflineModeIsEnabled,
 )
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from pyarrow import parquet
 
 from res2net_zoo.files import LARGEST_TEXT, check_writable, read_text
@@ -333,9 +334,9 @@ def _check_configs(card: Path) -> None:
     if not card.is_file():
         return
     text = read_text(card)
-    blocks = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    block = REGEX_YAML_BLOCK.search(text)  # as `datasets` finds it
     try:
-        content = yaml.safe_load(text if card.suffix == ".yaml" else blocks[1] if blocks else "")
+        content = yaml.safe_load(text if card.suffix == ".yaml" else block[2] if block else "")
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise InputError(f"cannot read {card}: its metadata is not YAML: {' '.join(str(error).split())}") from error
     patterns = [content.get("configs") if isinstance(content, dict) else None]

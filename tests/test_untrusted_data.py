@@ -246,7 +246,7 @@ def test_folders_of_images_with_metadata_are_read(tmp_path, streaming, monkeypat
     assert [(source.read(row["image"]), row["label"]) for row in source.rows] == [(picture(), 1)]
 
 
-@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml", "README.md with CRLF"])
 @pytest.mark.parametrize(
     "pattern",
     ["http://127.0.0.1:{port}/x.parquet", "reference://k::http://127.0.0.1:{port}/spec.json", "../other/*.parquet",
@@ -258,7 +258,9 @@ def test_a_card_names_no_files_elsewhere(tmp_path, requests_made, name, pattern)
     data = save_images(tmp_path / "data", ["a", "b"], 1)
     found = pattern.format(port=port, tmp=tmp_path)
     content = json.dumps({"configs": [{"config_name": "default", "data_files": [{"split": "train", "path": found}]}]})
-    (data / name).write_text(f"---\n{content[1:-1]}\n---\n" if name == "README.md" else content)
+    name, _, crlf = name.partition(" ")
+    text = f"---\n{content[1:-1]}\n---\n" if name == "README.md" else content
+    (data / name).write_text(f"\ufeff{text}" if crlf else text, newline="\r\n" if crlf else None)
     (data / "x.parquet").write_bytes(b"")  # so that `datasets` is asked
     with pytest.raises(InputError, match="only files of the dataset itself are read"):
         open_source(str(data))
