@@ -194,16 +194,18 @@ def hold_out(source: Source, fraction: float, seed: int) -> tuple[Source, Source
         finds them again.
 
     Raises:
-        InputError: A class has too few images to be on both sides.
+        InputError: An image has no label, or a class has too few images to be on both sides.
     """
     fraction = float(f"{fraction:g}")  # as the split's name says it
     labels = labels_of(source)
+    if (labels < 0).any():
+        raise InputError(f"image {np.argmax(labels < 0)} of {source.split} in {source.name} has no label")
     held = []
     for label in np.unique(labels):
         members = np.random.default_rng([seed, int(label) + 1]).permutation(np.flatnonzero(labels == label))
         number = max(1, round(fraction * len(members)))
         if number >= len(members):
-            name = source.class_names[label] if source.class_names and label >= 0 else label
+            name = source.class_names[label] if source.class_names else label
             raise InputError(
                 f"{source.name} has {len(members)} image{'s' * (len(members) != 1)} of class {name}, too few to hold "
                 f"{fraction:g} of them out for validation; add some, or name a split with --eval-split"

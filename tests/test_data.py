@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from huggingface_hub import constants
 from PIL import Image
 
 from res2net_zoo.data import open_source
-from res2net_zoo.images import EXTENSIONS, FORMATS, Samples, decode, find_images, read_named
+from res2net_zoo.images import EXTENSIONS, FORMATS, Samples, decode, find_images, open_image, read_named, to_mode
 from res2net_zoo.program import InputError
 from tests.conftest import SHIPPED_DATA, save_images
 
@@ -353,6 +354,35 @@ def test_images_are_left_as_they_are_stored(tmp_path, streaming):
     Image.new("RGB", (20, 10)).save(folder / "0.jpg", exif=exif)
     source = open_source(str(tmp_path), streaming=streaming)
     assert decode(source.read(next(iter(source.rows))["image"]), "RGB").size == (20, 10)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "JPEG2000"])
+def test_sixteen_bits_become_eight_by_their_whole_range(kind):
+    """Pillow by itself makes 255 of nearly all of them."""
+    values = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    for part in (values, values // 16):  # the same for an image that uses few of them, such as of a 12-bit camera
+        buffer = io.BytesIO()
+        Image.fromarray(part).save(buffer, kind)
+        grey, colour = (np.asarray(decode(buffer.getvalue(), mode)) for mode in ("L", "RGB"))
+        assert (grey == np.round(part / 257)).all() and (colour == grey[:, :, None]).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
+def test_eight_bits_are_converted_as_timm_does(mode):
+    image = Image.effect_noise((20, 20), 90).convert(mode)
+    for target in ("RGB", "L"):
+        assert to_mode(image, target).tobytes() == image.convert(target).tobytes()
+
+
+def test_sixteen_bits_are_turned_upright():
+    values = np.arange(6, dtype=np.uint16).reshape(2, 3) * 257
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("PNG", "TIFF"):
+        buffer = io.BytesIO()
+        Image.fromarray(values).save(buffer, kind, exif=exif)
+        with open_image(buffer.getvalue()) as image:
+            assert np.asarray(to_mode(image, "L", upright=True)).tolist() == [[3, 0], [4, 1], [5, 2]]
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ import csv
 import io
 import json
 import os
+import zlib
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow.parquet
 import pytest
 import timm
@@ -175,3 +177,49 @@ def test_files_are_predicted_without_what_only_data_sets_need(program, tmp_path)
     code += "try:\n    runpy.run_path('scripts/predict.py', run_name='__main__')\nexcept SystemExit as end:\n"
     code += "    print(end.code, {'datasets', 'pandas', 'onnx', 'matplotlib'} & {*sys.modules})"
     assert program("-c", code, tmp_path / "a.png").stdout.splitlines()[-1] == "0 set()"
+
+
+def test_what_is_left_out_of_folders_is_reported(in_process, tmp_path):
+    for name in ("a/0.png", "a/@eaDir/1.png", "a/.x/2.png", "b/3.GIF"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "b" / "notes.txt").touch()
+    (tmp_path / "b" / "up").symlink_to(tmp_path)
+    for args in ([tmp_path], [tmp_path / "a", tmp_path / "b"], [f"{tmp_path}/*"], [f"{tmp_path}/**/*.[pG]*"]):
+        result = in_process(PREDICT, *args, "--format", "jsonl")
+        paths = [json.loads(line)["path"] for line in result.stdout.splitlines()]
+        assert paths == [f"{tmp_path}/a/0.png", f"{tmp_path}/b/3.GIF"]
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("warning: left out: hidden or system folders: 2 (such as ")
+        assert ".txt files: 1 (such as" in line or "**" in args[0]
+
+
+def test_pixels_of_more_than_eight_bits(in_process, tmp_path):
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "16.png")
+    Image.fromarray(np.round(values / 257).astype(np.uint8)).save(tmp_path / "8.png")
+    result = in_process(PREDICT, tmp_path / "16.png", tmp_path / "8.png", "--format", "jsonl")
+    one, other = (json.loads(line)["predictions"] for line in result.stdout.splitlines())
+    assert one == other
+    Image.fromarray(values.astype(np.float32)).save(tmp_path / "float.tiff")
+    line = input_error(in_process(PREDICT, tmp_path / "float.tiff"))
+    assert "float.tiff" in line and "floating-point pixels are unsupported" in line
+
+
+def test_images_of_very_many_pixels(in_process, tmp_path):
+    """Up to 179 million are read, without Pillow's own warning; a file too small for what it claims is not decoded."""
+    Image.new("1", (9500, 9500)).save(tmp_path / "large.png")
+    result = in_process(PREDICT, tmp_path / "large.png")
+    assert (result.returncode, result.stderr) == (0, "")
+    Image.new("1", (13_500, 13_500)).save(tmp_path / "larger.png")
+    assert "exceeds limit of 178956970 pixels" in input_error(in_process(PREDICT, tmp_path / "larger.png"))
+    for kind in ("png", "bmp"):
+        Image.new("1", (8, 8)).save(tmp_path / f"lies.{kind}")
+        content = (tmp_path / f"lies.{kind}").read_bytes()
+        place, order = (16, "big") if kind == "png" else (18, "little")
+        header = content[:place] + (12_000).to_bytes(4, order) * 2 + content[place + 8 :]
+        if kind == "png":
+            header = header[:29] + zlib.crc32(header[12:29]).to_bytes(4, "big") + header[33:]
+        (tmp_path / f"lies.{kind}").write_bytes(header)
+        line = input_error(in_process(PREDICT, tmp_path / f"lies.{kind}"))
+        assert f"it claims 12000 x 12000 pixels, more than its {len(header):,} bytes can hold" in line

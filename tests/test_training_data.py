@@ -1,15 +1,20 @@
 """Order, augmentation, held-out splits and streams of training images; what is refused before training."""
 
+import io
 import itertools
+import resource
 import shutil
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from res2net_zoo.data import hold_out, labels_of, open_source
 from res2net_zoo.images import Samples
@@ -266,3 +271,66 @@ def test_images_that_cannot_be_decoded_are_told_or_left_out(accelerator, tmp_pat
     assert "2 images of train cannot be decoded and are left out" in capsys.readouterr().err
     assert data.num_images == 8 and data.counts == [4, 4]
     assert len(load(data, accelerator, batch=2)) == 4
+
+
+def test_pixels_of_unknown_range_are_found_before_training(accelerator, tmp_path):
+    """Pillow turns floating-point numbers into 0 and 1, and 32-bit ones into 255."""
+    save_images(tmp_path / "train", ["a", "b"], 5)
+    save_images(tmp_path / "val", ["a", "b"], 2)
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / "train" / "a" / "f.tif")
+    Image.fromarray(np.arange(64, dtype=np.int32).reshape(8, 8)).save(tmp_path / "train" / "b" / "i.tif")
+    Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8)).save(tmp_path / "train" / "b" / "u.tif")
+    data = open_training_data(str(tmp_path), accelerator)
+    words = (
+        r"2 images of train .*a/f.tif \(floating-point pixels are unsupported.*b/i.tif \(signed or 32-bit pixels are"
+    )
+    with pytest.raises(InputError, match=words):
+        corrupt_images(data, accelerator, 0, skip=False)
+    data.leave_out(corrupt_images(data, accelerator, 0, skip=True))
+    assert data.counts == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "words"),
+    [
+        (
+            pa.int64(),
+            [0, 2**40],
+            "image 1 of train in data has label 1099511627776; labels go from 0 to 999999 at most",
+        ),
+        (pa.uint64(), [0, 2**63 + 5], "image 1 of train in data has label 9223372036854775813"),
+        (pa.int32(), [0, 999_999], "no image of 2, 3, 4, 5, 6 in train|1 image of class 999999, too few"),
+        (pa.int64(), [0, -(2**63)], "image 1 of train in data has label -9223372036854775808"),
+        (pa.int8(), [1, -2], "image 1 of train in data has label -2"),
+        (pa.int64(), [0, -1], "image 1 of train in data has no label"),
+        (pa.uint8(), [0, None], "image 1 of train in data has no label"),
+        (pa.uint64(), [0, None], "image 1 of train in data has no label"),
+        (pa.float32(), [0, 1], "column label of .* holds no class numbers"),
+        (pa.float64(), [0, float("nan")], "column label of .* holds no class numbers"),
+        (pa.bool_(), [False, True], "column label of .* holds no class numbers"),
+        (pa.string(), ["a", "b"], "column label of .* holds no class numbers"),
+    ],
+)
+def test_labels_are_checked_before_anything_of_their_size_is_made(accelerator, tmp_path, kind, labels, words):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    image = {"bytes": buffer.getvalue(), "path": None}
+    others = [0, 1] * 9 if pa.types.is_integer(kind) else labels * 9
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        table = pa.table({"image": [image] * 20, "label": pa.array([*labels, *others], kind)})
+        pq.write_table(table, tmp_path / "data" / f"{split}.parquet")
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match=words):
+        open_training_data(str(tmp_path / "data"), accelerator)
+    (tmp_path / "data" / "validation.parquet").unlink()
+    with pytest.raises(InputError, match=words):  # and where some are to be held out
+        open_training_data(str(tmp_path / "data"), accelerator)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 2**20  # kB
+
+
+def test_what_is_left_out_of_class_folders_is_reported_once(accelerator, tmp_path, capsys):
+    data = save_images(tmp_path / "data", ["a", "b"], 5)
+    (data / "a" / "x.heic").touch()
+    open_training_data(str(data), accelerator)
+    assert capsys.readouterr().err == f"warning: left out of {data}: .heic files: 1 (such as {data}/a/x.heic)\n"

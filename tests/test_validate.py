@@ -1,5 +1,6 @@
 """scripts/validate.py, run as a user runs it: figures, comparison, bad input, many models, interruption."""
 
+import io
 import json
 import math
 import os
@@ -8,9 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import timm
 from huggingface_hub import constants
@@ -564,6 +568,49 @@ def test_image_files_from_the_hub(program, tmp_path, streaming):
         result = program(VALIDATE, *args, **env)
         assert result.returncode == 0, result.stderr
         assert results(tmp_path / "r.json")[0]["samples"] == 8
+
+
+def test_what_is_left_out_of_class_folders_is_reported(in_process, tmp_path):
+    save_images(tmp_path / "val", ["crash test", "wheel"], 2)
+    save_images(tmp_path / "val" / "wheel", ["@eaDir"], 3)
+    (tmp_path / "val" / "metadata.txt").write_text("by a camera")
+    (tmp_path / "val" / "wheel" / "up").symlink_to(tmp_path / "val")
+    result = in_process(VALIDATE, "--data", tmp_path / "val", "--output", tmp_path / "r.json")
+    assert result.returncode == 0, result.stderr
+    assert results(tmp_path / "r.json")[0]["samples"] == 4
+    line = result.stderr.splitlines()[0]
+    assert line.startswith(f"warning: left out of {tmp_path / 'val'}: hidden or system folders: 1 (such as ")
+    assert "links to folders that are read already or lie above: 1 (such as " in line
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("kind", "label"), [(pa.int64(), 2**40), (pa.uint64(), 2**63 + 5), (pa.int64(), -3)])
+def test_labels_out_of_range(in_process, tmp_path, streaming, kind, label):
+    image = {"bytes": next(save_images(tmp_path, ["a"], 1).rglob("*.jpg")).read_bytes(), "path": None}
+    table = pa.table({"image": [image] * 2, "label": pa.array([0, label], kind)})
+    pyarrow.parquet.write_table(table, tmp_path / "val.parquet")
+    line = input_error(in_process(VALIDATE, "--data", tmp_path / "val.parquet", *["--streaming"] * streaming))
+    assert "image 1" in line and f"its label {label} is out of range; labels go from 0 to 9" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [False, True])
+def test_shards_of_several_image_formats_on_two_processes(program, tmp_path, streaming):
+    images = sorted(save_images(tmp_path, ["a"], 8).rglob("*.jpg"))
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"val-{shard}.tar", "w") as tar:
+            for i, path in enumerate(images):
+                if i > 5:
+                    Image.open(path).save(path.with_suffix(".png"))
+                    path = path.with_suffix(".png")
+                tar.add(path, f"{i}{path.suffix}")
+                label = tarfile.TarInfo(f"{i}.cls")
+                label.size = 1
+                tar.addfile(label, io.BytesIO(b"1"))
+    args = ["--data", tmp_path / "val-*.tar", "--output", tmp_path / "r.json", *["--streaming"] * streaming]
+    result = program(VALIDATE, *args, processes=2)
+    assert result.returncode == 0, result.stderr
+    assert results(tmp_path / "r.json")[0]["samples"] == 16
 
 
 @pytest.mark.parametrize("path", ["scripts/validate.py", "scripts/finetune.py", "hub/datasets/make_digits.py"])
