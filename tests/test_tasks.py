@@ -5,9 +5,13 @@ import json
 import re
 import shutil
 import signal
+import struct
 import tomllib
+import zlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -382,6 +386,52 @@ def write_in_latin1(voc: Path) -> None:
     (voc / "ImageSets/Segmentation/train.txt").write_bytes("Gänse".encode("latin-1"))
 
 
+def renumber(voc: Path, change: Callable[[np.ndarray], Any], name: str = "*") -> None:
+    """Change the numbers of masks."""
+    for path in (voc / "SegmentationClass").glob(f"{name}.png"):
+        numbers = np.asarray(Image.open(path))
+        Image.fromarray(np.asarray(change(numbers)).astype(np.uint8)).save(path)
+
+
+def write_255_for_all(voc: Path) -> None:
+    (voc / "classes.txt").write_text("background\nthing\n")
+    renumber(voc, lambda numbers: 255 * (numbers > 0))
+
+
+def write_255_for_one(voc: Path) -> None:
+    renumber(voc, lambda numbers: np.where(numbers == 3, 255, numbers))
+
+
+def write_nothing_but_the_background(voc: Path) -> None:
+    renumber(voc, lambda numbers: 0 * numbers)
+
+
+def pack_a_mask(voc: Path) -> None:
+    """As a grey PNG of 2 bits, which holds 0 to 3 and which Pillow stretches to 0, 85, 170 and 255."""
+    path = voc / "SegmentationClass/train_00002.png"
+    numbers = np.asarray(Image.open(path))
+    packed = np.where(numbers == 255, 0, numbers).reshape(len(numbers), -1, 4) @ np.array([64, 16, 4, 1])
+    rows = b"".join(b"\0" + row.astype(np.uint8).tobytes() for row in packed)
+    header = struct.pack(">IIBBBBB", *numbers.shape[::-1], 2, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    whole = (struct.pack(">I", len(x)) + name + x + struct.pack(">I", zlib.crc32(name + x)) for name, x in chunks)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(whole))
+
+
+def widen_a_mask(voc: Path) -> None:
+    path = voc / "SegmentationClass/train_00002.png"
+    Image.fromarray(np.asarray(Image.open(path)).astype(np.uint16)).save(path)
+
+
+def compress_a_mask(voc: Path) -> None:
+    path = voc / "SegmentationClass/train_00002.png"
+    Image.open(path).convert("L").save(path, format="JPEG")
+
+
+def name_a_class_twice(voc: Path) -> None:
+    (voc / "classes.txt").write_text("background\ndisc\nsquare\ndisc\n")
+
+
 def leave_nothing_that_counts(voc: Path) -> None:
     for path in (voc / "SegmentationClass").iterdir():
         Image.new("L", Image.open(path).size, IGNORED).save(path)
@@ -397,6 +447,16 @@ def leave_nothing_that_counts(voc: Path) -> None:
         (lose_a_mask, "there is no .*train_00002.png"),
         (shrink_a_mask, "train_00002.jpg is 128 x 96; its mask .*train_00002.png is 9 x 9"),
         (name_a_class_less, "train_.*png has the number [23], and there are 2 classes"),
+        (write_255_for_all, "has a pixel of the class thing; 255 counts for nothing: .*write the class's number.* 1"),
+        (
+            write_255_for_one,
+            "has a pixel of the class triangle; 255 counts for nothing: .*write the class's number.* 3",
+        ),
+        (write_nothing_but_the_background, "has a pixel of the classes disc, square, triangle; correct the masks or"),
+        (pack_a_mask, "cannot read the mask .*train_00002.png: it is grey of 2 bits; class numbers must be"),
+        (widen_a_mask, "cannot read the mask .*train_00002.png: it is of mode I;16; class numbers must be"),
+        (compress_a_mask, "cannot read the mask .*train_00002.png: it is a JPEG, whose compression changes numbers"),
+        (name_a_class_twice, "classes.txt lists the class disc twice"),
         (paint_a_mask, "cannot read the mask .*train_00002.png: it is of mode RGB; class numbers must be"),
         (cut_an_image, "cannot decode .*train_00002.jpg"),
     ],
@@ -407,6 +467,40 @@ def test_bad_annotations(voc, tmp_path, in_process, harm, told):
     line = input_error(in_process(TRAIN, *SMALL, "--data", data, "--head", "unet", "--output", tmp_path / "out"))
     assert re.search(told, line), line
     assert not (tmp_path / "out").exists()
+
+
+def test_classes_that_no_mask_has(trained, voc, tmp_path, in_process):
+    """They cannot be learned or measured, which a line, the card and the results tell."""
+    data = Path(shutil.copytree(voc, tmp_path / "voc"))
+    renumber(data, lambda numbers: np.where(numbers >= 2, 0, numbers), "val*")
+    done = in_process(VALIDATE, trained, "--data", data, "--output", tmp_path / "figures.json")
+    assert done.returncode == 0, done.stderr
+    told = "classes without a pixel in val"
+    assert "val.txt has a pixel of the classes square, triangle; figures are of the other classes alone" in done.stderr
+    assert f"{told}: square, triangle" in done.stdout
+    (result,) = json.loads((tmp_path / "figures.json").read_text())
+    assert result[told] == "square, triangle" and list(result["IoU"]) == CLASSES
+    there = [value for value in result["IoU"].values() if value is not None]
+    assert result["figures"]["mIoU"] == pytest.approx(np.mean(there))
+    # Of a class that is predicted and is nowhere it is 0, not null.
+    data2 = Segmentation.open(str(data), "val", "unet", CLASSES)
+    score = MeanIoU(CLASSES)
+    score.update(0, {"mask": torch.tensor([[0, 1]])}, torch.tensor([[0, 2]]))
+    assert score.compute(Accelerator(cpu=True))["mIoU"] == pytest.approx(100 / 3)
+    assert score.details() == {"IoU": {"background": 100, "disc": 0, "square": 0, "triangle": None}}
+    assert data2.remarks() == {told: "square, triangle"}
+    args = [*SMALL, "--data", data, "--head", "unet", "--epochs", 1, "--output", tmp_path / "out"]
+    done = in_process(TRAIN, *args)
+    assert done.returncode == 0 and f"{told}: square, triangle" in done.stdout, done.stderr
+    assert f"| {told} | square, triangle" in re.sub(" +", " ", (tmp_path / "out/README.md").read_text())
+
+
+def test_a_part_of_voc(voc, tmp_path, capfd):
+    """With VOC's own classes 255 is the border, and few images have not all of the classes."""
+    data = Path(shutil.copytree(voc, tmp_path / "voc"))
+    (data / "classes.txt").unlink()
+    assert len(Segmentation.open(str(data), "train", "unet")) == 16
+    assert "has a pixel of the classes boat, bottle, bus, car, cat, ...; it cannot be learned" in capfd.readouterr().err
 
 
 def test_an_image_that_would_fill_the_memory(voc, trained, tmp_path, in_process, monkeypatch):
