@@ -239,7 +239,7 @@ class TestBadInput:
 
     def test_unknown_tag_and_model_without_weights(self, in_process, tmp_path):
         line = self.refused(in_process, tmp_path, "--model", "res2net50_48w_2s.in22k")
-        assert "there are res2net50_48w_2s.in1k" in line
+        assert "did you mean res2net50_48w_2s.in1k?" in line
         assert "no published weights" in self.refused(in_process, tmp_path, "--model", "res2net_tiny")
 
     def test_name_that_is_a_path(self, in_process, tmp_path):
@@ -247,7 +247,7 @@ class TestBadInput:
 
     def test_missing_folders(self, in_process, tmp_path):
         assert "no model folder" in self.refused(in_process, tmp_path, "--model", f"local-dir:{tmp_path / 'gone'}")
-        assert "there is no data" in self.refused(in_process, tmp_path, "--data", tmp_path / "gone" / "away")
+        assert "there is no folder or file" in self.refused(in_process, tmp_path, "--data", tmp_path / "gone" / "away")
         line = input_error(in_process(VALIDATE, "--output", tmp_path / "gone" / "r.json"))
         assert "make it first" in line
 
