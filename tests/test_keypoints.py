@@ -415,6 +415,9 @@ def test_sigmas_are_those_of_coco():
     from pycocotools.cocoeval import Params
 
     assert list(keypoints.COCO.values()) == pytest.approx(Params(iouType="keypoints").kpt_oks_sigmas.tolist())
+    spelled = {"left_eye": ("L_Eye", "LEye", "eye.l", "LEFT EYE"), "right_hip": ("RHip", "hip_r"), "nose": ("Nose",)}
+    assert all(keypoints.sigma_of(x) == keypoints.COCO[name] for name, names in spelled.items() for x in (name, *names))
+    assert keypoints.sigma_of("joint 3") == keypoints.sigma_of("left_foot") == keypoints.sigma_of("eye") == 0.05
     assert all(name in keypoints.COCO for bone in keypoints.BONES for name in bone)
 
 

@@ -325,6 +325,17 @@ def side_of(name: str) -> tuple[str, str] | None:
     return SIDES[words[place]], " ".join([*words[:place], "/", *words[place + 1 :]])
 
 
+def sigma_of(name: str) -> float:
+    """Return the sigma of a joint's OKS: that of COCO's joint of this name, in any of the usual spellings."""
+    return {plain(joint): sigma for joint, sigma in COCO.items()}.get(plain(name), SIGMA)
+
+
+def plain(name: str) -> str:
+    """Return a joint's name in COCO's spelling: `left_eye` of L_Eye or eye.l."""
+    side, rest = side_of(name) or ("", name)
+    return "_".join([side] * bool(side) + re.findall(WORDS, rest)).lower()
+
+
 def partners_by_name(names: Sequence[str]) -> list[list[str]]:
     """Return the pairs of joints, left and right, that exchange their names in a mirror, by the usual spellings.
 
@@ -461,7 +472,7 @@ class OKSAP(Score):
         self.data = data
         self.said: list[tuple[int, list[float], float]] = []
         self.gathered: list[tuple[int, list[float], float]] = []
-        self.sigmas: Any = [COCO.get(name, SIGMA) for name in data.classes]
+        self.sigmas: Any = [sigma_of(name) for name in data.classes]
 
     def update(self, i: int, target: dict[str, Any], prediction: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Take note of a person's joints."""
