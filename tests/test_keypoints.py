@@ -304,6 +304,19 @@ def test_partners_by_their_names(left, right):
     assert model.about() == {"mirrored pairs": f"{left} and {right}", "without a pair": "nose"}
 
 
+def test_another_spelling_trains_the_same(trained, people, tmp_path, in_process):
+    """To the last digit of the loss, for which images are mirrored, and of the figures."""
+    data = Path(shutil.copytree(people, tmp_path / "people"))
+    names = [re.sub("^(left|right)_(.)", lambda found: found[1][0].upper() + found[2].upper(), name) for name in JOINTS]
+    for split in ("train", "val"):
+        path = data / f"annotations/person_keypoints_{split}.json"
+        edit(path, lambda content: content["categories"][0].update(keypoints=names))
+    args = ["--data", data, "--epochs", 1, "--batch-size", 2, "--threads", 1]
+    done = in_process(TRAIN, *TINY, *args, "--output", tmp_path / "out")
+    assert done.returncode == 0 and "LElbow and RElbow" in done.stdout, done.stderr
+    assert (tmp_path / "out/metrics.csv").read_text() == (trained / "metrics.csv").read_text()
+
+
 @pytest.mark.parametrize(
     ("names", "given", "told"),
     [
