@@ -30,7 +30,7 @@ LARGEST_TEXT = 16 * 2**20  # bytes of a config, a list or a card; the largest he
 
 
 @contextlib.contextmanager
-def open_regular(path: Path) -> Iterator[BufferedReader]:
+def open_regular(path: Path | str) -> Iterator[BufferedReader]:
     """Open a regular file for reading.
 
     A FIFO would block forever and a device such as `/dev/zero` never ends, so neither is read.
@@ -55,7 +55,7 @@ def open_regular(path: Path) -> Iterator[BufferedReader]:
         yield file
 
 
-def read_bytes(path: Path, largest: int) -> bytes:
+def read_bytes(path: Path | str, largest: int) -> bytes:
     """Read a regular file of bounded size.
 
     Args:

@@ -233,9 +233,7 @@ def open_image(source: str | os.PathLike | bytes) -> Iterator[Image.Image]:
         io.BytesIO(source) if isinstance(source, bytes) else open_regular(Path(source)) as file,
         Image.open(file, formats=FORMATS) as image,
     ):
-        place = file.tell()
-        size = file.seek(0, os.SEEK_END)
-        file.seek(place)
+        size = len(source) if isinstance(source, bytes) else os.fstat(file.fileno()).st_size
         width, height = image.size
         if width * height > size * PIXELS_PER_BYTE.get(image.format or "", math.inf):
             raise OSError(f"it claims {width} x {height} pixels, more than its {size:,} bytes can hold")
@@ -355,7 +353,7 @@ def read_named(image: dict[str, Any]) -> bytes:
     Raises:
         InputError: It cannot be read.
     """
-    return read_bytes(Path(image["path"]), LARGEST) if image["bytes"] is None else image["bytes"]
+    return read_bytes(image["path"], LARGEST) if image["bytes"] is None else image["bytes"]
 
 
 def decode(image: bytes | dict[str, Any], mode: str) -> Image.Image:
