@@ -119,12 +119,13 @@ def report(error: object) -> None:
 
 
 def warn(message: object) -> None:
-    """Write one line with a warning to stderr.
+    """Write one line with a warning to stderr, in the main process only.
 
     Args:
         message: What is doubtful; its text is put on one line.
     """
-    print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def all_or_none(work: Callable[[], T]) -> T:
