@@ -274,9 +274,16 @@ def check_readable(source: Source) -> None:
     Raises:
         InputError: There is none.
     """
-    images = _Decodable(source.rows, range(len(source.rows)))
-    if all(images[i] for i in range(len(images))):
-        raise InputError(f"none of the {len(images)} images of {source.split} in {source.name} can be decoded")
+    images = _Decodable(source, range(len(source.rows)))
+    first = None
+    for i in range(len(images)):
+        problem = images[i]
+        if problem is None:
+            return
+        first = first or problem[1]
+    raise InputError(
+        f"none of the {len(images)} images of {source.split} in {source.name} can be decoded, such as {first}"
+    )
 
 
 def corrupt_images(data: TrainingData, accelerator: Accelerator, workers: int, skip: bool) -> list[int]:
