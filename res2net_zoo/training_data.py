@@ -305,7 +305,9 @@ def corrupt_images(data: TrainingData, accelerator: Accelerator, workers: int, s
     for source in (data.valid, data.train):
         found = find_corrupt(source, accelerator, workers)
         if len(found) == len(source.rows):
-            raise InputError(f"none of the {len(found)} images of {source.split} in {source.name} can be decoded")
+            raise InputError(
+                f"none of the {len(found)} images of {source.split} in {source.name} can be decoded, such as {found[0]}"
+            )
         if found and not skip:
             few = "; ".join(list(found.values())[:5]) + "; ..." * (len(found) > 5)
             raise InputError(
