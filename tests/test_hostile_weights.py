@@ -265,7 +265,7 @@ from res2net_zoo.program import InputError
 
 def attempt(path, format):
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + 10**9, -1))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + 10**9, resource.getrlimit(resource.RLIMIT_AS)[1]))
     signal.alarm(30)
     try:
         if format == "checkpoint":
