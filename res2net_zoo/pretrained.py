@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from timm.models import get_arch_name, parse_model_name
 from torch import nn
 
-from res2net_zoo import catalog, hub, model_config
+from res2net_zoo import catalog, hub, model_config, torch_file
 from res2net_zoo.catalog import Accuracy
 from res2net_zoo.command_line import did_you_mean
 from res2net_zoo.convert import explain
@@ -48,10 +48,13 @@ def create_model(name: str, pretrained: bool = True, **kwargs) -> nn.Module:
     try:
         if source == "local-dir":
             _check_folder(name, Path(identifier), pretrained)
+        pinned = name
+        if source == "hf-hub":
+            pinned = _check_repository(name, identifier, pretrained, kwargs.get("cache_dir"))
+        with torch_file.checking_timm():  # for architectures that the zoo's builder does not build
+            model: Any = timm.create_model(pinned, pretrained=pretrained, **kwargs)
         if source != "hf-hub":
-            return timm.create_model(name, pretrained=pretrained, **kwargs)
-        pinned = _check_repository(name, identifier, pretrained, kwargs.get("cache_dir"))
-        model: Any = timm.create_model(pinned, pretrained=pretrained, **kwargs)
+            return model
         model.pretrained_cfg["hf_hub_id"] = identifier  # as the caller names it
         return model
     except InputError:

@@ -475,6 +475,20 @@ def test_a_pickle_that_timm_would_read_is_checked_before(tiny_folder, tmp_path):
             timm.create_model(name, pretrained=True)
 
 
+def test_a_pickle_of_another_architecture_is_checked_before(tmp_path):
+    folder = tmp_path / "folder"
+    model = timm.create_model("resnet10t", num_classes=3)
+    timm.models.save_for_hf(model, str(folder), safe_serialization=False)
+    assert same(create_model(f"local-dir:{folder}").state_dict(), model.state_dict())
+    content, words = PICKLES["a list that holds itself"]
+    size = (folder / "pytorch_model.bin").stat().st_size
+    of_legacy(folder / "pytorch_model.bin", content)
+    with (folder / "pytorch_model.bin").open("ab") as file:
+        file.write(b"\0" * size)
+    with pytest.raises(InputError, match=rf"pytorch_model.bin: .*({words})"):
+        create_model(f"local-dir:{folder}")
+
+
 SAFETENSORS = {
     "a header of exabytes": struct.pack("<Q", 2**63) + b"{}",
     "a header longer than the file": struct.pack("<Q", 10**7) + b"{}",
