@@ -44,6 +44,7 @@ from res2net_zoo.images import (
     read_named,
     walk,
 )
+from res2net_zoo.metadata import LOADER, check_yaml
 from res2net_zoo.program import InputError, printable
 from res2net_zoo.shards import read_shards
 
@@ -338,9 +339,11 @@ def _check_configs(card: Path) -> None:
     text = read_text(card)
     block = REGEX_YAML_BLOCK.search(text)  # as `datasets` finds it
     try:
-        content = yaml.safe_load(text if card.suffix == ".yaml" else block[2] if block else "")
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise InputError(f"cannot read {card}: its metadata is not YAML: {' '.join(str(error).split())}") from error
+        metadata = text if card.suffix == ".yaml" else block[2] if block else ""
+        check_yaml(metadata)
+        content = yaml.load(metadata, Loader=LOADER)
+    except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
+        raise InputError(f"cannot read the metadata of {card}: {' '.join(str(error).split())}") from error
     patterns = [content.get("configs") if isinstance(content, dict) else None]
     while patterns:
         pattern = patterns.pop()

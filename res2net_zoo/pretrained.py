@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub import ModelCard, constants, hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -21,7 +21,7 @@ from res2net_zoo import catalog, hub, model_config, torch_file
 from res2net_zoo.catalog import Accuracy
 from res2net_zoo.command_line import did_you_mean
 from res2net_zoo.convert import explain
-from res2net_zoo.files import read_text
+from res2net_zoo.metadata import read_card
 from res2net_zoo.names import parse_name
 from res2net_zoo.program import WEIGHTS, InputError, nearest
 
@@ -167,10 +167,10 @@ def published_accuracies(name: str) -> list[Accuracy]:
         else:
             repository, _, revision = identifier.partition("@")
             path = Path(hf_hub_download(repository, "README.md", revision=revision or None))
-        card: Any = ModelCard(read_text(path))
+        card: Any = read_card(path)
         results = card.data.eval_results or []
     except Exception:
-        return []  # without a card, or with one that nobody can read, nothing is published
+        return []  # without a card, or with one that cannot be read, nothing is published
     figures: dict[tuple[str, str], dict[str, float]] = {}
     for result in results:
         key = {"accuracy": "top1", "top-5-accuracy": "top5"}.get(result.metric_type)

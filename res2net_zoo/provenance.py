@@ -9,14 +9,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from timm.models import parse_model_name
 
 from res2net_zoo import catalog
 from res2net_zoo.catalog import Checkpoint
-from res2net_zoo.files import read_json, read_text, sha256_of
+from res2net_zoo.files import read_json, sha256_of
+from res2net_zoo.metadata import read_card
 from res2net_zoo.program import WEIGHTS, InputError, printable, warn
 
 KEY = "provenance"  # in config.json
@@ -331,7 +332,7 @@ def _released(weights: Path) -> Provenance | None:
 def _card_of(folder: Path) -> dict[str, Any]:
     """Return licence and base model of a folder's card, where it states one of each."""
     try:
-        data = ModelCard(read_text(folder / "README.md")).data
+        data = read_card(folder / "README.md").data
         license, base_model = data.get("license"), data.get("base_model")
     except Exception:  # missing, or whatever huggingface_hub's parser of YAML fails at
         license = base_model = None

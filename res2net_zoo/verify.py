@@ -13,16 +13,14 @@ from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from res2net_zoo import catalog, fingerprint, model_config
+from res2net_zoo import catalog, fingerprint, metadata, model_config
 from res2net_zoo.catalog import Checkpoint
 from res2net_zoo.convert import explain
-from res2net_zoo.files import open_regular, read_json, read_text, sha256_of
+from res2net_zoo.files import open_regular, read_json, sha256_of
 from res2net_zoo.hub import one_line
 from res2net_zoo.model_config import ModelConfig
 from res2net_zoo.program import WEIGHTS, InputError
 from res2net_zoo.provenance import metadata_of, of_folder
-
-LARGEST_CARD = 2**20  # bytes; the parser of YAML is slow
 
 PREPROCESSING = ("input_size", "crop_pct", "interpolation", "mean", "std")
 
@@ -168,8 +166,7 @@ def read_card(folder: Path) -> ModelCard:
     """
     path = folder / "README.md"
     try:
-        content = read_text(path, LARGEST_CARD)
-        card = ModelCard(content)
+        card = metadata.read_card(path)
         if not card.data.to_dict():
             raise ValueError("it does not begin with metadata between two lines of ---")
     except Exception as error:

@@ -32,6 +32,7 @@ from res2net_zoo.checkpoints import (
 )
 from res2net_zoo.files import write_atomically
 from res2net_zoo.images import open_image
+from res2net_zoo.metadata import read_card
 from res2net_zoo.program import InputError, markdown_table, progress_bar
 from res2net_zoo.report import hardware, plainly, start_run, write_metrics, write_recipe
 from res2net_zoo.stop import Stop, spare_worker
@@ -414,14 +415,15 @@ def expected_figures(
         target = catalog.load().target(model.task, model.settings["head"], model.settings["model"], published)
         return target.figures, target.source
     card = folder / "README.md"
-    if not card.is_file():
-        raise InputError(f"{folder} has no card to compare with")
-    results = ModelCard.load(card).data.eval_results or []
-    figures = {
-        result.metric_type: float(result.metric_value)
-        for result in results
-        if (result.dataset_type, result.dataset_split) == (Path(data).resolve().name, split)
-    }
+    try:
+        results = read_card(card).data.eval_results or []
+        figures = {
+            result.metric_type: float(result.metric_value)
+            for result in results
+            if (result.dataset_type, result.dataset_split) == (Path(data).resolve().name, split)
+        }
+    except Exception as error:  # missing, or whatever huggingface_hub's parser of YAML fails at
+        raise InputError(f"cannot compare with the card {card}: {reason(error, card)}") from error
     if not figures:
         there = sorted({f"{result.dataset_type}, {result.dataset_split}" for result in results})
         raise InputError(
