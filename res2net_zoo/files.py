@@ -72,9 +72,11 @@ def read_bytes(path: Path | str, largest: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         try:
             # As much memory is taken as is asked for, so that the limit itself is not, unless the file has grown.
-            content = file.read(size + 1) if size <= largest else b""
-            if len(content) > size:
-                content += file.read(largest - size)
+            content = file.read(size + 1) or b"" if size <= largest else b""
+            if len(content) > size:  # also the system's, such as those in /proc, which state no size
+                content += file.read(min(largest - size, LARGEST_TEXT)) or b""
+                if len(content) > size + LARGEST_TEXT:
+                    raise InputError(f"cannot read {path}: it has more bytes than its size of {size:,}")
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     if max(size, len(content)) > largest:

@@ -131,7 +131,7 @@ def walk(folder: str, seen: set[tuple[int, int]], skipped: Skipped) -> Iterator[
             except OSError as error:
                 raise InputError(f"cannot read the folder {here}: {error.strerror}") from error
             for entry in entries:
-                if not entry.is_dir():
+                if not _is_folder(entry):
                     if not is_hidden(entry.name):
                         yield here, entry.name
                 elif is_hidden(entry.name):
@@ -140,6 +140,13 @@ def walk(folder: str, seen: set[tuple[int, int]], skipped: Skipped) -> Iterator[
                     (links if entry.is_symlink() else folders).append(entry.path)
         # Links come last, so that what can be reached without them is found by its own path.
         here = folders.pop() if folders else links.pop() if links else None
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself; reading it reports that
+        return False
 
 
 def images_below(folder: str, seen: set[tuple[int, int]], skipped: Skipped) -> list[str]:

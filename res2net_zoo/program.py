@@ -62,6 +62,9 @@ def run(main: Callable[[], int]) -> int:
         report(f"not enough memory{f': {error}' * bool(str(error))}; make batches or images smaller")
         return 1
     except RuntimeError as error:
+        if str(error).startswith("Symlink loop from"):  # `Path.resolve` before Python 3.13
+            report(f"cannot read a link that leads to itself: {str(error).removeprefix('Symlink loop from ')}")
+            return 2
         if isinstance(error, _out_of_memory()) or "can't allocate memory" in str(error):
             report(f"not enough memory: {str(error).splitlines()[0]}; make batches or images smaller")
             return 1

@@ -280,6 +280,17 @@ def test_images_are_found_by_the_extensions_of_the_formats_that_are_opened(tmp_p
     assert [Path(path).name for path in find_images([str(folder)])] == names
 
 
+def test_a_link_to_itself_is_a_file_that_cannot_be_read(tmp_path):
+    data = tree(tmp_path / "data", "cat/0.png", "dog/1.png")
+    for link in ("cat/x.png", "self"):
+        (data / link).symlink_to(data / link)
+    assert [Path(path).name for path in find_images([str(data)])] == ["0.png", "x.png", "1.png"]
+    source = open_source(str(data))
+    assert source.num_rows == 3 and source.class_names == ["cat", "dog"]
+    with pytest.raises(InputError, match="Too many levels of symbolic links"):
+        source.read(source.rows[1]["image"])
+
+
 def test_links_that_lead_back_are_followed_once(tmp_path):
     data = tree(tmp_path / "data", "cat/0.png", "cat/more/1.png", "dog/2.png")
     tree(tmp_path / "elsewhere", "bird/0.png")

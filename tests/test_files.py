@@ -21,7 +21,7 @@ from res2net_zoo.card import model_card
 from res2net_zoo.catalog import Accuracy
 from res2net_zoo.data import open_source
 from res2net_zoo.evaluate import evaluate
-from res2net_zoo.files import finish_replacing, locked, sweep, write_atomically
+from res2net_zoo.files import finish_replacing, locked, read_bytes, sweep, write_atomically
 from res2net_zoo.folder import replaced_folder, write_model_folder
 from res2net_zoo.images import decode
 from res2net_zoo.labels import match_classes
@@ -277,3 +277,9 @@ def test_shipped_model_card_says_how_it_was_made():
     assert datasets.load_dataset_builder(str(SHIPPED_DATA)).config.data_files.keys() == {"train", "validation"}
     for path in (*SHIPPED_MODEL.iterdir(), *SHIPPED_DATA.rglob("*.md")):
         assert str(ROOT).encode() not in path.read_bytes() and str(Path.home()).encode() not in path.read_bytes()
+
+
+def test_a_file_without_a_size_is_not_read_without_end():
+    assert read_bytes(Path("/proc/self/status"), 2**30).startswith(b"Name:")
+    with pytest.raises(InputError, match="more bytes than its size of 0"):
+        read_bytes(Path("/proc/self/pagemap"), 2**40)
