@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from pyarrow import parquet
 
-from res2net_zoo.files import LARGEST_TEXT, check_writable, read_text
+from res2net_zoo.files import LARGEST_TEXT, check_writable, open_regular, read_json, read_text
 from res2net_zoo.images import (
     HIDDEN,
     LINKS,
@@ -391,7 +391,35 @@ def _members(path: Path) -> list[str]:
     return names
 
 
+def _check_saved(path: Path) -> None:
+    """Check that what `save_to_disk` is said to have written are regular files of the folder itself.
+
+    `datasets` opens whatever is named: a pipe would hold it up for good, another path leads out of the folder.
+
+    Raises:
+        InputError: They are not.
+    """
+    folders = [path]
+    try:
+        if (path / "dataset_dict.json").is_file():
+            folders += [path / _own_name(name) for name in read_json(path / "dataset_dict.json")["splits"]]
+        for folder in folders:
+            if (folder / "state.json").is_file():
+                for file in read_json(folder / "state.json")["_data_files"]:
+                    with open_regular(folder / _own_name(file["filename"])):
+                        pass
+    except (KeyError, TypeError) as error:
+        raise InputError(f"cannot read the data {path}: its list of files is not one of save_to_disk") from error
+
+
+def _own_name(name: str) -> str:
+    if os.path.basename(name) != name or name in ("", ".", ".."):
+        raise InputError(f"the data name {name}, which is not in their own folder; only files of the data are read")
+    return name
+
+
 def _find_saved(path: Path) -> tuple[list[str], Callable[[str, bool], Rows]]:
+    _check_saved(path)
     saved = datasets.load_from_disk(str(path))
     if not isinstance(saved, datasets.DatasetDict):
         saved = datasets.DatasetDict({_split_in(path.name) or "train": saved})

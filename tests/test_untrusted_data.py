@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import os
+import shutil
 import threading
 import zipfile
 from pathlib import Path
@@ -276,3 +277,25 @@ def test_jpegs_that_claim_more_pixels_than_they_hold(in_process, tmp_path):
     (tmp_path / "huge.jpg").write_bytes(claimed)
     message = input_error(in_process("scripts/predict.py", tmp_path / "huge.jpg"))
     assert f"it claims 12000 x 12000 pixels, more than its {len(claimed):,} bytes can hold" in message
+
+
+@pytest.mark.parametrize("name", ["../other.arrow", "/other.arrow", "pipe.arrow", "zero.arrow", 7, "https://x/y.arrow"])
+def test_a_saved_dataset_names_regular_files_of_its_own(tmp_path, name):
+    import datasets
+
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_dict({"image": [{"bytes": b"x", "path": None}], "label": [0]}).save_to_disk(folder)
+    shutil.copy(next(folder.glob("*.arrow")), tmp_path / "other.arrow")
+    os.mkfifo(folder / "pipe.arrow")
+    (folder / "zero.arrow").symlink_to("/dev/zero")
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, "_data_files": [{"filename": name}]}))
+    with pytest.raises(InputError, match=r"in their own folder|not a regular file|not one of save_to_disk"):
+        open_source(str(folder))
+
+
+@pytest.mark.parametrize("split", ["../other", "/tmp", "https://x/y", ".."])
+def test_a_saved_dataset_names_splits_of_its_own(tmp_path, split):
+    (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": [split]}))
+    with pytest.raises(InputError, match="in their own folder"):
+        open_source(str(tmp_path))
