@@ -416,7 +416,8 @@ def expected_figures(
         return target.figures, target.source
     card = folder / "README.md"
     try:
-        results = read_card(card).data.eval_results or []
+        metadata: Any = read_card(card).data
+        results = metadata.eval_results or []
         figures = {
             result.metric_type: float(result.metric_value)
             for result in results
