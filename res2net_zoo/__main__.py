@@ -8,7 +8,7 @@ from pathlib import Path
 
 from res2net_zoo import ablate, catalog, dla, res2net
 from res2net_zoo.catalog import Architecture, Checkpoint, Printed
-from res2net_zoo.command_line import Parser
+from res2net_zoo.command_line import Parser, within
 from res2net_zoo.files import write_atomically
 from res2net_zoo.program import InputError, markdown_table, nearest, run
 
@@ -28,9 +28,11 @@ def parse_args() -> argparse.Namespace:
     listing.add_argument("--pretrained", action="store_true", help="only what has weights")
     listing.add_argument("--license", metavar="TEXT", help="only weights whose licence has TEXT in it")
     listing.add_argument("--released-by", metavar="TEXT", help="only weights released by TEXT")
-    listing.add_argument("--max-params", type=float, metavar="M", help="at most M million parameters")
-    listing.add_argument("--max-gmacs", type=float, metavar="G", help="at most G GMACs an image")
-    listing.add_argument("--min-top1", type=float, metavar="P", help="at least P percent top-1 on ImageNet")
+    listing.add_argument("--max-params", type=within(float, 0), metavar="M", help="at most M million parameters")
+    listing.add_argument("--max-gmacs", type=within(float, 0), metavar="G", help="at most G GMACs an image")
+    listing.add_argument(
+        "--min-top1", type=within(float, 0, 100), metavar="P", help="at least P percent top-1 on ImageNet"
+    )
     show = commands.add_parser("show", help="all that is known of a model or checkpoint")
     show.add_argument("name", metavar="NAME", help="such as res2net50_26w_4s or res2net50_26w_4s.in1k")
     sizes = commands.add_parser("sizes", help="parameters and GMACs, and what publications print of them")

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from huggingface_hub.dataclasses import strict, validated_field
 from huggingface_hub.errors import StrictDataclassError
 
-from res2net_zoo.files import locked, write_atomically
+from res2net_zoo.files import locked, read_text, write_atomically
 from res2net_zoo.program import InputError, nearest
 
 INTERPOLATIONS = ("bilinear", "bicubic")
@@ -25,7 +25,7 @@ FORMATS = ("torch", "paddle", "mindspore", "mmengine", "holocron")
 Record = TypeVar("Record")
 
 
-class CatalogError(ValueError):
+class CatalogError(InputError, ValueError):
     """A wrong or missing field in the catalogue; names the entry and the field."""
 
 
@@ -284,7 +284,7 @@ def parse(text: str) -> Catalog:
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise CatalogError(f"the catalogue is no TOML: {error}") from error
+        raise CatalogError(f"the catalogue is not TOML: {error}") from error
     architectures: dict[str, Architecture] = {}
     for name, fields in data.get("architectures", {}).items():
         entry = f"architectures.{name}"
@@ -308,7 +308,7 @@ def parse(text: str) -> Catalog:
         if checkpoint.architecture not in architectures:
             raise CatalogError(f"catalogue entry {entry}: architecture {checkpoint.architecture!r} is not listed")
         if checkpoint.name in checkpoints:
-            raise CatalogError(f"catalogue entry {entry}: tag {checkpoint.tag!r} stands twice")
+            raise CatalogError(f"catalogue entry {entry}: tag {checkpoint.tag!r} is listed twice")
         if not len(checkpoint.mean) == len(checkpoint.std) == checkpoint.input_size[0]:
             raise CatalogError(
                 f"catalogue entry {entry}: mean and std need one value for each of input_size's channels"
@@ -332,8 +332,17 @@ def path() -> Path:
 
 @cache
 def load() -> Catalog:
-    """Read the package's own catalogue, once."""
-    return parse(path().read_text(encoding="utf-8"))
+    """Read the package's own catalogue, once.
+
+    Raises:
+        CatalogError: A field is wrong or missing; names the file, too.
+        InputError: The file cannot be read.
+    """
+    text = read_text(path())
+    try:
+        return parse(text)
+    except CatalogError as error:
+        raise CatalogError(f"cannot read {path()}: {error}") from error
 
 
 def record(name: str, **fields: str) -> None:

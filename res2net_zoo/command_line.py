@@ -5,8 +5,9 @@ It imports nothing but the standard library, so that the programs read it by its
 
 import argparse
 import difflib
+import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 
@@ -47,6 +48,21 @@ def did_you_mean(name: str, names: Iterable[str], otherwise: str, number: int = 
     """Return a hint at the names that one may have meant, or another hint where none is like it."""
     close = closest(name, names, number)
     return f"did you mean {' or '.join(close)}?" if close else otherwise
+
+
+def within(kind: Callable[[str], float], low: float, high: float = math.inf) -> Callable[[str], float]:
+    """Return an argument type: a finite int or float from `low` to `high`."""
+
+    def parse(text: str) -> float:
+        number = kind(text)
+        finite = not isinstance(number, float) or math.isfinite(number)  # integers may be too large for a float
+        if not (finite and low <= number <= high):
+            bounds = f"{low} or more" + (f", up to {high}" if high < math.inf else "" if finite else " and finite")
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+        return number
+
+    parse.__name__ = kind.__name__  # argparse names it when the text is no number at all
+    return parse
 
 
 class Parser(argparse.ArgumentParser):

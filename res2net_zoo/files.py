@@ -198,6 +198,9 @@ def locked(path: Path, wait: float = 0) -> Iterator[None]:
     Raises:
         InputError: Another program writes it, or nothing can be written there.
     """
+    if is_special(path):  # of which nothing is lost
+        yield
+        return
     path = path.resolve()
     lock, deadline = path.with_name(f".{path.name}.lock"), time.monotonic() + wait
     while True:
@@ -343,15 +346,29 @@ def finish_replacing(folder: Path) -> None:
                     _unlock(descriptor)
 
 
+def is_special(path: Path) -> bool:
+    """Return whether a path is a device, a pipe or a socket, which no file may take the place of."""
+    return path.exists() and not (path.is_file() or path.is_dir())
+
+
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to, which takes the place of a file once it is whole.
 
-    At any moment the file is the old one or the new one; if the block fails, the old one.
+    At any moment the file is the old one or the new one; if the block fails, the old one. A device or a pipe, such as
+    `/dev/null`, stays and is written to.
 
     Args:
         path: The file; its folder is made if it is not there.
     """
+    if is_special(path):
+        with tempfile.TemporaryDirectory() as name:
+            temporary = Path(name) / path.name
+            temporary.touch()
+            yield temporary
+            with temporary.open("rb") as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target)
+        return
     with temporary_folder(path.with_name(path.name[:50])) as folder:  # a name may have 255 bytes
         # Of the same name, as some writers look at the suffix (matplotlib). In a folder of its own, as others
         # replace the file (linkers), and a lock on it would be lost.

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import os
 import runpy
 import shlex
@@ -14,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 if TYPE_CHECKING:
-    from res2net_zoo.command_line import Parser, did_you_mean
+    from res2net_zoo.command_line import Parser, did_you_mean, within
 else:  # by its path, since importing the package imports timm and torch
     command_line = runpy.run_path(str(ROOT / "res2net_zoo" / "command_line.py"))
-    Parser, did_you_mean = command_line["Parser"], command_line["did_you_mean"]
+    Parser, did_you_mean, within = (command_line[name] for name in ("Parser", "did_you_mean", "within"))
 
 RECIPES = ROOT / "scripts" / "recipes"
 SHIPPED_MODEL = ROOT / "hub" / "models" / "res2net_tiny.digits"
@@ -31,21 +30,6 @@ NOT_SETTINGS = {"output", "recipe", "resume", "overwrite"}
 # if the images of a step, over all processes, stay as many.
 FREE = {"workers", "threads", "save_minutes", "keep", "tracker", "epochs", "patience", "license"}
 FREE |= {"batch_size", "accumulate"}
-
-
-def within(kind: Callable[[str], float], low: float, high: float = math.inf) -> Callable[[str], float]:
-    """Return an argument type: a finite int or float from `low` to `high`."""
-
-    def parse(text: str) -> float:
-        number = kind(text)
-        finite = not isinstance(number, float) or math.isfinite(number)  # integers may be too large for a float
-        if not (finite and low <= number <= high):
-            bounds = f"{low} or more" + (f", up to {high}" if high < math.inf else "" if finite else " and finite")
-            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
-        return number
-
-    parse.__name__ = kind.__name__  # argparse names it when the text is no number at all
-    return parse
 
 
 def named(text: str) -> tuple[str, object]:

@@ -176,11 +176,14 @@ def told_in_one_line() -> Iterator[None]:
 @contextlib.contextmanager
 def writer(args: argparse.Namespace, names: list[str]) -> Iterator[Callable[..., None]]:
     """Yield what writes one image's result; the files are there, whole, only once all is done."""
+    from res2net_zoo.program import printable
+
     with contextlib.ExitStack() as stack:
         out: IO[str] = stack.enter_context(whole_file(args.output)) if args.output else sys.stdout
         embed = stack.enter_context(parquet(args.embeddings)) if args.embeddings else None
         rows: list[tuple[str, ...]] = []
         table = csv.writer(out) if args.format == "csv" else None
+        shown = printable if out.isatty() else str  # a terminal would obey control characters of names
         if table:
             table.writerow(("path", "rank", "class", "name", "score"))
 
@@ -192,10 +195,11 @@ def writer(args: argparse.Namespace, names: list[str]) -> Iterator[Callable[...,
                     {"class": index, "name": names[index], "score": round(score, 6)}
                     for score, index in zip(scores, classes, strict=True)
                 ]
-                print(json.dumps({"path": path, "predictions": answers}, ensure_ascii=False), file=out, flush=True)
+                line = json.dumps({"path": path, "predictions": answers}, ensure_ascii=False)
+                print("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line), file=out, flush=True)
             elif table:
                 for rank, (score, index) in enumerate(zip(scores, classes, strict=True), 1):
-                    table.writerow((path, rank, index, names[index], f"{score:.6f}"))
+                    table.writerow((shown(path), rank, index, shown(names[index]), f"{score:.6f}"))
             else:
                 told = [f"{names[i]} {100 * score:.1f}" for score, i in zip(scores, classes, strict=True)]
                 rows.append((path, *told))

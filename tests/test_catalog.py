@@ -13,6 +13,7 @@ import pytest
 from res2net_zoo import catalog
 from res2net_zoo.__main__ import MARKS
 from res2net_zoo.catalog import Accuracy, Architecture, CatalogError, Checkpoint
+from res2net_zoo.program import InputError
 from tests.conftest import ROOT, input_error
 
 TEXT = resources.files("res2net_zoo").joinpath("catalog.toml").read_text()
@@ -111,9 +112,23 @@ def test_a_wrong_field_of_an_architecture_is_named(pattern, wrong, words):
 
 
 def test_other_mistakes():
-    assert "no TOML" in refuse("= 1")
-    assert "stands twice" in refuse(TEXT + TEXT[TEXT.rindex("[[checkpoints]]") :])
+    assert "not TOML" in refuse("= 1")
+    assert "is listed twice" in refuse(TEXT + TEXT[TEXT.rindex("[[checkpoints]]") :])
     assert "'res2net51' is not listed" in refuse(changed(r"^architecture = .*", 'architecture = "res2net51"'))
+
+
+def test_the_file_that_is_wrong_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalog, "path", lambda: tmp_path / "catalog.toml")
+    for content, words in (
+        (b"= 1", "the catalogue is not TOML"),
+        (b"\xff", "it is not UTF-8 text"),
+        (None, "No such file"),
+    ):
+        (tmp_path / "catalog.toml").unlink(missing_ok=True)
+        if content is not None:
+            (tmp_path / "catalog.toml").write_bytes(content)
+        with pytest.raises(InputError, match=f"cannot read {tmp_path}/catalog.toml: .*{words}"):
+            catalog.load.__wrapped__()
 
 
 def test_what_is_in_it():

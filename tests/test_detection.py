@@ -619,6 +619,7 @@ BOMB = '<!DOCTYPE a [<!ENTITY b "bbbbbbbbbb"><!ENTITY c "&b;&b;&b;&b;&b;&b;">]><
         ("<difficult>", "<difficult>x", "val_00000.xml, object 1: its difficult 'x[01]' must be 0 or 1"),
         ("<difficult>0", "<difficult>", "val_00000.xml, object 1: its difficult '' must be 0 or 1"),
         (None, BOMB, "val_00000.xml is not an annotation of VOC's: it declares a document type"),
+        (None, '<?xml version="1.0" encoding="bogus"?><annotation/>', "annotation of VOC's: unknown encoding: bogus"),
         (None, "<a>" * 9_000_000, "val_00000.xml is not an annotation of VOC's: it is larger than the limit"),
         (None, BOMB.encode("utf-16"), "val_00000.xml is not an annotation of VOC's: it declares a document type"),
     ],

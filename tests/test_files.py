@@ -47,6 +47,19 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
     assert path.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 
 
+def test_a_device_is_written_to_and_stays(tmp_path):
+    null = tmp_path / "null"
+    null.symlink_to("/dev/null")
+    with locked(null), locked(null):  # two programs may write it
+        write_atomically(null, lambda new: new.write_text("text"))
+    assert null.is_symlink() and null.is_char_device()
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with os.fdopen(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)) as reader:
+        write_atomically(fifo, lambda new: new.write_text("text"))
+        assert reader.read() == "text" and fifo.is_fifo()
+
+
 def test_a_model_folder_is_the_old_one_or_the_new_one(tmp_path):
     folder = tmp_path / "model"
     model = spread(timm.create_model("res2net_tiny", num_classes=3))

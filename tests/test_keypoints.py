@@ -603,6 +603,7 @@ def label_nothing(data: Path) -> None:
         (first(keypoints=5), "val.json, annotation 1: it has no list of numbers for 13 joints"),
         (joint(0, "20"), "val.json, annotation 1: its keypoints must be numbers"),
         (joint(0, 10**400), "val.json, annotation 1: a joint is far out of its image, 160 x 120"),
+        (first(category_id="1"), "val.json, annotation 1: its category '1' is not that of the joints, 1"),
         (first(category_id=2), "val.json, annotation 1: its category 2 is not that of the joints, 1"),
         (first(keypoints=[3, 4, 2]), "val.json, annotation 1: it has 3 numbers for 13 joints, not 3 for each"),
         (joint(2, 3), "val.json, annotation 1: a joint's visibility is not 0, 1 or 2"),

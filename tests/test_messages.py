@@ -85,6 +85,9 @@ def test_one_line_says_what_was_meant(in_process, monkeypatch, tmp_path, args, s
     [
         (("lst",), "invalid choice: 'lst'; did you mean list?"),
         (("list", "--pretraind"), "unrecognized argument --pretraind; did you mean --pretrained?"),
+        (("list", "--max-params", "nan"), "--max-params: nan is not 0 or more and finite"),
+        (("list", "--max-gmacs", "inf"), "--max-gmacs: inf is not 0 or more and finite"),
+        (("list", "--min-top1", "101"), "--min-top1: 101 is not 0 or more, up to 100"),
         (("show", "res2net50"), "did you mean res2net50_26w_4s or"),
         (("show", "res2net50d.in2k"), "did you mean res2net50d.in1k"),
     ],
@@ -228,6 +231,20 @@ def test_class_names_reach_no_terminal(in_process, tmp_path, hostile_model, prog
         header, rule, row = result.stdout.splitlines()
         assert row.replace(r"\|", "").count("|") == header.count("|") == rule.count("|") == 7
         assert r"red\x1b[31m\|pipe" in row
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_predictions_reach_no_terminal_raw_and_keep_names_in_files(in_process, tmp_path, monkeypatch, form):
+    name = "a\x1b[2J\x9b1m\u202eé.png"
+    Image.new("RGB", (8, 8)).save(tmp_path / name)
+    args = ("scripts/predict.py", tmp_path, "--format", form, "--topk", 1)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    result = in_process(*args)
+    assert result.returncode == 0 and plain(result.stdout) and "é" in result.stdout
+    assert in_process(*args, "--output", tmp_path / "out").returncode == 0
+    text = (tmp_path / "out").read_text()
+    rows = [json.loads(text)] if form == "jsonl" else list(csv.DictReader(text.splitlines()))
+    assert [row["path"] for row in rows] == [str(tmp_path / name)]
 
 
 def test_warnings_are_printed_plainly(in_process, tmp_path):

@@ -531,7 +531,7 @@ def test_an_image_that_would_fill_the_memory(voc, trained, tmp_path, in_process,
             "DeepLabV3Plus has no option decoder_chanels; did you mean decoder_ch",
         ),
         (["--head-kwargs", "decoder_channels=many"], "decoder_channels is a number, such as 256, not many"),
-        (["--head-kwargs", "classes=3"], "cannot be built on res2net_tiny"),
+        (["--head-kwargs", "classes=3"], "cannot be built on res2net_tiny with --head-kwargs classes=3; correct these"),
         (["--head-kwargs", "decoder_channels"], "decoder_channels is not NAME=VALUE"),
     ],
 )

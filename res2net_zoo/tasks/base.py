@@ -180,8 +180,12 @@ class TaskModel(nn.Module, ABC):
         self._stay: list[nn.Module] = []
         try:
             self.network = self.build(features, **self.settings["head_kwargs"])
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise InputError(f"{head} cannot be built on {model}: {error}") from error
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            options = " ".join(f"{name}={value}" for name, value in self.settings["head_kwargs"].items())
+            hint = f" with --head-kwargs {options}; correct these" if options else ""
+            # Others are Python's, which name no cause.
+            reason = f": {error}" * (type(error) in (RuntimeError, ValueError))
+            raise InputError(f"{head} cannot be built on {model}{hint}{reason}") from error
 
     @classmethod
     def check_installed(cls) -> None:

@@ -281,7 +281,7 @@ def parse_xml(content: bytes) -> ElementTree.Element:
     """Parse XML without a document type: in one, entities of a few bytes can be declared that fill the memory.
 
     Raises:
-        ValueError: It has one.
+        ValueError: It has one, or its encoding is unknown.
         ExpatError: It is no XML.
     """
 
@@ -290,8 +290,11 @@ def parse_xml(content: bytes) -> ElementTree.Element:
 
     parser = expat.ParserCreate()
     parser.StartDoctypeDeclHandler = refuse
-    parser.Parse(content, True)
-    return ElementTree.fromstring(content)
+    try:
+        parser.Parse(content, True)
+        return ElementTree.fromstring(content)
+    except LookupError as error:  # Python's, of the encoding that the file declares
+        raise ValueError(str(error)) from error
 
 
 def check_box(bbox: Sequence[float], width: int, height: int) -> None:

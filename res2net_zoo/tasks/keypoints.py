@@ -208,7 +208,8 @@ class COCOPersons(Annotated):
         """Read an annotation; what is wrong with it is raised as ValueError."""
         category = checked.identifier(checked.member(record, "category_id"), "category_id")
         if category != self.category_id:
-            raise ValueError(f"its category {category} is not that of the joints, {self.category_id}")
+            one, other = checked.shown(category), checked.shown(self.category_id)
+            raise ValueError(f"its category {one} is not that of the joints, {other}")
         i = checked.find_by_id(numbers, record, "image_id", "image")
         values = checked.member(record, "keypoints")
         if not isinstance(values, list) or len(values) != 3 * len(self.classes):
