@@ -169,8 +169,11 @@ def _lock(path: Path, flags: int) -> int:
     descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+        opened = os.fstat(descriptor)
+        if not os.path.samestat(opened, os.stat(path)):
             raise FileNotFoundError(f"{path} was replaced")
+        if not stat.S_ISDIR(opened.st_mode) and not (stat.S_ISREG(opened.st_mode) and opened.st_nlink == 1):
+            raise OSError(f"{path} is not a regular file of its own")  # whose content would be overwritten
     except BaseException:
         os.close(descriptor)
         raise
@@ -203,23 +206,26 @@ def locked(path: Path, wait: float = 0) -> Iterator[None]:
         return
     path = path.resolve()
     lock, deadline = path.with_name(f".{path.name}.lock"), time.monotonic() + wait
+    tries = 0
     while True:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             descriptor = _lock(lock, os.O_RDWR | os.O_CREAT)
             break
-        except FileNotFoundError:
-            pass  # its owner has just removed it
+        except FileNotFoundError as error:
+            tries += 1  # its owner has just removed it, or no file can be made there, as in /proc
+            if tries == 100:
+                raise InputError(f"cannot write into {lock.parent}: {error.strerror or error}") from error
         except BlockingIOError as error:
             if time.monotonic() >= deadline:
-                owner = f" ({lock.read_text(errors='replace')[:80]})" if lock.exists() else ""
+                owner = f" ({lock.read_text(errors='replace')[:80]})" if lock.is_file() else ""
                 raise InputError(
                     f"another run{owner} is writing {path}; wait for it to end, or name another output"
                 ) from error
             time.sleep(0.05)
         except OSError as error:
             if not os.access(lock if lock.exists() else lock.parent, os.W_OK):
-                raise InputError(f"cannot write {lock}: {error.strerror or error}") from error
+                raise InputError(f"cannot write into {lock.parent}: {error.strerror or error}") from error
             warn(f"cannot lock {path} ({error.strerror or error}); do not start a second run that writes it")
             yield
             return

@@ -47,6 +47,22 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
     assert path.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_where_no_lock_can_be_made_is_refused():
+    with pytest.raises(InputError, match="cannot write into /proc"), locked(Path("/proc/model")):
+        pass
+
+
+def test_a_planted_lock_overwrites_and_hangs_nothing(tmp_path):
+    (tmp_path / "precious").write_text("text")
+    os.link(tmp_path / "precious", tmp_path / ".linked.lock")
+    os.mkfifo(tmp_path / ".piped.lock")
+    for name in ("linked", "piped"):
+        with locked(tmp_path / name):
+            pass
+    assert (tmp_path / "precious").read_text() == "text"
+
+
 def test_a_device_is_written_to_and_stays(tmp_path):
     null = tmp_path / "null"
     null.symlink_to("/dev/null")

@@ -323,8 +323,9 @@ class TestFromAFolder:
         assert done.returncode == 0 and "would send" in done.stdout, done.stderr
         card = (folder / "README.md").read_text()
         (folder / "README.md").write_text(card.replace("license: apache-2.0", "license: mit"))
-        line = input_error(publish(folder, "--repo-id", "zoo/tuned", "--dry-run"))
-        assert "states the licence mit, its config.json apache-2.0" in line
+        words = "states the licence mit, its config.json apache-2.0"
+        assert words in publish(folder, "--repo-id", "zoo/tuned", "--dry-run").stdout
+        assert words in input_error(publish(folder, "--repo-id", "zoo/tuned"))
 
     @pytest.mark.parametrize("license", [None, "apache-2.0"])
     def test_what_timm_saves(self, release, finetune, in_process, tmp_path, license):

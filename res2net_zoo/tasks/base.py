@@ -181,10 +181,10 @@ class TaskModel(nn.Module, ABC):
         try:
             self.network = self.build(features, **self.settings["head_kwargs"])
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            options = " ".join(f"{name}={value}" for name, value in self.settings["head_kwargs"].items())
-            hint = f" with --head-kwargs {options}; correct these" if options else ""
-            # Others are Python's, which name no cause.
-            reason = f": {error}" * (type(error) in (RuntimeError, ValueError))
+            given = " ".join(f"{name}={value}" for name, value in self.settings["head_kwargs"].items())
+            hint = f" with --head-kwargs {given}; correct these" if given else ""
+            # The messages of the other types are Python's own and do not help a user.
+            reason = f": {error}" if type(error) in (RuntimeError, ValueError) else ""
             raise InputError(f"{head} cannot be built on {model}{hint}{reason}") from error
 
     @classmethod
