@@ -36,6 +36,7 @@ LARGEST_RESIZED_SIDE = 8192  # pixels before the crop
 MOST_CHANNELS = 1024  # of an image
 MOST_CLASSES = 2**18
 LARGEST_ARGUMENT = 2**16
+LARGEST_WINDOW = 64  # of attention; some of timm's models loop over all pairs of its positions
 MOST_ARGUMENTS = 1000  # values in model_args, nested ones counted
 MOST_MODULES = 10_000  # the largest of timm's has 2,540
 MOST_UNSAVED_VALUES = 2**28  # in buffers that the weights' file does not have, such as attention masks
@@ -173,6 +174,8 @@ def check_arguments(arguments: Mapping[str, Any], what: str) -> None:
 
 def argument_limit(key: str) -> int:
     """Return how large an argument of that name may be."""
+    if "window" in key.rpartition(".")[2]:
+        return LARGEST_WINDOW
     return MOST_CLASSES if key.endswith(".num_classes") else LARGEST_ARGUMENT
 
 

@@ -77,6 +77,10 @@ BAD_CONFIGS: dict[str, dict[str, Any]] = {
     "unknown argument": {"args": {"evil": 1}},
     "a million layers": {"args": {"layers": [10**6] * 4}},
     "many layers": {"args": {"layers": [60_000] * 4}},
+    "a window of timm's TinyViT that loops for hours": {
+        "architecture": "tiny_vit_5m_224",
+        "model_args": {"window_sizes": [60000] * 4},
+    },
     "a million groups": {"args": {"block_args": {"scale": 10**6}}},
     "many groups": {"args": {"block_args": {"scale": 60_000}}},
     "a huge width": {"args": {"base_width": 10**9}},
