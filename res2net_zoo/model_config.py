@@ -176,6 +176,8 @@ def argument_limit(key: str) -> int:
     """Return how large an argument of that name may be."""
     if "window" in key.rpartition(".")[2]:
         return LARGEST_WINDOW
+    if "size" in key.rpartition(".")[2]:
+        return LARGEST_RESIZED_SIDE
     return MOST_CLASSES if key.endswith(".num_classes") else LARGEST_ARGUMENT
 
 

@@ -319,6 +319,8 @@ def test_a_cache_that_cannot_be_written_is_named(hub, folder, monkeypatch):
         dict(std=[0, 0, 0]),
         dict(mean=[float("nan")] * 3),
         dict(head="evil"),
+        dict(head_kwargs={"min_size": 60_000}),
+        dict(output_stride=3),
         dict(head_kwargs=[1]),
         dict(head_kwargs={"decoder_channels": [10**6] * 5}),
         dict(head_kwargs={"decoder_channels": [60_000] * 5}),

@@ -408,7 +408,7 @@ def load(name: str) -> TaskModel:
         model = task_class(task)(**settings)
         model.load_state_dict(load_file(folder / WEIGHTS))
         model.origin = of_folder(folder)
-    except TypeError as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder}/config.json does not build a model: {error}") from error
     except SafetensorError as error:
         raise InputError(
