@@ -353,15 +353,20 @@ def finish_replacing(folder: Path) -> None:
 
 
 def is_special(path: Path) -> bool:
-    """Return whether a path is a device, a pipe or a socket, which no file may take the place of."""
-    return path.exists() and not (path.is_file() or path.is_dir())
+    """Return whether a path is a device, such as /dev/null, or what /dev/stdout or /dev/fd leads to.
+
+    Other pipes are not, as writing to one waits for a reader: a file takes their place.
+    """
+    if path.is_file() or path.is_dir() or not path.exists():
+        return False
+    return path.is_char_device() or path.is_block_device() or path.absolute().is_relative_to("/dev")
 
 
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to, which takes the place of a file once it is whole.
 
-    At any moment the file is the old one or the new one; if the block fails, the old one. A device or a pipe, such as
+    At any moment the file is the old one or the new one; if the block fails, the old one. A device, such as
     `/dev/null`, stays and is written to.
 
     Args:

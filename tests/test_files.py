@@ -69,11 +69,17 @@ def test_a_device_is_written_to_and_stays(tmp_path):
     with locked(null), locked(null):  # two programs may write it
         write_atomically(null, lambda new: new.write_text("text"))
     assert null.is_symlink() and null.is_char_device()
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)
-    with os.fdopen(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)) as reader:
-        write_atomically(fifo, lambda new: new.write_text("text"))
-        assert reader.read() == "text" and fifo.is_fifo()
+    read, write = os.pipe()
+    with os.fdopen(read) as reader:
+        write_atomically(Path(f"/dev/fd/{write}"), lambda new: new.write_text("text"))
+        os.close(write)
+        assert reader.read() == "text"
+
+
+def test_a_pipe_without_a_reader_is_replaced(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    write_atomically(tmp_path / "fifo", lambda new: new.write_text("text"))
+    assert (tmp_path / "fifo").read_text() == "text"
 
 
 def test_a_model_folder_is_the_old_one_or_the_new_one(tmp_path):
