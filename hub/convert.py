@@ -24,11 +24,15 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
+    from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as WEIGHTS
+
     import res2net_zoo  # noqa: F401  registers the models
-    from res2net_zoo import catalog, weights
-    from res2net_zoo.files import check_can_make, locked
-    from res2net_zoo.folder import write_converted
-    from res2net_zoo.program import WEIGHTS, InputError, similar_path
+    from res2net_zoo import catalog
+    from res2net_zoo.utils.console import similar_path
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.utils.files import check_can_make, locked
+    from res2net_zoo.weights import originals
+    from res2net_zoo.weights.model_folder import write_converted
 
     (checkpoint,) = catalog.choose([args.model])
     source = checkpoint.url if args.checkpoint is None else args.checkpoint
@@ -42,14 +46,14 @@ def main(args: argparse.Namespace) -> int:
         raise InputError(f"--output {args.output} holds something else than a model; name a new folder")
     with locked(args.output):
         if source.startswith(("https://", "http://")):
-            with weights.original(source) as path:
-                state, metadata = weights.read_original(path, checkpoint, source)
+            with originals.original(source) as path:
+                state, metadata = originals.read_original(path, checkpoint, source)
                 write_converted(args.output, checkpoint, state, metadata)
         else:
-            state, metadata = weights.read_original(Path(source), checkpoint)
+            state, metadata = originals.read_original(Path(source), checkpoint)
             write_converted(args.output, checkpoint, state, metadata)
     name, checked = checkpoint.name, "the released one" if checkpoint.sha256 else "and none was ever published"
-    if not weights.is_released(checkpoint, metadata):
+    if not originals.is_released(checkpoint, metadata):
         name, checked = checkpoint.architecture, f"not that of {checkpoint.name}"
     print(f"{name} in {args.output}: SHA-256 of the original {metadata['source_sha256']}, {checked}")
     return 0
@@ -57,6 +61,6 @@ def main(args: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     arguments = parse_args()
-    from res2net_zoo.program import run
+    from res2net_zoo.utils.console import run
 
     sys.exit(run(lambda: main(arguments)))

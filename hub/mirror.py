@@ -26,10 +26,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
+    from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as WEIGHTS
+
     import res2net_zoo  # noqa: F401  registers the models
     from res2net_zoo import catalog
-    from res2net_zoo.mirror import locked, mirror
-    from res2net_zoo.program import WEIGHTS, InputError, markdown_table, progress_bar, report
+    from res2net_zoo.hub.mirror import locked, mirror
+    from res2net_zoo.utils.console import progress_bar, report
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.utils.markdown import markdown_table
 
     checkpoints = catalog.choose(args.model)
     if not args.model:
@@ -61,6 +65,6 @@ def main(args: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     arguments = parse_args()
-    from res2net_zoo.program import run
+    from res2net_zoo.utils.console import run
 
     sys.exit(run(lambda: main(arguments)))

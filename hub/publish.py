@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
 from arguments import Parser
 
 if TYPE_CHECKING:
-    from res2net_zoo import publish
+    from res2net_zoo.hub import publish
 
 
 def parse_args() -> argparse.Namespace:
@@ -53,7 +53,7 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     import res2net_zoo  # noqa: F401  registers the models
-    from res2net_zoo.names import check_folder
+    from res2net_zoo.weights.model_names import check_folder
 
     if args.all:
         publish_all(args)
@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
 
 def publish_one(args: argparse.Namespace, folder: Path, repo_id: str) -> "publish.Plan":
     """Publish a folder, or show what would go."""
-    from res2net_zoo import publish
+    from res2net_zoo.hub import publish
 
     publish.check_folder(folder)
     if args.dry_run:
@@ -85,7 +85,7 @@ def publish_one(args: argparse.Namespace, folder: Path, repo_id: str) -> "publis
 
 def check_plan(args: argparse.Namespace, plan: "publish.Plan") -> None:
     """Refuse what the options ask for and the repository does not allow."""
-    from res2net_zoo.program import InputError
+    from res2net_zoo.utils.errors import InputError
 
     if plan.creates and args.create_pr:
         raise InputError(f"there is no model {plan.repo_id} on the Hub to open a pull request on")
@@ -95,7 +95,8 @@ def check_plan(args: argparse.Namespace, plan: "publish.Plan") -> None:
 
 def table(plan: "publish.Plan") -> str:
     """Return the files of a plan as a table."""
-    from res2net_zoo.program import markdown_table, printable
+    from res2net_zoo.utils.console import printable
+    from res2net_zoo.utils.markdown import markdown_table
 
     rows = [(printable(u.path), f"{u.size:,}", u.sha256[:16], u.state) for u in plan.uploads]
     return markdown_table(("file", "bytes", "SHA-256", "state"), rows)
@@ -103,8 +104,8 @@ def table(plan: "publish.Plan") -> str:
 
 def show_plan(args: argparse.Namespace, folder: Path, repo_id: str) -> "publish.Plan":
     """Show what publishing would send, and what it would refuse; the Hub is only asked what it has."""
-    from res2net_zoo import publish
-    from res2net_zoo.program import warn
+    from res2net_zoo.hub import publish
+    from res2net_zoo.utils.console import warn
 
     plan, unreachable = publish.make_plan_or_guess(folder, repo_id, args.revision, args.private)
     print(table(plan))
@@ -131,12 +132,15 @@ def show_plan(args: argparse.Namespace, folder: Path, repo_id: str) -> "publish.
 
 def publish_all(args: argparse.Namespace) -> None:
     """Publish the catalogue's checkpoints, and record where they are."""
+    from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as WEIGHTS
+
     from res2net_zoo import catalog
-    from res2net_zoo.files import check_writable, sha256_of
-    from res2net_zoo.hub import assets
-    from res2net_zoo.mirror import locked, mirror
-    from res2net_zoo.program import WEIGHTS, InputError, report
-    from res2net_zoo.publish import LicenseError
+    from res2net_zoo.hub.mirror import locked, mirror
+    from res2net_zoo.hub.publish import LicenseError
+    from res2net_zoo.utils.console import report
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.utils.files import check_writable, sha256_of
+    from res2net_zoo.utils.hub_client import assets
 
     root = args.mirror or assets("mirror", "all")
     records = not (args.dry_run or args.create_pr or args.revision != "main")
@@ -176,6 +180,6 @@ def publish_all(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     arguments = parse_args()
-    from res2net_zoo.program import run
+    from res2net_zoo.utils.console import run
 
     sys.exit(run(lambda: main(arguments)))

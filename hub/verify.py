@@ -23,9 +23,13 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     import res2net_zoo  # noqa: F401  registers the models
-    from res2net_zoo import catalog, hub, verify
-    from res2net_zoo.names import check_folder, is_path
-    from res2net_zoo.program import InputError, markdown_table, printable, similar_path
+    from res2net_zoo import catalog
+    from res2net_zoo.hub import verify
+    from res2net_zoo.utils import hub_client
+    from res2net_zoo.utils.console import printable, similar_path
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.utils.markdown import markdown_table
+    from res2net_zoo.weights.model_names import check_folder, is_path
 
     checks = []
     source, colon, name = args.model.partition(":")
@@ -39,7 +43,7 @@ def main(args: argparse.Namespace) -> int:
     elif "/" not in args.model:
         raise InputError(f"there is no model folder {args.model}{similar_path(folder) or '; a repository is ORG/NAME'}")
     else:
-        folder = hub.snapshot(args.model, args.revision)
+        folder = hub_client.snapshot(args.model, args.revision)
         checks.append(verify.Check("files", f"those of commit {folder.name}", "as the Hub has them", True))
     # A repository that the catalogue names must have what it is named for.
     known = [c for c in catalog.load().checkpoints.values() if c.hub_id == args.model]
@@ -60,6 +64,6 @@ def main(args: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     arguments = parse_args()
-    from res2net_zoo.program import run
+    from res2net_zoo.utils.console import run
 
     sys.exit(run(lambda: main(arguments)))

@@ -7,12 +7,12 @@ with warnings.catch_warnings():
     # timm has some of these names. Ours take their place, with the same weights and the same
     # output, so its warning that a name is overwritten has nothing to tell.
     warnings.filterwarnings("ignore", message="Overwriting .* in registry with res2net_zoo")
-    from res2net_zoo import biglittle, cifar, dla, res2net
+    from res2net_zoo.models import biglittle, cifar, dla, res2net
 
-from res2net_zoo.cifar import cifar_res2next
+from res2net_zoo.models.cifar import cifar_res2next
 
 if TYPE_CHECKING:
-    from res2net_zoo.inference import optimize
+    from res2net_zoo.inference.optimization import optimize
 
 __version__ = "0.1.1"
 
@@ -22,7 +22,7 @@ __all__ = ["__version__", "biglittle", "cifar", "cifar_res2next", "dla", "optimi
 def __getattr__(name: str) -> Any:
     # Only who asks for it pays for its imports.
     if name == "optimize":
-        from res2net_zoo.inference import optimize
+        from res2net_zoo.inference.optimization import optimize
 
         return optimize
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

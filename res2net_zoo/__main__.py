@@ -6,11 +6,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from res2net_zoo import ablate, catalog, dla, res2net
+from res2net_zoo import catalog
+from res2net_zoo.analysis import ablate
 from res2net_zoo.catalog import Architecture, Checkpoint, Printed
-from res2net_zoo.command_line import Parser, within
-from res2net_zoo.files import write_atomically
-from res2net_zoo.program import InputError, markdown_table, nearest, run
+from res2net_zoo.models import dla, res2net
+from res2net_zoo.utils.command_line import Parser, within
+from res2net_zoo.utils.console import nearest, run
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.files import write_atomically
+from res2net_zoo.utils.markdown import markdown_table
 
 # Between these two lines a file has the table of a command.
 MARKS = {

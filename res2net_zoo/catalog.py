@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 from huggingface_hub.dataclasses import strict, validated_field
 from huggingface_hub.errors import StrictDataclassError
 
-from res2net_zoo.files import locked, read_text, write_atomically
-from res2net_zoo.program import InputError, nearest
+from res2net_zoo.utils.console import nearest
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.files import locked, read_text, write_atomically
 
 INTERPOLATIONS = ("bilinear", "bicubic")
 FORMATS = ("torch", "paddle", "mindspore", "mmengine", "holocron")

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 if TYPE_CHECKING:
-    from res2net_zoo.command_line import Parser, did_you_mean, within
+    from res2net_zoo.utils.command_line import Parser, did_you_mean, within
 else:  # by its path, since importing the package imports timm and torch
-    command_line = runpy.run_path(str(ROOT / "res2net_zoo" / "command_line.py"))
+    command_line = runpy.run_path(str(ROOT / "res2net_zoo" / "utils" / "command_line.py"))
     Parser, did_you_mean, within = (command_line[name] for name in ("Parser", "did_you_mean", "within"))
 
 RECIPES = ROOT / "scripts" / "recipes"

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from arguments import Parser, within
 
 if TYPE_CHECKING:
-    from res2net_zoo.benchmark import Result
-    from res2net_zoo.contenders import Setting
+    from res2net_zoo.analysis.benchmark import Result
+    from res2net_zoo.analysis.contenders import Setting
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 PEERS = ("eager", "inductor", "onnxruntime", "openvino")
@@ -69,11 +69,12 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     from itertools import product
 
-    from res2net_zoo import benchmark
-    from res2net_zoo.ablate import find_picture
-    from res2net_zoo.contenders import OURS, Setting
-    from res2net_zoo.files import check_writable, write_atomically
-    from res2net_zoo.program import InputError, start_processes
+    from res2net_zoo.analysis import benchmark
+    from res2net_zoo.analysis.ablate import find_picture
+    from res2net_zoo.analysis.contenders import OURS, Setting
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.utils.files import check_writable, write_atomically
+    from res2net_zoo.utils.processes import start_processes
 
     accelerator = start_processes(args.threads)
     if accelerator.num_processes > 1:
@@ -135,8 +136,8 @@ def input_size(name: str, img_size: int | None) -> tuple[int, int, int]:
     Raises:
         InputError: There is no such model, or it has no classifier.
     """
-    from res2net_zoo.pretrained import create_model
-    from res2net_zoo.program import InputError
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.weights.pretrained import create_model
 
     model: Any = create_model(name, pretrained=False)
     if not model.num_classes:
@@ -157,10 +158,10 @@ def measure(setting: "Setting", args: argparse.Namespace, folder: Path) -> "list
 
     import torch
 
-    from res2net_zoo.benchmark import Result, published_top1
-    from res2net_zoo.contenders import OURS, PRODUCT, Built, LeftOut, build, contenders, cost, peak_memory
-    from res2net_zoo.measure import by_turns
-    from res2net_zoo.program import printable, progress_bar
+    from res2net_zoo.analysis.benchmark import Result, published_top1
+    from res2net_zoo.analysis.contenders import OURS, PRODUCT, Built, LeftOut, build, contenders, cost, peak_memory
+    from res2net_zoo.utils.console import printable, progress_bar
+    from res2net_zoo.utils.timing import by_turns
 
     peers = {"all": PEERS, "none": ()}.get(args.peers[0], args.peers)
     ready: dict[str, Built] = {}
@@ -203,6 +204,6 @@ def tell(bar: Any, text: str) -> None:
 if __name__ == "__main__":
     arguments = parse_args()
 
-    from res2net_zoo.program import run
+    from res2net_zoo.utils.console import run
 
     sys.exit(run(lambda: main(arguments)))

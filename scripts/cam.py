@@ -51,12 +51,15 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     import torch
 
-    from res2net_zoo import cam
-    from res2net_zoo.files import check_writable
-    from res2net_zoo.images import find_images
-    from res2net_zoo.labels import class_names
-    from res2net_zoo.pretrained import create_model
-    from res2net_zoo.program import InputError, markdown_table, progress_bar, start_processes
+    from res2net_zoo.analysis import cam
+    from res2net_zoo.data.images import find_images
+    from res2net_zoo.data.labels import class_names
+    from res2net_zoo.utils.console import progress_bar
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.utils.files import check_writable
+    from res2net_zoo.utils.markdown import markdown_table
+    from res2net_zoo.utils.processes import start_processes
+    from res2net_zoo.weights.pretrained import create_model
 
     cam.require()
     accelerator = start_processes(args.threads)
@@ -107,6 +110,6 @@ def main(args: argparse.Namespace) -> int:
 if __name__ == "__main__":
     arguments = parse_args()
 
-    from res2net_zoo.program import run
+    from res2net_zoo.utils.console import run
 
     sys.exit(run(lambda: main(arguments)))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from arguments import SHIPPED_DATA, SHIPPED_MODEL, Parser, within
 
 if TYPE_CHECKING:
-    from res2net_zoo.export import Exported
+    from res2net_zoo.inference.export import Exported
 
 CHECKED = 16  # images; those of a folder with more are taken at even distances
 
@@ -49,13 +49,22 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     import datasets
 
-    from res2net_zoo.data import open_source
-    from res2net_zoo.export import NEEDS, OPSET, CheckError, check_output, describe, export, load_images, require
-    from res2net_zoo.files import check_writable
-    from res2net_zoo.images import find_images
-    from res2net_zoo.pretrained import create_model
-    from res2net_zoo.program import report
-    from res2net_zoo.provenance import of_model
+    from res2net_zoo.data.images import find_images
+    from res2net_zoo.data.sources import open_source
+    from res2net_zoo.inference.export import (
+        NEEDS,
+        OPSET,
+        CheckError,
+        check_output,
+        describe,
+        export,
+        load_images,
+        require,
+    )
+    from res2net_zoo.utils.console import report
+    from res2net_zoo.utils.files import check_writable
+    from res2net_zoo.weights.pretrained import create_model
+    from res2net_zoo.weights.provenance import of_model
 
     require(*NEEDS[args.format])
     check_output(args.output, args.format)
@@ -107,6 +116,6 @@ def summary(exported: "Exported", available: int) -> str:
 if __name__ == "__main__":
     arguments = parse_args()
 
-    from res2net_zoo.program import run
+    from res2net_zoo.utils.console import run
 
     sys.exit(run(lambda: main(arguments)))

@@ -171,7 +171,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    from res2net_zoo.files import locked_by_main
+    from res2net_zoo.utils.files import locked_by_main
 
     accelerator = start(args, run_folder(args.output))
     with locked_by_main(args.output, accelerator):
@@ -182,16 +182,24 @@ def train(args: argparse.Namespace, accelerator: "Accelerator") -> int:
     """Train a model and write it; return the exit code."""
     import torch
     from accelerate.utils import gather_object, set_seed
+    from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as WEIGHTS
     from timm.task import ClassificationTask, LogitDistillationTask
     from timm.utils import ModelEmaV3, distribute_bn
 
-    from res2net_zoo.checkpoints import Checkpoints, check_progress, restore, restore_optimizer, restoring
-    from res2net_zoo.evaluate import NOT_FINITE, evaluate
-    from res2net_zoo.labels import match_classes
-    from res2net_zoo.program import WEIGHTS, InputError, all_or_none, default_workers, progress_bar, warn
-    from res2net_zoo.report import Mistakes, Report, best_of, hardware
-    from res2net_zoo.stop import Stop
-    from res2net_zoo.training import (
+    from res2net_zoo.data.labels import match_classes
+    from res2net_zoo.evaluation import NOT_FINITE, evaluate
+    from res2net_zoo.training.checkpoints import Checkpoints, check_progress, restore, restore_optimizer, restoring
+    from res2net_zoo.training.data import (
+        batches,
+        check_readable,
+        corrupt_images,
+        open_training_data,
+        seed_of,
+        steps_of,
+        training_loader,
+    )
+    from res2net_zoo.training.report import Mistakes, Report, best_of, hardware
+    from res2net_zoo.training.setup import (
         Criterion,
         Normalize,
         Optimization,
@@ -203,15 +211,10 @@ def train(args: argparse.Namespace, accelerator: "Accelerator") -> int:
         training_samples,
         try_out,
     )
-    from res2net_zoo.training_data import (
-        batches,
-        check_readable,
-        corrupt_images,
-        open_training_data,
-        seed_of,
-        steps_of,
-        training_loader,
-    )
+    from res2net_zoo.utils.console import progress_bar, warn
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.utils.processes import all_or_none, default_workers
+    from res2net_zoo.utils.shutdown import Stop
 
     Optimization.of(vars(args))  # refuses unknown names before the data is read
     run = run_folder(args.output)
@@ -566,7 +569,8 @@ def start(args: argparse.Namespace, run: Path) -> "Accelerator":
     from accelerate.tracking import get_available_trackers
     from accelerate.utils import LoggerType
 
-    from res2net_zoo.program import InputError, start_processes
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.utils.processes import start_processes
 
     there = [str(tracker) for tracker in get_available_trackers()]
     wanted = args.tracker or [name for name in ("tensorboard",) if name in there]
@@ -593,7 +597,7 @@ def start(args: argparse.Namespace, run: Path) -> "Accelerator":
 
 def check_checkpoint(state: Any, path: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Find out whether a checkpoint, which may be any file, holds what this run needs to go on."""
-    from res2net_zoo.checkpoints import are_finite, are_metrics, check_state, is_count, is_number
+    from res2net_zoo.training.checkpoints import are_finite, are_metrics, check_state, is_count, is_number
 
     def is_plan(value: Any) -> bool:
         return (
@@ -633,7 +637,8 @@ def check_plan(
     before: dict[str, Any], now: dict[str, Any], args: argparse.Namespace, accelerator: "Accelerator"
 ) -> None:
     """Find out whether a run can go on from a checkpoint with what it would be given now."""
-    from res2net_zoo.program import InputError, warn
+    from res2net_zoo.utils.console import warn
+    from res2net_zoo.utils.errors import InputError
 
     def differ(what: str, then: object, found: object, hint: str = "") -> InputError:
         return InputError(f"the run in {args.output} was started with {what} {then}, and has now {found}{hint}")
@@ -663,7 +668,7 @@ def synchronise_batch_norm(model: "nn.Module", accelerator: "Accelerator") -> "n
     """Have BatchNorm take its statistics over all processes."""
     from timm.layers import convert_sync_batchnorm
 
-    from res2net_zoo.program import InputError
+    from res2net_zoo.utils.errors import InputError
 
     if accelerator.num_processes == 1:
         return model  # it does that by itself
@@ -674,7 +679,7 @@ def synchronise_batch_norm(model: "nn.Module", accelerator: "Accelerator") -> "n
 
 def build_model(args: argparse.Namespace, names: list[str], pretrained: bool) -> Any:
     """Make the model, with the weights to start from where it is pretrained."""
-    from res2net_zoo.pretrained import create_model
+    from res2net_zoo.weights.pretrained import create_model
 
     options: dict[str, Any] = {"drop_path_rate": args.drop_path} if args.drop_path else {}
     if args.drop:
@@ -689,7 +694,7 @@ def build_model(args: argparse.Namespace, names: list[str], pretrained: bool) ->
 
 def origin_of(args: argparse.Namespace, model: Any, is_main: bool) -> Any:
     """Return where the weights that are to be trained come from."""
-    from res2net_zoo import provenance
+    from res2net_zoo.weights import provenance
 
     before = provenance.of_model(args.model, model.pretrained_cfg, args.pretrained)
     after = before.after_training(
@@ -706,9 +711,9 @@ def build_teacher(args: argparse.Namespace, model: Any, names: list[str], accele
     """Make the model to learn from."""
     import torch
 
-    from res2net_zoo.labels import match_classes
-    from res2net_zoo.pretrained import create_model
-    from res2net_zoo.program import InputError
+    from res2net_zoo.data.labels import match_classes
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.weights.pretrained import create_model
 
     teacher: Any = create_model(args.teacher)
     labels = teacher.pretrained_cfg.get("label_names")
@@ -728,9 +733,8 @@ def build_teacher(args: argparse.Namespace, model: Any, names: list[str], accele
 def load_everywhere(model: "nn.Module", folder: Path, accelerator: "Accelerator") -> None:
     """Load a model folder's weights in all processes; only the main one need have the folder."""
     from accelerate.utils import broadcast
+    from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as WEIGHTS
     from safetensors.torch import load_file
-
-    from res2net_zoo.program import WEIGHTS
 
     if accelerator.is_main_process:
         model.load_state_dict(load_file(folder / WEIGHTS))
@@ -750,6 +754,6 @@ def peak_memory(accelerator: "Accelerator") -> int:
 if __name__ == "__main__":
     arguments = parse_args()
 
-    from res2net_zoo.program import run as run_program
+    from res2net_zoo.utils.console import run as run_program
 
     sys.exit(run_program(lambda: main(arguments)))

@@ -53,11 +53,13 @@ def main(args: argparse.Namespace) -> int:
     import torch
     from accelerate.utils import gather_object
 
-    from res2net_zoo.files import check_writable
-    from res2net_zoo.images import find_images
-    from res2net_zoo.labels import class_names
-    from res2net_zoo.pretrained import create_model
-    from res2net_zoo.program import InputError, all_or_none, progress_bar, start_processes, warn
+    from res2net_zoo.data.images import find_images
+    from res2net_zoo.data.labels import class_names
+    from res2net_zoo.utils.console import progress_bar, warn
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.utils.files import check_writable
+    from res2net_zoo.utils.processes import all_or_none, start_processes
+    from res2net_zoo.weights.pretrained import create_model
 
     accelerator = start_processes(args.threads, args.mixed_precision)
     paths = all_or_none(lambda: find_images(args.images))
@@ -112,8 +114,9 @@ def predict(
     from timm.data import create_transform, resolve_model_data_config
     from torch.utils.data import DataLoader
 
-    from res2net_zoo.images import MapSamples, Sample, Samples, read_named
-    from res2net_zoo.program import InputError, default_workers
+    from res2net_zoo.data.images import MapSamples, Sample, Samples, read_named
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.utils.processes import default_workers
 
     config = resolve_model_data_config(model)
     mode = "L" if config["input_size"][0] == 1 else "RGB"
@@ -163,7 +166,7 @@ def predict(
 @contextlib.contextmanager
 def told_in_one_line() -> Iterator[None]:
     """Turn a full disk and the like into one line; what cannot be read is told elsewhere."""
-    from res2net_zoo.program import InputError
+    from res2net_zoo.utils.errors import InputError
 
     try:
         yield
@@ -176,7 +179,7 @@ def told_in_one_line() -> Iterator[None]:
 @contextlib.contextmanager
 def writer(args: argparse.Namespace, names: list[str]) -> Iterator[Callable[..., None]]:
     """Yield what writes one image's result; the files are there, whole, only once all is done."""
-    from res2net_zoo.program import printable
+    from res2net_zoo.utils.console import printable
 
     with contextlib.ExitStack() as stack:
         out: IO[str] = stack.enter_context(whole_file(args.output)) if args.output else sys.stdout
@@ -206,7 +209,7 @@ def writer(args: argparse.Namespace, names: list[str]) -> Iterator[Callable[...,
 
         yield write
         if args.format == "table" and rows:
-            from res2net_zoo.program import markdown_table
+            from res2net_zoo.utils.markdown import markdown_table
 
             header = ("image", *(f"{rank}. (percent)" for rank in range(1, len(rows[0]))))
             print(markdown_table(header, rows), file=out)
@@ -216,7 +219,7 @@ def writer(args: argparse.Namespace, names: list[str]) -> Iterator[Callable[...,
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[IO[str]]:
     """Yield a text file that takes its place only once it is whole."""
-    from res2net_zoo.files import temporary_file
+    from res2net_zoo.utils.files import temporary_file
 
     # Bytes of a name that are not UTF-8 are written as \udcXX, which is JSON's way too.
     with (
@@ -233,7 +236,7 @@ def parquet(path: Path) -> Iterator[Callable[[str, Any], None]]:
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
 
-    from res2net_zoo.files import temporary_file
+    from res2net_zoo.utils.files import temporary_file
 
     group: list[tuple[str, Any]] = []
     file: ParquetWriter | None = None
@@ -267,6 +270,6 @@ def parquet(path: Path) -> Iterator[Callable[[str, Any], None]]:
 if __name__ == "__main__":
     arguments = parse_args()
 
-    from res2net_zoo.program import run
+    from res2net_zoo.utils.console import run
 
     sys.exit(run(lambda: main(arguments)))

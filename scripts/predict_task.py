@@ -35,12 +35,13 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     import torch
 
-    from res2net_zoo.files import check_can_make, check_writable, temporary_file
-    from res2net_zoo.images import find_images
-    from res2net_zoo.program import InputError, start_processes
+    from res2net_zoo.data.images import find_images
     from res2net_zoo.tasks import load
     from res2net_zoo.tasks.engine import pictures
     from res2net_zoo.tasks.keypoints import boxes_of
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.utils.files import check_can_make, check_writable, temporary_file
+    from res2net_zoo.utils.processes import start_processes
 
     accelerator = start_processes(args.threads, args.mixed_precision)
     if accelerator.num_processes > 1:
@@ -72,6 +73,6 @@ def main(args: argparse.Namespace) -> int:
 if __name__ == "__main__":
     arguments = parse_args()
 
-    from res2net_zoo.program import run
+    from res2net_zoo.utils.console import run
 
     sys.exit(run(lambda: main(arguments)))

@@ -96,8 +96,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    from res2net_zoo.files import locked_by_main
-    from res2net_zoo.program import start_processes
+    from res2net_zoo.utils.files import locked_by_main
+    from res2net_zoo.utils.processes import start_processes
 
     accelerator = start_processes(args.threads, args.mixed_precision)
     with locked_by_main(args.output, accelerator):
@@ -108,12 +108,14 @@ def train_task(args: argparse.Namespace, accelerator: Any) -> int:
     """Train a model and write it; return the exit code."""
     from accelerate.utils import set_seed
 
-    from res2net_zoo import provenance
-    from res2net_zoo.checkpoints import Checkpoints
-    from res2net_zoo.program import InputError, all_or_none, default_workers, printable, warn
     from res2net_zoo.tasks import task_class
     from res2net_zoo.tasks.engine import Plan, train
-    from res2net_zoo.training import Optimization
+    from res2net_zoo.training.checkpoints import Checkpoints
+    from res2net_zoo.training.setup import Optimization
+    from res2net_zoo.utils.console import printable, warn
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.utils.processes import all_or_none, default_workers
+    from res2net_zoo.weights import provenance
 
     optimization = Optimization.of(vars(args))  # refuses unknown names before the data is read
     task = task_class(args.task)
@@ -191,6 +193,6 @@ def train_task(args: argparse.Namespace, accelerator: Any) -> int:
 if __name__ == "__main__":
     arguments = parse_args()
 
-    from res2net_zoo.program import run
+    from res2net_zoo.utils.console import run
 
     sys.exit(run(lambda: main(arguments)))

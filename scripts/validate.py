@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from res2net_zoo.catalog import Accuracy
-    from res2net_zoo.data import Source
+    from res2net_zoo.data.sources import Source
 
 
 def parse_args() -> argparse.Namespace:
@@ -84,8 +84,9 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    from res2net_zoo.files import check_writable, locked_by_main
-    from res2net_zoo.program import InputError, start_processes
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.utils.files import check_writable, locked_by_main
+    from res2net_zoo.utils.processes import start_processes
 
     accelerator = start_processes(args.threads, args.mixed_precision)
     if args.output is not None:
@@ -101,9 +102,12 @@ def validate(args: argparse.Namespace, accelerator: "Accelerator") -> int:
     from accelerate.utils import broadcast_object_list
 
     from res2net_zoo import catalog
-    from res2net_zoo.data import open_source
-    from res2net_zoo.files import write_atomically
-    from res2net_zoo.program import InputError, all_or_none, main_first, markdown_table, report, warn
+    from res2net_zoo.data.sources import open_source
+    from res2net_zoo.utils.console import report, warn
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.utils.files import write_atomically
+    from res2net_zoo.utils.markdown import markdown_table
+    from res2net_zoo.utils.processes import all_or_none, main_first
 
     def read_old() -> list[dict]:
         if args.output is None or not accelerator.is_main_process:
@@ -192,10 +196,12 @@ def measure(
     from accelerate.utils import broadcast_object_list
     from timm.data import resolve_model_data_config
 
-    from res2net_zoo.evaluate import evaluate
-    from res2net_zoo.labels import match_classes, recognise
-    from res2net_zoo.pretrained import create_model, published_accuracies
-    from res2net_zoo.program import InputError, all_or_none, default_workers, warn
+    from res2net_zoo.data.labels import match_classes, recognise
+    from res2net_zoo.evaluation import evaluate
+    from res2net_zoo.utils.console import warn
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.utils.processes import all_or_none, default_workers
+    from res2net_zoo.weights.pretrained import create_model, published_accuracies
 
     model = all_or_none(lambda: create_model(name).to(accelerator.device))
     model = model.to(memory_format=torch.channels_last)  # 1.4 times the images per second on a CPU
@@ -294,7 +300,7 @@ def data_sha256(source: "Source") -> str | None:
     """
     import datasets
 
-    from res2net_zoo.data import labels_of
+    from res2net_zoo.data.sources import labels_of
 
     if not isinstance(source.rows, datasets.Dataset):
         return None
@@ -313,7 +319,7 @@ def data_sha256(source: "Source") -> str | None:
 
 def trained_on(accuracies: "list[Accuracy]", source: "Source", name: str) -> str | None:
     """Return a warning where a model's card says that it was trained on images of this split."""
-    from res2net_zoo.data import held_out_of
+    from res2net_zoo.data.sources import held_out_of
 
     for accuracy in accuracies:
         if accuracy.dataset.split("/")[-1] == source.name.split("/")[-1] and accuracy.split != source.split:
@@ -356,8 +362,8 @@ def read_results(path: Path) -> list[dict]:
     Raises:
         InputError: The file holds something else.
     """
-    from res2net_zoo.files import read_json
-    from res2net_zoo.program import InputError
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.utils.files import read_json
 
     results = read_json(path)
     if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
@@ -415,6 +421,6 @@ def table_row(result: dict) -> list[str]:
 if __name__ == "__main__":
     arguments = parse_args()
 
-    from res2net_zoo.program import run
+    from res2net_zoo.utils.console import run
 
     sys.exit(run(lambda: main(arguments)))

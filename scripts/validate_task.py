@@ -41,8 +41,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    from res2net_zoo.files import check_writable, locked_by_main
-    from res2net_zoo.program import start_processes
+    from res2net_zoo.utils.files import check_writable, locked_by_main
+    from res2net_zoo.utils.processes import start_processes
 
     accelerator = start_processes(args.threads, args.mixed_precision)
     for path in (args.output, args.results):
@@ -56,18 +56,14 @@ def validate(args: argparse.Namespace, accelerator: Any) -> int:
     """Measure the model; return the exit code."""
     import torch
 
-    from res2net_zoo.program import (
-        InputError,
-        all_or_none,
-        default_workers,
-        main_first,
-        markdown_table,
-        printable,
-    )
     from res2net_zoo.tasks import load
     from res2net_zoo.tasks.base import find_folder
     from res2net_zoo.tasks.engine import evaluate, expected_figures, write_json
     from res2net_zoo.tasks.keypoints import COCOPersons
+    from res2net_zoo.utils.console import printable
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.utils.markdown import markdown_table
+    from res2net_zoo.utils.processes import all_or_none, default_workers, main_first
 
     model: Any = main_first(accelerator, lambda: load(args.model))
     data = all_or_none(lambda: model.open(args.data, args.split, model.settings["head"], model.settings["classes"]))
@@ -132,6 +128,6 @@ def validate(args: argparse.Namespace, accelerator: Any) -> int:
 if __name__ == "__main__":
     arguments = parse_args()
 
-    from res2net_zoo.program import run
+    from res2net_zoo.utils.console import run
 
     sys.exit(run(lambda: main(arguments)))

@@ -19,8 +19,8 @@ from timm.models.res2net import Bottle2neck as TimmBottle2neck
 from timm.models.resnet import ResNet
 from torch import nn
 
-from res2net_zoo.block import Bottle2neck
-from res2net_zoo.res2net import Res2Net
+from res2net_zoo.models.block import Bottle2neck
+from res2net_zoo.models.res2net import Res2Net
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 

@@ -13,30 +13,32 @@ import timm
 import torch
 
 import res2net_zoo
-from res2net_zoo import compiled, native
-from res2net_zoo.inference import fold_batch_norm
-from res2net_zoo.measure import by_turns
-from res2net_zoo.native import Network
+from res2net_zoo.inference.optimization import fold_batch_norm
+from res2net_zoo.kernels import compiler, cpu_network
+from res2net_zoo.kernels.cpu_network import Network
+from res2net_zoo.utils.timing import by_turns
 
 IDEAS = {
     "as it is": contextlib.nullcontext,
     "weights not fetched ahead": lambda: compiled_with("-DAHEAD=0"),
     "pixels any number of cache lines apart": lambda: mock.patch.object(
-        native._Value, "pitch", property(lambda value: value.c if value.c < 16 else -(-value.c // 16) * 16)
+        cpu_network._Value, "pitch", property(lambda value: value.c if value.c < 16 else -(-value.c // 16) * 16)
     ),
-    "pages of 4 KB": lambda: mock.patch.object(native, "mmap", mock.Mock(spec=["mmap"], mmap=native.mmap.mmap)),
-    "images always together": lambda: mock.patch.object(native, "MAP_ELEMENTS", 2**40),
-    "images always one by one": lambda: mock.patch.object(native, "MAP_ELEMENTS", 0),
-    "all pixels in one block": lambda: mock.patch.object(native, "CACHE_BYTES", 2**40),
+    "pages of 4 KB": lambda: mock.patch.object(
+        cpu_network, "mmap", mock.Mock(spec=["mmap"], mmap=cpu_network.mmap.mmap)
+    ),
+    "images always together": lambda: mock.patch.object(cpu_network, "MAP_ELEMENTS", 2**40),
+    "images always one by one": lambda: mock.patch.object(cpu_network, "MAP_ELEMENTS", 0),
+    "all pixels in one block": lambda: mock.patch.object(cpu_network, "CACHE_BYTES", 2**40),
 }
 
 
 @contextlib.contextmanager
 def compiled_with(flag: str) -> Iterator[None]:
-    native.library.cache_clear()
-    with mock.patch.object(compiled, "FLAGS", (*compiled.FLAGS, flag)):
+    cpu_network.library.cache_clear()
+    with mock.patch.object(compiler, "FLAGS", (*compiler.FLAGS, flag)):
         yield
-    native.library.cache_clear()
+    cpu_network.library.cache_clear()
 
 
 def main() -> None:
@@ -55,7 +57,7 @@ def main() -> None:
                 with idea():
                     network = Network(model, dtype)
                     network(images)  # lays out the steps, with the library of the moment
-                    calls.append(bind(network, images, native.library()))
+                    calls.append(bind(network, images, cpu_network.library()))
             times = by_turns(calls, args.rounds, seconds=0.1)
             median = [statistics.median(seconds for turn in turns for seconds in turn) for turns in times]
             for name, taken in zip(IDEAS, median, strict=True):
@@ -64,7 +66,7 @@ def main() -> None:
 
 def bind(network: Network, images: torch.Tensor, library: object):
     def call() -> None:
-        with mock.patch.object(native, "library", lambda: library):
+        with mock.patch.object(cpu_network, "library", lambda: library):
             network(images)
 
     return call

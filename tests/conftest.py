@@ -25,8 +25,8 @@ import torch
 from PIL import Image
 
 import res2net_zoo  # noqa: F401  registers the models
-from res2net_zoo.card import model_card
-from res2net_zoo.folder import write_model_folder
+from res2net_zoo.weights.card import model_card
+from res2net_zoo.weights.model_folder import write_model_folder
 from tests.hub_server import TOKEN, Hub, hasten, serve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,7 +168,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) ->
         AcceleratorState._reset_state(reset_partial_state=True)
         monkeypatch.chdir(ROOT)
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-        monkeypatch.setattr("res2net_zoo.program.default_workers", lambda device: 0)
+        monkeypatch.setattr("res2net_zoo.utils.processes.default_workers", lambda device: 0)
         monkeypatch.syspath_prepend(Path(path).parent)  # as Python does for a program
         monkeypatch.setattr(sys, "argv", [path, *map(str, args)])
         capfd.readouterr()

@@ -8,8 +8,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from accelerate import Accelerator
 
-from res2net_zoo.evaluate import evaluate
-from res2net_zoo.labels import Classes
+from res2net_zoo.data.labels import Classes
+from res2net_zoo.evaluation import evaluate
 from tests.test_evaluate import NUM_CLASSES, ReadsItsAnswer, answers_and_labels, make_source
 
 accelerator = Accelerator(cpu=True)

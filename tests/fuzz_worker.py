@@ -17,7 +17,7 @@ EXTRA = 2 * 2**30  # bytes of address space beyond what the imports take
 
 def weights(path: Path) -> None:
     """Convert an original's file, of the format that its suffix names."""
-    from res2net_zoo.convert import convert
+    from res2net_zoo.weights.convert import convert
 
     convert(path, path.suffix[1:], {})
 
@@ -28,9 +28,9 @@ def model_folder(path: Path) -> None:
     from PIL import Image
     from timm.data import create_transform, resolve_model_data_config
 
-    from res2net_zoo.pretrained import create_model
-    from res2net_zoo.program import InputError
-    from res2net_zoo.verify import verify
+    from res2net_zoo.hub.verify import verify
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.weights.pretrained import create_model
 
     if any(check.passed is False for check in verify(path)):
         raise InputError("verify has found something else than expected")
@@ -58,8 +58,8 @@ def annotations(path: Path) -> None:
 
 def image(path: Path) -> None:
     """Decode an image as a sample of a data set."""
-    from res2net_zoo.images import Samples, read_named
-    from res2net_zoo.program import InputError
+    from res2net_zoo.data.images import Samples, read_named
+    from res2net_zoo.utils.errors import InputError
 
     sample = Samples(lambda image: image.size, "RGB", lambda label, path: 0, read_named)  # type: ignore[arg-type]
     if reason := sample("image 0", {"image": {"bytes": None, "path": str(path)}}).corrupt:
@@ -79,12 +79,7 @@ def main() -> None:
     import timm  # noqa: F401
     import torch
 
-    import res2net_zoo
-    import res2net_zoo.convert
-    import res2net_zoo.tasks.detection
-    import res2net_zoo.tasks.keypoints
-    import res2net_zoo.verify  # noqa: F401
-    from res2net_zoo.program import InputError
+    from res2net_zoo.utils.errors import InputError
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

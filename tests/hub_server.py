@@ -733,8 +733,8 @@ def hasten(monkeypatch: Any) -> None:
     for module in (
         "huggingface_hub.utils._http",
         "huggingface_hub.file_download",
-        "res2net_zoo.hub",
-        "res2net_zoo.publish",
+        "res2net_zoo.utils.hub_client",
+        "res2net_zoo.hub.publish",
     ):
         monkeypatch.setattr(f"{module}.time", hasty)
 

@@ -13,9 +13,10 @@ from timm.models import ResNet
 from torch import nn
 
 from res2net_zoo import cifar_res2next
-from res2net_zoo.block import Bottle2neck
-from res2net_zoo.dla import DLA
-from res2net_zoo.measure import count, latencies, receptive_field
+from res2net_zoo.analysis.cost import count, receptive_field
+from res2net_zoo.models.block import Bottle2neck
+from res2net_zoo.models.dla import DLA
+from res2net_zoo.utils.timing import latencies
 from tests.conftest import input_error
 
 
@@ -138,7 +139,9 @@ def test_without_matplotlib_there_are_tables_and_a_hint(in_process, tmp_path, mo
 
 
 def test_a_reader_that_has_seen_enough_ends_it_quietly():
-    script = "import res2net_zoo.program as p; p.sys.exit(p.run(lambda: print('a line\\n' * 100_000) or 0))"
+    script = (
+        "import sys; import res2net_zoo.utils.console as p; sys.exit(p.run(lambda: print('a line\\n' * 100_000) or 0))"
+    )
     run = subprocess.run(
         ["bash", "-o", "pipefail", "-c", f'"{sys.executable}" -c "{script}" | head -1'], capture_output=True, text=True
     )

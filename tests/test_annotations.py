@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from res2net_zoo.program import InputError
 from res2net_zoo.tasks.detection import COCOFigures
 from res2net_zoo.tasks.engine import pictures
 from res2net_zoo.tasks.instances import Instances
@@ -20,6 +19,7 @@ from res2net_zoo.tasks.keypoints import OKSAP, COCOPersons
 from res2net_zoo.tasks.saliency import Masks, read_mask
 from res2net_zoo.tasks.segmentation import Segmentation, VOCMasks
 from res2net_zoo.tasks.upright import TURNS, moved
+from res2net_zoo.utils.errors import InputError
 from tests.scenes import JOINTS, save_coco, save_keypoints, save_saliency, save_voc, save_voc_boxes
 
 MARK = "\ufeff"  # a byte-order mark, as Windows' editors write it

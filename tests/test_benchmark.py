@@ -11,10 +11,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from timm.models.res2net import Bottle2neck as TimmBottle2neck
 
-from res2net_zoo import benchmark, contenders
-from res2net_zoo.benchmark import Result, fastest, peak, quartiles, ratio, verdict_lines
-from res2net_zoo.contenders import Contender, LeftOut, Setting, build, make_images, make_model, peak_memory
-from res2net_zoo.measure import by_turns, count
+from res2net_zoo.analysis import benchmark, contenders
+from res2net_zoo.analysis.benchmark import Result, fastest, peak, quartiles, ratio, verdict_lines
+from res2net_zoo.analysis.contenders import Contender, LeftOut, Setting, build, make_images, make_model, peak_memory
+from res2net_zoo.analysis.cost import count
+from res2net_zoo.utils.timing import by_turns
 from tests.conftest import input_error
 
 TINY = Setting("res2net_tiny", 2, "float32", "infer", (3, 64, 64), threads=1, matrix=64)

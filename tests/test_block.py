@@ -10,7 +10,7 @@ from timm.layers import BlurPool2d, DropBlock2d, DropPath
 from timm.models.res2net import Bottle2neck as TimmBottle2neck
 from torch import nn
 
-from res2net_zoo.block import Bottle2neck
+from res2net_zoo.models.block import Bottle2neck
 from tests.conftest import relative_error, spread
 
 BATCH_NORM = dict(norm_layer=nn.BatchNorm2d)

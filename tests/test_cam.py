@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from res2net_zoo import cam
-from res2net_zoo.program import InputError
+from res2net_zoo.analysis import cam
+from res2net_zoo.utils.errors import InputError
 from tests.conftest import SHIPPED_DATA, SHIPPED_MODEL, SMALL, full_disk, input_error, spread
 
 CAM = "scripts/cam.py"
@@ -123,8 +123,8 @@ def test_bad_input_is_told_in_one_line(in_process, digits, args, says):
 
 
 def test_models_must_have_the_same_classes(in_process, digits, tmp_path):
-    from res2net_zoo.card import model_card
-    from res2net_zoo.folder import write_model_folder
+    from res2net_zoo.weights.card import model_card
+    from res2net_zoo.weights.model_folder import write_model_folder
 
     other = timm.create_model("res2net_tiny", num_classes=2)
     write_model_folder(tmp_path / "other", other, model_card("other", "# other", None), ["cat", "dog"])

@@ -13,7 +13,7 @@ import pytest
 from res2net_zoo import catalog
 from res2net_zoo.__main__ import MARKS
 from res2net_zoo.catalog import Accuracy, Architecture, CatalogError, Checkpoint
-from res2net_zoo.program import InputError
+from res2net_zoo.utils.errors import InputError
 from tests.conftest import ROOT, input_error
 
 TEXT = resources.files("res2net_zoo").joinpath("catalog.toml").read_text()
@@ -248,8 +248,8 @@ def test_package_data_and_metadata_agree():
 def test_contributing_shows_how_a_model_is_added():
     import textwrap
 
-    from res2net_zoo import res2net
-    from res2net_zoo.measure import count
+    from res2net_zoo.analysis.cost import count
+    from res2net_zoo.models import res2net
 
     text = (ROOT / "CONTRIBUTING.md").read_text()
     code, entry = (

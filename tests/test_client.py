@@ -12,9 +12,9 @@ import huggingface_hub.constants as constants
 import pytest
 from huggingface_hub.errors import HTTPError
 
-from res2net_zoo import client, hub
-from res2net_zoo.pretrained import create_model
-from res2net_zoo.program import InputError
+from res2net_zoo.utils import http, hub_client
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.weights.pretrained import create_model
 from tests.conftest import SHIPPED_MODEL, input_error
 from tests.hub_server import hasten
 
@@ -98,15 +98,15 @@ def point_at(monkeypatch, tmp_path) -> Callable[[str], None]:
         monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
         for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
             monkeypatch.setattr(constants, name, TIMEOUT)
-        monkeypatch.setattr(client, "SILENT_SECONDS", 20)
+        monkeypatch.setattr(http, "SILENT_SECONDS", 20)
         hasten(monkeypatch)
 
-    client.install()
+    http.install()
     from huggingface_hub.utils import _http, close_session
 
     close_session()
     factory = _http._GLOBAL_CLIENT_FACTORY
-    assert isinstance(factory, client.BoundedFactory)
+    assert isinstance(factory, http.BoundedFactory)
     factory.state.timeouts.clear()
     yield point
     factory.state.timeouts.clear()
@@ -171,10 +171,10 @@ def test_a_server_that_asks_for_a_days_patience(in_process, point_at, tmp_path, 
     slept: list[float] = []
     with listening(reply(status, headers)) as (url, _):
         point_at(url)
-        monkeypatch.setattr(hub.time, "sleep", slept.append)
+        monkeypatch.setattr(hub_client.time, "sleep", slept.append)
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", slept.append)
         line = run(in_process, program, url, tmp_path)
-    assert sum(slept) <= client.LONGEST_WAIT
+    assert sum(slept) <= http.LONGEST_WAIT
     assert "Retry-After" in line or "9999" in line, line
 
 
@@ -195,7 +195,7 @@ def test_a_server_that_redirects_in_a_circle(in_process, point_at, tmp_path, loc
 
 
 def test_an_answer_without_end(in_process, point_at, tmp_path, monkeypatch):
-    monkeypatch.setattr(client, "LARGEST_ANSWER", 2**22)
+    monkeypatch.setattr(http, "LARGEST_ANSWER", 2**22)
     with listening(huge) as (url, _):
         point_at(url)
         assert "larger than the limit of 4,194,304 bytes" in run(in_process, "verify", url, tmp_path)
@@ -227,7 +227,7 @@ def test_answers_that_take_their_time_are_waited_for(point_at):
     with listening(answer) as (url, asked):
         point_at(url)
         for _ in range(8):
-            assert hub.get_session().get(f"{url}/api/whoami-v2").json() == {"name": "x"}
+            assert hub_client.get_session().get(f"{url}/api/whoami-v2").json() == {"name": "x"}
     assert len(asked) == 8
 
 
@@ -241,10 +241,10 @@ def test_a_silent_server_is_asked_again_after_a_while(point_at, monkeypatch):
         point_at(url)
         for _ in range(5):
             with pytest.raises(HTTPError):
-                hub.get_session().get(f"{url}/api/x", timeout=None)
+                hub_client.get_session().get(f"{url}/api/x", timeout=None)
         assert len(asked) == 3
-        monkeypatch.setattr(client, "SILENT_SECONDS", 0)
-        assert hub.get_session().get(f"{url}/api/x", timeout=None).json() == {}
+        monkeypatch.setattr(http, "SILENT_SECONDS", 0)
+        assert hub_client.get_session().get(f"{url}/api/x", timeout=None).json() == {}
 
 
 def test_a_model_in_the_cache_is_used_where_the_hub_is_silent(point_at):

@@ -1,4 +1,4 @@
-"""`res2net_zoo.compiled`: what a broken, hostile or hanging compiler or cache does to a training step.
+"""`res2net_zoo.kernels.compiler`: what a broken, hostile or hanging compiler or cache does to a training step.
 
 All go through `norm.library`, which a training step calls first of all.
 """
@@ -21,9 +21,9 @@ import timm
 import torch
 from filelock import FileLock
 
-from res2net_zoo import compiled, norm
+from res2net_zoo.kernels import compiler, fused_norm
 
-QUICKLY = tuple(flag for flag in compiled.FLAGS if flag != "-O3")
+QUICKLY = tuple(flag for flag in compiler.FLAGS if flag != "-O3")
 LOAD = f"from res2net_zoo import compiled, norm; compiled.FLAGS = {QUICKLY}; print(norm.library())"
 
 PLANTED = """#include <stdio.h>
@@ -39,10 +39,10 @@ def cache(tmp_path, monkeypatch) -> Iterator[Path]:
     """A new assets cache; `norm.library` is empty before and afterwards."""
     folder = tmp_path / "assets"
     monkeypatch.setattr(cache_assets, "HF_ASSETS_CACHE", str(folder))
-    monkeypatch.setattr(compiled, "FLAGS", QUICKLY)
-    norm.library.cache_clear()
+    monkeypatch.setattr(compiler, "FLAGS", QUICKLY)
+    fused_norm.library.cache_clear()
     yield folder
-    norm.library.cache_clear()
+    fused_norm.library.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,8 @@ def planted(tmp_path_factory) -> Path:
 
 
 def load_anew() -> ctypes.CDLL | None:
-    norm.library.cache_clear()
-    return norm.library()
+    fused_norm.library.cache_clear()
+    return fused_norm.library()
 
 
 def library_in(cache: Path) -> Path:
@@ -95,8 +95,8 @@ HANGING = {
 
 @pytest.mark.parametrize("how", cases(HANGING, "at once", "when it compiles"))
 def test_a_compiler_that_hangs_is_ended_with_what_it_has_started(how, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(compiled, "DESCRIBING", 1, raising=False)
-    monkeypatch.setattr(compiled, "COMPILING", 1, raising=False)
+    monkeypatch.setattr(compiler, "DESCRIBING", 1, raising=False)
+    monkeypatch.setattr(compiler, "COMPILING", 1, raising=False)
     script = HANGING[how].replace("sleep", f"{tmp_path}/sleep")
     (tmp_path / "sleep").symlink_to("/bin/sleep")
     monkeypatch.setenv("CXX", compiler(tmp_path, f"#!/bin/bash\n{script}\n"))
@@ -108,7 +108,7 @@ def test_a_compiler_that_hangs_is_ended_with_what_it_has_started(how, cache, tmp
         running = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in contents(path)]
         assert not running
     with warnings.catch_warnings(action="error"):  # once is enough
-        assert norm.library() is None
+        assert fused_norm.library() is None
 
 
 def contents(path: Path) -> bytes:
@@ -147,19 +147,19 @@ def test_a_compiler_that_fails_in_any_way_leaves_plain_pytorch(how, cache, tmp_p
     with pytest.warns(UserWarning, match=f"plain PyTorch.*{says}"):
         train()
     with warnings.catch_warnings(action="error"):
-        assert norm.library() is None
+        assert fused_norm.library() is None
 
 
 def test_a_compiler_with_arguments(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", f"{compiler(tmp_path, '#!/bin/sh' + chr(10) + 'echo $1 >> $0.log; shift; c++ $@')} -m64")
-    assert norm.library() is not None
+    assert fused_norm.library() is not None
     assert set(Path(os.environ["CXX"].split()[0] + ".log").read_text().split()) == {"-m64"}
 
 
 def test_a_cache_that_cannot_be_written_leaves_the_fast_step(cache, monkeypatch):
     cache.write_text("in the way")
     with pytest.warns(UserWarning, match="compiled for this process alone.*set HF_HOME"):
-        assert norm.library() is not None
+        assert fused_norm.library() is not None
     train()
     assert cache.read_text() == "in the way"
 
@@ -168,14 +168,14 @@ def test_a_cache_that_cannot_be_written_leaves_the_fast_step(cache, monkeypatch)
 def test_a_cache_without_permission(cache):
     cache.mkdir(mode=0o500)
     with pytest.warns(UserWarning, match="compiled for this process alone"):
-        assert norm.library() is not None
+        assert fused_norm.library() is not None
 
 
 @pytest.mark.parametrize("umask", [0, pytest.param(0o002, marks=pytest.mark.slow)])
 def test_what_is_written_is_for_its_user_alone_whatever_the_umask(umask, cache):
     before = os.umask(umask)
     try:
-        assert norm.library() is not None
+        assert fused_norm.library() is not None
     finally:
         os.umask(before)
     path = library_in(cache)
@@ -197,7 +197,7 @@ def other_user(path: Path) -> None:
 
 def with_its_hash(path: Path, planted: Path) -> None:
     plant(path, planted)
-    path.with_name("sha256").write_text(compiled.hashlib.sha256(planted.read_bytes()).hexdigest())
+    path.with_name("sha256").write_text(compiler.hashlib.sha256(planted.read_bytes()).hexdigest())
 
 
 PLANTS = {
@@ -216,7 +216,7 @@ def test_a_library_that_others_may_have_written_is_compiled_anew(how, cache, tmp
     if "another user" in how and os.geteuid():
         pytest.skip("only root can give files away")
     monkeypatch.setenv("PLANTED", str(tmp_path / "ran"))
-    assert norm.library() is not None
+    assert fused_norm.library() is not None
     path = library_in(cache)
     path.parent.mkdir(exist_ok=True)
     PLANTS[how](path, planted)
@@ -230,7 +230,7 @@ def test_a_library_that_others_may_have_written_is_compiled_anew(how, cache, tmp
 @pytest.mark.parametrize("how", ["of another user", "a link"])
 def test_a_folder_of_another_user_is_not_used(how, cache, tmp_path, planted, monkeypatch):
     monkeypatch.setenv("PLANTED", str(tmp_path / "ran"))
-    assert norm.library() is not None
+    assert fused_norm.library() is not None
     path = library_in(cache)
     with_its_hash(path, planted)
     if how == "a link":
@@ -258,7 +258,7 @@ BROKEN = {
 @pytest.mark.parametrize("how", cases(BROKEN, "truncated", "empty"))
 def test_a_broken_library_is_compiled_anew(how, cache):
     """In a process of its own, which a truncated library used to end with SIGBUS."""
-    assert norm.library() is not None
+    assert fused_norm.library() is not None
     path = library_in(cache)
     whole = path.read_bytes()
     BROKEN[how](path)
@@ -284,7 +284,7 @@ def test_what_a_killed_compilation_leaves_is_deleted_by_the_next(cache, tmp_path
     process.wait()
     assert [path for path in cache.rglob("*") if path.name in ("norm.so", "cc1.s")]
     begin = time.monotonic()
-    assert norm.library() is not None  # the lock has died with its process
+    assert fused_norm.library() is not None  # the lock has died with its process
     assert time.monotonic() - begin < 20
     os.killpg(int(pid.read_text()), signal.SIGKILL)
     assert {path.name for path in library_in(cache).parent.iterdir()} == {"lock", "norm.so", "sha256"}
@@ -297,7 +297,7 @@ def test_of_several_at_once_one_compiles(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", compiler(tmp_path, log))
     found: list = []
     threads = [
-        threading.Thread(target=lambda: found.append(compiled.compile_library(norm.SOURCE, norm.FUNCTIONS)))
+        threading.Thread(target=lambda: found.append(compiler.compile_library(fused_norm.SOURCE, fused_norm.FUNCTIONS)))
         for _ in range(3)
     ]
     for thread in threads:
@@ -308,10 +308,10 @@ def test_of_several_at_once_one_compiles(cache, tmp_path, monkeypatch):
 
 
 def test_a_lock_that_is_held_for_long_does_not_hold_up_others(cache, monkeypatch):
-    assert norm.library() is not None
+    assert fused_norm.library() is not None
     path = library_in(cache)
     path.unlink()
-    monkeypatch.setattr(compiled, "WAITING", 1)
+    monkeypatch.setattr(compiler, "WAITING", 1)
     with FileLock(path.with_name("lock")), pytest.warns(UserWarning) as warned:
         load_anew()
     assert "compiled for this process alone" in str(warned[0].message)
@@ -319,9 +319,9 @@ def test_a_lock_that_is_held_for_long_does_not_hold_up_others(cache, monkeypatch
 
 def test_a_library_of_the_same_number_is_not_taken_for_another(cache):
     """The system knows libraries by name, and theirs are the numbers of open files."""
-    from res2net_zoo import native
+    from res2net_zoo.kernels import cpu_network
 
-    native.library.cache_clear()
-    assert native.library().lanes() in (8, 16)
-    assert norm.library() is not None
+    cpu_network.library.cache_clear()
+    assert cpu_network.library().lanes() in (8, 16)
+    assert fused_norm.library() is not None
     train()

@@ -16,9 +16,9 @@ import pytest
 import timm
 import torch
 
-from res2net_zoo.convert import convert, explain, read_mindspore, read_paddle, read_torch
-from res2net_zoo.pickles import FormatError
-from res2net_zoo.program import InputError
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.weights.convert import convert, explain, read_mindspore, read_paddle, read_torch
+from res2net_zoo.weights.pickles import FormatError
 from tests.conftest import relative_error, spread
 from tests.originals.draw import images, parameter
 from tests.originals.spec import small

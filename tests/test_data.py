@@ -14,9 +14,9 @@ import pytest
 from huggingface_hub import constants
 from PIL import Image
 
-from res2net_zoo.data import open_source
-from res2net_zoo.images import EXTENSIONS, FORMATS, Samples, decode, find_images, open_image, read_named, to_mode
-from res2net_zoo.program import InputError
+from res2net_zoo.data.images import EXTENSIONS, FORMATS, Samples, decode, find_images, open_image, read_named, to_mode
+from res2net_zoo.data.sources import open_source
+from res2net_zoo.utils.errors import InputError
 from tests.conftest import SHIPPED_DATA, save_images
 
 
@@ -442,7 +442,7 @@ def test_a_hub_out_of_reach_is_reported_at_once(monkeypatch, silent):
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
-        monkeypatch.setattr("res2net_zoo.data.HUB_TIMEOUT", 1)
+        monkeypatch.setattr("res2net_zoo.data.sources.HUB_TIMEOUT", 1)
         if not silent:
             server.close()
         start = time.perf_counter()

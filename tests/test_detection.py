@@ -20,10 +20,10 @@ from PIL import Image
 from torch import nn
 
 from res2net_zoo import catalog, tasks
-from res2net_zoo.program import InputError
 from res2net_zoo.tasks import base
 from res2net_zoo.tasks.detection import FIGURES, VOC07, COCOFigures, Detection
 from res2net_zoo.tasks.instances import Instances
+from res2net_zoo.utils.errors import InputError
 from tests.conftest import SMALL, input_error, spread
 from tests.scenes import KINDS, run_lengths, save_coco, save_voc_boxes
 from tests.test_survival import Running

@@ -18,11 +18,11 @@ from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_model_data_config
 from torch import nn
 
-from res2net_zoo.data import Source, open_source
-from res2net_zoo.evaluate import Counts, count_correct, evaluate
-from res2net_zoo.evaluate import create_loader as zoo_loader
-from res2net_zoo.labels import Classes, match_classes
-from res2net_zoo.program import InputError
+from res2net_zoo.data.labels import Classes, match_classes
+from res2net_zoo.data.sources import Source, open_source
+from res2net_zoo.evaluation import Counts, count_correct, evaluate
+from res2net_zoo.evaluation import create_loader as zoo_loader
+from res2net_zoo.utils.errors import InputError
 from tests.conftest import SHIPPED_DATA, SHIPPED_MODEL
 
 NUM_CLASSES = 7

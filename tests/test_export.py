@@ -14,8 +14,9 @@ import pytest
 import timm
 import torch
 
-from res2net_zoo import catalog, export
-from res2net_zoo.program import InputError
+from res2net_zoo import catalog
+from res2net_zoo.inference import export
+from res2net_zoo.utils.errors import InputError
 from tests.conftest import SHIPPED_DATA, SHIPPED_MODEL, SMALL, full_disk, input_error, read_tree, relative_error, spread
 
 EXPORT = "scripts/export.py"
@@ -141,7 +142,7 @@ SIGNAL = """
 import faulthandler, os, signal, sys
 from pathlib import Path
 
-from res2net_zoo.export import run_openvino
+from res2net_zoo.inference.export import run_openvino
 
 faulthandler.enable()  # as pytest does: Python's handlers now have a stack of their own
 signal.signal(signal.SIGUSR1, lambda *_: print("heard"))  # as a loader listens to the end of its workers

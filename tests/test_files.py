@@ -17,17 +17,18 @@ import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 
-from res2net_zoo.card import model_card
 from res2net_zoo.catalog import Accuracy
-from res2net_zoo.data import open_source
-from res2net_zoo.evaluate import evaluate
-from res2net_zoo.files import finish_replacing, locked, read_bytes, sweep, write_atomically
-from res2net_zoo.folder import replaced_folder, write_model_folder
-from res2net_zoo.images import decode
-from res2net_zoo.labels import match_classes
-from res2net_zoo.pretrained import create_model, published_accuracies
-from res2net_zoo.program import InputError, markdown_table
-from res2net_zoo.publish import files_of
+from res2net_zoo.data.images import decode
+from res2net_zoo.data.labels import match_classes
+from res2net_zoo.data.sources import open_source
+from res2net_zoo.evaluation import evaluate
+from res2net_zoo.hub.publish import files_of
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.files import finish_replacing, locked, read_bytes, sweep, write_atomically
+from res2net_zoo.utils.markdown import markdown_table
+from res2net_zoo.weights.card import model_card
+from res2net_zoo.weights.model_folder import replaced_folder, write_model_folder
+from res2net_zoo.weights.pretrained import create_model, published_accuracies
 from tests.conftest import ROOT, SHIPPED_DATA, SHIPPED_MODEL, spread
 
 
@@ -110,8 +111,8 @@ def test_killed_at_any_moment_a_model_folder_is_whole(tmp_path):
     code = f"""
 import sys, timm, torch, res2net_zoo
 from pathlib import Path
-from res2net_zoo.card import model_card
-from res2net_zoo.folder import write_model_folder
+from res2net_zoo.weights.card import model_card
+from res2net_zoo.weights.model_folder import write_model_folder
 model = timm.create_model("res2net_tiny", num_classes=3)
 for i in range(10_000):
     torch.nn.init.constant_(model.fc.bias, i)
@@ -137,7 +138,7 @@ for i in range(10_000):
 WRITER = """
 import sys, time
 from pathlib import Path
-from res2net_zoo.files import locked, temporary_file
+from res2net_zoo.utils.files import locked, temporary_file
 path = Path(sys.argv[1])
 with locked(path), temporary_file(path) as temporary:
     temporary.write_text("half")
@@ -169,7 +170,7 @@ def test_a_lock_does_not_outlive_its_process_in_its_children(tmp_path):
     code = """
 import os, sys, time
 from pathlib import Path
-from res2net_zoo.files import locked
+from res2net_zoo.utils.files import locked
 with locked(Path(sys.argv[1])):
     heard, say = os.pipe()
     child = os.fork()
@@ -198,7 +199,7 @@ def test_killed_between_the_two_renames_the_new_folder_takes_its_place(tmp_path)
     folder = tmp_path / "model"
     code = """
 import os, pathlib, sys
-from res2net_zoo.folder import replaced_folder
+from res2net_zoo.weights.model_folder import replaced_folder
 rename = pathlib.Path.rename
 def die(self, target):
     rename(self, target)

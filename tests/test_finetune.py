@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from res2net_zoo.data import open_source
+from res2net_zoo.data.sources import open_source
 from tests.conftest import ROOT, SHIPPED_DATA, SHIPPED_MODEL, input_error, save_images
 from tests.pictures import save_mnist, save_shapes
 

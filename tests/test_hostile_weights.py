@@ -23,11 +23,11 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from res2net_zoo.checkpoints import Checkpoints
-from res2net_zoo.convert import read_mindspore, read_paddle, read_torch
-from res2net_zoo.pretrained import create_model
-from res2net_zoo.program import InputError
-from res2net_zoo.verify import verify
+from res2net_zoo.hub.verify import verify
+from res2net_zoo.training.checkpoints import Checkpoints
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.weights.convert import read_mindspore, read_paddle, read_torch
+from res2net_zoo.weights.pretrained import create_model
 from tests.conftest import ROOT
 from tests.test_convert import mindspore_value, refuse, varint
 
@@ -259,9 +259,9 @@ RUNNER = """
 import json, os, resource, signal, sys
 from pathlib import Path
 import torch
-from res2net_zoo.checkpoints import Checkpoints
-from res2net_zoo.convert import convert
-from res2net_zoo.program import InputError
+from res2net_zoo.training.checkpoints import Checkpoints
+from res2net_zoo.weights.convert import convert
+from res2net_zoo.utils.errors import InputError
 
 def attempt(path, format):
     pages = int(Path("/proc/self/statm").read_text().split()[0])

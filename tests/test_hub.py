@@ -17,11 +17,12 @@ import torch
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from safetensors.torch import load_file
 
-from res2net_zoo import catalog, fingerprint
-from res2net_zoo import publish as publishing
-from res2net_zoo.files import sha256_of
-from res2net_zoo.program import InputError
-from res2net_zoo.weights import save_weights
+from res2net_zoo import catalog
+from res2net_zoo.hub import publish as publishing
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.files import sha256_of
+from res2net_zoo.weights import fingerprint
+from res2net_zoo.weights.originals import save_weights
 from tests.conftest import ROOT, SHIPPED_MODEL, full_disk, input_error, read_tree
 from tests.hub_server import OTHER_TOKEN, READ_TOKEN, TOKEN, Hub, serve
 from tests.test_weights import NAME, model, original  # noqa: F401  fixtures
@@ -250,7 +251,7 @@ class TestPublishAll:
     @pytest.fixture
     def catalogue(self, tmp_path, monkeypatch) -> Iterator[Path]:
         """A catalogue of four checkpoints that may be written to; two of them have folders in tmp_path / "mirror"."""
-        from res2net_zoo.folder import write_converted
+        from res2net_zoo.weights.model_folder import write_converted
 
         wanted = ("res2net101d.in1k", "res2net152d.in1k", self.PADDLE, self.HOLOCRON)
         first, *entries = re.split(r"^(?=\[\[checkpoints\]\])", catalog.path().read_text(), flags=re.M)
@@ -394,7 +395,7 @@ class TestFaults:
     def test_a_weight_is_hashed_once(self, hub, folder, monkeypatch):
         hub.add(KEY, folder)
         seen = []
-        monkeypatch.setattr("res2net_zoo.hub.sha256_of", lambda path: seen.append(path) or sha256_of(path))
+        monkeypatch.setattr("res2net_zoo.utils.hub_client.sha256_of", lambda path: seen.append(path) or sha256_of(path))
         for _ in range(3):
             timm.create_model(f"hf-hub:{REPO}", pretrained=True)
         assert len(seen) == 1
@@ -442,7 +443,7 @@ class TestFaults:
         assert in_process("hub/verify.py", REPO).returncode == 0
 
     def test_a_hash_that_the_catalogue_records(self, hub, folder, monkeypatch):
-        from res2net_zoo.hub import check_cached
+        from res2net_zoo.utils.hub_client import check_cached
 
         hub.add(KEY, folder)
         timm.create_model(f"hf-hub:{REPO}", pretrained=True)
@@ -509,7 +510,7 @@ class TestVerify:
         assert result.returncode == 0 and "preprocessing" not in result.stdout
 
     def test_preprocessing_of_the_catalogues(self, in_process, tmp_path):
-        from res2net_zoo.folder import write_converted
+        from res2net_zoo.weights.model_folder import write_converted
 
         checkpoint = catalog.load().checkpoints["dla60_res2next.in1k"]
         state = timm.create_model(checkpoint.architecture).state_dict()
@@ -605,7 +606,7 @@ class TestVerify:
 class TestCards:
     @pytest.mark.parametrize("name", list(catalog.load().checkpoints))
     def test_every_checkpoints_card(self, name):
-        from res2net_zoo.card import checkpoint_card, eval_results, in_timm
+        from res2net_zoo.weights.card import checkpoint_card, eval_results, in_timm
 
         checkpoint = catalog.load().checkpoints[name]
         metadata = {"source": checkpoint.url or "a file", "source_sha256": "12" * 32, "converter": "1"}
@@ -635,7 +636,7 @@ class TestCards:
             assert entry.value == imagenet[0].top1 and entry.source_name == imagenet[0].source and entry.source_url
 
     def test_timms_own_names(self):
-        from res2net_zoo.card import in_timm
+        from res2net_zoo.weights.card import in_timm
 
         code = "import timm; print(*timm.list_models('*res2ne*'))"
         timms = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
@@ -645,7 +646,7 @@ class TestCards:
         """All of it, one block after the other, on a mirror of random weights."""
         from PIL import Image
 
-        from res2net_zoo.card import checkpoint_card
+        from res2net_zoo.weights.card import checkpoint_card
 
         checkpoint = catalog.load().checkpoints["dla60_res2next.in1k"]
         (tmp_path / checkpoint.name).mkdir()
@@ -668,7 +669,7 @@ class TestMirror:
     @pytest.fixture
     def entry(self, hub, monkeypatch, tmp_path) -> str:
         """A checkpoint of the catalogue that the Hub has, as timm's have it: without a fingerprint, with a pickle."""
-        from res2net_zoo.folder import write_converted
+        from res2net_zoo.weights.model_folder import write_converted
 
         checkpoint = catalog.load().checkpoints["dla60_res2next.in1k"]
         state = timm.create_model(checkpoint.architecture).state_dict()
@@ -740,7 +741,7 @@ class TestMirror:
         assert "is damaged (SHA-256 of model.safetensors" in line
 
     def test_a_repository_that_is_not_the_checkpoint(self, hub, in_process, entry, tmp_path):
-        from res2net_zoo.folder import write_converted
+        from res2net_zoo.weights.model_folder import write_converted
 
         checkpoint = catalog.load().checkpoints[entry]
         state = timm.create_model(checkpoint.architecture).state_dict()

@@ -16,10 +16,11 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 import res2net_zoo
-from res2net_zoo import export, inference, native
-from res2net_zoo.data import open_source
-from res2net_zoo.export import load_images
-from res2net_zoo.inference import Unavailable
+from res2net_zoo.data.sources import open_source
+from res2net_zoo.inference import export, optimization
+from res2net_zoo.inference.export import load_images
+from res2net_zoo.inference.optimization import Unavailable
+from res2net_zoo.kernels import cpu_network
 from tests.conftest import SHIPPED_DATA, SHIPPED_MODEL, SMALL, full_disk, relative_error, spread
 
 CPU_BACKENDS = ("native", "openvino", "onnxruntime", "eager")
@@ -58,7 +59,7 @@ def test_float32_logits_are_the_models(tiny, digits, backend):
 
 @pytest.mark.parametrize("backend", ["native", "openvino", "eager"])
 def test_bfloat16_agrees_on_the_shipped_data(tiny, digits, backend):
-    if backend == "native" and not native.library().has_bf16():
+    if backend == "native" and not cpu_network.library().has_bf16():
         pytest.skip("this processor has no bfloat16 instructions")
     fast = res2net_zoo.optimize(tiny, digits[:60], "bfloat16", backend)
     assert fast.backend == backend
@@ -81,7 +82,7 @@ def test_inductor(tiny, digits, precision):
 @pytest.mark.parametrize("name", SMALL)
 def test_every_wiring_by_itself(name, tmp_path, monkeypatch):
     """Whatever is chosen; export to the libraries is tested with each wiring elsewhere."""
-    monkeypatch.setattr(inference, "find_spec", lambda name: None)
+    monkeypatch.setattr(optimization, "find_spec", lambda name: None)
     model = spread(timm.create_model(name, num_classes=7, **SMALL[name]))  # in training mode
     before = copy.deepcopy(model.state_dict())
     fast = res2net_zoo.optimize(model, images(2, 3, 64, 64), cache_dir=tmp_path)
@@ -124,15 +125,15 @@ def test_a_model_that_overflows_is_refused(tiny, tmp_path):
 
 
 def test_a_model_that_no_backend_can_run_is_refused(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(inference, "candidates", lambda device: ["eager"])
-    monkeypatch.setitem(inference.BACKENDS, "eager", lambda model, *_: lambda x: 2 * model(x))
+    monkeypatch.setattr(optimization, "candidates", lambda device: ["eager"])
+    monkeypatch.setitem(optimization.BACKENDS, "eager", lambda model, *_: lambda x: 2 * model(x))
     with pytest.raises(ValueError, match="no backend can run this model here in float32: eager: its logits are off by"):
         res2net_zoo.optimize(tiny, images(1, 3, 32, 32), cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize("how", ["a file in the way", "a full disk", "a folder in the way"])
 def test_without_a_place_for_the_choice_it_is_not_kept(tiny, tmp_path, monkeypatch, how):
-    monkeypatch.setattr(inference, "candidates", lambda device: ["native", "eager"])
+    monkeypatch.setattr(optimization, "candidates", lambda device: ["native", "eager"])
     x, cache = images(1, 3, 32, 32), tmp_path / "cache"
     expected = res2net_zoo.optimize(tiny, x, cache_dir=tmp_path / "other")(x)
     if how == "a file in the way":
@@ -146,7 +147,7 @@ def test_without_a_place_for_the_choice_it_is_not_kept(tiny, tmp_path, monkeypat
 
 
 def test_a_choice_that_is_a_pipe_or_deep_is_made_anew(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(inference, "candidates", lambda device: ["eager"])
+    monkeypatch.setattr(optimization, "candidates", lambda device: ["eager"])
     res2net_zoo.optimize(tiny, images(1, 3, 32, 32), cache_dir=tmp_path)
     (file,) = tmp_path.rglob("*.json")
     file.unlink()
@@ -221,13 +222,13 @@ def test_few_networks_are_kept(tiny, tmp_path, monkeypatch, backend):
         with torch.no_grad():
             assert relative_error(fast(x), tiny(x)) < 1e-4
         gc.collect()
-        assert len(alive) <= inference.KEPT
+        assert len(alive) <= optimization.KEPT
     assert len(exported) == 5
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"backend": "warp"}', '{"backend": "cudagraphs"}'])
 def test_a_broken_choice_is_made_anew(tiny, tmp_path, monkeypatch, text):
-    monkeypatch.setattr(inference, "candidates", lambda device: ["native", "eager"])
+    monkeypatch.setattr(optimization, "candidates", lambda device: ["native", "eager"])
     res2net_zoo.optimize(tiny, images(1, 3, 32, 32), cache_dir=tmp_path)
     (file,) = tmp_path.rglob("*.json")
     file.write_text(text)
@@ -239,19 +240,19 @@ def test_a_backend_that_fails_is_replaced_with_a_warning_that_says_why(tiny, tmp
     def broken(*args):
         raise RuntimeError("no such luck\nand more")
 
-    monkeypatch.setattr(inference, "candidates", lambda device: ["native", "eager"])
-    monkeypatch.setitem(inference.BACKENDS, "native", broken)
+    monkeypatch.setattr(optimization, "candidates", lambda device: ["native", "eager"])
+    monkeypatch.setitem(optimization.BACKENDS, "native", broken)
     with pytest.warns(UserWarning, match="native cannot run this model here .*no such luck"):
         fast = res2net_zoo.optimize(tiny, images(1, 3, 32, 32), backend="native", cache_dir=tmp_path)
     assert fast.backend == "eager"
-    monkeypatch.setattr(inference, "candidates", lambda device: ["eager"])
+    monkeypatch.setattr(optimization, "candidates", lambda device: ["eager"])
     with pytest.warns(UserWarning, match="CUDA graphs are for NVIDIA's GPUs"):
         fast = res2net_zoo.optimize(tiny, images(1, 3, 32, 32), backend="cudagraphs", cache_dir=tmp_path)
 
 
 def test_a_backend_that_computes_something_else_is_not_taken(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(inference, "candidates", lambda device: ["native", "eager"])
-    monkeypatch.setitem(inference.BACKENDS, "native", lambda model, *_: lambda x: 1.001 * model(x))
+    monkeypatch.setattr(optimization, "candidates", lambda device: ["native", "eager"])
+    monkeypatch.setitem(optimization.BACKENDS, "native", lambda model, *_: lambda x: 1.001 * model(x))
     with pytest.warns(UserWarning, match="off by 0.001"):
         assert res2net_zoo.optimize(tiny, images(1, 3, 32, 32), cache_dir=tmp_path).backend == "eager"
 
@@ -266,7 +267,7 @@ def test_a_model_that_no_compiler_understands_runs_all_the_same(tmp_path, monkey
             x = self.bn(self.conv(x)).mean((2, 3))
             return x if x.sum() > 0 else 2 * x
 
-    monkeypatch.setattr(inference, "candidates", lambda device: ["native", "eager"])
+    monkeypatch.setattr(optimization, "candidates", lambda device: ["native", "eager"])
     model = spread(Strange()).eval()
     with pytest.warns(UserWarning, match="native cannot run"):
         fast = res2net_zoo.optimize(model, images(2, 3, 9, 9), cache_dir=tmp_path)
@@ -300,14 +301,14 @@ def test_timms_tool_folds_the_blocks(name):
     assert not [path for path, _ in kinds if ".bns." in path or path.endswith(("bn3",))]
     with torch.no_grad():
         assert relative_error(folded(images(2, 3, 64, 64)), model(images(2, 3, 64, 64))) < 1e-5
-    everywhere = inference.fold_batch_norm(model)
+    everywhere = optimization.fold_batch_norm(model)
     assert not [module for module in everywhere.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_padded_widths_change_nothing(name):
     model = spread(timm.create_model(name, num_classes=7, **SMALL[name])).eval()
-    padded, x = inference.fold_batch_norm(model, 16), images(2, 3, 64, 64)
+    padded, x = optimization.fold_batch_norm(model, 16), images(2, 3, 64, 64)
     with torch.no_grad():
         assert relative_error(padded(x), model(x)) < 1e-5
     widths = [conv.out_channels for path, conv in padded.named_modules() if ".convs." in path and conv.groups == 1]
@@ -322,16 +323,16 @@ def test_other_norms_are_left():
 
 
 def test_importing_the_package_does_not_import_what_optimizes(program):
-    code = "import sys, res2net_zoo; print({'res2net_zoo.native', 'res2net_zoo.inference'} & {*sys.modules})"
-    assert program("-c", code).stdout.strip() == "set()"
+    code = "import sys, res2net_zoo; print([m for m in sys.modules if 'cpu_network' in m or 'inference' in m])"
+    assert program("-c", code).stdout.strip() == "[]"
 
 
 def test_unavailable_is_told_by_check():
     with pytest.raises(Unavailable, match=r"returns \(2, 3\) instead of \(2, 4\)"):
-        inference.check(torch.zeros(2, 3), torch.zeros(2, 4), "float32")
+        optimization.check(torch.zeros(2, 3), torch.zeros(2, 4), "float32")
     with pytest.raises(Unavailable, match="off by nan"):
-        inference.check(torch.full((2, 3), float("nan")), torch.ones(2, 3), "bfloat16")
+        optimization.check(torch.full((2, 3), float("nan")), torch.ones(2, 3), "bfloat16")
 
 
 def test_the_source_is_shipped():
-    assert Path(native.__file__).with_name("native.cpp").is_file()
+    assert Path(cpu_network.__file__).with_name("cpu_network.cpp").is_file()

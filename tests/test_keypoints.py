@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from res2net_zoo import tasks
-from res2net_zoo.program import InputError
 from res2net_zoo.tasks import keypoints
 from res2net_zoo.tasks.detection import Detection
 from res2net_zoo.tasks.keypoints import OKSAP, COCOPersons, Keypoints, SimpleBaseline
+from res2net_zoo.utils.errors import InputError
 from tests.conftest import SMALL, input_error, spread
 from tests.scenes import JOINTS, save_keypoints, save_saliency
 from tests.test_survival import Running

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from res2net_zoo.labels import imagenet_synsets, match_classes, real_labels, recognise, subset_synsets
-from res2net_zoo.program import InputError
+from res2net_zoo.data.labels import imagenet_synsets, match_classes, real_labels, recognise, subset_synsets
+from res2net_zoo.utils.errors import InputError
 
 
 def test_timms_lists_are_what_they_should_be():

@@ -10,11 +10,13 @@ import timm
 import torch
 from PIL import Image
 
-from res2net_zoo.card import model_card
-from res2net_zoo.command_line import closest
-from res2net_zoo.folder import write_model_folder
-from res2net_zoo.pretrained import create_model
-from res2net_zoo.program import InputError, code_span, markdown, markdown_table, run
+from res2net_zoo.utils.command_line import closest
+from res2net_zoo.utils.console import run
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.markdown import code_span, markdown, markdown_table
+from res2net_zoo.weights.card import model_card
+from res2net_zoo.weights.model_folder import write_model_folder
+from res2net_zoo.weights.pretrained import create_model
 from tests.conftest import SHIPPED_MODEL, input_error
 
 PROGRAMS = {

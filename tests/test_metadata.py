@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from res2net_zoo import metadata
-from res2net_zoo.data import open_source
-from res2net_zoo.pretrained import published_accuracies
-from res2net_zoo.program import InputError
-from res2net_zoo.provenance import of_folder
-from res2net_zoo.publish import check_folder
+from res2net_zoo.data.sources import open_source
+from res2net_zoo.hub.publish import check_folder
+from res2net_zoo.utils import card_metadata
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.weights.pretrained import published_accuracies
+from res2net_zoo.weights.provenance import of_folder
 
 SHIPPED = Path(__file__).parent.parent / "hub" / "models" / "res2net_tiny.digits"
 
@@ -62,5 +62,5 @@ def test_metadata_that_stands_for_more_than_it_has_is_refused_by_every_reader(tm
 def test_a_card_with_a_few_anchors_is_read(tmp_path):
     card = "---\nlicense: mit\na: &a [x, y]\nb: *a\nc: &c {k: *a}\nd: {<<: *c, n: 1}\n---\n\nText\n"
     (tmp_path / "README.md").write_text(card)
-    data = metadata.read_card(tmp_path / "README.md").data.to_dict()
+    data = card_metadata.read_card(tmp_path / "README.md").data.to_dict()
     assert (data["b"], data["d"]) == (["x", "y"], {"k": ["x", "y"], "n": 1})

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from res2net_zoo import model_config
-from res2net_zoo.pretrained import create_model, published_accuracies
-from res2net_zoo.program import InputError
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.weights import model_config
+from res2net_zoo.weights.pretrained import create_model, published_accuracies
 from tests.conftest import SHIPPED_MODEL, input_error
 
 
@@ -332,7 +332,7 @@ def test_a_cache_that_cannot_be_written_is_named(hub, folder, monkeypatch):
 )
 def test_a_tasks_config_that_cannot_be_right(in_process, tmp_path_factory, change):
     from res2net_zoo import tasks
-    from res2net_zoo.card import model_card
+    from res2net_zoo.weights.card import model_card
 
     folder = tmp_path_factory.getbasetemp() / "task"
     if not folder.exists():

@@ -1,4 +1,4 @@
-"""`res2net_zoo.native`: its steps compute what torch does, for any network of the family and any shape."""
+"""`res2net_zoo.kernels.cpu_network`: its steps compute what torch does, for any network of the family and any shape."""
 
 import os
 import subprocess
@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
-from res2net_zoo import compiled, native
-from res2net_zoo.inference import fold_batch_norm
-from res2net_zoo.native import Network, Unsupported
+from res2net_zoo.inference.optimization import fold_batch_norm
+from res2net_zoo.kernels import compiler, cpu_network
+from res2net_zoo.kernels.cpu_network import Network, Unsupported
 from tests.conftest import FEW, SMALL, relative_error, spread
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -101,7 +101,7 @@ def test_any_convolution(data):
     torch.set_num_threads(draw(st.integers(1, 3)))
     x = images(draw(st.integers(1, 3)), chs, h, w)
     assert error(model, network(model), x) < 1e-5
-    if native.library().has_bf16():
+    if cpu_network.library().has_bf16():
         rounded = Head(layer, chs=out).bfloat16().float()
         rounded.load_state_dict({key: value.bfloat16().float() for key, value in model.state_dict().items()})
         assert error(model, network(model, torch.bfloat16), x.bfloat16().float()) < 0.05
@@ -210,10 +210,16 @@ def test_a_number_of_channels_that_does_not_fit_is_refused():
 
 @pytest.mark.parametrize(
     ("env", "says"),
-    [({"PATH": "/nowhere", "CXX": ""}, "there is no C++ compiler"), ({"CXX": "false"}, "cannot compile native.cpp")],
+    [
+        ({"PATH": "/nowhere", "CXX": ""}, "there is no C++ compiler"),
+        ({"CXX": "false"}, "cannot compile cpu_network.cpp"),
+    ],
 )
 def test_without_a_compiler(env, says, tmp_path):
-    code = "from res2net_zoo.native import library\ntry:\n    library()\nexcept Exception as error:\n    print(error)"
+    code = (
+        "from res2net_zoo.kernels import cpu_network\n"
+        "try:\n    cpu_network.library()\nexcept Exception as error:\n    print(error)"
+    )
     run = [sys.executable, "-c", code]
     env = {**os.environ, "HF_ASSETS_CACHE": str(tmp_path), **env}
     assert says in subprocess.run(run, env=env, capture_output=True, text=True).stdout
@@ -222,16 +228,16 @@ def test_without_a_compiler(env, says, tmp_path):
 @pytest.mark.parametrize("machine", ["haswell", "skylake-avx512"])
 def test_on_other_processors(machine, monkeypatch):
     """This machine runs the code for lesser ones too."""
-    if machine == "skylake-avx512" and native.library().lanes() == 8:
+    if machine == "skylake-avx512" and cpu_network.library().lanes() == 8:
         pytest.skip("this processor has no AVX-512")
-    monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, f"-march={machine}"))
-    native.library.cache_clear()
+    monkeypatch.setattr(compiler, "FLAGS", (*compiler.FLAGS, f"-march={machine}"))
+    cpu_network.library.cache_clear()
     try:
-        assert native.library().lanes() == (16 if machine == "skylake-avx512" else 8)
+        assert cpu_network.library().lanes() == (16 if machine == "skylake-avx512" else 8)
         model = small("seres2next29_6c_24w_4s")
         assert error(model, Network(fold_batch_norm(model)), images(2, 3, 33, 40)) < 1e-5
         with pytest.raises(Unsupported, match="no instructions for bfloat16"):
             Network(fold_batch_norm(model), torch.bfloat16)
     finally:
         monkeypatch.undo()
-        native.library.cache_clear()
+        cpu_network.library.cache_clear()

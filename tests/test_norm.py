@@ -1,4 +1,4 @@
-"""`res2net_zoo.norm`: a training step computes what plain PyTorch's does, wherever it is taken."""
+"""`res2net_zoo.kernels.fused_norm`: a training step computes what plain PyTorch's does, wherever it is taken."""
 
 import copy
 import warnings
@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from res2net_zoo import compiled, norm
-from res2net_zoo.block import Bottle2neck
-from res2net_zoo.pointwise import pointwise, pointwise_and_shortcut
+from res2net_zoo.kernels import compiler, fused_norm
+from res2net_zoo.kernels.pointwise import pointwise, pointwise_and_shortcut
+from res2net_zoo.models.block import Bottle2neck
 from tests.conftest import SMALL, relative_error, spread
 
 
@@ -22,20 +22,20 @@ from tests.conftest import SMALL, relative_error, spread
 def calls(monkeypatch) -> list[bool]:
     """Counts the passes that run here, of tensors of any size."""
     passes: list[bool] = []
-    call = norm._call
+    call = fused_norm._call
 
     def counted(backward: bool, *args, **kwargs) -> None:
         passes.append(backward)
         call(backward, *args, **kwargs)
 
-    monkeypatch.setattr(norm, "_call", counted)
-    monkeypatch.setattr(norm, "LEAST", 1)
+    monkeypatch.setattr(fused_norm, "_call", counted)
+    monkeypatch.setattr(fused_norm, "LEAST", 1)
     return passes
 
 
 @pytest.fixture
 def plainly(monkeypatch) -> Callable[[], None]:
-    return lambda: monkeypatch.setattr(norm, "fits", lambda x: False)
+    return lambda: monkeypatch.setattr(fused_norm, "fits", lambda x: False)
 
 
 def images(*shape: int) -> torch.Tensor:
@@ -105,11 +105,11 @@ def test_any_layer(data):
     doubles = [t.double().requires_grad_() for t in (x, add, other)]
 
     if has_sum:
-        ys = list(norm.norm_act_sum(tensors[0], layer, tensors[2]))
+        ys = list(fused_norm.norm_act_sum(tensors[0], layer, tensors[2]))
     elif groups > 1:
-        ys = list(norm.norm_act_split(tensors[0], layer, groups))
+        ys = list(fused_norm.norm_act_split(tensors[0], layer, groups))
     else:
-        ys = [norm.norm_act(tensors[0], layer, relu=relu, add=tensors[1] if has_add else None)]
+        ys = [fused_norm.norm_act(tensors[0], layer, relu=relu, add=tensors[1] if has_add else None)]
     y = exact(doubles[0])
     y = y + doubles[1] if has_add and not has_sum else y
     decided = (y.abs() > 1e-3).float().chunk(groups, 1)  # nearer to zero it is chance what ReLU lets pass
@@ -206,7 +206,7 @@ def test_gradients_of_gradients(calls, plainly):
 
 def test_an_output_that_nobody_reads():
     x, layer = images(2, 12, 5, 5).requires_grad_(), nn.BatchNorm2d(12)
-    _, y, _ = norm.norm_act_split(x, layer, 3)
+    _, y, _ = fused_norm.norm_act_split(x, layer, 3)
     y.sum().backward()
     assert layer.bias.grad[:4].abs().sum() == layer.bias.grad[8:].abs().sum() == 0 < layer.bias.grad[4:8].sum()
 
@@ -288,7 +288,7 @@ def test_other_ways_to_run_a_block(calls):
 def test_without_a_compiler(monkeypatch, calls):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("CXX", "")
-    norm.library.cache_clear()
+    fused_norm.library.cache_clear()
     try:
         with pytest.warns(UserWarning, match="training runs in plain PyTorch.*no C.. compiler"):
             block()(images(2, 32, 8, 8)).sum().backward()
@@ -296,24 +296,24 @@ def test_without_a_compiler(monkeypatch, calls):
             block()(images(2, 32, 8, 8)).sum().backward()
         assert not calls
     finally:
-        norm.library.cache_clear()
+        fused_norm.library.cache_clear()
 
 
 @pytest.mark.parametrize("machine", ["native", "haswell"])
 def test_on_other_processors(machine, monkeypatch, calls):
     """Under autocast the shortcut is still in float32."""
-    monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, f"-march={machine}"))
-    norm.library.cache_clear()
+    monkeypatch.setattr(compiler, "FLAGS", (*compiler.FLAGS, f"-march={machine}"))
+    fused_norm.library.cache_clear()
     try:
         for bf16 in (False, True):
             fused = step(block(), images(2, 32, 9, 7), bf16)
             assert calls
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(norm, "fits", lambda x: False)
+                patch.setattr(fused_norm, "fits", lambda x: False)
                 exact, plain = (
                     step(block().double(), images(2, 32, 9, 7).double()),
                     step(block(), images(2, 32, 9, 7), bf16),
                 )
             assert worst(fused, exact) < max(2 * worst(plain, exact), 1e-4)
     finally:
-        norm.library.cache_clear()
+        fused_norm.library.cache_clear()

@@ -10,8 +10,8 @@ import timm
 import torch
 
 from res2net_zoo import catalog
-from res2net_zoo.convert import fit
-from res2net_zoo.dla import drop_unread
+from res2net_zoo.models.dla import drop_unread
+from res2net_zoo.weights.convert import fit
 from tests.conftest import relative_error
 from tests.originals.draw import images, parameter
 

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 
-from res2net_zoo.card import model_card
-from res2net_zoo.folder import write_model_folder
+from res2net_zoo.weights.card import model_card
+from res2net_zoo.weights.model_folder import write_model_folder
 from tests.conftest import SHIPPED_DATA, SHIPPED_MODEL, full_disk, input_error, spread
 
 PREDICT = "scripts/predict.py"

@@ -15,14 +15,16 @@ import torch
 from huggingface_hub import ModelCard
 from timm.models import generate_default_cfgs, register_model
 
-from res2net_zoo import catalog, export, res2net
-from res2net_zoo.card import model_card
+from res2net_zoo import catalog
 from res2net_zoo.catalog import pretrained_cfgs
-from res2net_zoo.files import sha256_of
-from res2net_zoo.folder import write_model_folder
-from res2net_zoo.pretrained import create_model
-from res2net_zoo.provenance import of_folder, of_model
-from res2net_zoo.publish import LicenseError, check_license
+from res2net_zoo.hub.publish import LicenseError, check_license
+from res2net_zoo.inference import export
+from res2net_zoo.models import res2net
+from res2net_zoo.utils.files import sha256_of
+from res2net_zoo.weights.card import model_card
+from res2net_zoo.weights.model_folder import write_model_folder
+from res2net_zoo.weights.pretrained import create_model
+from res2net_zoo.weights.provenance import of_folder, of_model
 from tests.conftest import SHIPPED_MODEL, SMALL, input_error, save_images, spread
 from tests.scenes import save_voc
 from tests.test_hub import publish  # noqa: F401  a fixture

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from res2net_zoo import cifar_res2next
-from res2net_zoo.block import Bottle2neck
-from res2net_zoo.card import model_card
-from res2net_zoo.cifar import cifar_name
-from res2net_zoo.folder import write_model_folder
+from res2net_zoo.models.block import Bottle2neck
+from res2net_zoo.models.cifar import cifar_name
+from res2net_zoo.weights.card import model_card
+from res2net_zoo.weights.model_folder import write_model_folder
 from tests.conftest import relative_error, spread
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from res2net_zoo.checkpoints import Checkpoints
-from res2net_zoo.program import InputError
+from res2net_zoo.training.checkpoints import Checkpoints
+from res2net_zoo.utils.errors import InputError
 from tests.conftest import ROOT, SHIPPED_DATA, full_disk, input_error, read_tree
 
 FINETUNE = "scripts/finetune.py"
@@ -194,7 +194,7 @@ def test_a_dead_process_ends_the_others(tmp_path):
 
 
 def test_a_dead_loader_process_is_one_line(in_process, tmp_path, monkeypatch):
-    from res2net_zoo.training_data import Augmented
+    from res2net_zoo.training.data import Augmented
 
     load = Augmented.__getitem__
 

@@ -25,12 +25,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from res2net_zoo import catalog, tasks
-from res2net_zoo.checkpoints import Checkpoints
-from res2net_zoo.files import locked
-from res2net_zoo.program import InputError
 from res2net_zoo.tasks.engine import Plan, make_card
 from res2net_zoo.tasks.segmentation import IGNORED, MeanIoU, Segmentation, voc_colour
-from res2net_zoo.training import Optimization, highest_rate
+from res2net_zoo.training.checkpoints import Checkpoints
+from res2net_zoo.training.setup import Optimization, highest_rate
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.files import locked
 from tests.conftest import input_error
 from tests.scenes import KINDS, render, save_saliency, save_voc
 from tests.test_survival import Running

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_model_data_config
 
-from res2net_zoo.data import open_source
-from res2net_zoo.evaluate import evaluate
-from res2net_zoo.labels import match_classes
-from res2net_zoo.program import default_workers, start_processes
+from res2net_zoo.data.labels import match_classes
+from res2net_zoo.data.sources import open_source
+from res2net_zoo.evaluation import evaluate
+from res2net_zoo.utils.processes import default_workers, start_processes
 
 NAME, BATCH, ROUNDS = "res2net50_26w_4s", 32, 5
 

@@ -16,11 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from res2net_zoo.data import hold_out, labels_of, open_source
-from res2net_zoo.images import Samples
-from res2net_zoo.program import InputError
-from res2net_zoo.training import Criterion, balanced
-from res2net_zoo.training_data import (
+from res2net_zoo.data.images import Samples
+from res2net_zoo.data.sources import hold_out, labels_of, open_source
+from res2net_zoo.training.data import (
     Order,
     TrainingData,
     batches,
@@ -30,6 +28,8 @@ from res2net_zoo.training_data import (
     steps_of,
     training_loader,
 )
+from res2net_zoo.training.setup import Criterion, balanced
+from res2net_zoo.utils.errors import InputError
 from tests.conftest import SHIPPED_DATA, save_images
 
 

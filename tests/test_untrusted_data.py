@@ -16,11 +16,11 @@ import pytest
 import timm
 from PIL import Image
 
-from res2net_zoo.card import model_card
-from res2net_zoo.data import open_source
-from res2net_zoo.folder import write_model_folder
-from res2net_zoo.images import FORMATS, open_image
-from res2net_zoo.program import InputError
+from res2net_zoo.data.images import FORMATS, open_image
+from res2net_zoo.data.sources import open_source
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.weights.card import model_card
+from res2net_zoo.weights.model_folder import write_model_folder
 from tests.conftest import input_error, save_images
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\n{} loop % a program\nshowpage\n%%EOF\n"

@@ -21,11 +21,11 @@ from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from res2net_zoo.card import model_card
-from res2net_zoo.files import locked
-from res2net_zoo.folder import write_model_folder
-from res2net_zoo.labels import imagenet_synsets, real_labels, subset_synsets
-from res2net_zoo.pretrained import published_accuracies
+from res2net_zoo.data.labels import imagenet_synsets, real_labels, subset_synsets
+from res2net_zoo.utils.files import locked
+from res2net_zoo.weights.card import model_card
+from res2net_zoo.weights.model_folder import write_model_folder
+from res2net_zoo.weights.pretrained import published_accuracies
 from tests.conftest import ROOT, SHIPPED_DATA, SHIPPED_MODEL, full_disk, input_error, save_images, spread
 from tests.hub_server import serve
 

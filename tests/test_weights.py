@@ -18,10 +18,11 @@ import timm
 import torch
 from safetensors import safe_open
 
-from res2net_zoo import catalog, weights
-from res2net_zoo.hub import TRIES
-from res2net_zoo.program import InputError
-from res2net_zoo.publish import LicenseError, check_license
+from res2net_zoo import catalog
+from res2net_zoo.hub.publish import LicenseError, check_license
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.hub_client import TRIES
+from res2net_zoo.weights import originals
 from tests.conftest import ROOT, full_disk, input_error, read_tree, spread
 from tests.hub_server import Hub, hasten, serve
 from tests.test_convert import write
@@ -100,7 +101,7 @@ def test_pretrained_from_the_release_as_any_timm_model(hub, model, original):
         assert downloads(hub) == before
     with safe_open(converted_file(), "pt") as file:
         said = file.metadata()
-    assert said["source"].endswith("original.pdparams") and said["source_sha256"] == weights.sha256_of(original)
+    assert said["source"].endswith("original.pdparams") and said["source_sha256"] == originals.sha256_of(original)
 
 
 def test_another_cache_dir(hub, tmp_path, recwarn):
@@ -118,7 +119,7 @@ def test_a_cut_connection_is_taken_up_again_by_the_next_call(hub, original, recw
     timm.create_model(NAME, pretrained=True)  # one request, and where that one leads to
     assert downloads(hub) == 2 and left_over() == ["model.safetensors"]
     with safe_open(converted_file(), "pt") as file:
-        assert file.metadata()["source_sha256"] == weights.sha256_of(original)
+        assert file.metadata()["source_sha256"] == originals.sha256_of(original)
 
 
 @pytest.mark.parametrize("fault", [dict(status=503, times=2), dict(at_byte=60_000_000, reset=True)])
@@ -126,7 +127,7 @@ def test_what_passes_is_waited_for(hub, original, recwarn, fault):
     (hub.fail if "status" in fault else hub.cut)("original.pdparams", **fault)
     timm.create_model(NAME, pretrained=True)
     with safe_open(converted_file(), "pt") as file:
-        assert file.metadata()["source_sha256"] == weights.sha256_of(original)
+        assert file.metadata()["source_sha256"] == originals.sha256_of(original)
 
 
 def test_another_file_at_the_same_url_is_not_gone_on_with(hub, original, recwarn):
@@ -169,7 +170,7 @@ def test_a_cache_that_cannot_be_written(hub, monkeypatch, in_process, tmp_path):
 
 
 def test_a_wrong_byte_is_noticed_before_the_weight_is_used(hub, original, monkeypatch):
-    point_to(monkeypatch, hub, sha256=weights.sha256_of(original)[:8])
+    point_to(monkeypatch, hub, sha256=originals.sha256_of(original)[:8])
     hub.corrupt("original.pdparams", at_byte=50_000_000)
     with pytest.raises(InputError, match="is not the released"):
         timm.create_model(NAME, pretrained=True)
@@ -213,7 +214,7 @@ def test_a_mirror_is_read_in_place_of_anything_else(hub, monkeypatch, tmp_path, 
     for name in (NAME, "res2net50_vd_26w_4s.pd_in1k"):
         (tmp_path / "mirror" / name).mkdir(parents=True)
     state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-    weights.save_weights(state, tmp_path / "mirror" / NAME / "model.safetensors", {})
+    originals.save_weights(state, tmp_path / "mirror" / NAME / "model.safetensors", {})
     monkeypatch.setenv("RES2NET_ZOO_MIRROR", str(tmp_path / "mirror"))
     ours = timm.create_model(NAME, pretrained=True)
     assert torch.equal(ours.fc.weight, model.fc.weight) and not hub.requests
@@ -240,7 +241,7 @@ def test_processes_that_start_at_once_download_once(hub, tmp_path):
 
 def test_save_weights_gives_the_same_bytes_every_time(tmp_path):
     script = (
-        "import sys, torch; from res2net_zoo.weights import *; path = Path(sys.argv[1])\n"
+        "import sys, torch; from res2net_zoo.weights.originals import *; path = Path(sys.argv[1])\n"
         "save_weights({'b': torch.ones(3), 'a': torch.zeros(2, 2)}, path, dict(x='1', y='2', z='3', w='4'))\n"
         "print(sha256_of(path))"
     )
@@ -265,7 +266,7 @@ class TestConvertCommand:
         for _ in range(2):
             result = in_process("hub/convert.py", *args)
             assert result.returncode == 0, result.stderr
-            assert weights.sha256_of(original) in result.stdout
+            assert originals.sha256_of(original) in result.stdout
             contents.append(read_tree(folder))
         weights_and_more = ["README.md", "config.json", "fingerprint.json", "model.safetensors"]
         assert contents[0] == contents[1] and sorted(contents[0]) == [
@@ -330,7 +331,7 @@ class TestConvertCommand:
         assert in_process("hub/convert.py", *args).returncode == 0
         with safe_open(out / "model.safetensors", "pt") as file:
             said = file.metadata()
-        assert said == {"converter": "1", "format": "pt", "source": url, "source_sha256": weights.sha256_of(original)}
+        assert said == {"converter": "1", "format": "pt", "source": url, "source_sha256": originals.sha256_of(original)}
         # An old folder stays as it is where there is no room for the new one.
         before = read_tree(out)
         with full_disk(50_000_000):

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from res2net_zoo.files import read_json, read_text
-from res2net_zoo.program import InputError, warn
+from res2net_zoo.utils.console import warn
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.files import read_json, read_text
 
 LARGEST_JSON = 4 * 2**30  # bytes of annotations; COCO's instances_train2017.json has 450 MB
 LARGEST_LIST = 2**28  # bytes of a list of images

@@ -14,6 +14,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as WEIGHTS
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from PIL import Image
 from safetensors import SafetensorError
@@ -21,16 +22,16 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 
-from res2net_zoo import model_config
-from res2net_zoo.convert import explain
-from res2net_zoo.files import finish_replacing
-from res2net_zoo.folder import replaced_folder, write_backbone
-from res2net_zoo.names import parse_name
-from res2net_zoo.pretrained import create_model
-from res2net_zoo.program import WEIGHTS, InputError
-from res2net_zoo.provenance import KEY, Provenance, of_folder, of_model
-from res2net_zoo.training import freeze
-from res2net_zoo.weights import save_weights
+from res2net_zoo.training.setup import freeze
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.files import finish_replacing
+from res2net_zoo.weights import model_config
+from res2net_zoo.weights.convert import explain
+from res2net_zoo.weights.model_folder import replaced_folder, write_backbone
+from res2net_zoo.weights.model_names import parse_name
+from res2net_zoo.weights.originals import save_weights
+from res2net_zoo.weights.pretrained import create_model
+from res2net_zoo.weights.provenance import KEY, Provenance, of_folder, of_model
 
 Figures = dict[str, float]
 

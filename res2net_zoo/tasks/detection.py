@@ -30,10 +30,10 @@ from torchvision.ops.poolers import initLevelMapper
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from res2net_zoo.program import InputError
 from res2net_zoo.tasks.base import Figures, Score, TaskModel, check_options
 from res2net_zoo.tasks.instances import Instances
 from res2net_zoo.tasks.segmentation import voc_colour
+from res2net_zoo.utils.errors import InputError
 
 SHOWN = 0.5  # the least score of what is drawn
 ASPECTS = (0.5, 1.0, 2.0)  # of anchors

@@ -17,7 +17,10 @@ from timm.utils import distribute_bn
 from torch.utils.data import DataLoader, Dataset
 
 from res2net_zoo import catalog
-from res2net_zoo.checkpoints import (
+from res2net_zoo.data.images import open_image
+from res2net_zoo.tasks.base import NO_IMAGE, Annotated, Figures, Score, TaskModel, reason
+from res2net_zoo.tasks.upright import to_rgb
+from res2net_zoo.training.checkpoints import (
     Checkpoints,
     Fits,
     are_finite,
@@ -30,16 +33,15 @@ from res2net_zoo.checkpoints import (
     restore_optimizer,
     restoring,
 )
-from res2net_zoo.files import write_atomically
-from res2net_zoo.images import open_image
-from res2net_zoo.metadata import read_card
-from res2net_zoo.program import InputError, markdown_table, progress_bar
-from res2net_zoo.report import hardware, plainly, start_run, write_metrics, write_recipe
-from res2net_zoo.stop import Stop, spare_worker
-from res2net_zoo.tasks.base import NO_IMAGE, Annotated, Figures, Score, TaskModel, reason
-from res2net_zoo.tasks.upright import to_rgb
-from res2net_zoo.training import Optimization, highest_rate
-from res2net_zoo.training_data import seed_of
+from res2net_zoo.training.data import seed_of
+from res2net_zoo.training.report import hardware, plainly, start_run, write_metrics, write_recipe
+from res2net_zoo.training.setup import Optimization, highest_rate
+from res2net_zoo.utils.card_metadata import read_card
+from res2net_zoo.utils.console import progress_bar
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.files import write_atomically
+from res2net_zoo.utils.markdown import markdown_table
+from res2net_zoo.utils.shutdown import Stop, spare_worker
 
 
 class Prepared(Dataset):

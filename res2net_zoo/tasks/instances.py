@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from res2net_zoo.files import LARGEST_TEXT, read_bytes
-from res2net_zoo.program import InputError, progress_bar
 from res2net_zoo.tasks import annotations as checked
 from res2net_zoo.tasks.base import Annotated, reason
 from res2net_zoo.tasks.segmentation import VOC
 from res2net_zoo.tasks.upright import BACK, Frames, Turn, moved_box, read_rgb
+from res2net_zoo.utils.console import progress_bar
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.files import LARGEST_TEXT, read_bytes
 
 LEAST = 0.01  # a side of a box that is trained on, in pixels: of less, float32 may leave nothing
 

@@ -26,11 +26,12 @@ from PIL import Image, ImageDraw
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
-from res2net_zoo.files import read_json
-from res2net_zoo.program import InputError, progress_bar
 from res2net_zoo.tasks import annotations as checked
 from res2net_zoo.tasks.base import Annotated, Figures, Score, TaskModel, check_options
 from res2net_zoo.tasks.upright import BACK, Frames, Turn, moved, moved_box, read_rgb
+from res2net_zoo.utils.console import progress_bar
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.files import read_json
 
 # How far apart people put a joint, of COCO's joints: the sigma of its OKS. Of any other joint it is SIGMA.
 COCO = {

@@ -19,11 +19,12 @@ from PIL.PngImagePlugin import PngImageFile
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
-from res2net_zoo.images import open_image
-from res2net_zoo.program import InputError, progress_bar, warn
+from res2net_zoo.data.images import open_image
 from res2net_zoo.tasks import annotations as checked
 from res2net_zoo.tasks.base import NO_IMAGE, Annotated, Figures, Score, TaskModel, check_options, reason
 from res2net_zoo.tasks.upright import Frames, Turn, read_rgb
+from res2net_zoo.utils.console import progress_bar, warn
+from res2net_zoo.utils.errors import InputError
 
 VOC = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),

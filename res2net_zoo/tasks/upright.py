@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from res2net_zoo.images import check_mode, open_image, to_mode
-from res2net_zoo.program import InputError, warn
+from res2net_zoo.data.images import check_mode, open_image, to_mode
 from res2net_zoo.tasks.base import NO_IMAGE, reason
+from res2net_zoo.utils.console import warn
+from res2net_zoo.utils.errors import InputError
 
 Turn = Image.Transpose
 

@@ -7,7 +7,7 @@ import json
 import string
 from pathlib import Path
 
-from res2net_zoo.block import Bottle2neck
+from res2net_zoo.models.block import Bottle2neck
 from timm.models.resnet import ResNet
 
 HERE = Path(__file__).parent

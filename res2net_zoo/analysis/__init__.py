@@ -1,0 +1,1 @@
+"""What models cost, where they look, and how they compare."""

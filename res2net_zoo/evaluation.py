@@ -1,0 +1,265 @@
+"""Exact evaluation: every image is counted once, on any number of processes.
+
+Correct answers are counted in integers. Each process counts its own share of the images, with no
+padding to fill up a batch, and the counts are summed at the end.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets.distributed import split_dataset_by_node
+from timm.data import create_transform, resolve_model_data_config
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from res2net_zoo.data.images import MapSamples, Sample, Samples
+from res2net_zoo.data.labels import Classes
+from res2net_zoo.data.sources import Source, StreamSamples
+from res2net_zoo.utils.console import progress_bar
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.processes import all_or_none
+from res2net_zoo.utils.shutdown import spare_worker
+
+TOPK = 5
+NOT_FINITE = "the model's output is not finite"
+
+# Takes a batch's images (N, C, H, W) as bytes, right answers (N, K) padded with -1, and logits (N, classes).
+Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+@dataclass
+class Counts:
+    """What was counted, in images.
+
+    Attributes:
+        samples: Images that count.
+        top1: Of those, how many have a right first answer.
+        top5: Of those, how many have a right answer among the first five.
+        unlabelled: Images that do not count, because no class is right (ImageNet-ReaL has some).
+        corrupt: Places of the images that could not be decoded.
+        seconds: How long it took, in the slowest process.
+    """
+
+    samples: int = 0
+    top1: int = 0
+    top5: int = 0
+    unlabelled: int = 0
+    corrupt: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            self.samples + other.samples,
+            self.top1 + other.top1,
+            self.top5 + other.top5,
+            self.unlabelled + other.unlabelled,
+            self.corrupt + other.corrupt,
+            max(self.seconds, other.seconds),
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Number of images that were read, whether they count or not."""
+        return self.samples + self.unlabelled + len(self.corrupt)
+
+    def percent(self, correct: int) -> float:
+        """Return a number of correct answers as a percentage of the images, to three decimals."""
+        return round(100 * correct / self.samples, 3)
+
+
+def collate(batch: list[Sample]) -> tuple[torch.Tensor | None, torch.Tensor, list[Sample]]:
+    """Make a batch of samples.
+
+    Args:
+        batch: N samples.
+
+    Returns:
+        Images (M, C, H, W) as the transform leaves them, or None for M = 0; right answers (M, K),
+        padded with -1; the samples with something wrong, without their images.
+    """
+    good = [sample for sample in batch if sample.image is not None]
+    bad = [sample for sample in batch if sample.image is None]
+    images = torch.stack([sample.image for sample in good if sample.image is not None]) if good else None
+    targets = [torch.tensor(sample.target, dtype=torch.long) for sample in good]
+    return (
+        images,
+        nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-1) if good else torch.empty(0, 0),
+        bad,
+    )
+
+
+def create_loader(
+    source: Source,
+    model: nn.Module,
+    classes: Classes,
+    accelerator: Accelerator,
+    batch_size: int,
+    workers: int,
+) -> DataLoader:
+    """Make the loader of this process's share of the images.
+
+    Args:
+        source: The images.
+        model: The model they are for; its config gives timm's preprocessing.
+        classes: How the labels meet the model's classes.
+        accelerator: Tells which process this is.
+        batch_size: Images a batch.
+        workers: Loader processes.
+
+    Returns:
+        A loader of what `collate` returns, images as bytes.
+    """
+    config = resolve_model_data_config(model)
+    # Bytes travel to the device, as in timm's own loader; `count_correct` normalizes them there.
+    transform = create_transform(**config, is_training=False, normalize=False)
+    samples = Samples(transform, "L" if config["input_size"][0] == 1 else "RGB", classes.targets, source.read)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    dataset: torch.utils.data.Dataset
+    if isinstance(source.rows, datasets.Dataset):
+        # Every world-th image, so that the shares differ by one image at the most.
+        dataset = MapSamples(source.rows, samples, range(rank, len(source.rows), world))
+    else:
+        rows = split_dataset_by_node(source.rows, rank, world)
+        workers = min(workers, rows.num_shards)
+        dataset = StreamSamples(rows, samples, "the stream" if world == 1 else f"process {rank}'s share of the stream")
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=spare_worker,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+@torch.inference_mode()
+def count_correct(
+    model: nn.Module,
+    loader: Iterable,
+    accelerator: Accelerator,
+    subset: list[int] | None = None,
+    skip_corrupt: bool = False,
+    progress: tqdm | None = None,
+    observe: Observer | None = None,
+    full_precision: bool = False,
+) -> Counts:
+    """Count correct answers over the images of one process.
+
+    Args:
+        model: The model, on the accelerator's device, in evaluation mode.
+        loader: Yields what `collate` returns.
+        accelerator: Gives device and precision.
+        subset: Outputs to choose among; None for all.
+        skip_corrupt: Whether to leave out images that cannot be decoded.
+        progress: Bar to move on by one an image.
+        observe: Is shown each batch, as `Observer` says.
+        full_precision: Whether to compute in float32 whatever the accelerator's precision.
+
+    Returns:
+        This process's counts.
+
+    Raises:
+        InputError: An image is corrupt and is not to be skipped, or has no valid label, or the
+            model's output is not a number.
+    """
+    config = resolve_model_data_config(model)
+    device = accelerator.device
+    mean, std = (255 * torch.tensor(config[key], device=device).view(-1, 1, 1) for key in ("mean", "std"))
+    kept = None if subset is None else torch.tensor(subset, device=device)
+    counts = Counts()
+    correct = torch.zeros(3, dtype=torch.long, device=device)
+    start = time.perf_counter()
+    for images, targets, bad in loader:
+        for sample in bad:
+            if sample.fatal is not None:
+                raise InputError(f"{sample.place}: {sample.fatal}")
+            if not skip_corrupt:
+                hint = "take it out, or validate.py --skip-corrupt leaves it out"
+                raise InputError(f"{sample.place} is corrupt ({sample.corrupt}); {hint}")
+            counts.corrupt.append(sample.place)
+        if images is not None:
+            pixels = images.to(device, non_blocking=True)
+            targets = targets.to(device, non_blocking=True)
+            images = pixels.float().sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+            with contextlib.nullcontext() if full_precision else accelerator.autocast():
+                logits = model(images)
+            if kept is not None:
+                logits = logits[:, kept]
+            answers = logits.float().topk(min(TOPK, logits.shape[1]), dim=1)
+            if not answers.values.isfinite().all():
+                raise InputError(f"{NOT_FINITE}; try another --mixed-precision")
+            right = (answers.indices.unsqueeze(2) == targets.unsqueeze(1)).any(2)
+            counted = (targets >= 0).any(1)
+            correct += torch.stack([counted.sum(), right[:, 0].sum(), right.any(1).sum()])
+            counts.unlabelled += len(images)
+            if observe is not None:
+                observe(pixels, targets, logits.float())
+        if progress is not None:
+            progress.update((0 if images is None else len(images)) + len(bad))
+    counts.samples, counts.top1, counts.top5 = correct.tolist()
+    counts.unlabelled -= counts.samples
+    counts.seconds = time.perf_counter() - start
+    return counts
+
+
+def evaluate(
+    model: nn.Module,
+    source: Source,
+    classes: Classes,
+    accelerator: Accelerator,
+    batch_size: int = 64,
+    workers: int = 1,
+    skip_corrupt: bool = False,
+    desc: str = "validate",
+    observe: Observer | None = None,
+    full_precision: bool = False,
+) -> Counts:
+    """Count correct answers over all images, on all processes.
+
+    Args:
+        model: The model, on the accelerator's device; it is left in evaluation mode.
+        source: The images.
+        classes: How the labels meet the model's classes.
+        accelerator: The processes.
+        batch_size: Images a batch, in each process.
+        workers: Loader processes, for each process.
+        skip_corrupt: Whether to leave out images that cannot be decoded.
+        desc: What the progress bar says.
+        observe: Is shown each batch of this process, as `Observer` says.
+        full_precision: As `count_correct` says.
+
+    Returns:
+        The counts over all processes, the same in each.
+
+    Raises:
+        InputError: As `count_correct` says, or no image counts; raised in every process if it was in one.
+    """
+    model.eval()
+    loader = create_loader(source, model, classes, accelerator, batch_size, workers)
+    total = None if source.num_rows is None else -(-source.num_rows // accelerator.num_processes)
+    with progress_bar(
+        accelerator,
+        total=total,
+        desc=desc,
+        unit="img",
+        unit_scale=accelerator.num_processes,  # all processes go at about the same pace
+    ) as progress:
+        counts = all_or_none(
+            lambda: count_correct(
+                model, loader, accelerator, classes.subset, skip_corrupt, progress, observe, full_precision
+            ),
+        )
+    shares: list[dict[str, Any]] = gather_object([asdict(counts)])
+    summed = sum((Counts(**share) for share in shares), Counts())
+    if not summed.samples:
+        unread = f": {len(summed.corrupt)} cannot be decoded" * bool(summed.corrupt)
+        raise InputError(f"{source.name} has no image to count in split {source.split}{unread}")
+    return summed

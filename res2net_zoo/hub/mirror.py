@@ -1,0 +1,102 @@
+"""Mirrors: the catalogue's checkpoints as model folders, for a network that is closed."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+from huggingface_hub.utils import WeakFileLock
+
+from res2net_zoo.catalog import Checkpoint
+from res2net_zoo.hub.verify import Check, verify
+from res2net_zoo.utils import hub_client
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.files import check_can_make, sweep
+from res2net_zoo.weights import fingerprint, originals
+from res2net_zoo.weights.model_folder import write_converted
+
+PARTIAL = ".partial"
+
+
+def mirror(checkpoint: Checkpoint, root: Path) -> str:
+    """Put a checkpoint into a mirror, as the folder ROOT/ARCH.TAG that `RES2NET_ZOO_MIRROR=ROOT` reads.
+
+    From its repository on the Hub where it has one, else from its release. A download that broke
+    off is gone on with. The folder appears whole or not at all.
+
+    Args:
+        checkpoint: Which.
+        root: The mirror.
+
+    Returns:
+        Where it came from, in words.
+
+    Raises:
+        InputError: It cannot be had, is not the right one, or cannot be written.
+    """
+    folder = root / checkpoint.name
+    if folder.is_dir():
+        if failed := _damages(folder, checkpoint):
+            raise InputError(f"{folder} is damaged ({failed[0].what}: {failed[0].found}); remove it and run this again")
+        return "here already"
+    try:
+        if checkpoint.hub_id:
+            return _from_hub(checkpoint, root)
+        if not checkpoint.url:
+            raise InputError(
+                f"{checkpoint.name} is no direct download: {checkpoint.notes}; convert its file: `python "
+                f"hub/convert.py --model {checkpoint.name} --checkpoint FILE --output {folder}`"
+            )
+        with originals.original(checkpoint.url) as path:
+            state, metadata = originals.read_original(path, checkpoint, checkpoint.url)
+            write_converted(folder, checkpoint, state, metadata)
+    except OSError as error:
+        raise InputError(f"cannot write into {root}: {error.strerror or error}; run it again to go on") from error
+    return f"converted from {checkpoint.released_by}"
+
+
+def _from_hub(checkpoint: Checkpoint, root: Path) -> str:
+    sha = hub_client.describe(checkpoint.hub_id).sha or ""
+    partial = root / PARTIAL / checkpoint.name
+    hub_client.fetch_repository(checkpoint.hub_id, sha, partial)
+    for unfinished in partial.rglob("*.part"):  # of an earlier commit
+        unfinished.unlink()
+    try:
+        failed = _damages(partial, checkpoint)
+    except InputError as error:
+        raise InputError(f"{checkpoint.hub_id} at {sha[:12]} is no {checkpoint.name}: {error}") from error
+    if failed:
+        what, found, expected, _ = failed[0]
+        shutil.rmtree(partial)
+        raise InputError(f"{checkpoint.hub_id} is not {checkpoint.name}: {what} is {found}, not {expected}")
+    if not (partial / fingerprint.NAME).exists():
+        fingerprint.write(partial)  # what came is what the Hub has, so it can vouch for the copy later
+    partial.rename(root / checkpoint.name)
+    with contextlib.suppress(OSError):  # others are still on their way
+        partial.parent.rmdir()
+    return f"Hub {checkpoint.hub_id} at {sha[:12]}"
+
+
+def _damages(folder: Path, checkpoint: Checkpoint) -> list[Check]:
+    """Return the checks that a folder fails, but for those of what the catalogue has and a mirror need not."""
+    return [c for c in verify(folder, checkpoint) if c.passed is False and c.what not in ("preprocessing", "card")]
+
+
+@contextlib.contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Make a mirror if there is none, and keep other programs from writing into it.
+
+    Raises:
+        InputError: It cannot be made, or another program is at work on it.
+    """
+    check_can_make(root)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(root / ".lock", timeout=1):
+            sweep(root)
+            yield
+    except filelock.Timeout as error:
+        raise InputError(f"another program is writing into {root}; wait for it") from error
+    except OSError as error:
+        raise InputError(f"cannot write into {root}: {error.strerror or error}") from error

@@ -1,0 +1,456 @@
+"""Inference as fast as the machine allows: `optimize(model, example_input)`."""
+
+import copy
+import hashlib
+import json
+import platform
+import statistics
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar, get_args
+
+import numpy as np
+import torch
+from huggingface_hub import cached_assets_path
+from timm.utils import reparameterize_model
+from torch import fx, nn
+from torch.fx.experimental.optimization import fuse
+
+from res2net_zoo.kernels.cpu_network import Network, Unsupported
+from res2net_zoo.models.block import Res2NetModule
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.files import read_json, write_atomically
+from res2net_zoo.utils.hub_client import one_line
+
+Precision = Literal["float32", "bfloat16", "float16"]
+Backend = Literal["native", "inductor", "inductor-padded", "openvino", "onnxruntime", "cudagraphs", "eager"]
+Call = Callable[[torch.Tensor], torch.Tensor]
+T = TypeVar("T")
+
+PADDED = 16  # channels that a GPU's matrix units take at a time in half precision
+TOLERANCE = 1e-4  # of float32 logits, relative to the largest
+ROUNDS = 5  # how often each backend is timed
+KEPT = 4  # networks that a backend keeps, each for a size of images; one of res2net50_26w_4s takes 250 MB
+LARGEST_PIXEL = 1e15  # from which on activations may overflow
+PAUSE = 0.02  # seconds before each of them, for the threads of the last one to come to rest
+
+
+class Unavailable(Exception):
+    """This machine or this model cannot have a backend; the message says why."""
+
+
+@dataclass(frozen=True)
+class Optimized:
+    """A model made fast for inference.
+
+    Attributes:
+        backend: What runs it.
+        precision: Type that activations and weights have; logits are float32 in all.
+        milliseconds: What each backend that was tried took for the example, where several were.
+        classes: Number of logits of an image.
+    """
+
+    call: Call
+    backend: Backend
+    precision: Precision
+    milliseconds: dict[Backend, float]
+    classes: int
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Classify images.
+
+        Args:
+            images: (N, C, H, W), normalized as the model wants them; N is any number, also 0, H and W
+                any that the model takes. Other sizes than the example's may cost a compilation of some
+                seconds; the networks of the last few sizes are kept.
+
+        Returns:
+            Logits, (N, classes), float32. Those of an image with NaN or infinity are what the model gives it.
+
+        Raises:
+            ValueError: The images are not (N, C, H, W).
+        """
+        if images.ndim != 4:
+            raise ValueError(f"images are {tuple(images.shape)}; give (N, C, H, W)")
+        if not len(images):
+            return images.new_zeros((0, self.classes), dtype=torch.float32)
+        return self.call(images).float()
+
+
+def optimize(
+    model: nn.Module,
+    example_input: torch.Tensor,
+    precision: Precision = "float32",
+    backend: Backend | Literal["auto"] = "auto",
+    cache_dir: str | Path | None = None,
+) -> Optimized:
+    """Make a model fast for inference on the machine that it is to run on.
+
+    BatchNorm is folded into the convolutions. With `backend="auto"` the backends that this machine
+    has and that are ready within seconds (on a GPU: all) run the example by turns, and the fastest is
+    taken; the choice is kept in huggingface_hub's assets cache for the next time. Whatever is taken gives the
+    example the same logits as the model: to 1e-4 of the largest in float32.
+
+    Args:
+        model: A model that maps images to logits. It is copied, not changed; the copy is in eval mode.
+        example_input: Images, (N, C, H, W), as they will come: their number, size and device decide
+            what is fastest.
+        precision: Type of activations and weights.
+        backend: `"native"` (CPU: the zoo's own machine code, needs a C++ compiler), `"openvino"`,
+            `"onnxruntime"` (CPU, the package of that name), `"inductor"` (torch.compile with frozen
+            weights; on a GPU with CUDA graphs; its first call takes a minute or more),
+            `"inductor-padded"` (the same, the groups' widths padded to multiples of 16), `"cudagraphs"`
+            (GPU: eager, without the cost of launching kernels), `"eager"`, or `"auto"`. What is not
+            to be had is replaced by the best of the others, with a warning that says why.
+        cache_dir: Where choices are kept, if not in huggingface_hub's assets cache.
+
+    Returns:
+        The model as a function from images to logits.
+
+    Raises:
+        ValueError: An unknown precision or backend, images that are not (N, C, H, W) floats, a model that
+            gives them NaN or infinite logits, or one that no backend can run.
+    """
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision is {precision!r}; there are {', '.join(get_args(Precision))}")
+    if backend not in (*get_args(Backend), "auto"):
+        raise ValueError(f"backend is {backend!r}; there are auto, {', '.join(get_args(Backend))}")
+    if example_input.ndim != 4 or not example_input.is_floating_point() or not len(example_input):
+        raise ValueError(
+            f"example_input is {tuple(example_input.shape)}, {example_input.dtype}; give images as (N, C, H, W) floats"
+        )
+    device = example_input.device
+    if precision == "float16" and device.type == "cpu":
+        raise ValueError("float16 is for GPUs; on the CPU there are float32 and bfloat16")
+    example = example_input.detach().float()
+    model = copy.deepcopy(model).eval().to(device).requires_grad_(False)
+    with torch.no_grad():
+        expected = model(example)
+    if expected.ndim != 2:
+        raise ValueError(
+            f"the model returns {tuple(expected.shape)}, no table of logits; give it a classifier or a pooling"
+        )
+    if not expected.isfinite().all():
+        raise ValueError(_why_not_finite(model, example))
+    folded = fold_batch_norm(model)
+
+    def make(name: Backend) -> Call:
+        """Make the model with one backend, and see that it computes what it should."""
+        try:
+            padded = name == "inductor-padded"
+            call = BACKENDS[name](fold_batch_norm(model, PADDED) if padded else folded, example, precision)
+            with torch.no_grad():
+                check(call(example).float(), expected, precision)
+            return call
+        except Exception as error:  # a compiler can fail in any way; the next backend does not
+            known = isinstance(error, (Unavailable, Unsupported, InputError))
+            raise Unavailable(f"{'' if known else type(error).__name__ + ': '}{one_line(error)}") from error
+
+    ready = candidates(device)
+    if backend != "auto":
+        try:
+            return Optimized(make(backend), backend, precision, {}, expected.shape[1])
+        except Unavailable as error:
+            warnings.warn(f"the backend {backend} cannot run this model here ({error}); another is taken", stacklevel=2)
+            ready = [name for name in ready if name != backend]
+
+    key = _key(folded, example, precision, ready)
+    chosen = _read_choice(key, cache_dir, ready)
+    if chosen:
+        try:
+            return Optimized(make(chosen), chosen, precision, {}, expected.shape[1])
+        except Unavailable as error:
+            warnings.warn(f"{chosen}, the fastest before, cannot run this model now ({error})", stacklevel=2)
+    calls: dict[Backend, Call] = {}
+    reasons = []
+    for name in ready:
+        try:
+            calls[name] = make(name)
+        except Unavailable as error:
+            reasons.append(f"{name}: {error}")
+            # Only what would have been expected to run is missed.
+            if name == "native":
+                warnings.warn(
+                    f"the backend {name} cannot run this model here ({error}); another is taken", stacklevel=2
+                )
+    if not calls:
+        raise ValueError(f"no backend can run this model here in {precision}: {'; '.join(reasons)}")
+    milliseconds = dict(zip(calls, time_by_turns(list(calls.values()), example), strict=True))
+    fastest = min(calls, key=lambda name: milliseconds[name])
+    _keep_choice(key, cache_dir, {"backend": fastest, "milliseconds": milliseconds})
+    return Optimized(calls[fastest], fastest, precision, milliseconds, expected.shape[1])
+
+
+def _why_not_finite(model: nn.Module, example: torch.Tensor) -> str:
+    """Return why a model may give an example logits that are NaN or infinite."""
+    if not example.isfinite().all():
+        return "example_input has NaN or infinite values; give finite images"
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return f"the model's {name} has NaN or infinite values; load other weights"
+    return "the model gives example_input NaN or infinite logits; check its weights"
+
+
+def fold_batch_norm(model: nn.Module, multiple: int = 1) -> nn.Module:
+    """Return a copy of a model with each BatchNorm in the convolution before it, for inference.
+
+    Blocks are folded by timm's convention, a method `reparameterize`; what stands outside of them, in
+    stems and shortcuts, by tracing the model.
+
+    Args:
+        model: A model in eval mode.
+        multiple: What the widths of Res2Net blocks' groups are padded to a multiple of.
+    """
+    folded = reparameterize_model(model)
+    for module in folded.modules():
+        if isinstance(module, Res2NetModule):
+            module.pad_width(multiple)
+    try:
+        return fuse(folded)
+    except Exception:  # models may do anything that cannot be traced; those keep the BatchNorm that is left
+        return folded
+
+
+def candidates(device: torch.device) -> list[Backend]:
+    """Return the backends that a device has and that are ready within seconds, the last always."""
+    if device.type == "cuda":
+        return ["inductor", "inductor-padded", "cudagraphs", "eager"]
+    if device.type != "cpu":
+        return ["eager"]
+    installed: list[Backend] = ["native"]
+    if find_spec("openvino"):
+        installed.append("openvino")
+    if find_spec("onnxruntime") and find_spec("onnxscript"):
+        installed.append("onnxruntime")
+    return [*installed, "eager"]
+
+
+def check(found: torch.Tensor, expected: torch.Tensor, precision: Precision) -> None:
+    """See that a backend computes what the model does.
+
+    Raises:
+        Unavailable: It does not.
+    """
+    if found.shape != expected.shape:
+        raise Unavailable(f"it returns {tuple(found.shape)} instead of {tuple(expected.shape)}")
+    error = ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
+    # Half precision has 3 decimals, of which a deep network loses some.
+    allowed = TOLERANCE if precision == "float32" else 0.1
+    if not error <= allowed:
+        raise Unavailable(f"its logits are off by {error:.2g} of the largest, more than {allowed:g}")
+
+
+@torch.no_grad()
+def time_by_turns(calls: list[Call], example: torch.Tensor) -> list[float]:
+    """Return the median milliseconds of some backends for the example."""
+    from res2net_zoo.utils.timing import by_turns
+
+    times = by_turns([partial(call, example) for call in calls], ROUNDS, pause=PAUSE)
+    return [1000 * statistics.median(seconds for turn in turns for seconds in turn) for turns in times]
+
+
+def _native(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
+    if example.device.type != "cpu":
+        raise Unavailable("it is for CPUs")
+    graph = model if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model)
+    return Network(graph, getattr(torch, precision))
+
+
+def _eager(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
+    dtype = getattr(torch, precision)
+    module: Any = copy.deepcopy(model)
+    module.to(dtype=dtype, memory_format=torch.channels_last)
+
+    def call(images: torch.Tensor) -> torch.Tensor:
+        return module(images.to(dtype=dtype, memory_format=torch.channels_last))
+
+    return call
+
+
+def _inductor(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
+    options: dict[str, Any] = {"freezing": True}
+    if example.device.type == "cuda":
+        options |= {"max_autotune": True, "triton.cudagraphs": True}
+    compiled = torch.compile(_eager(model, example, precision), options=options)
+
+    def call(images: torch.Tensor) -> torch.Tensor:
+        # Frozen weights are for inference alone; CUDA graphs overwrite what they returned last.
+        with torch.no_grad():
+            logits = compiled(images)
+        return logits.clone() if "triton.cudagraphs" in options else logits
+
+    return call
+
+
+def _cudagraphs(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
+    if example.device.type != "cuda":
+        raise Unavailable("CUDA graphs are for NVIDIA's GPUs")
+    eager = _eager(model, example, precision)
+
+    def record(images: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
+        torch.cuda.synchronize()  # a graph that runs still may be dropped for this one
+        taken = images.clone()
+        stream = torch.cuda.Stream()  # libraries choose their kernels before they are recorded
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                eager(taken)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = eager(taken)
+        return graph, taken, logits
+
+    graphs: _LastFew[tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = _LastFew()
+    lock = threading.Lock()  # a graph has one place for its images and one for its logits
+
+    def call(images: torch.Tensor) -> torch.Tensor:
+        with lock:
+            graph, taken, logits = graphs.get(tuple(images.shape), partial(record, images))
+            taken.copy_(images)
+            graph.replay()
+            return logits.clone()
+
+    return call
+
+
+def _openvino(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
+    from res2net_zoo.inference.export import run_openvino, to_openvino
+
+    hint = "f32" if precision == "float32" else "bf16"
+    run = _by_shape(
+        example,
+        lambda images, dynamic: run_openvino(
+            to_openvino(model, images, dynamic_batch=dynamic), hint, torch.get_num_threads()
+        ),
+    )
+
+    def call(images: torch.Tensor) -> torch.Tensor:
+        logits = run(images)
+        # Its ReLU makes 0 of NaN, and a number is all that comes out; PyTorch computes what the model gives.
+        largest = torch.linalg.vector_norm(images.float().flatten(1), float("inf"), 1)
+        strange = ~(largest < LARGEST_PIXEL)
+        if strange.any():
+            logits[strange] = model(images[strange].float())
+        return logits
+
+    return call
+
+
+def _onnxruntime(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
+    from res2net_zoo.inference.export import run_onnx, to_onnx
+
+    if precision != "float32":
+        raise Unavailable("ONNX Runtime has no bfloat16 convolutions on CPUs")
+    return _by_shape(
+        example,
+        lambda images, dynamic: run_onnx(to_onnx(model, images, dynamic_batch=dynamic), torch.get_num_threads()),
+    )
+
+
+class _LastFew(Generic[T]):
+    """What was made for the last few keys. Several threads need a lock around it."""
+
+    def __init__(self) -> None:
+        self.made: OrderedDict[Hashable, T] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what was made for a key, making it if it is not kept any more."""
+        if key not in self.made:
+            while len(self.made) >= KEPT:
+                self.made.popitem(last=False)
+            self.made[key] = make()
+        self.made.move_to_end(key)
+        return self.made[key]
+
+
+def _by_shape(example: torch.Tensor, make: Callable[[torch.Tensor, bool], Callable[[np.ndarray], np.ndarray]]) -> Call:
+    """Return a function of images that makes a network for the example's shape, and one for each other image size.
+
+    Args:
+        example: Images, (N, C, H, W), as most will come.
+        make: Makes a network for some images, and whether it is for any number of them. One for a number known
+            beforehand is faster, but each takes seconds and the memory of the weights.
+    """
+    if example.device.type != "cpu":
+        raise Unavailable("only its CPU side is used here")
+    usual = tuple(example.shape)
+    networks: _LastFew[Callable[[np.ndarray], np.ndarray]] = _LastFew()
+    lock = threading.Lock()
+
+    def call(images: torch.Tensor) -> torch.Tensor:
+        shape = tuple(images.shape)
+        dynamic = shape != usual
+        with lock:
+            network = networks.get(shape[1:] if dynamic else shape, partial(make, images, dynamic))
+        return torch.from_numpy(network(images.float().contiguous().numpy()))
+
+    return call
+
+
+BACKENDS: dict[str, Callable[[nn.Module, torch.Tensor, Precision], Call]] = {
+    "native": _native,
+    "inductor": _inductor,
+    "inductor-padded": _inductor,
+    "openvino": _openvino,
+    "onnxruntime": _onnxruntime,
+    "cudagraphs": _cudagraphs,
+    "eager": _eager,
+}
+
+
+def _key(model: nn.Module, example: torch.Tensor, precision: Precision, ready: list[Backend]) -> str:
+    """Return what a choice depends on, as a file name: model, images, machine and libraries."""
+    device = example.device
+    code = model.code if isinstance(model, fx.GraphModule) else str(model)
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    libraries = {name: _version(name) for name in ("res2net-zoo", "torch", "openvino", "onnxruntime")}
+    facts = (code, shapes, tuple(example.shape), precision, machine, torch.get_num_threads(), libraries, ready)
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _choice_path(key: str, cache_dir: str | Path | None) -> Path:
+    return cached_assets_path("res2net_zoo", "optimize", "choices", assets_dir=cache_dir) / f"{key}.json"
+
+
+def _read_choice(key: str, cache_dir: str | Path | None, ready: list[Backend]) -> Backend | None:
+    """Return the backend chosen before, if there is one that can still be taken."""
+    try:
+        kept = read_json(_choice_path(key, cache_dir))
+    except (OSError, ValueError, InputError):
+        return None
+    chosen = kept.get("backend") if isinstance(kept, dict) else None
+    return chosen if chosen in ready else None
+
+
+def _keep_choice(key: str, cache_dir: str | Path | None, choice: dict[str, Any]) -> None:
+    """Write a choice down for the next time, or warn that the backends will be tried again then."""
+    try:
+        write_atomically(_choice_path(key, cache_dir), lambda file: file.write_text(json.dumps(choice)))
+    except (OSError, ValueError) as error:
+        warnings.warn(f"the choice is not kept and will be made again: {one_line(error)}; set HF_HOME", stacklevel=3)

@@ -1,0 +1,90 @@
+"""Training on CPUs in bfloat16: 1x1 convolutions whose backward pass is matrix products.
+
+In channels_last a 1x1 convolution is one matrix product. PyTorch's convolution computes the gradient of
+its weight more slowly than its matrix product does, and leaves the sum of the two gradients of a block's
+input, the branch's and the shortcut's, to a step of its own; a matrix product adds to what is there. In
+float32 convolutions are faster, and stay.
+
+`Res2NetModule` decides in `can_fuse`, with `res2net_zoo.kernels.fused_norm`, where this runs.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+LEAST_CHANNELS = 128  # of input and output, from which on a matrix product gives the weight's gradient faster
+
+
+def pointwise(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """Compute a 1x1 convolution of stride 1 without a bias.
+
+    Args:
+        conv: The layer.
+        x: (N, C, H, W), for which `norm.fits` holds.
+
+    Returns:
+        (N, conv.out_channels, H, W).
+    """
+    return _Pointwise.apply(*_cast(conv, x), False) if _pays(conv, x) else conv(x)
+
+
+def pointwise_and_shortcut(conv: nn.Conv2d, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the same, and return with it x for the block's shortcut.
+
+    Whoever reads the shortcut must leave the memory of its gradient: the convolution adds its own there.
+    """
+    return _Pointwise.apply(*_cast(conv, x), True) if _pays(conv, x) else (conv(x), x)
+
+
+def _pays(conv: nn.Conv2d, x: torch.Tensor) -> bool:
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _cast(conv: nn.Conv2d, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return input and weight as a convolution reads them under autocast."""
+    if not torch.is_autocast_enabled("cpu"):
+        return x, conv.weight
+    return x.to(torch.bfloat16), conv.weight.to(torch.bfloat16)
+
+
+def _matrix(x: torch.Tensor) -> torch.Tensor:
+    """Return (N, C, H, W) as (N * H * W, C), in the same memory if it is dense in channels_last."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+class _Pointwise(torch.autograd.Function):
+    """The convolution's output, and its input once more if the shortcut is to have it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, beside: bool):
+        ctx.save_for_backward(x, weight)
+        ctx.set_materialize_grads(False)
+        y = torch.conv2d(x, weight)
+        return (y, x) if beside else y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any):
+        dy: Any = grads[0]
+        dshortcut: Any = grads[1] if len(grads) > 1 else None
+        if dy is None:
+            return dshortcut, None, None
+        x, weight = ctx.saved_tensors
+        needs_dx, needs_dw, _ = ctx.needs_input_grad
+        # Only PyTorch's convolution has gradients of its gradients.
+        adds = dshortcut is not None and needs_dx and not torch.is_grad_enabled()
+        by_product = needs_dw and min(weight.shape[:2]) >= LEAST_CHANNELS and not torch.is_grad_enabled()
+        mask = [needs_dx and not adds, needs_dw and not by_product, False]
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            dy, x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, mask
+        )
+        if adds:
+            dx = dshortcut.contiguous(memory_format=torch.channels_last)
+            _matrix(dx).addmm_(_matrix(dy), weight.flatten(1))
+        elif dshortcut is not None and needs_dx:
+            dx = dx + dshortcut
+        if by_product:
+            dw = torch.empty_like(weight)  # in the weight's memory format, as autograd asks
+            torch.mm(_matrix(dy).t(), _matrix(x), out=dw.view(weight.shape[:2]))
+        return dx, dw, None

@@ -1,0 +1,160 @@
+"""What programs print: errors and warnings on one line, progress, and their exit codes."""
+
+import contextlib
+import errno
+import io
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from res2net_zoo.utils.command_line import closest, did_you_mean, printable
+from res2net_zoo.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from tqdm import tqdm
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # errors of a disk, or of its owner's share, that is full
+
+
+def run(main: Callable[[], int]) -> int:
+    """Run a program, turning bad input into one line on stderr and exit code 2.
+
+    Args:
+        main: The program; returns its exit code, 0 for done or 1 for a check that failed.
+
+    Returns:
+        The exit code: what `main` returns, 1 where a loader process has died, 2 for bad input or a full disk, 130
+        for an interruption, 141 where nobody reads the output any more.
+    """
+    from huggingface_hub.utils.logging import set_verbosity_error
+
+    if "HF_HUB_VERBOSITY" not in os.environ:
+        # The Hub's client logs each of its retries; the one line below says all that in the end.
+        set_verbosity_error()
+    # Theirs say in a line of their own what they also raise, and what becomes the one line for the user.
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # read when it is imported, later than this
+    logging.getLogger("timm").setLevel(logging.CRITICAL)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A file's name may have bytes that are not UTF-8; they are printed as \udcXX.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        code = main()
+        sys.stdout.flush()
+        return code
+    except InputError as error:
+        report(error)
+        return 2
+    except MemoryError as error:
+        report(f"not enough memory{f': {error}' * bool(str(error))}; make batches or images smaller")
+        return 1
+    except RuntimeError as error:
+        if str(error).startswith("Symlink loop from"):  # `Path.resolve` before Python 3.13
+            report(f"cannot read a link that leads to itself: {str(error).removeprefix('Symlink loop from ')}")
+            return 2
+        if isinstance(error, _out_of_memory()) or "can't allocate memory" in str(error):
+            report(f"not enough memory: {str(error).splitlines()[0]}; make batches or images smaller")
+            return 1
+        if "DataLoader worker" not in str(error):
+            raise
+        # Torch raises it wherever the program happens to be.
+        report(f"a loader process has died ({error}), for want of memory perhaps; try again with fewer --workers")
+        return 1
+    except KeyboardInterrupt:
+        report("interrupted")
+        return 130  # as shells say it: 128 and the number of SIGINT
+    except BrokenPipeError:
+        # Whoever read the output, such as `head`, has seen enough; what is left to be written, at
+        # the end of Python too, goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 and the number of SIGPIPE
+    except OSError as error:
+        if error.errno is None:  # a library's own, not the operating system's
+            raise
+        names = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        advice = "; make room and run it again" if error.errno in FULL else ""
+        report(f"cannot read or write {names or 'the output'}: {error.strerror}{advice}")
+        return 2
+    finally:
+        close_full_stdout()
+
+
+def _out_of_memory() -> tuple[type[BaseException], ...]:
+    """Return what torch raises where a device's memory is full, if torch is imported."""
+    torch = sys.modules.get("torch")
+    return () if torch is None else (torch.OutOfMemoryError,)
+
+
+def close_full_stdout() -> None:
+    """Have what standard output cannot take go nowhere, or Python would fail on it once more when it ends."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def report(error: object) -> None:
+    """Write one line about an error to stderr, once for all processes.
+
+    Args:
+        error: What went wrong; its text is put on one line.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        # The main process says the same thing and the launcher then ends this one. Only where
+        # the main process is well and goes on is there anything left to say.
+        time.sleep(10)
+    with contextlib.suppress(OSError):  # on a full disk
+        print(f"error: {printable(error)}", file=sys.stderr, flush=True)
+
+
+def warn(message: object) -> None:
+    """Write one line with a warning to stderr, in the main process only.
+
+    Args:
+        message: What is doubtful; its text is put on one line.
+    """
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
+
+
+def progress_bar(accelerator: "Accelerator | None", iterable: Iterable | None = None, **kwargs: Any) -> "tqdm":
+    """Return a progress bar with an ETA, on the main process only.
+
+    Args:
+        accelerator: The processes, or None where they are not at hand.
+        iterable: What to go through, or None to call `update`.
+        **kwargs: As for tqdm.
+    """
+    from tqdm import tqdm
+
+    # In a log file every update is a line of its own; what is done at once needs no bar at all.
+    interval, delay = (0.1, 1) if sys.stderr.isatty() else (10, 10)
+    if "desc" in kwargs:
+        kwargs["desc"] = printable(kwargs["desc"])
+    silent = int(os.environ.get("RANK", "0")) > 0 if accelerator is None else not accelerator.is_main_process
+    return tqdm(iterable, disable=silent, leave=False, mininterval=interval, delay=delay, **kwargs)
+
+
+def similar_path(path: Path) -> str:
+    """Return a hint at the file or folder that a missing path may mean: `; did you mean ...?`, or ""."""
+    try:
+        names = sorted(os.listdir(path.parent))[:10_000]
+    except (OSError, ValueError):
+        return ""
+    close = closest(path.name, names, 1)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """Return a hint that names what `name` may have meant, or how to list all there is.
+
+    Args:
+        name: What was asked for.
+        names: What there is.
+    """
+    return did_you_mean(name, names, "`python -m res2net_zoo list` shows what there is", number=5)

@@ -1,0 +1,446 @@
+"""Files: what is read is bounded beforehand, and what is written is whole or missing."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import stat
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from io import BufferedReader
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from res2net_zoo.utils.console import warn
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.processes import all_or_none
+
+try:
+    import fcntl
+except ImportError:  # Windows; there nothing is locked, and nothing is removed for being left over
+    fcntl = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+LARGEST_TEXT = 16 * 2**20  # bytes of a config, a list or a card; the largest here has some 100 kB
+
+
+@contextlib.contextmanager
+def open_regular(path: Path | str) -> Iterator[BufferedReader]:
+    """Open a regular file for reading.
+
+    A FIFO would block forever and a device such as `/dev/zero` never ends, so neither is read.
+
+    Args:
+        path: The file, or a link to it.
+
+    Yields:
+        The open file.
+
+    Raises:
+        InputError: It is missing, unreadable, or not a regular file.
+    """
+    try:
+        # Opening a FIFO for reading blocks until there is a writer, unless it is opened non-blocking.
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    with file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise InputError(f"cannot read {path}: it is a device, a pipe or a socket, not a regular file")
+        yield file
+
+
+def read_bytes(path: Path | str, largest: int) -> bytes:
+    """Read a regular file of bounded size.
+
+    Args:
+        path: The file.
+        largest: Bytes that it may have.
+
+    Returns:
+        Its content.
+
+    Raises:
+        InputError: It is missing, unreadable, larger, or not a regular file.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            # As much memory is taken as is asked for, so that the limit itself is not, unless the file has grown.
+            content = file.read(size + 1) or b"" if size <= largest else b""
+            if len(content) > size:  # also the system's, such as those in /proc, which state no size
+                content += file.read(min(largest - size, LARGEST_TEXT)) or b""
+                if len(content) > size + LARGEST_TEXT:
+                    raise InputError(f"cannot read {path}: it has more bytes than its size of {size:,}")
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    if max(size, len(content)) > largest:
+        raise InputError(f"cannot read {path}: it is larger than the limit of {largest:,} bytes")
+    return content
+
+
+def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
+    """Read a regular text file of bounded size as UTF-8, with or without a byte-order mark.
+
+    Args:
+        path: The file.
+        largest: Bytes that it may have.
+
+    Raises:
+        InputError: As `read_bytes`, or it is not UTF-8.
+    """
+    try:
+        return read_bytes(path, largest).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"cannot read {path}: it is not UTF-8 text (byte {error.start})") from error
+
+
+def read_json(path: Path, largest: int = LARGEST_TEXT) -> Any:
+    """Read a JSON file of bounded size and depth.
+
+    Args:
+        path: The file.
+        largest: Bytes that it may have.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        InputError: As `read_text`, or it is not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(read_text(path, largest))
+    except RecursionError as error:
+        raise InputError(f"cannot read {path}: its JSON is nested too deeply") from error
+    except ValueError as error:
+        raise InputError(f"cannot read {path}: it is not JSON: {error}") from error
+
+
+def read_toml(path: Path, largest: int = LARGEST_TEXT) -> dict[str, Any]:
+    """Read a TOML file of bounded size and depth.
+
+    Args:
+        path: The file.
+        largest: Bytes that it may have.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        InputError: As `read_text`, or it is not TOML, or nested too deeply.
+    """
+    try:
+        return tomllib.loads(read_text(path, largest))
+    except RecursionError as error:
+        raise InputError(f"cannot read {path}: its TOML is nested too deeply") from error
+    except ValueError as error:
+        raise InputError(f"cannot read {path}: it is not TOML: {error}") from error
+
+
+# Descriptors of what this process has locked. A forked child, such as a loader process, shares a lock and may
+# outlive the process that took it, so it closes its copies.
+_locks: set[int] = set()
+
+
+def _close_locks() -> None:
+    while _locks:
+        os.close(_locks.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_locks)
+
+
+def _lock(path: Path, flags: int) -> int:
+    """Open and lock a file or folder. The lock ends with the process, however that ends.
+
+    Raises:
+        BlockingIOError: Another process has locked it.
+        FileNotFoundError: It is missing, or was removed meanwhile.
+        OSError: It cannot be opened, or cannot be locked here.
+    """
+    if fcntl is None:
+        raise OSError("this system cannot lock files")
+    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        opened = os.fstat(descriptor)
+        if not os.path.samestat(opened, os.stat(path)):
+            raise FileNotFoundError(f"{path} was replaced")
+        if not stat.S_ISDIR(opened.st_mode) and not (stat.S_ISREG(opened.st_mode) and opened.st_nlink == 1):
+            raise OSError(f"{path} is not a regular file of its own")  # whose content would be overwritten
+    except BaseException:
+        os.close(descriptor)
+        raise
+    _locks.add(descriptor)
+    return descriptor
+
+
+def _unlock(descriptor: int) -> None:
+    if descriptor in _locks:  # in a forked child it is closed already
+        _locks.remove(descriptor)
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: float = 0) -> Iterator[None]:
+    """Keep other programs from writing a file or folder for the length of a block.
+
+    The lock is the file `.NAME.lock` beside it, which is removed at the end. It holds only as long as this process
+    lives: what a killed one leaves does not keep the next one out.
+
+    Args:
+        path: What is written.
+        wait: Seconds to wait for another program.
+
+    Raises:
+        InputError: Another program writes it, or nothing can be written there.
+    """
+    if is_special(path):  # of which nothing is lost
+        yield
+        return
+    path = path.resolve()
+    lock, deadline = path.with_name(f".{path.name}.lock"), time.monotonic() + wait
+    tries = 0
+    while True:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = _lock(lock, os.O_RDWR | os.O_CREAT)
+            break
+        except FileNotFoundError as error:
+            tries += 1  # its owner has just removed it, or no file can be made there, as in /proc
+            if tries == 100:
+                raise InputError(f"cannot write into {lock.parent}: {error.strerror or error}") from error
+        except BlockingIOError as error:
+            if time.monotonic() >= deadline:
+                owner = f" ({lock.read_text(errors='replace')[:80]})" if lock.is_file() else ""
+                raise InputError(
+                    f"another run{owner} is writing {path}; wait for it to end, or name another output"
+                ) from error
+            time.sleep(0.05)
+        except OSError as error:
+            if not os.access(lock if lock.exists() else lock.parent, os.W_OK):
+                raise InputError(f"cannot write into {lock.parent}: {error.strerror or error}") from error
+            warn(f"cannot lock {path} ({error.strerror or error}); do not start a second run that writes it")
+            yield
+            return
+    try:
+        with contextlib.suppress(OSError):  # on a full disk the owner is missing in the message, and no more
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        if descriptor in _locks:
+            with contextlib.suppress(OSError):
+                lock.unlink()
+        _unlock(descriptor)
+
+
+@contextlib.contextmanager
+def locked_by_main(path: Path | None, accelerator: "Accelerator") -> Iterator[None]:
+    """Lock what a program on several processes writes, in its main process.
+
+    Args:
+        path: What is written; None for nothing.
+        accelerator: The processes.
+
+    Raises:
+        InputError: As `locked`; in every process.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def lock() -> None:
+            if path is not None and accelerator.is_main_process:
+                stack.enter_context(locked(path))
+
+        all_or_none(lock)
+        yield
+
+
+RANDOM = "[a-z0-9_]{8}"  # as `tempfile` makes it
+TEMPORARY = re.compile(rf"\..+-(new|old)-{RANDOM}", re.DOTALL)
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether a name is of what is being written, or was by a process that has died."""
+    return TEMPORARY.fullmatch(name) is not None
+
+
+@contextlib.contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder `.NAME-new-*` beside a path, which is removed at the end if it is still there.
+
+    It is locked as long as this process lives. So what a killed process has left is known, and removed by the next
+    one that writes the same path.
+
+    Args:
+        path: The file or folder whose place the new content takes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, path.name)
+    descriptor = None
+    while True:
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-new-"))
+        try:
+            descriptor = _lock(folder, os.O_RDONLY)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another process took it for left over, in the instant before it was locked
+        except OSError:
+            pass  # where nothing can be locked, nothing is taken for left over
+        break
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if descriptor is not None:
+            _unlock(descriptor)
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what processes that have died while they wrote have left in a folder.
+
+    Args:
+        folder: The folder; it may be missing.
+        name: The file or folder that they wrote; None for any.
+    """
+    prefix = "." if name is None else f".{name}-new-"
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+        for entry in os.listdir(folder):
+            if not entry.startswith(prefix) or not (kind := TEMPORARY.fullmatch(entry)) or kind[1] == "old":
+                continue
+            path = folder / entry
+            if path.is_dir() and not (folder / f"{entry[:-13]}-old-{entry[-8:]}").exists():
+                # With the old one beside it, it is a whole folder: `finish_replacing` needs it.
+                with contextlib.suppress(OSError):  # its process lives, or it is gone
+                    descriptor = _lock(path, os.O_RDONLY)
+                    shutil.rmtree(path, ignore_errors=True)
+                    _unlock(descriptor)
+
+
+def finish_replacing(folder: Path) -> None:
+    """Put the new content of a folder in its place where the process that was replacing it has died.
+
+    `replaced_folder` first renames the old folder, then the new one. Killed in between, it leaves both, whole.
+
+    Args:
+        folder: The folder.
+    """
+    folder = folder.resolve()
+    old_name = re.compile(rf"{re.escape(f'.{folder.name}-old-')}({RANDOM})")
+    with contextlib.suppress(OSError):  # a reader may not write there
+        for entry in sorted(os.listdir(folder.parent)):
+            if not (match := old_name.fullmatch(entry)):
+                continue
+            old, new = folder.parent / entry, folder.parent / f".{folder.name}-new-{match[1]}"
+            descriptor = None
+            try:
+                if new.exists():
+                    descriptor = _lock(new, os.O_RDONLY)
+                if not folder.exists():
+                    (new if new.exists() else old).rename(folder)
+                for left in (old, new):
+                    shutil.rmtree(left, ignore_errors=True)
+            except OSError:
+                continue  # its process lives
+            finally:
+                if descriptor is not None:
+                    _unlock(descriptor)
+
+
+def is_special(path: Path) -> bool:
+    """Return whether a path is a device, such as /dev/null, or what /dev/stdout or /dev/fd leads to.
+
+    Other pipes are not, as writing to one waits for a reader: a file takes their place.
+    """
+    if path.is_file() or path.is_dir() or not path.exists():
+        return False
+    return path.is_char_device() or path.is_block_device() or path.absolute().is_relative_to("/dev")
+
+
+@contextlib.contextmanager
+def temporary_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write to, which takes the place of a file once it is whole.
+
+    At any moment the file is the old one or the new one; if the block fails, the old one. A device, such as
+    `/dev/null`, stays and is written to.
+
+    Args:
+        path: The file; its folder is made if it is not there.
+    """
+    if is_special(path):
+        with tempfile.TemporaryDirectory() as name:
+            temporary = Path(name) / path.name
+            temporary.touch()
+            yield temporary
+            with temporary.open("rb") as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target)
+        return
+    with temporary_folder(path.with_name(path.name[:50])) as folder:  # a name may have 255 bytes
+        # Of the same name, as some writers look at the suffix (matplotlib). In a folder of its own, as others
+        # replace the file (linkers), and a lock on it would be lost.
+        temporary = folder / path.name
+        temporary.touch()
+        yield temporary
+        make_readable(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file so that at any moment it is the old one or the new one, whole.
+
+    Args:
+        path: The file.
+        write: Writes the new content to the path that it is given.
+    """
+    with temporary_file(path) as temporary:
+        write(temporary)
+
+
+def sha256_of(path: Path) -> str:
+    """Return a regular file's SHA-256 in hexadecimal digits.
+
+    Raises:
+        InputError: As `open_regular`.
+    """
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_writable(folder: Path) -> None:
+    """Find out before any work is done whether its result can be written.
+
+    Raises:
+        InputError: There is no such folder, or nothing can be written there.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write into {folder}: {error.strerror}; make it first, or name another") from error
+
+
+def check_can_make(folder: Path) -> None:
+    """Find out before any work is done whether a folder can be made, or written into if it is there.
+
+    Raises:
+        InputError: It is a file, or nothing can be written there.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; name a folder")
+    check_writable(next(path for path in folder.absolute().parents if path.exists()))
+
+
+def make_readable(path: Path) -> None:
+    """Give a file or folder the permissions of a new one, where its maker made it private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)

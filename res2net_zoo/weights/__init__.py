@@ -1,0 +1,1 @@
+"""From an original's file to a model folder: readers, renaming, configs, cards, fingerprints, provenance."""

@@ -1,0 +1,138 @@
+"""A model's fingerprint: the hash of its weights, and its logits for an input that is the same everywhere."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as WEIGHTS
+from torch import nn
+
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.files import read_json, sha256_of, write_atomically
+
+NAME = "fingerprint.json"
+
+LARGEST = 32 * 2**20  # bytes; a logit takes some 15
+
+# Of the largest logit. Another number of threads, channels_last or double give some 4e-7; the wrong wiring of the
+# block, wrong statistics or a wrong padding give 1e-3 and more.
+TOLERANCE = 1e-4
+
+
+def synthetic_image(input_size: tuple[int, int, int]) -> torch.Tensor:
+    """Return an image of waves of many lengths, made without a random number generator.
+
+    Args:
+        input_size: (channels, height, width).
+
+    Returns:
+        A tensor (1, channels, height, width), its values as large as a normalised image's.
+    """
+    channels, height, width = input_size
+    y, x = np.arange(height) / height, np.arange(width) / width
+    image = np.zeros(input_size)
+    for channel in range(channels):
+        for waves in (1, 3, 7, 17, 41):
+            rows, columns = np.cos(2 * math.pi * waves * y + waves), np.sin(2 * math.pi * (waves * x + channel / 3))
+            image[channel] += rows[:, None] * columns[None, :]
+    return torch.from_numpy(image).float().unsqueeze(0)
+
+
+def logits(model: nn.Module, input_size: tuple[int, int, int]) -> list[float]:
+    """Return a model's logits for the synthetic image, in float32 on the CPU.
+
+    Args:
+        model: The model, on the CPU; put into evaluation mode.
+        input_size: (channels, height, width) of the image.
+
+    Returns:
+        A logit for each class, to seven digits.
+    """
+    with torch.no_grad():
+        output = model.eval()(synthetic_image(input_size))
+    return [float(f"{value:.7g}") for value in output[0].tolist()]
+
+
+def difference(ours: list[float], theirs: list[float]) -> float:
+    """Return the largest difference of two lists of logits relative to the largest; infinite where none can be told."""
+    if len(ours) != len(theirs) or not all(map(math.isfinite, [*ours, *theirs])):
+        return math.inf
+    apart = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    largest = max(map(abs, theirs))
+    return apart / largest if largest else math.inf if apart else 0.0
+
+
+def load(folder: Path) -> nn.Module:
+    """Load a model folder's model on the CPU, strictly, leaving torch's random numbers as they are."""
+    import timm
+
+    with torch.random.fork_rng(devices=[]):  # a model is made with random weights first
+        return timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+def of(folder: Path) -> dict[str, Any]:
+    """Return the fingerprint of a model folder, from its files.
+
+    Args:
+        folder: The folder, with its weights and its config.
+
+    Returns:
+        The input's size, the logits for it, the SHA-256 of the weights, and the libraries' versions.
+    """
+    import timm
+    from timm.data import resolve_model_data_config
+
+    model = load(folder)
+    size = resolve_model_data_config(model)["input_size"]
+    return {
+        "input_size": list(size),
+        "logits": logits(model, size),
+        "sha256": {WEIGHTS: sha256_of(folder / WEIGHTS)},
+        "made_with": {"timm": timm.__version__, "torch": torch.__version__.partition("+")[0]},
+    }
+
+
+class Stored(NamedTuple):
+    """What a fingerprint.json says.
+
+    Attributes:
+        sha256: SHA-256 of the weights.
+        input_size: (channels, height, width) of the synthetic image.
+        logits: A logit for each class.
+    """
+
+    sha256: str
+    input_size: tuple[int, int, int]
+    logits: list[float]
+
+
+def read(folder: Path) -> Stored | None:
+    """Read the fingerprint of a model folder; None if there is none.
+
+    Raises:
+        InputError: It is none that this module wrote.
+    """
+    path = folder / NAME
+    if not path.exists() and not path.is_symlink():
+        return None
+    try:
+        content = read_json(path, LARGEST)
+        digest, size, values = content["sha256"][WEIGHTS], content["input_size"], content["logits"]
+        # Whoever wrote the file shall not say how much memory is taken.
+        fits = len(size) == 3 and all(type(n) is int and 0 < n <= 4096 for n in size) and math.prod(size) <= 3 * 2048**2
+        numbers = isinstance(values, list) and len(values) > 0 and all(type(x) is float for x in values)
+        if not (isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest) and fits and numbers):
+            raise ValueError("a hash, an input size or logits that cannot be")
+    except (InputError, OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no fingerprint: {' '.join(str(error).split())[:200]}") from error
+    return Stored(digest, tuple(size), values)
+
+
+def write(folder: Path) -> None:
+    """Write the fingerprint of a model folder into it."""
+    content = json.dumps(of(folder)) + "\n"
+    write_atomically(folder / NAME, lambda path: path.write_text(content))

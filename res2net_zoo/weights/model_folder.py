@@ -1,0 +1,177 @@
+"""A model folder: weights, config, card and fingerprint, as timm reads and the Hub keeps it."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import EvalResultEntry, ModelCard, eval_result_entries_to_yaml
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as WEIGHTS
+from huggingface_hub.utils import yaml_dump
+from timm.models._hub import save_config_for_hf
+from torch import nn
+
+from res2net_zoo.catalog import Checkpoint
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.files import finish_replacing, is_temporary, make_readable, temporary_folder
+from res2net_zoo.weights import card as cards
+from res2net_zoo.weights import fingerprint
+from res2net_zoo.weights.originals import is_released, save_weights
+from res2net_zoo.weights.provenance import KEY, UNKNOWN, Provenance, of_converted
+
+EVAL_RESULTS = ".eval_results"
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder, which takes a folder's place once all is written.
+
+    It is made beside its place and then renamed, so that the folder is the old one or the new one,
+    whole, and never holds a new weight with an old card. Killed in the instant between the two
+    renames it leaves both, and `finish_replacing` does the second. Other files of an old folder move along.
+
+    Args:
+        folder: The folder.
+    """
+    folder = folder.resolve()
+    finish_replacing(folder)
+    with temporary_folder(folder) as new:
+        yield new
+        for path in (new, *new.rglob("*")):
+            make_readable(path)
+        if not folder.exists():
+            new.rename(folder)
+            return
+        for path in folder.iterdir():
+            if not (new / path.name).exists() and path.name != EVAL_RESULTS and not is_temporary(path.name):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.copytree(path, new / path.name, symlinks=True)
+                else:
+                    shutil.copy2(path, new / path.name, follow_symlinks=False)
+        old = new.with_name(f".{folder.name}-old-{new.name[-8:]}")
+        folder.rename(old)
+        try:
+            new.rename(folder)
+        except BaseException:
+            old.rename(folder)
+            raise
+        with contextlib.suppress(OSError):
+            old.rename(new)  # to be removed as what is left over is
+
+
+def write_model_folder(
+    folder: Path,
+    model: nn.Module,
+    card: ModelCard,
+    label_names: Sequence[str] | None = None,
+    metadata: dict[str, str] | None = None,
+    eval_results: Mapping[str, Sequence[EvalResultEntry]] | None = None,
+    origin: Provenance = UNKNOWN,
+) -> None:
+    """Write a model as a folder that `timm.create_model("local-dir:FOLDER")` reads, by `replaced_folder`.
+
+    Args:
+        folder: Where to write it.
+        model: A model that `timm.create_model` made.
+        card: Its card.
+        label_names: Name of each class.
+        metadata: What the weights' file is to say of itself.
+        eval_results: Files of the folder `.eval_results`, by name.
+        origin: Where the weights come from.
+    """
+    with replaced_folder(folder) as new:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_weights(tensors, new / WEIGHTS, metadata or {})
+        write_config(new / "config.json", model, origin, label_names)
+        card.save(new / "README.md")
+        for name, entries in (eval_results or {}).items():
+            (new / EVAL_RESULTS).mkdir(exist_ok=True)
+            (new / EVAL_RESULTS / name).write_text(yaml_dump(eval_result_entries_to_yaml(list(entries))))
+        fingerprint.write(new)
+
+
+def write_config(path: Path, model: nn.Module, origin: Provenance, label_names: Sequence[str] | None = None) -> None:
+    """Write a model's config.json as timm does, except that licence and origin are those of these weights.
+
+    timm copies the model's pretrained cfg, which is that of published weights also where the model has others.
+
+    Args:
+        path: The file.
+        model: A model that `timm.create_model` made.
+        origin: Where its weights come from.
+        label_names: Name of each class.
+    """
+    save_config_for_hf(model, str(path), model_config={"label_names": list(label_names or [])})
+    config = json.loads(path.read_text())
+    config["pretrained_cfg"] = origin.applied_to(config["pretrained_cfg"], config["architecture"])
+    if origin != UNKNOWN:
+        config[KEY] = origin.to_dict()
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_backbone(
+    folder: Path,
+    architecture: str,
+    state: Mapping[str, torch.Tensor],
+    preprocessing: Mapping[str, Any],
+    origin: Provenance = UNKNOWN,
+) -> None:
+    """Write a backbone without a classifier, as timm reads it as `local-dir:FOLDER`.
+
+    Args:
+        folder: Where; it is made.
+        architecture: Its name.
+        state: Its state dict, of timm's `features_only` model.
+        preprocessing: What differs from that of the architecture's published weights, such as `mean`.
+        origin: Where the weights come from.
+    """
+    with torch.device("meta"):
+        model: Any = timm.create_model(architecture, num_classes=0)
+    # It is none of the published weights any more.
+    model.pretrained_cfg = {
+        "architecture": architecture,
+        "input_size": model.pretrained_cfg["input_size"],
+        **preprocessing,
+    }
+    for key in ("first_conv", "classifier", "interpolation", "crop_pct", "pool_size"):
+        model.pretrained_cfg[key] = model.default_cfg[key]
+    folder.mkdir()
+    tensors = {name: state[name].detach().cpu().contiguous() for name in model.state_dict()}
+    save_weights(tensors, folder / WEIGHTS, {})
+    write_config(folder / "config.json", model, origin)
+
+
+def write_converted(
+    folder: Path, checkpoint: Checkpoint, state: dict[str, torch.Tensor], metadata: dict[str, str]
+) -> None:
+    """Write a converted checkpoint as a model folder.
+
+    Args:
+        folder: Where to write it.
+        checkpoint: Which of the catalogue's it is; where its hash is not the released one, only its
+            architecture and preprocessing are taken from it.
+        state: Its state dict.
+        metadata: What its weights' file is to say of itself.
+
+    Raises:
+        InputError: The folder cannot be written.
+    """
+    with torch.device("meta"):
+        model: Any = timm.create_model(checkpoint.architecture, num_classes=checkpoint.num_classes)
+    model.load_state_dict(state, strict=True, assign=True)
+    cfg: Any = timm.get_pretrained_cfg(checkpoint.name)
+    model.pretrained_cfg = {**cfg.to_dict(), "architecture": checkpoint.architecture, "tag": checkpoint.tag}
+    results: dict[str, list[EvalResultEntry]] = {}
+    if is_released(checkpoint, metadata):
+        card, results = cards.checkpoint_card(checkpoint, metadata), cards.eval_results(checkpoint)
+    else:
+        card = cards.unreleased_card(checkpoint, metadata, folder.resolve().name)
+    try:
+        origin = of_converted(checkpoint, metadata)
+        write_model_folder(folder, model, card, metadata=metadata, eval_results=results, origin=origin)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
