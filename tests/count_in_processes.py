@@ -1,4 +1,4 @@
-"""Run by test_evaluate.py under `accelerate launch`: counts many made datasets on real processes."""
+"""Run by test_evaluation.py under `accelerate launch`: counts many made datasets on real processes."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from res2net_zoo.data.labels import Classes
 from res2net_zoo.evaluation import evaluate
-from tests.test_evaluate import NUM_CLASSES, ReadsItsAnswer, answers_and_labels, make_source
+from tests.test_evaluation import NUM_CLASSES, ReadsItsAnswer, answers_and_labels, make_source
 
 accelerator = Accelerator(cpu=True)
 for n in (1, 2, 5, 12, 17, 30):

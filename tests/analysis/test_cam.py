@@ -1,0 +1,156 @@
+"""`scripts/cam.py`: maps are taken from the right layer, and are what the method's equation says."""
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from res2net_zoo.analysis import cam
+from res2net_zoo.utils.errors import InputError
+from tests.conftest import ROOT, SHIPPED_DATA, SHIPPED_MODEL, SMALL, full_disk, input_error, spread
+
+CAM = "scripts/cam.py"
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    files = sorted(str(path) for path in SHIPPED_DATA.rglob("*validation*"))
+    rows = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(folder / "cache"))
+    (folder / "images").mkdir()
+    for i in range(3):
+        rows[i]["image"].save(folder / "images" / f"{i}_{rows[i]['label']}.png")
+    return folder / "images"
+
+
+@pytest.fixture(scope="module")
+def tiny() -> torch.nn.Module:
+    return timm.create_model(f"local-dir:{SHIPPED_MODEL}", pretrained=True).eval()
+
+
+@pytest.mark.parametrize("name", [*SMALL, "res2net_tiny", "resnet18"])
+def test_the_layer_makes_what_is_pooled(name):
+    model = spread(timm.create_model(name, num_classes=7, **SMALL.get(name, {}))).eval()
+    seen = []
+    cam.target_layer(model).register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model.forward_features(x), seen[0])
+
+
+@pytest.mark.parametrize("name", [*SMALL, "resnet18"])
+def test_grad_cam_is_the_classifiers_own_map(name):
+    """With one linear layer after average pooling, Grad-CAM is CAM (Selvaraju et al., Section 3.1)."""
+    model = spread(timm.create_model(name, num_classes=7, **SMALL.get(name, {}))).eval()
+    x, classes = torch.randn(3, 3, 96, 96), [6, 0, 3]
+    found, logits = cam.activation_maps(model, x, classes)
+    with torch.no_grad():
+        assert torch.equal(logits, model(x))
+        features, weight = model.forward_features(x), model.get_classifier().weight.flatten(1)
+        expected = torch.einsum("nchw,nc->nhw", features, weight[classes]).clamp(min=0)
+        # OpenCV, which scales for the package, samples as torch does without aligned corners.
+        expected = F.interpolate(expected[:, None], x.shape[2:], mode="bilinear")[:, 0]
+        expected = expected / expected.amax((1, 2), keepdim=True).clamp(min=1e-7)
+    for one, other in zip(found, expected.numpy(), strict=True):
+        # The package scales each map from its least to its largest value, before and after it is enlarged.
+        assert np.corrcoef(one.ravel(), other.ravel())[0, 1] > 0.99 if other.any() else not one.any()
+    assert found.shape == (3, 96, 96) and found.min() >= 0 and found.max() <= 1
+
+
+def test_a_transformer_has_no_map():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32).eval()
+    with pytest.raises(InputError, match="the last layer of VisionTransformer makes no map"):
+        cam.activation_maps(model, torch.randn(1, 3, 32, 32), [0])
+
+
+@pytest.mark.parametrize("method", ["gradcam", "gradcam++", "eigencam"])
+def test_a_picture_of_models_side_by_side(in_process, digits, tmp_path, tiny, method):
+    output, model = tmp_path / "a.png", f"local-dir:{SHIPPED_MODEL}"
+    result = in_process(CAM, digits, "--model", model, model, "--method", method, "--output", output)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[-1] == f"wrote {output}" and [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    for line, path in zip(lines[2:-1], sorted(digits.iterdir()), strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        with torch.no_grad():
+            score = 100 * tiny(cam.load(tiny, str(path))).softmax(1).max().item()
+        assert (
+            cells[:2] == [str(path), path.stem[-1]]
+            and [float(cell) for cell in cells[2:]] == [pytest.approx(score, abs=0.06)] * 2
+        )
+    width, height = Image.open(output).size
+    assert width == pytest.approx(3 * 390, abs=2) and height == pytest.approx(3 * 427, abs=2)
+
+
+def test_the_class_to_look_for(in_process, digits, tmp_path):
+    def classes(*words: str) -> list[str]:
+        result = in_process(CAM, digits, "--class", *words, "--output", tmp_path / "a.png")
+        assert result.returncode == 0, result.stderr
+        return [line.split("|")[2].strip() for line in result.stdout.splitlines()[2:-1]]
+
+    assert classes("7") == ["7", "7", "7"]
+    assert classes("1", "2", "3") == ["1", "2", "3"]
+
+
+def test_finding_a_class():
+    names = ["tench, Tinca tinca", "crane", "7", "goldfish", "crane"]
+    assert [cam.find_class(word, names) for word in ("Tinca tinca", "tench, tinca TINCA", "7", "0", "GoldFish")] == [
+        *(0, 0, 2, 0, 3)
+    ]
+    for word, says in {"crane": "classes 1, 4", "goldfisch": "did you mean goldfish", "9": "there are 5"}.items():
+        with pytest.raises(InputError, match=says):
+            cam.find_class(word, names)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--class", "three"], "there is no class three"),
+        (["--class", "1", "2"], "there are 3 images and 2 classes"),
+        (["--output", "cam.txt"], "a picture's name ends in one of .avif"),
+        (["--output", "nowhere/cam.png"], "nowhere"),
+        (["--model", "res2net50"], "res2net50"),
+        (["--method", "magic"], "invalid choice: 'magic'"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(in_process, digits, args, says):
+    assert says in input_error(in_process(CAM, digits, *args))
+
+
+def test_models_must_have_the_same_classes(in_process, digits, tmp_path):
+    from res2net_zoo.weights.card import model_card
+    from res2net_zoo.weights.model_folder import write_model_folder
+
+    other = timm.create_model("res2net_tiny", num_classes=2)
+    write_model_folder(tmp_path / "other", other, model_card("other", "# other", None), ["cat", "dog"])
+    result = in_process(CAM, digits, "--model", f"local-dir:{SHIPPED_MODEL}", f"local-dir:{tmp_path / 'other'}")
+    assert "have other classes; compare models of the same" in input_error(result)
+
+
+def test_what_is_no_image(program, in_process, digits, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    result = program(CAM, tmp_path, "--output", tmp_path / "a.svg")
+    assert f"{tmp_path / 'broken.png'} is corrupt (not an image of a supported format)" in input_error(result)
+    assert "there is no image in" in input_error(in_process(CAM, ROOT / "tests" / "models" / "parity"))
+    line = input_error(in_process(CAM, tmp_path, "--output", tmp_path / "broken.png"))
+    assert "is one of the images, which the picture would replace" in line
+    assert (tmp_path / "broken.png").read_bytes() == b"nothing"
+
+
+def test_a_full_disk_leaves_the_old_picture(in_process, digits, tmp_path):
+    output = tmp_path / "a.png"
+    output.write_bytes(b"old")
+    with full_disk(1000):
+        result = in_process(CAM, digits, "--output", output)
+    assert "cannot write" in input_error(result) and output.read_bytes() == b"old"
+
+
+def test_without_the_package(monkeypatch):
+    monkeypatch.setattr(cam.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"need grad-cam and matplotlib; pip install 'res2net-zoo\[cam\]'"):
+        cam.require()

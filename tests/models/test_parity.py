@@ -1,0 +1,82 @@
+"""Our models compute what the original implementations computed (tests/models/parity, see its README)."""
+
+import gzip
+import json
+import math
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from res2net_zoo import catalog
+from res2net_zoo.models.dla import drop_unread
+from res2net_zoo.weights.convert import fit
+from tests.conftest import relative_error
+from tests.weights.originals.draw import images, parameter
+
+PARITY = Path(__file__).parent / "parity"
+TOLERANCE = 5e-6
+
+
+def drop(name: str) -> bool:
+    """Tell of a tensor of the authors' that nothing reads it."""
+    return not drop_unread({name: torch.empty(0)})
+
+
+CASES = [
+    ("official-res2net50_26w_4s", "res2net50_26w_4s", "torch"),
+    ("official-res2next50", "res2next50", "torch"),
+    ("official-res2net50_v1b_26w_4s", "res2net50d", "torch"),
+    ("official-res2net_dla60", "dla60_res2net", "torch"),
+    ("mindcv-res2net50_v1b", "res2net50d", "mindspore"),
+    ("paddle-Res2Net50_14w_8s", "res2net50_pd_14w_8s", "paddle"),
+    ("paddle-Res2Net50_vd_26w_4s", "res2net50_vd_26w_4s", "paddle"),
+]
+
+
+def load(case: tuple[str, str, str]) -> tuple[torch.nn.Module, dict]:
+    """Rebuild an original's parameters, each drawn from its own name, and convert them."""
+    file, name, format = case
+    reference = json.loads(gzip.decompress((PARITY / f"{file}.json.gz").read_bytes()))
+    model = timm.create_model(name)
+    source = {
+        p["name"]: torch.from_numpy(parameter(p["name"], p["shape"], p["kind"]))
+        for p in reference["parameters"]
+        if not drop(p["name"])
+    }
+    model.load_state_dict(fit(source, format, model.state_dict()), strict=True)
+    return model.eval(), reference["logits"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
+def test_equals_the_original(case):
+    model, logits = load(case)
+    for size, expected in logits.items():
+        with torch.no_grad():
+            ours = model(torch.from_numpy(images(*map(int, size.split("x")))))[:, :16]
+        assert relative_error(ours, torch.tensor(expected)) < TOLERANCE, size
+
+
+@pytest.mark.parametrize(("case", "name"), [(CASES[-1], "res2net50d"), (CASES[-2], "res2net50_14w_8s")])
+def test_the_official_wiring_does_not_compute_what_paddle_does(case, name):
+    """Its weights load without an error and give something else: why the wiring is an option."""
+    file, _, format = case
+    model, logits = load((file, name, format))
+    with torch.no_grad():
+        ours = model(torch.from_numpy(images(224, 224)))[:, :16]
+    assert 0.005 < relative_error(ours, torch.tensor(logits["224x224"])) < 0.2
+
+
+def test_what_the_originals_dla_has_and_nothing_reads_is_the_difference_in_its_printed_size():
+    reference = json.loads(gzip.decompress((PARITY / "official-res2net_dla60.json.gz").read_bytes()))
+    learnt = [p for p in reference["parameters"] if p["kind"] not in ("mean", "var")]
+    surplus = sum(math.prod(p["shape"]) for p in learnt if drop(p["name"]))
+    assert surplus == 297_472
+    facts = catalog.load().architectures["dla60_res2net"]
+    assert sum(math.prod(p["shape"]) for p in learnt) == facts.parameters + surplus
+    assert f"{(facts.parameters + surplus) / 1e6:.2f}" == facts.printed[0].parameters == "21.15"
+
+
+def test_every_reference_is_tested():
+    assert {path.name.removesuffix(".json.gz") for path in PARITY.glob("*.gz")} == {case[0] for case in CASES}

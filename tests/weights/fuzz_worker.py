@@ -1,0 +1,102 @@
+"""Reads hostile files one by one in a process of bounded memory: `python -m tests.weights.fuzz_worker READER`.
+
+Each line of the standard input is the path of a file or folder; the answer is one line: `read`, `refused MESSAGE`
+where the reader raised what its users get as one line, or `failed ERROR` for any other exception.
+"""
+
+import resource
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+EXTRA = 2 * 2**30  # bytes of address space beyond what the imports take
+
+
+def weights(path: Path) -> None:
+    """Convert an original's file, of the format that its suffix names."""
+    from res2net_zoo.weights.convert import convert
+
+    convert(path, path.suffix[1:], {})
+
+
+def model_folder(path: Path) -> None:
+    """Verify a folder; one that passes must load and classify an image."""
+    import torch
+    from PIL import Image
+    from timm.data import create_transform, resolve_model_data_config
+
+    from res2net_zoo.hub.verify import verify
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.weights.pretrained import create_model
+
+    if any(check.passed is False for check in verify(path)):
+        raise InputError("verify has found something else than expected")
+    try:
+        model: Any = create_model(f"local-dir:{path}").eval()
+    except InputError as error:
+        raise AssertionError(f"verify passes what loading refuses: {error}") from error
+    config = resolve_model_data_config(model)
+    blank = Image.new("RGB" if config["input_size"][0] == 3 else "L", (300, 300))
+    image = create_transform(**config, is_training=False)(blank)
+    with torch.no_grad():
+        assert model(image[None]).isfinite().all()
+
+
+def annotations(path: Path) -> None:
+    """Read COCO's annotations of objects or of persons, by the file's name."""
+    from res2net_zoo.tasks.instances import Instances
+    from res2net_zoo.tasks.keypoints import COCOPersons
+
+    if (path / "annotations" / "instances_train.json").is_file():
+        Instances(path, "train", masks=True)[0]
+    else:
+        COCOPersons(path, "train")[0]
+
+
+def image(path: Path) -> None:
+    """Decode an image as a sample of a data set."""
+    from res2net_zoo.data.images import Samples, read_named
+    from res2net_zoo.utils.errors import InputError
+
+    sample = Samples(lambda image: image.size, "RGB", lambda label, path: 0, read_named)  # type: ignore[arg-type]
+    if reason := sample("image 0", {"image": {"bytes": None, "path": str(path)}}).corrupt:
+        raise InputError(reason)
+
+
+READERS: dict[str, Callable[[Path], None]] = {
+    "weights": weights,
+    "model_folder": model_folder,
+    "annotations": annotations,
+    "image": image,
+}
+
+
+def main() -> None:
+    """Answer for each path."""
+    import timm  # noqa: F401
+    import torch
+
+    from res2net_zoo.utils.errors import InputError
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + EXTRA, taken + EXTRA))
+    read = READERS[sys.argv[1]]
+    print("ready", flush=True)
+    for line in sys.stdin:
+        try:
+            read(Path(line.rstrip("\n")))
+            answer = "read"
+        except InputError as error:
+            answer = f"refused {error}"
+        except BaseException:
+            answer = f"failed {traceback.format_exc()}"
+        print(answer.encode("unicode_escape").decode(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
