@@ -26,7 +26,7 @@ from torch.fx.experimental.optimization import fuse
 from res2net_zoo.kernels.cpu_network import Network, Unsupported
 from res2net_zoo.models.block import Res2NetModule
 from res2net_zoo.utils.errors import InputError
-from res2net_zoo.utils.files import read_json, write_atomically
+from res2net_zoo.utils.files import is_special, read_json, write_atomically
 from res2net_zoo.utils.hub_client import one_line
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -451,6 +451,9 @@ def _read_choice(key: str, cache_dir: str | Path | None, ready: list[Backend]) -
 def _keep_choice(key: str, cache_dir: str | Path | None, choice: dict[str, Any]) -> None:
     """Write a choice down for the next time, or warn that the backends will be tried again then."""
     try:
-        write_atomically(_choice_path(key, cache_dir), lambda file: file.write_text(json.dumps(choice)))
+        path = _choice_path(key, cache_dir)
+        if is_special(path):  # writing to a pipe that is not read blocks
+            path.unlink()
+        write_atomically(path, lambda file: file.write_text(json.dumps(choice)))
     except (OSError, ValueError) as error:
         warnings.warn(f"the choice is not kept and will be made again: {one_line(error)}; set HF_HOME", stacklevel=3)
