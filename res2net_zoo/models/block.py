@@ -361,9 +361,9 @@ class Bottle2neck(Res2NetModule):
 
 def fold(conv: Any, norm: Any) -> tuple[Any, Any]:
     """Return a convolution that does what two layers did, and an identity; other norms than BatchNorm stay."""
-    if not isinstance(fused_norm, nn.BatchNorm2d) or fused_norm.running_mean is None:
+    if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
         return conv, norm
-    return fuse_conv_bn_eval(conv.eval(), fused_norm.eval()), nn.Identity()
+    return fuse_conv_bn_eval(conv.eval(), norm.eval()), nn.Identity()
 
 
 def set_drop_path(model: nn.Module, rate: float) -> None:

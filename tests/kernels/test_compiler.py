@@ -1,6 +1,6 @@
 """`res2net_zoo.kernels.compiler`: what a broken, hostile or hanging compiler or cache does to a training step.
 
-All go through `norm.library`, which a training step calls first of all.
+All go through `fused_norm.library`, which a training step calls first of all.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from filelock import FileLock
 from res2net_zoo.kernels import compiler, fused_norm
 
 QUICKLY = tuple(flag for flag in compiler.FLAGS if flag != "-O3")
-LOAD = f"from res2net_zoo import compiled, norm; compiled.FLAGS = {QUICKLY}; print(norm.library())"
+LOAD = f"from res2net_zoo.kernels import compiler, fused_norm; compiler.FLAGS = {QUICKLY}; print(fused_norm.library())"
 
 PLANTED = """#include <stdio.h>
 #include <stdlib.h>
@@ -36,7 +36,7 @@ void backward(void) {}
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Iterator[Path]:
-    """A new assets cache; `norm.library` is empty before and afterwards."""
+    """A new assets cache; `fused_norm.library` is empty before and afterwards."""
     folder = tmp_path / "assets"
     monkeypatch.setattr(cache_assets, "HF_ASSETS_CACHE", str(folder))
     monkeypatch.setattr(compiler, "FLAGS", QUICKLY)
@@ -50,8 +50,8 @@ def planted(tmp_path_factory) -> Path:
     """A library that leaves a file where PLANTED points to when it is loaded."""
     folder = tmp_path_factory.mktemp("planted")
     (folder / "planted.c").write_text(PLANTED)
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", folder / "norm.so", folder / "planted.c"], check=True)
-    return folder / "norm.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", folder / "fused_norm.so", folder / "planted.c"], check=True)
+    return folder / "fused_norm.so"
 
 
 def load_anew() -> ctypes.CDLL | None:
@@ -60,11 +60,11 @@ def load_anew() -> ctypes.CDLL | None:
 
 
 def library_in(cache: Path) -> Path:
-    (path,) = cache.rglob("norm.so")
+    (path,) = cache.rglob("fused_norm.so")
     return path
 
 
-def compiler(folder: Path, text: str) -> str:
+def fake_compiler(folder: Path, text: str) -> str:
     path = folder / "compiler"
     path.write_text(text)
     path.chmod(0o755)
@@ -99,7 +99,7 @@ def test_a_compiler_that_hangs_is_ended_with_what_it_has_started(how, cache, tmp
     monkeypatch.setattr(compiler, "COMPILING", 1, raising=False)
     script = HANGING[how].replace("sleep", f"{tmp_path}/sleep")
     (tmp_path / "sleep").symlink_to("/bin/sleep")
-    monkeypatch.setenv("CXX", compiler(tmp_path, f"#!/bin/bash\n{script}\n"))
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, f"#!/bin/bash\n{script}\n"))
     begin = time.monotonic()
     with pytest.warns(UserWarning, match=r"plain PyTorch.*compiler has not finished after 1 seconds"):
         train()
@@ -124,14 +124,14 @@ FAILING = {
     "fails": ("#!/bin/bash\nprintf 'no \\033[31mroom\\n'; exit 1\n", r"compiler: no \\x1b\[31mroom"),
     "does nothing": ("#!/bin/bash\n", "not a C.. compiler"),
     "prints without end": ("#!/bin/bash\nyes\n", "prints more than 1,048,576 bytes"),
-    "writes nothing": ('#!/bin/bash\necho "#define A"\n', "cannot read .*norm.so"),
+    "writes nothing": ('#!/bin/bash\necho "#define A"\n', "cannot read .*fused_norm.so"),
     "writes a part": (
         '#!/bin/bash\nc++ "$@" && [ -f "${@: -2:1}" ] && truncate -s 4096 "${@: -2:1}"; exit 0\n',
         "only a part",
     ),
     "lacks a function": (
         '#!/bin/bash\n[[ "$*" = *-dM* ]] && echo "#define A" || c++ -shared -x c++ -o "${@: -2:1}" /dev/null\n',
-        "norm.so lacks the function forward",
+        "fused_norm.so lacks the function forward",
     ),
     "writes no library": (
         '#!/bin/bash\ncase "$*" in *-dM*) echo "#define A";; *) seq 1000 > "${@: -2:1}";; esac\n',
@@ -143,7 +143,7 @@ FAILING = {
 @pytest.mark.parametrize("how", cases(FAILING, "not a program", "writes a part", "lacks a function"))
 def test_a_compiler_that_fails_in_any_way_leaves_plain_pytorch(how, cache, tmp_path, monkeypatch):
     text, says = FAILING[how]
-    monkeypatch.setenv("CXX", compiler(tmp_path, text))
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, text))
     with pytest.warns(UserWarning, match=f"plain PyTorch.*{says}"):
         train()
     with warnings.catch_warnings(action="error"):
@@ -151,7 +151,9 @@ def test_a_compiler_that_fails_in_any_way_leaves_plain_pytorch(how, cache, tmp_p
 
 
 def test_a_compiler_with_arguments(cache, tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", f"{compiler(tmp_path, '#!/bin/sh' + chr(10) + 'echo $1 >> $0.log; shift; c++ $@')} -m64")
+    monkeypatch.setenv(
+        "CXX", f"{fake_compiler(tmp_path, '#!/bin/sh' + chr(10) + 'echo $1 >> $0.log; shift; c++ $@')} -m64"
+    )
     assert fused_norm.library() is not None
     assert set(Path(os.environ["CXX"].split()[0] + ".log").read_text().split()) == {"-m64"}
 
@@ -181,7 +183,7 @@ def test_what_is_written_is_for_its_user_alone_whatever_the_umask(umask, cache):
     path = library_in(cache)
     assert path.parent.stat().st_mode & 0o777 == 0o700
     assert {file.name: file.stat().st_mode & 0o022 for file in path.parent.iterdir()}.items() >= {
-        ("norm.so", 0),
+        ("fused_norm.so", 0),
         ("sha256", 0),
     }
 
@@ -274,7 +276,7 @@ def test_what_a_killed_compilation_leaves_is_deleted_by_the_next(cache, tmp_path
     )
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
-    name = compiler(tmp_path, slow)
+    name = fake_compiler(tmp_path, slow)
     env = {**os.environ, "HF_ASSETS_CACHE": str(cache), "CXX": name}
     process = subprocess.Popen([sys.executable, "-c", LOAD], env=env)
     while not (pid := Path(name + ".pid")).exists() or not pid.read_text():
@@ -282,19 +284,19 @@ def test_what_a_killed_compilation_leaves_is_deleted_by_the_next(cache, tmp_path
         time.sleep(0.05)
     process.kill()
     process.wait()
-    assert [path for path in cache.rglob("*") if path.name in ("norm.so", "cc1.s")]
+    assert [path for path in cache.rglob("*") if path.name in ("fused_norm.so", "cc1.s")]
     begin = time.monotonic()
     assert fused_norm.library() is not None  # the lock has died with its process
     assert time.monotonic() - begin < 20
     os.killpg(int(pid.read_text()), signal.SIGKILL)
-    assert {path.name for path in library_in(cache).parent.iterdir()} == {"lock", "norm.so", "sha256"}
+    assert {path.name for path in library_in(cache).parent.iterdir()} == {"lock", "fused_norm.so", "sha256"}
     assert not list((tmp_path / "tmp").iterdir())
     assert not list(cache.rglob("cc1.s"))
 
 
 def test_of_several_at_once_one_compiles(cache, tmp_path, monkeypatch):
     log = '#!/bin/sh\ncase "$*" in *-shared*) echo once >> $0.log; sleep 1;; esac\nexec c++ "$@"\n'
-    monkeypatch.setenv("CXX", compiler(tmp_path, log))
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, log))
     found: list = []
     threads = [
         threading.Thread(target=lambda: found.append(compiler.compile_library(fused_norm.SOURCE, fused_norm.FUNCTIONS)))
