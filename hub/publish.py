@@ -173,7 +173,7 @@ def publish_all(args: argparse.Namespace) -> None:
                 report(f"{name}: {error}")
                 failed.append(name)
     if recorded:
-        print(f"recorded in {catalog.path()}; `python -m res2net_zoo list --update README.md` tells it to the README")
+        print(f"recorded in {catalog.path()}; `python -m res2net_zoo list --update docs/models.md` updates the docs")
     if failed:
         raise InputError(f"{len(failed)} are not published ({', '.join(failed)}), for the reasons above")
 

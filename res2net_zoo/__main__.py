@@ -18,7 +18,7 @@ from res2net_zoo.utils.markdown import markdown_table
 
 # Between these two lines a file has the table of a command.
 MARKS = {
-    "list": ("<!-- models: python -m res2net_zoo list --update README.md -->", "<!-- end of models -->"),
+    "list": ("<!-- models: python -m res2net_zoo list --update docs/models.md -->", "<!-- end of models -->"),
     "sizes": ("<!-- sizes: python -m res2net_zoo sizes --update docs/models.md -->", "<!-- end of sizes -->"),
 }
 
@@ -75,7 +75,9 @@ def listing(args: argparse.Namespace) -> str:
     rows = [row(*entry) for entry in entries() if wanted(*entry, args)]
     table = markdown_table(("name", "params (M)", "GMACs", "at", "top-1", "licence", "from"), rows)
     if any("*" in entry[5] for entry in rows):
-        table += "\n\n\\* So the release licenses its code; what it says of the weights, `show NAME` tells."
+        table += (
+            "\n\n\\* The licence of the release's code. `show NAME` prints what the release states about the weights."
+        )
     return table if rows else "nothing fits"
 
 

@@ -221,7 +221,7 @@ def test_show_tells_what_is_printed_of_a_model_and_why_ours_differs(in_process):
         assert f" {ours}\n" in in_process("res2net_zoo/__main__.py", "show", authors).stdout
 
 
-@pytest.mark.parametrize(("command", "file"), [("list", "README.md"), ("sizes", "docs/models.md")])
+@pytest.mark.parametrize(("command", "file"), [("list", "docs/models.md"), ("sizes", "docs/models.md")])
 def test_the_generated_tables_are_current(in_process, tmp_path, command, file):
     copy = tmp_path / "copy.md"
     copy.write_text((ROOT / file).read_text())
