@@ -159,7 +159,7 @@ def count_correct(
         accelerator: Gives device and precision.
         subset: Outputs to choose among; None for all.
         skip_corrupt: Whether to leave out images that cannot be decoded.
-        progress: Bar to move on by one an image.
+        progress: Bar to advance by the images of all processes.
         observe: Is shown each batch, as `Observer` says.
         full_precision: Whether to compute in float32 whatever the accelerator's precision.
 
@@ -203,7 +203,9 @@ def count_correct(
             if observe is not None:
                 observe(pixels, targets, logits.float())
         if progress is not None:
-            progress.update((0 if images is None else len(images)) + len(bad))
+            # All processes go at about the same pace; the last batch may be short in the others.
+            seen = ((0 if images is None else len(images)) + len(bad)) * accelerator.num_processes
+            progress.update(seen if progress.total is None else min(seen, progress.total - progress.n))
     counts.samples, counts.top1, counts.top5 = correct.tolist()
     counts.unlabelled -= counts.samples
     counts.seconds = time.perf_counter() - start
@@ -232,7 +234,7 @@ def evaluate(
         batch_size: Images a batch, in each process.
         workers: Loader processes, for each process.
         skip_corrupt: Whether to leave out images that cannot be decoded.
-        desc: What the progress bar says.
+        desc: Title of the progress bar.
         observe: Is shown each batch of this process, as `Observer` says.
         full_precision: As `count_correct` says.
 
@@ -244,14 +246,7 @@ def evaluate(
     """
     model.eval()
     loader = create_loader(source, model, classes, accelerator, batch_size, workers)
-    total = None if source.num_rows is None else -(-source.num_rows // accelerator.num_processes)
-    with progress_bar(
-        accelerator,
-        total=total,
-        desc=desc,
-        unit="img",
-        unit_scale=accelerator.num_processes,  # all processes go at about the same pace
-    ) as progress:
+    with progress_bar(accelerator, total=source.num_rows, desc=desc, unit="image") as progress:
         counts = all_or_none(
             lambda: count_correct(
                 model, loader, accelerator, classes.subset, skip_corrupt, progress, observe, full_precision

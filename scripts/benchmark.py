@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
     from itertools import product
 
     from res2net_zoo.analysis import benchmark
-    from res2net_zoo.analysis.ablate import find_picture
+    from res2net_zoo.analysis.ablate import check_picture
     from res2net_zoo.analysis.contenders import OURS, Setting
     from res2net_zoo.utils.errors import InputError
     from res2net_zoo.utils.files import check_writable, write_atomically
@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> int:
     names = benchmark.family() if args.model == ["all"] else args.model
     sizes = {name: input_size(name, args.img_size) for name in names}
     if args.figure:
-        find_picture(args.figure)
+        check_picture(args.figure)
     if args.figure and not any(map(benchmark.published_top1, names)):
         raise InputError(f"--figure draws published accuracies, and there is none for {', '.join(names)}")
 

@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=partial(_integer, least=0), default=5, help="timings of each; 0 for none")
     parser.add_argument("--batch-size", type=whole, default=1, metavar="N", help="images a timing")
     parser.add_argument("--device", default="cpu", help="where to time, such as cuda")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="the picture; ablation.png by default")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw a picture (needs matplotlib)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="all figures as JSON")
 
 
@@ -105,7 +105,9 @@ def main(args: argparse.Namespace) -> int:
         raise InputError("--frame is of a grid of your own; give one, such as --scale 2 4")
     if grid and args.only:
         raise InputError(f"--only names the paper's own points; leave it out, or --{next(iter(grid))}")
-    picture = find_picture(args.figure)
+    picture: Path | None = args.figure
+    if picture:
+        check_picture(picture)
     if picture and args.output and picture.resolve() == args.output.resolve():
         raise InputError(f"--figure and --output are both {args.output}; name two files")
     for path in filter(None, (picture, args.output)):
@@ -142,27 +144,24 @@ def main(args: argparse.Namespace) -> int:
             unwritten.append(f"cannot write {picture}: {error.strerror or error}")
     if unwritten:
         raise InputError(f"{'; '.join(unwritten)}; the figures are printed above")
-    print(f"figure: {picture}" if picture else f"no figure: {NEEDS_MATPLOTLIB}")
+    if picture:
+        print(f"figure: {picture}")
     return 0
 
 
-def find_picture(asked: Path | None) -> Path | None:
-    """Return where to draw, before minutes of measuring; None where nothing can be drawn and nobody asked for it.
+def check_picture(picture: Path) -> None:
+    """Check that a picture can be drawn to a file of this name, before minutes of measuring.
 
     Raises:
-        InputError: It cannot be drawn there.
+        InputError: It cannot.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        if asked:
-            raise InputError(NEEDS_MATPLOTLIB) from error
-        return None
-    picture = asked or Path("ablation.png")
+        raise InputError(NEEDS_MATPLOTLIB) from error
     formats = Figure().canvas.get_supported_filetypes()
     if picture.suffix.removeprefix(".") not in formats:
         raise InputError(f"--figure {picture}: a picture's name ends in .{', .'.join(sorted(formats))}")
-    return picture
 
 
 def paper(sections: Sequence[str]) -> dict[str, list[Point]]:

@@ -110,47 +110,62 @@ def _save(folder: Path, name: str, figure: "Figure") -> None:
 
 def draw_learning_curve(folder: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
     """Draw loss and accuracy over the epochs as learning_curve.png, of EMA weights beside the others."""
+    _save(folder, "learning_curve.png", learning_curve(metrics))
+
+
+def learning_curve(metrics: Sequence[Mapping[str, Any]]) -> "Figure":
+    """Return the figure of loss and accuracy over the epochs, of EMA weights beside the others."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     epochs = [m["epoch"] for m in metrics]
     figure = Figure(figsize=(7, 4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
-    loss.plot(epochs, [m["train_loss"] for m in metrics], color="tab:blue")
+    marker = "." if len(epochs) == 1 else ""  # a line through one point is invisible
+    loss.plot(epochs, [m["train_loss"] for m in metrics], color="tab:blue", marker=marker)
     loss.set(title="Training loss", xlabel="epoch")
     for prefix, colour, what in (("", "tab:orange", ""), ("ema_", "tab:green", ", EMA")):
         if f"{prefix}top1" in metrics[0]:
             for key, label, style in (("top1", "top-1", "-"), ("top5", "top-5", ":")):
                 values = [m[prefix + key] for m in metrics]
-                accuracy.plot(epochs, values, style, color=colour, label=label + what)
+                accuracy.plot(epochs, values, style, color=colour, marker=marker, label=label + what)
     top, best, kind = best_of(metrics)
-    accuracy.plot(best, top, "o", color="tab:green" if kind else "tab:orange")
-    accuracy.annotate(f"{top:.2f}", (best, top), (0, -14), textcoords="offset points", ha="right")
+    about = f"best: {top:.2f} in epoch {best}"
+    accuracy.plot(best, top, "o", color="tab:green" if kind else "tab:orange", label=about)
     # From a little below the median: the first epochs would squeeze everything that matters.
     top1 = sorted(m[f"{kind}top1"] for m in metrics)
     accuracy.set(title="Accuracy in evaluation (%)", xlabel="epoch")
     accuracy.set_ylim(max(0, 2 * top1[len(top1) // 2] - 101), 100.5)
-    accuracy.legend(loc="lower right")
+    figure.legend(loc="outside lower right", ncols=3, fontsize=9)  # below the axes, where it covers no curve
     for axes in (loss, accuracy):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
-    _save(folder, "learning_curve.png", figure)
+    return figure
 
 
 def draw_learning_rate(folder: Path, rates: Sequence[tuple[float, float]]) -> None:
     """Draw the learning rate over the epochs as learning_rate.png.
 
     Args:
-        folder: Where.
+        folder: Folder of the picture.
         rates: Epoch, with a fraction, and the learning rate from there on.
     """
+    _save(folder, "learning_rate.png", learning_rate(rates))
+
+
+def learning_rate(rates: Sequence[tuple[float, float]]) -> "Figure":
+    """Return the figure of `draw_learning_rate`."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*rates, strict=True), color="tab:blue", drawstyle="steps-post")
     axes.set(title="Learning rate", xlabel="epoch", ylim=(0, None))
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
-    _save(folder, "learning_rate.png", figure)
+    return figure
 
 
 def draw_mistakes(folder: Path, mistakes: Mistakes, names: Sequence[str]) -> bool:

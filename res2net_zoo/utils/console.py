@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # errors of a disk, or of its owner's share, that is full
+LINE_INTERVAL = 30  # seconds from one line of progress to the next, where stderr is not a terminal
 
 
 def run(main: Callable[[], int]) -> int:
@@ -31,6 +32,7 @@ def run(main: Callable[[], int]) -> int:
         The exit code: what `main` returns, 1 where a loader process has died, 2 for bad input or a full disk, 130
         for an interruption, 141 where nobody reads the output any more.
     """
+    quiet_libraries()
     from huggingface_hub.utils.logging import set_verbosity_error
 
     if "HF_HUB_VERBOSITY" not in os.environ:
@@ -123,7 +125,9 @@ def warn(message: object) -> None:
 
 
 def progress_bar(accelerator: "Accelerator | None", iterable: Iterable | None = None, **kwargs: Any) -> "tqdm":
-    """Return a progress bar with an ETA, on the main process only.
+    """Return a progress bar with an ETA on a terminal, or what writes a plain line now and then anywhere else.
+
+    Only the main process shows anything.
 
     Args:
         accelerator: The processes, or None where they are not at hand.
@@ -132,12 +136,26 @@ def progress_bar(accelerator: "Accelerator | None", iterable: Iterable | None = 
     """
     from tqdm import tqdm
 
-    # In a log file every update is a line of its own; what is done at once needs no bar at all.
-    interval, delay = (0.1, 1) if sys.stderr.isatty() else (10, 10)
+    from res2net_zoo.utils.progress import ProgressLines
+
     if "desc" in kwargs:
         kwargs["desc"] = printable(kwargs["desc"])
     silent = int(os.environ.get("RANK", "0")) > 0 if accelerator is None else not accelerator.is_main_process
-    return tqdm(iterable, disable=silent, leave=False, mininterval=interval, delay=delay, **kwargs)
+    if sys.stderr.isatty():
+        return tqdm(iterable, disable=silent, leave=False, mininterval=0.1, delay=1, **kwargs)
+    seconds = LINE_INTERVAL
+    return ProgressLines(iterable, disable=silent, miniters=1, mininterval=seconds, delay=seconds, **kwargs)
+
+
+def quiet_libraries() -> None:
+    """Disable the progress bars of libraries where stderr is not a terminal or this is not the main process."""
+    if sys.stderr.isatty() and int(os.environ.get("RANK", "0")) == 0:
+        return
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")  # read when the library is imported
+    for name in ("huggingface_hub.utils", "datasets"):
+        if (library := sys.modules.get(name)) is not None:
+            library.disable_progress_bars()
 
 
 def similar_path(path: Path) -> str:

@@ -1,11 +1,11 @@
 """Several processes: starting them, and doing work in all of them or in none."""
 
 import os
-import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from res2net_zoo.utils.console import quiet_libraries
 from res2net_zoo.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def start_processes(threads: int | None = None, mixed_precision: str | None = No
     """Start Accelerate as every program of the zoo does.
 
     All cores are used, shared among the processes of the machine, where `accelerate launch` leaves
-    each process a single one. The progress of `datasets` is shown to a person, once.
+    each process a single one.
 
     Args:
         threads: Threads for this process, or None for its share of the cores.
@@ -105,11 +105,7 @@ def start_processes(threads: int | None = None, mixed_precision: str | None = No
         accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[patience, views], **options)
     except ValueError as error:
         raise InputError(str(error)) from error
-    if not accelerator.is_main_process or not sys.stderr.isatty():
-        # Read when it is imported, which not every program does.
-        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-        if "datasets" in sys.modules:
-            sys.modules["datasets"].disable_progress_bars()
+    quiet_libraries()  # again: only now is the rank known, where MPI has started the processes
     return accelerator
 
 
