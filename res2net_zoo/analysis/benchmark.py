@@ -1,10 +1,11 @@
 """What `scripts/benchmark.py` makes of its timings: medians, ratios, the table, the verdicts and the picture."""
 
+import math
 import platform
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import chain
@@ -19,6 +20,10 @@ from res2net_zoo.utils.markdown import markdown_table
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.path import Path as PlotPath
+    from matplotlib.transforms import Bbox
 
 LIBRARIES = ("res2net-zoo", "torch", "timm", "openvino", "onnxruntime")
 # What a network's speed depends on; the first of them all have it.
@@ -245,6 +250,12 @@ def draw(results: Sequence[Result], path: Path) -> None:
         results: Of all settings.
         path: Picture to write.
     """
+    picture = figure(results)
+    picture.savefig(path, dpi=picture.dpi)  # at another resolution the names would have another width
+
+
+def figure(results: Sequence[Result]) -> "Figure":
+    """Return the figure of `draw`."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -279,8 +290,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
     figure.legend(list(legend.values()), list(legend), title="weights", fontsize=8, loc="outside right center")
     figure.draw_without_rendering()  # which puts the axes where they stay
     for axis, points in zip(grid, named, strict=True):
-        _name(axis, points)
-    figure.savefig(path, dpi=figure.dpi)  # at another the names would be of another width
+        _name(figure, axis, points)
+    return figure
 
 
 def _tag(result: Result) -> str:
@@ -289,43 +300,108 @@ def _tag(result: Result) -> str:
     return checkpoint.tag if checkpoint else ""
 
 
-def _name(axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write each point's name beside it, where it covers no point and no other name."""
-    from matplotlib.transforms import Bbox
+@dataclass
+class _Label:
+    """A point's name: the box of its text, and the line that leads from the point to a name that is not beside it.
 
+    Attributes:
+        point: The point's centre (x, y) in pixels.
+        size: Width and height of the text in pixels.
+        dot: Pixels of a typographic point.
+        place: Left and bottom of the text in typographic points from the centre.
+    """
+
+    point: tuple[float, float]
+    size: tuple[float, float]
+    dot: float
+    place: tuple[float, float] = (6, 6)
+
+    @property
+    def box(self) -> "Bbox":
+        from matplotlib.transforms import Bbox
+
+        (x, y), (left, bottom) = self.point, self.place
+        return Bbox.from_bounds(x + left * self.dot, y + bottom * self.dot, *self.size)
+
+    @property
+    def end(self) -> tuple[float, float]:
+        """The place on the text that is nearest to the point, in pixels."""
+        (x, y), box = self.point, self.box
+        return min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)
+
+    @property
+    def line(self) -> "PlotPath | None":
+        from matplotlib.path import Path as PlotPath
+
+        far = math.dist(self.point, self.end) > 8 * self.dot
+        return PlotPath([self.point, self.end]) if far else None
+
+    def places(self) -> Iterator[tuple[float, float]]:
+        """Yield the places for the text, the nearest first."""
+        width, height = (length / self.dot for length in self.size)
+        for far in (6, 10, 15, 20, 26, 34, 44, 56):
+            for left in (far, -far - width, -width / 2):
+                for bottom in (-height / 2, far, -far - height):
+                    if (left, bottom) != (-width / 2, -height / 2):
+                        yield left, bottom
+
+    def cost(self, taken: "Sequence[Bbox]", lines: "Sequence[PlotPath]", frame: "Bbox") -> float:
+        """Return the area that covers others, in square pixels, with penalties for lines and for leaving the axes.
+
+        Args:
+            taken: Boxes of the other points and names.
+            lines: Lines of the other names.
+            frame: The axes.
+        """
+        box, line = self.box.padded(2 * self.dot), self.line
+        covered = 1000.0 * (frame.count_contains(box.corners()) < 4)
+        covered += sum(_overlap(box, other) for other in taken)
+        covered += 1000 * sum(other.intersects_bbox(box, filled=False) for other in lines)
+        if line is not None:
+            covered += 10 + 1000 * sum(line.intersects_bbox(other, filled=False) for other in taken)
+            covered += 1000 * sum(line.intersects_path(other, filled=False) for other in lines)
+        return covered
+
+    def move(self, others: "Sequence[_Label]", frame: "Bbox") -> None:
+        """Move the name to the nearest of the places where it covers least."""
+        from matplotlib.transforms import Bbox
+
+        points = [Bbox([other.point, other.point]).padded(5 * self.dot) for other in others]
+        taken = [*points, *(other.box for other in others)]
+        lines = [line for other in others if (line := other.line) is not None]
+        least = math.inf
+        for place in self.places():
+            moved = replace(self, place=place)
+            if (cost := moved.cost(taken, lines, frame)) < least:
+                least, self.place = cost, place
+            if cost == 0:
+                break
+
+
+def _overlap(a: "Bbox", b: "Bbox") -> float:
+    return max(0.0, min(a.x1, b.x1) - max(a.x0, b.x0)) * max(0.0, min(a.y1, b.y1) - max(a.y0, b.y0))
+
+
+def _name(figure: "Figure", axis: "Axes", points: Sequence[tuple[float, float, str]]) -> None:
+    """Write each point's name beside it, where neither it nor its line covers a point, a name or another line."""
+    dot = figure.dpi / 72
+    texts = [
+        axis.annotate(name, (x, y), (0, 0), textcoords="offset points", fontsize=7.5, in_layout=False)
+        for x, y, name in points
+    ]
+    sizes = [text.get_window_extent() for text in texts]
     centres = axis.transData.transform([point[:2] for point in points])
-    dot = axis.figure.dpi / 72
-    taken = [Bbox.from_bounds(x - 5 * dot, y - 5 * dot, 10 * dot, 10 * dot) for x, y in centres]
+    labels = [
+        _Label((x, y), (size.width, size.height), dot) for (x, y), size in zip(centres.tolist(), sizes, strict=True)
+    ]
     frame = axis.get_window_extent()
-    for (x, y, name), centre in zip(points, centres, strict=True):
-        text = axis.annotate(name, (x, y), (0, 0), textcoords="offset points", fontsize=7.5, in_layout=False)
-        size = text.get_window_extent()
-
-        def box(place: tuple[float, float], centre: Any = centre, size: Any = size) -> Bbox:
-            # From its corner, in points beside the centre.
-            return Bbox.from_bounds(centre[0] + place[0] * dot, centre[1] + place[1] * dot, size.width, size.height)
-
-        def cost(place: tuple[float, float], box: Any = box) -> float:
-            own = box(place)
-            both = [Bbox.intersection(own, other) for other in taken]
-            covered = sum(b.width * b.height for b in both if b is not None)
-            inside = Bbox.intersection(own, frame)
-            outside = own.width * own.height - (inside.width * inside.height if inside is not None else 0)
-            return covered + outside
-
-        width, height = size.width / dot, size.height / dot
-        places = [
-            place
-            for far in (6, 10, 15, 20, 26, 34)
-            for place in (
-                (far, -height / 2), (-far - width, -height / 2), (-width / 2, far), (-width / 2, -far - height),
-                (far, far), (-far - width, far), (far, -far - height), (-far - width, -far - height),
-            )
-        ]  # fmt: skip
-        best = min(places, key=cost)  # of several that cover nothing, the nearest
-        text.set_position(best)
-        taken.append(box(best).padded(dot))
-        if max(abs(best[0] + width / 2) - width / 2, abs(best[1] + height / 2) - height / 2) > 8:
-            middle = (best[0] + width / 2, best[1] + height / 2)
-            line = dict(arrowstyle="-", color="gray", linewidth=0.6, shrinkA=0, shrinkB=3)
-            axis.annotate("", (x, y), middle, textcoords="offset points", arrowprops=line, in_layout=False, zorder=1)
+    for _ in range(3):  # a name that is placed later may make room for an earlier one
+        for i, label in enumerate(labels):
+            label.move([*labels[:i], *labels[i + 1 :]], frame)
+    for text, label in zip(texts, labels, strict=True):
+        text.set_position(label.place)
+        if label.line is not None:
+            (x, y), (end_x, end_y) = label.point, label.end
+            offset = (end_x - x) / dot, (end_y - y) / dot
+            arrow = dict(arrowstyle="-", color="gray", linewidth=0.6, shrinkA=0, shrinkB=3)
+            axis.annotate("", text.xy, offset, textcoords="offset points", arrowprops=arrow, in_layout=False, zorder=1)
