@@ -85,7 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cardinality", nargs="+", type=whole, metavar="C", help="groups of each 3x3 convolution")
     parser.add_argument("--width", nargs="+", type=whole, metavar="W", help="channels of each of them")
     parser.add_argument("--scale", nargs="+", type=whole, metavar="S", help="groups of the hierarchy")
-    parser.add_argument("--rounds", type=partial(_integer, least=0), default=5, help="timings of each; 0 for none")
+    parser.add_argument(
+        "--rounds", type=partial(_integer, least=0), default=5, metavar="N", help="timings of each; 0 for none"
+    )
     parser.add_argument("--batch-size", type=whole, default=1, metavar="N", help="images a timing")
     parser.add_argument("--device", default="cpu", help="where to time, such as cuda")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw a picture (needs matplotlib)")

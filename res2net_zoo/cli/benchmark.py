@@ -1,23 +1,30 @@
-"""Measure how fast our models are, beside timm's own and ResNet-50, by turns in one process.
+"""Measure the speed and memory of models beside timm's own and ResNet-50, by turns in one process.
 
-Usage: python scripts/benchmark.py [--model NAME ...] [--batch-size N ...] [--precision P ...] [--output FILE]
+Usage: res2net-zoo benchmark [--model NAME ...] [--batch-size N ...] [--precision P ...] [--output FILE]
 
-NAME is what timm.create_model takes; `all` stands for every model with a published accuracy on
-ImageNet. Weights are random: they change no speed. Each batch size, precision and mode is a setting;
-in each of its rounds every contender has a turn of some seconds, and so has a matrix product, which
-shows the machine's peak. docs/benchmark.md says what is measured, and how.
+NAME is what timm.create_model takes; `all` stands for every model with a published accuracy on ImageNet. Weights are
+random, which does not change the speed. Each combination of model, mode, precision and batch size is a setting; in
+each of its rounds every contender has a turn of some seconds, and so has a matrix product, which measures the
+machine's peak. docs/benchmark.md describes what is measured, and how.
 
-Exit codes: 0 done; 1 a model of ours could not be measured; 2 bad input.
+Examples:
+  res2net-zoo benchmark
+  res2net-zoo benchmark --model res2net50_26w_4s res2net101d --batch-size 1 8 --precision float32 bfloat16
+  res2net-zoo benchmark --model all --figure family.png --output results.json
+
+Exit codes: 0 done; 1 one of our models could not be measured; 2 bad input.
 """
 
 import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arguments import Parser, within
+from res2net_zoo.cli.command import command, parser_of
+from res2net_zoo.utils.command_line import within
 
 if TYPE_CHECKING:
     from res2net_zoo.analysis.benchmark import Result
@@ -28,35 +35,62 @@ PEERS = ("eager", "inductor", "onnxruntime", "openvino")
 BACKENDS = ("auto", "native", "openvino", "onnxruntime", "inductor", "cudagraphs", "eager")
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = parser_of(__doc__)
     one = within(int, 1)
     what = parser.add_argument_group("what to measure")
     add = what.add_argument
-    add("--model", nargs="+", default=["res2net50_26w_4s"], metavar="NAME", help="models, or `all` (%(default)s)")
-    add("--batch-size", nargs="+", type=one, default=[1], metavar="N", help="images at a time (%(default)s)")
-    add("--precision", nargs="+", choices=PRECISIONS, default=["float32"], help="(%(default)s)")
-    add("--mode", nargs="+", choices=("infer", "train"), default=["infer"], help="train is a whole step (%(default)s)")
-    add("--img-size", type=within(int, 8), metavar="PX", help="height and width (default the model's own)")
-    add("--backend", nargs="+", choices=BACKENDS, default=["auto"], help="what runs ours in inference (%(default)s)")
-    add("--peers", nargs="+", choices=(*PEERS, "all", "none"), default=["all"], help="what runs the others (all)")
-    add("--against", nargs="+", choices=("timm", "resnet50"), default=["timm", "resnet50"], help="the others (both)")
+    add("--model", nargs="+", default=["res2net50_26w_4s"], help="models, or `all` (%(default)s)")
+    add("--batch-size", nargs="+", type=one, default=[1], help="images a batch (%(default)s)")
+    add(
+        "--precision",
+        nargs="+",
+        choices=PRECISIONS,
+        default=["float32"],
+        help="of the model's operations (%(default)s)",
+    )
+    add(
+        "--mode",
+        nargs="+",
+        choices=("infer", "train"),
+        default=["infer"],
+        help="inference, or a whole training step (%(default)s)",
+    )
+    add("--img-size", type=within(int, 8), help="height and width of the images in pixels (default: the model's own)")
+    add(
+        "--backend",
+        nargs="+",
+        choices=BACKENDS,
+        default=["auto"],
+        help="backends of our models in inference (%(default)s)",
+    )
+    add(
+        "--peers",
+        nargs="+",
+        choices=(*PEERS, "all", "none"),
+        default=["all"],
+        help="backends of the others (%(default)s)",
+    )
+    add(
+        "--against",
+        nargs="+",
+        choices=("timm", "resnet50"),
+        default=["timm", "resnet50"],
+        help="the others (%(default)s)",
+    )
     how = parser.add_argument_group("how")
     add = how.add_argument
-    add("--rounds", type=one, default=10, metavar="N", help="turns of each, after one to warm up (%(default)s)")
-    add("--seconds", type=within(float, 0), default=1.0, metavar="S", help="a turn takes at least (%(default)s)")
-    add("--pause", type=within(float, 0), default=0.05, metavar="S", help="rest before each turn (%(default)s)")
-    add("--threads", type=one, metavar="N", help="CPU threads of each (default all cores)")
-    add("--matrix", type=within(int, 64), metavar="N", help="rows of the matrices (default 2048, on a GPU 8192)")
-    add("--no-memory", action="store_true", help="measure no memory, which takes a process for each contender")
+    add("--rounds", type=one, default=10, help="turns of each, after one to warm up (%(default)s)")
+    add("--seconds", type=within(float, 0), default=1.0, help="least duration of a turn (%(default)s)")
+    add("--pause", type=within(float, 0), default=0.05, help="seconds between turns (%(default)s)")
+    add("--threads", type=one, help="CPU threads of each process (default: its share of the cores)")
+    add("--matrix", type=within(int, 64), help="rows of the matrices (default: 2048, on a GPU 8192)")
+    add("--no-memory", action="store_true", help="skip memory, which takes a process for each contender")
     result = parser.add_argument_group("the result")
     add = result.add_argument
-    add("--output", type=Path, metavar="FILE", help="write the results as JSON, after each setting")
-    add("--figure", type=Path, metavar="FILE", help="draw published accuracy over images a second")
-    args = parser.parse_args()
+    add("--output", type=Path, help="write the results as JSON, after each setting")
+    add("--figure", type=Path, help="draw published accuracy over images a second")
+    args = parser.parse_args(argv)
     if len(args.peers) > 1 and {"all", "none"} & set(args.peers):
         parser.error("--peers takes all, none, or names")
     if args.figure and "infer" not in args.mode:
@@ -66,6 +100,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+@command(parse_args)
 def main(args: argparse.Namespace) -> int:
     from itertools import product
 
@@ -199,11 +234,3 @@ def measure(setting: "Setting", args: argparse.Namespace, folder: Path) -> "list
 def tell(bar: Any, text: str) -> None:
     """Say what a bar is at: at once to a person, and with the next update in a log file."""
     bar.set_description(text, refresh=sys.stderr.isatty())
-
-
-if __name__ == "__main__":
-    arguments = parse_args()
-
-    from res2net_zoo.utils.console import run
-
-    sys.exit(run(lambda: main(arguments)))

@@ -1,20 +1,25 @@
-"""Show where in images models see a class: class activation maps, side by side.
+"""Draw class activation maps: where in an image models see a class, side by side.
 
-Usage: python scripts/cam.py IMAGE | FOLDER | 'GLOB' ... [--model NAME ...] [--class NAME ...] [--output cam.png]
+Usage: res2net-zoo cam IMAGE ... [--model NAME ...] [--class NAME ...] [--output FILE]
 
-The paper's Figure 4 is `--model res2net50_26w_4s resnet50`. Each model is shown an image as its own
-preprocessing makes it. With no --model the small model that the repository ships looks for digits.
+Each model is shown an image as its own preprocessing makes it. With no --model the shipped model looks for digits.
+
+Examples:
+  res2net-zoo cam dog.jpg --model res2net50_26w_4s resnet50 --output figure4.png
+  res2net-zoo cam photos/ --model res2net101d --class "tabby, tabby cat" --method layercam
 
 Exit codes: 0 done; 2 bad input.
 """
 
 import argparse
-import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from arguments import SHIPPED_MODEL, Parser, within
+from res2net_zoo.cli.command import command, parser_of
+from res2net_zoo.cli.options import IMAGES, MODEL
+from res2net_zoo.cli.shipped import shipped_model
+from res2net_zoo.utils.command_line import within
 
 METHODS = {  # the grad-cam package's
     "gradcam": "GradCAM",
@@ -25,29 +30,25 @@ METHODS = {  # the grad-cam package's
 }
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = parser_of(__doc__)
     add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE", help="image files, folders of them, or quoted patterns such as 'a/*.jpg'")
-    default = f"local-dir:{os.path.relpath(SHIPPED_MODEL)}"
-    add("--model", nargs="+", default=[default], metavar="NAME", help="what timm.create_model takes (%(default)s)")
+    add("images", nargs="+", metavar="IMAGE", help=IMAGES)
+    add("--model", nargs="+", default=[shipped_model()], help=MODEL)
     add(
         "--class",
         nargs="+",
         dest="classes",
-        metavar="NAME",
         help="name or number of the class to look for: one for all images, or one for each "
-        "(default: what the first model takes the image for)",
+        "(default: the first model's top-1)",
     )
-    add("--method", choices=METHODS, default="gradcam", help="(%(default)s)")
-    add("--output", type=Path, default=Path("cam.png"), metavar="FILE", help="the picture (%(default)s)")
-    add("--threads", type=within(int, 1), metavar="N", help="CPU threads (default all cores)")
-    return parser.parse_args()
+    add("--method", choices=METHODS, default="gradcam", help="of the grad-cam package (%(default)s)")
+    add("--output", type=Path, default=Path("cam.png"), help="picture to write (%(default)s)")
+    add("--threads", type=within(int, 1), help="CPU threads of each process (default: its share of the cores)")
+    return parser.parse_args(argv)
 
 
+@command(parse_args)
 def main(args: argparse.Namespace) -> int:
     import torch
 
@@ -105,11 +106,3 @@ def main(args: argparse.Namespace) -> int:
     print(markdown_table(("image", "class", *(f"{one.model} (percent)" for one in rows[0][2])), told))
     print(f"wrote {args.output}")
     return 0
-
-
-if __name__ == "__main__":
-    arguments = parse_args()
-
-    from res2net_zoo.utils.console import run
-
-    sys.exit(run(lambda: main(arguments)))

@@ -1,32 +1,39 @@
-"""Convert an original's weight file to a model folder: safetensors, config and card, as timm and the Hub read it.
+"""Convert an original's weight file to a model folder that timm and the Hub read.
 
-python hub/convert.py --model res2net50_vd_26w_4s.ssld_in1k --output DIR                 (from its URL)
-python hub/convert.py --model res2net152d.in1k --checkpoint FILE --output DIR            (from a file)
+Usage: res2net-zoo convert --model NAME [--checkpoint FILE] --output DIR
+
+The folder holds model.safetensors, config.json, a card and a fingerprint. NAME is arch.tag, a checkpoint of the
+catalogue. The same file gives the same bytes each time.
+
+Examples:
+  res2net-zoo convert --model res2net50_vd_26w_4s.ssld_in1k --output ssld
+  res2net-zoo convert --model res2net152d.in1k --checkpoint res2net152.pth --output mirror/res2net152d.in1k
+
+Exit codes: 0 done; 2 bad input.
 """
 
 import argparse
 import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
-from arguments import Parser
+from res2net_zoo.cli.command import command, parser_of
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(description=__doc__.partition("\n")[0] if __doc__ else "")
-    parser.add_argument("--model", required=True, metavar="ARCH.TAG", help="which of the catalogue's checkpoints")
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = parser_of(__doc__)
+    parser.add_argument("--model", required=True, help="arch.tag of the catalogue's checkpoint")
     parser.add_argument(
-        "--checkpoint", metavar="FILE", help="the original's file, or its URL; the catalogue's by default"
+        "--checkpoint", metavar="FILE", help="the original's file, or its URL (default: the catalogue's URL)"
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the model folder to write")
-    return parser.parse_args()
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="model folder to write")
+    return parser.parse_args(argv)
 
 
+@command(parse_args)
 def main(args: argparse.Namespace) -> int:
     from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as WEIGHTS
 
-    import res2net_zoo  # noqa: F401  registers the models
     from res2net_zoo import catalog
     from res2net_zoo.utils.console import similar_path
     from res2net_zoo.utils.errors import InputError
@@ -57,10 +64,3 @@ def main(args: argparse.Namespace) -> int:
         name, checked = checkpoint.architecture, f"not that of {checkpoint.name}"
     print(f"{name} in {args.output}: SHA-256 of the original {metadata['source_sha256']}, {checked}")
     return 0
-
-
-if __name__ == "__main__":
-    arguments = parse_args()
-    from res2net_zoo.utils.console import run
-
-    sys.exit(run(lambda: main(arguments)))

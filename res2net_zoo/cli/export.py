@@ -1,21 +1,27 @@
-"""Write a model to an ONNX or OpenVINO file that runs without PyTorch, and check it on real images.
+"""Export a model to ONNX or OpenVINO, and check it against PyTorch on real images.
 
-Usage: python scripts/export.py --model NAME --format onnx|openvino --output FILE
+Usage: res2net-zoo export --model NAME --format onnx|openvino --output FILE
 
-The file takes its place only if ONNX Runtime or OpenVINO computes from it what PyTorch computes, on
-digits that the repository ships or on --images of your own. It is for any number of images at once, of
-the model's own size, and carries the preprocessing and the names of the classes.
+The file is written only if ONNX Runtime or OpenVINO computes from it what PyTorch computes, on shipped digits or on
+--images. It takes any number of images at once, of the model's own size, and holds the preprocessing and the class
+names.
 
-Exit codes: 0 done; 1 what the file computes is something else, and nothing was written; 2 bad input.
+Examples:
+  res2net-zoo export --model res2net50d --format onnx --output res2net50d.onnx
+  res2net-zoo export --model local-dir:outputs/mine --format openvino --output mine.xml --images 'photos/*.jpg'
+
+Exit codes: 0 done; 1 the outputs differ, and nothing is written; 2 bad input.
 """
 
 import argparse
-import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arguments import SHIPPED_DATA, SHIPPED_MODEL, Parser, within
+from res2net_zoo.cli.command import command, parser_of
+from res2net_zoo.cli.options import IMAGES, MODEL
+from res2net_zoo.cli.shipped import shipped_data, shipped_model
+from res2net_zoo.utils.command_line import within
 
 if TYPE_CHECKING:
     from res2net_zoo.inference.export import Exported
@@ -23,22 +29,26 @@ if TYPE_CHECKING:
 CHECKED = 16  # images; those of a folder with more are taken at even distances
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = parser_of(__doc__)
     add = parser.add_argument
-    default = f"local-dir:{os.path.relpath(SHIPPED_MODEL)}"
-    add("--model", default=default, metavar="NAME", help="what timm.create_model takes (%(default)s)")
-    add("--format", required=True, choices=("onnx", "openvino"), help="what to write")
-    add("--output", required=True, type=Path, metavar="FILE", help=".onnx, or .xml with a .bin beside it")
-    add("--img-size", type=within(int, 1, 4096), metavar="N", help="height and width of the images (the model's own)")
-    add("--batch-size", type=within(int, 1), metavar="N", help="make it for N images at once; default any number")
-    add("--opset", type=within(int, 1), metavar="N", help="of ONNX's operators (18, which runtimes since 2023 read)")
-    add("--precision", choices=("float32", "float16"), help="of an OpenVINO file's weights (float32)")
-    add("--images", nargs="+", metavar="IMAGE", help="files, folders or patterns to check it on; default our digits")
-    args = parser.parse_args()
+    add("--model", default=shipped_model(), help=MODEL)
+    add("--format", required=True, choices=("onnx", "openvino"), help="file format")
+    add("--output", required=True, type=Path, help="file.onnx, or file.xml with the weights in file.bin")
+    add(
+        "--img-size",
+        type=within(int, 1, 4096),
+        help="height and width of the images in pixels (default: the model's own)",
+    )
+    add("--batch-size", type=within(int, 1), help="fix the number of images of a batch (default: any number)")
+    add(
+        "--opset",
+        type=within(int, 1),
+        help="version of the ONNX operators (default: 18, which runtimes since 2023 read)",
+    )
+    add("--precision", choices=("float32", "float16"), help="of an OpenVINO file's weights (default: float32)")
+    add("--images", nargs="+", metavar="IMAGE", help=f"check on these {IMAGES} (default: the shipped digits)")
+    args = parser.parse_args(argv)
     if args.format != "onnx" and args.opset is not None:
         parser.error("--opset is ONNX's; leave it out with --format openvino")
     if args.format != "openvino" and args.precision == "float16":
@@ -46,6 +56,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+@command(parse_args)
 def main(args: argparse.Namespace) -> int:
     import datasets
 
@@ -76,7 +87,7 @@ def main(args: argparse.Namespace) -> int:
         rows = [{"image": {"bytes": None, "path": path}} for path in find_images(args.images)]
     else:
         datasets.disable_progress_bars()
-        rows = open_source(os.path.relpath(SHIPPED_DATA)).rows
+        rows = open_source(shipped_data()).rows
     number = min(CHECKED, len(rows))
     images = load_images(model, [rows[i * len(rows) // number] for i in range(number)], args.img_size)
     try:
@@ -111,11 +122,3 @@ def summary(exported: "Exported", available: int) -> str:
     if exported.same_top1 is not None:
         lines["top-1"] = f"the same for {exported.same_top1} of {exported.images}"
     return "\n".join(f"{key:8} {value}" for key, value in lines.items())
-
-
-if __name__ == "__main__":
-    arguments = parse_args()
-
-    from res2net_zoo.utils.console import run
-
-    sys.exit(run(lambda: main(arguments)))

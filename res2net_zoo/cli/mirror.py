@@ -1,34 +1,40 @@
-"""Copy checkpoints into a folder for use with no network; run it again to go on after an interruption.
+"""Copy checkpoints into a folder for use without a network.
 
-python hub/mirror.py --to mirror                                       (all that can be downloaded)
-python hub/mirror.py --to mirror --model res2net50_26w_4s res2net101d.mindcv_in1k
-RES2NET_ZOO_MIRROR=mirror python ...                                   (pretrained=True reads from there)
+Usage: res2net-zoo mirror --to DIR [--model NAME ...]
+
+`RES2NET_ZOO_MIRROR=DIR` then makes `pretrained=True` read from there. After an interruption, run it again to go on.
+
+Examples:
+  res2net-zoo mirror --to mirror
+  res2net-zoo mirror --to mirror --model res2net50_26w_4s res2net101d.mindcv_in1k
+
+Exit codes: 0 done; 2 bad input, or checkpoints are missing.
 """
 
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
-from arguments import Parser
+from res2net_zoo.cli.command import command, parser_of
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(description=__doc__.partition("\n")[0] if __doc__ else "")
-    parser.add_argument("--to", required=True, type=Path, metavar="DIR", help="the mirror; made if it is not there")
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = parser_of(__doc__)
+    parser.add_argument(
+        "--to", required=True, type=Path, metavar="DIR", help="the mirror, created if it does not exist"
+    )
     parser.add_argument(
         "--model",
         nargs="+",
-        metavar="NAME",
-        help="which checkpoints, as arch.tag or arch for its default; all that can be downloaded by default",
+        help="checkpoints, as arch.tag, or arch for its default (default: all that can be downloaded)",
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
+@command(parse_args)
 def main(args: argparse.Namespace) -> int:
     from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as WEIGHTS
 
-    import res2net_zoo  # noqa: F401  registers the models
     from res2net_zoo import catalog
     from res2net_zoo.hub.mirror import locked, mirror
     from res2net_zoo.utils.console import progress_bar, report
@@ -61,10 +67,3 @@ def main(args: argparse.Namespace) -> int:
         raise InputError(f"{len(failed)} of {len(checkpoints)} are missing ({names}); run it again to go on")
     print(f"RES2NET_ZOO_MIRROR={args.to.resolve()} makes pretrained=True read from there")
     return 0
-
-
-if __name__ == "__main__":
-    arguments = parse_args()
-    from res2net_zoo.utils.console import run
-
-    sys.exit(run(lambda: main(arguments)))

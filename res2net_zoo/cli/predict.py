@@ -1,54 +1,57 @@
 r"""Predict the classes of images, and write their embeddings.
 
-Usage: python scripts/predict.py IMAGE | FOLDER | 'GLOB' ... [--model NAME] [--format table|jsonl|csv]
+Usage: res2net-zoo predict IMAGE ... [--model NAME] [--format table|jsonl|csv] [--output FILE]
 
-Folders are searched with all that is in them. On several processes (accelerate launch) each takes
-its share of the images, and the result is the same. With no --model the small model that the
-repository ships tells which digit it sees. Bytes of a path that are not UTF-8 are written as \udcXX,
-as Python's JSON reader returns them to `os.fsencode`.
+Folders are searched recursively. On several processes each takes its share of the images, and the result is the same.
+With no --model the shipped model recognizes digits. Bytes of a path that are not UTF-8 are written as \udcXX, which
+Python's JSON reader returns as `os.fsencode` takes them.
 
-Exit codes: 0 done; 1 images were left out by --skip-corrupt; 2 bad input.
+Examples:
+  res2net-zoo predict holiday.jpg --model res2net101d
+  res2net-zoo predict photos/ 'scans/*.png' --model res2net101d --format csv --output classes.csv
+  res2net-zoo predict photos/ --model res2net101d --embeddings embeddings.parquet
+
+Exit codes: 0 done; 1 --skip-corrupt skipped images; 2 bad input.
 """
 
 import argparse
 import contextlib
 import csv
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from arguments import SHIPPED_MODEL, Parser, add_machine, within
+from res2net_zoo.cli.command import command, parser_of
+from res2net_zoo.cli.options import IMAGES, MODEL, SKIP_CORRUPT, add_batch_size, add_machine
+from res2net_zoo.cli.shipped import shipped_model
+from res2net_zoo.utils.command_line import within
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = parser_of(__doc__)
     add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE", help="image files, folders of them, or quoted patterns such as 'a/*.jpg'")
-    default = f"local-dir:{os.path.relpath(SHIPPED_MODEL)}"
-    add("--model", default=default, metavar="NAME", help="what timm.create_model takes (%(default)s)")
-    add("--topk", type=within(int, 1), default=5, metavar="K", help="classes to tell of each image (%(default)s)")
-    add("--format", choices=("table", "jsonl", "csv"), default="table", help="(%(default)s)")
-    add("--output", type=Path, metavar="FILE", help="where to write it; the standard output by default")
-    add("--embeddings", type=Path, metavar="FILE", help="Parquet file for path and embedding (pooled features)")
-    add("--batch-size", type=within(int, 1), default=32, metavar="N", help="images a batch and process (%(default)s)")
+    add("images", nargs="+", metavar="IMAGE", help=IMAGES)
+    add("--model", default=shipped_model(), help=MODEL)
+    add("--topk", type=within(int, 1), default=5, help="classes to print for each image (%(default)s)")
+    add("--format", choices=("table", "jsonl", "csv"), default="table", help="of the result (%(default)s)")
+    add("--output", type=Path, help="write the result to FILE (default: the standard output)")
+    add("--embeddings", type=Path, help="write path and embedding (pooled features) to a Parquet file")
+    add_batch_size(add, 32)
     add_machine(add)
-    add("--skip-corrupt", action="store_true", help="leave out images that cannot be decoded; the exit code is then 1")
-    args = parser.parse_args()
+    add("--skip-corrupt", action="store_true", help=SKIP_CORRUPT)
+    args = parser.parse_args(argv)
     if args.output and args.embeddings and args.output.resolve() == args.embeddings.resolve():
         parser.error(f"--output and --embeddings are both {args.output}; name two files")
     return args
 
 
+@command(parse_args)
 def main(args: argparse.Namespace) -> int:
     import torch
     from accelerate.utils import gather_object
@@ -146,7 +149,7 @@ def predict(
                 embeddings = model.forward_head(features, pre_logits=True) if args.embeddings else None
             best = logits.float().softmax(dim=1).topk(min(args.topk, logits.shape[1]), dim=1)
             if not best.values.isfinite().all():
-                raise InputError("the model's output is not finite; try another --mixed-precision")
+                raise InputError("the model's output is not finite; try another --precision")
             pooled = [None] * len(good) if embeddings is None else list(embeddings.float().cpu().flatten(1))
             answers = iter(list(zip(best.values.tolist(), best.indices.tolist(), pooled, strict=True)))
         results: list[tuple[int, Result]] = []
@@ -265,11 +268,3 @@ def parquet(path: Path) -> Iterator[Callable[[str, Any], None]]:
         flush()
         if file:
             file.close()
-
-
-if __name__ == "__main__":
-    arguments = parse_args()
-
-    from res2net_zoo.utils.console import run
-
-    sys.exit(run(lambda: main(arguments)))

@@ -1,37 +1,40 @@
-"""Draw what a task's model sees in images.
+"""Draw what a detection, segmentation, saliency or keypoint model finds in images.
 
-Usage: python scripts/predict_task.py MODEL IMAGE | FOLDER | 'GLOB' ... --output DIR [--detector MODEL]
+Usage: res2net-zoo predict-task NAME IMAGE ... --output DIR [--detector NAME]
 
-MODEL is a folder that scripts/train_task.py wrote, or hf-hub:ORG/NAME. DIR gets a PNG for each image:
-boxes, masks or joints drawn on it, or the saliency map itself. Joints are those of one person who fills the
-image, or with --detector, another folder of the like, of everybody whom that one finds.
+NAME is a folder that `res2net-zoo train-task` wrote, local-dir:DIR or hf-hub:ORG/NAME. DIR gets a PNG for each image:
+boxes, masks or joints drawn on it, or the saliency map itself. Joints are those of one person who fills the image, or
+with --detector, another such folder, those of every person whom it finds.
+
+Examples:
+  res2net-zoo predict-task outputs/voc street.jpg --output drawn
+  res2net-zoo predict-task outputs/keypoints 'photos/*.jpg' --detector outputs/persons --output drawn
 
 Exit codes: 0 done; 2 bad input.
 """
 
 import argparse
-import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from arguments import Parser, add_machine
+from res2net_zoo.cli.command import command, parser_of
+from res2net_zoo.cli.options import IMAGES, add_machine
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = parser_of(__doc__)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="folder, local-dir:DIR or hf-hub:ORG/NAME")
-    add("images", nargs="+", metavar="IMAGE", help="image files, folders of them, or quoted patterns such as 'a/*.jpg'")
+    add("model", metavar="NAME", help="folder, local-dir:DIR or hf-hub:ORG/NAME")
+    add("images", nargs="+", metavar="IMAGE", help=IMAGES)
     add("--output", type=Path, required=True, metavar="DIR", help="where to write the pictures")
-    add("--detector", metavar="MODEL", help="what finds the persons whose joints are drawn")
+    add("--detector", help="detection model that finds the persons whose joints are drawn")
     add_machine(add, workers=False)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
+@command(parse_args)
 def main(args: argparse.Namespace) -> int:
     import torch
 
@@ -68,11 +71,3 @@ def main(args: argparse.Namespace) -> int:
             picture.save(temporary, "PNG")
     print(f"{len(outputs)} pictures in {args.output}")
     return 0
-
-
-if __name__ == "__main__":
-    arguments = parse_args()
-
-    from res2net_zoo.utils.console import run
-
-    sys.exit(run(lambda: main(arguments)))

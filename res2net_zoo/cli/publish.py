@@ -1,43 +1,55 @@
-"""Publish model folders on the Hub, each in one commit; run it again after an interruption.
+"""Publish model folders on the Hub, each in one commit.
 
-python hub/publish.py DIR --repo-id ORG/NAME [--dry-run]
-python hub/publish.py --all --org ORG      (the catalogue, and its repositories are recorded in it)
+Usage: res2net-zoo publish DIR --repo-id ORG/NAME [--private] [--create-pr] [--dry-run]
+       res2net-zoo publish --all --org ORG
+
+Files that the repository has already are skipped. After an interruption, run it again to go on. With --all it
+publishes the catalogue's checkpoints, and records their repositories in the catalogue.
+
+Examples:
+  res2net-zoo publish outputs/mine --repo-id ORG/mine --dry-run
+  res2net-zoo publish --all --org ORG --mirror mirror
+
+Exit codes: 0 done; 2 bad input, or some were not published.
 """
 
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
-from arguments import Parser
+from res2net_zoo.cli.command import command, parser_of
 
 if TYPE_CHECKING:
     from res2net_zoo.hub import publish
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(description=__doc__.partition("\n")[0] if __doc__ else "")
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = parser_of(__doc__)
     add = parser.add_argument
-    add("folder", nargs="?", type=Path, metavar="DIR", help="the model folder")
+    add("folder", nargs="?", type=Path, metavar="DIR", help="model folder to publish")
     add("--repo-id", metavar="ORG/NAME", help="where to publish it")
     add("--all", action="store_true", help="publish the catalogue's checkpoints that no other owner has on the Hub")
-    add("--org", help="with --all: the owner, a user or an organization")
-    add("--model", nargs="+", metavar="NAME", help="with --all: these checkpoints only, whoever has them already")
+    add("--org", metavar="ORG", help="with --all: the owner, a user or an organization")
+    add("--model", nargs="+", help="with --all: only these checkpoints, even if another owner has them")
     add(
         "--mirror",
         type=Path,
         metavar="DIR",
-        help="with --all: where hub/mirror.py puts model folders; the cache by default",
+        help="with --all: folder that `res2net-zoo mirror` writes (default: the cache)",
     )
-    add("--private", action="store_true", help="make repositories private")
-    add("--revision", default="main", help="branch, made if it is not there (%(default)s)")
-    add("--create-pr", action="store_true", help="open a pull request in place of committing")
-    add("--dry-run", action="store_true", help="show what would go, and send nothing")
+    add("--private", action="store_true", help="create private repositories")
+    add("--revision", default="main", help="branch, created if it does not exist (%(default)s)")
+    add("--create-pr", action="store_true", help="open a pull request instead of committing")
+    add("--dry-run", action="store_true", help="print what would be uploaded, and upload nothing")
     add("--force", action="store_true", help="overwrite a different weight")
-    add("--despite-license", action="store_true", help="make public what its licence does not plainly allow to be")
-    add("--collection", default="Res2Net Zoo", help="add it to this collection of its owner; '' for none (%(default)s)")
-    args = parser.parse_args()
+    add(
+        "--despite-license",
+        action="store_true",
+        help="publish weights whose licence does not clearly permit redistribution",
+    )
+    add("--collection", default="Res2Net Zoo", help="collection of the owner to add it to; '' for none (%(default)s)")
+    args = parser.parse_args(argv)
     if args.all and (args.folder or args.repo_id or not args.org):
         parser.error("--all takes --org ORG, and no DIR or --repo-id")
     if not args.all and not (args.folder and args.repo_id):
@@ -51,8 +63,8 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+@command(parse_args)
 def main(args: argparse.Namespace) -> int:
-    import res2net_zoo  # noqa: F401  registers the models
     from res2net_zoo.weights.model_names import check_folder
 
     if args.all:
@@ -176,10 +188,3 @@ def publish_all(args: argparse.Namespace) -> None:
         print(f"recorded in {catalog.path()}; `python -m res2net_zoo list --update docs/models.md` updates the docs")
     if failed:
         raise InputError(f"{len(failed)} are not published ({', '.join(failed)}), for the reasons above")
-
-
-if __name__ == "__main__":
-    arguments = parse_args()
-    from res2net_zoo.utils.console import run
-
-    sys.exit(run(lambda: main(arguments)))

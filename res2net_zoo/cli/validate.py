@@ -1,16 +1,21 @@
 """Measure a model's accuracy exactly, and compare it with the published one.
 
-Usage: accelerate launch scripts/validate.py [--model NAME ...] [--data SRC] [--check]
+Usage: res2net-zoo validate [--model NAME ...] [--data SRC] [--check]
 
-With neither --model nor --data it measures the small model that the repository ships on the digits
-that the repository ships. Every image is counted exactly once, on any number of processes.
+With neither --model nor --data it measures the shipped model on the shipped digits. Every image is counted exactly
+once, on any number of processes.
 
-NAME is what timm.create_model takes: arch, arch.tag, local-dir:DIR or hf-hub:ORG/NAME; `all` stands
-for every checkpoint of the catalogue. SRC is a Hub dataset id, a folder of class folders, or local
-Parquet, Arrow or WebDataset files.
+NAME is what timm.create_model takes: arch, arch.tag, local-dir:DIR or hf-hub:ORG/NAME; `all` stands for every
+checkpoint of the catalogue. SRC is a Hub dataset id, a folder of class folders, or local Parquet, Arrow or WebDataset
+files.
 
-Exit codes: 0 done; 1 --check found an accuracy that is not the published one, or --skip-corrupt
-left images out; 2 bad input. `accelerate launch` turns every failure into 1.
+Examples:
+  res2net-zoo validate
+  res2net-zoo validate --model res2net50_26w_4s res2net101d --data /data/imagenet/val --check
+  accelerate launch -m res2net_zoo validate --model all --data ILSVRC/imagenet-1k --streaming --output results.json
+
+Exit codes: 0 done; 1 --check found an accuracy that differs from the published one, or --skip-corrupt skipped images;
+2 bad input. `accelerate launch` turns every failure into 1.
 """
 
 import argparse
@@ -19,12 +24,15 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arguments import SHIPPED_DATA, SHIPPED_MODEL, Parser, add_machine, within
+from res2net_zoo.cli.command import command, parser_of
+from res2net_zoo.cli.options import SKIP_CORRUPT, add_batch_size, add_machine
+from res2net_zoo.cli.shipped import shipped_data, shipped_model
+from res2net_zoo.utils.command_line import within
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,56 +41,46 @@ if TYPE_CHECKING:
     from res2net_zoo.data.sources import Source
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = parser_of(__doc__)
     what = parser.add_argument_group("what to measure")
     what.add_argument(
         "--model",
         nargs="+",
-        metavar="NAME",
-        default=[f"local-dir:{os.path.relpath(SHIPPED_MODEL)}"],
-        help="models, or `all`",
+        default=[shipped_model()],
+        help="models, or `all` (%(default)s)",
     )
-    what.add_argument("--data", metavar="SRC", default=os.path.relpath(SHIPPED_DATA), help="labelled images")
-    what.add_argument("--split", metavar="S", help="split; default validation, else test, else the only one")
-    what.add_argument("--label-column", metavar="NAME", help="column of the labels, where it is not plain")
+    what.add_argument("--data", metavar="SRC", default=shipped_data(), help="labelled images (%(default)s)")
+    what.add_argument("--split", help="split of the data (default: validation, else test, else the only one)")
+    what.add_argument("--label-column", help="column of the labels, where it is ambiguous")
     what.add_argument(
         "--benchmark",
         choices=("imagenet-1k", "imagenet-real", "imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch"),
-        help="which ImageNet benchmark the data is, where that cannot be told from its classes and size; "
-        "imagenet-real takes the classes from ImageNet-ReaL, by file name",
+        help="which ImageNet benchmark the data is (default: by its classes and size); "
+        "imagenet-real takes the labels of ImageNet-ReaL, by file name",
     )
     how = parser.add_argument_group("how")
-    how.add_argument(
-        "--batch-size", type=within(int, 1), default=64, metavar="N", help="images a batch and process (%(default)s)"
-    )
+    add_batch_size(how.add_argument, 64)
     add_machine(how.add_argument)
-    how.add_argument("--streaming", action="store_true", help="read the images as they come, caching nothing")
-    how.add_argument(
-        "--skip-corrupt", action="store_true", help="leave out images that cannot be decoded; the exit code is then 1"
-    )
+    how.add_argument("--streaming", action="store_true", help="read the images as a stream, without a cache")
+    how.add_argument("--skip-corrupt", action="store_true", help=SKIP_CORRUPT)
     result = parser.add_argument_group("the result")
-    result.add_argument("--check", action="store_true", help="fail if a top-1 or top-5 is not the published one")
+    result.add_argument("--check", action="store_true", help="fail if a top-1 or top-5 differs from the published one")
     result.add_argument(
         "--tolerance",
         type=within(float, 0),
         default=0.1,
-        metavar="P",
-        help="percentage points that still count as the same (%(default)s)",
+        help="percentage points by which they may differ (%(default)s)",
     )
-    result.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON, after each model")
-    result.add_argument(
-        "--resume", action="store_true", help="keep the results that --output already has, and measure the rest"
-    )
-    args = parser.parse_args()
+    result.add_argument("--output", type=Path, help="write the results as JSON, after each model")
+    result.add_argument("--resume", action="store_true", help="keep the results in --output, and measure the rest")
+    args = parser.parse_args(argv)
     if args.resume and args.output is None:
         parser.error("--resume needs --output, the results to go on from")
     return args
 
 
+@command(parse_args)
 def main(args: argparse.Namespace) -> int:
     from res2net_zoo.utils.errors import InputError
     from res2net_zoo.utils.files import check_writable, locked_by_main
@@ -416,11 +414,3 @@ def table_row(result: dict) -> list[str]:
         str(result["images_per_second"]),
         {None: "nothing published", True: "passed", False: "FAILED"}[result["passed"]],
     ]
-
-
-if __name__ == "__main__":
-    arguments = parse_args()
-
-    from res2net_zoo.utils.console import run
-
-    sys.exit(run(lambda: main(arguments)))

@@ -1,45 +1,52 @@
-"""Measure a task's model on annotated images, exactly on any number of processes.
+"""Measure a detection, segmentation, saliency or keypoint model on annotated images.
 
-Usage: accelerate launch scripts/validate_task.py MODEL --data SRC [--split NAME] [--check]
+Usage: res2net-zoo validate-task NAME --data SRC [--split NAME] [--check] [--published DATA]
 
-MODEL is a folder that scripts/train_task.py wrote, or hf-hub:ORG/NAME. --check compares every figure with
-what the model's card says of this data, and with --published what the paper prints in its Tables 5 to 10
-for this backbone: the model passes if no figure is more than --tolerance worse or is missing.
+NAME is a folder that `res2net-zoo train-task` wrote, local-dir:DIR or hf-hub:ORG/NAME. --check compares every figure
+with those of the model's card for this data, and with --published with those that the paper prints in its Tables 5 to
+10 for this backbone: the model passes if no figure is missing or more than --tolerance worse. docs/tasks.md describes
+what SRC must contain. Every image is counted exactly once, on any number of processes.
 
-Exit codes: 0 done, 1 a figure is not reached, 2 bad input. `accelerate launch` turns any failure into 1.
+Examples:
+  res2net-zoo validate-task outputs/voc --data VOC2012 --check
+  accelerate launch -m res2net_zoo validate-task hf-hub:ORG/NAME --data COCO --published COCO --output figures.json
+
+Exit codes: 0 done; 1 a figure is not reached; 2 bad input. `accelerate launch` turns every failure into 1.
 """
 
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from arguments import Parser, add_machine, within
+from res2net_zoo.cli.command import command, parser_of
+from res2net_zoo.cli.options import add_batch_size, add_machine
+from res2net_zoo.utils.command_line import within
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = parser_of(__doc__)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="folder, local-dir:DIR or hf-hub:ORG/NAME")
-    add("--data", required=True, metavar="SRC", help="what docs/tasks.md says for the model's task")
-    add("--split", default="val", metavar="NAME", help="(%(default)s)")
-    add("--check", action="store_true", help="compare with the figures of the card, or of --published")
+    add("model", metavar="NAME", help="folder, local-dir:DIR or hf-hub:ORG/NAME")
+    add(
+        "--data", required=True, metavar="SRC", help="annotated images, as docs/tasks.md describes for the model's task"
+    )
+    add("--split", default="val", help="split of the data (%(default)s)")
+    add("--check", action="store_true", help="fail if a figure is worse than that of the card, or of --published")
     add("--published", metavar="DATA", help="compare with the paper's figures on this data, such as COCO")
-    add("--boxes", type=Path, metavar="FILE", help="keypoints in a detector's boxes, in COCO's format of results")
-    add("--results", type=Path, metavar="FILE", help="write what was found in COCO's format of results")
-    about = "how much worse a figure may be (half of the last digit in the paper: 0.05 of percent, else 0.0005)"
-    add("--tolerance", type=within(float, 0), metavar="X", help=about)
-    add("--batch-size", type=within(int, 1), default=8, metavar="N", help="images a batch and process (%(default)s)")
+    add("--boxes", type=Path, help="evaluate keypoints in a detector's boxes, in COCO's results format")
+    add("--results", type=Path, help="write what was found in COCO's results format")
+    about = "how much worse a figure may be (default: half of the paper's last digit, 0.05 of percent, else 0.0005)"
+    add("--tolerance", type=within(float, 0), help=about)
+    add_batch_size(add, 8)
     add_machine(add)
-    add("--output", type=Path, metavar="FILE", help="write the figures as JSON")
-    args = parser.parse_args()
+    add("--output", type=Path, help="write the figures as JSON")
+    args = parser.parse_args(argv)
     args.check = args.check or args.published is not None
     return args
 
 
+@command(parse_args)
 def main(args: argparse.Namespace) -> int:
     from res2net_zoo.utils.files import check_writable, locked_by_main
     from res2net_zoo.utils.processes import start_processes
@@ -123,11 +130,3 @@ def validate(args: argparse.Namespace, accelerator: Any) -> int:
             done = {"passed": passed, "num_processes": accelerator.num_processes}
             write_json(args.output, [{**about, **measured, **score.details(), **data.remarks(), **done}])
     return 0 if passed else 1
-
-
-if __name__ == "__main__":
-    arguments = parse_args()
-
-    from res2net_zoo.utils.console import run
-
-    sys.exit(run(lambda: main(arguments)))

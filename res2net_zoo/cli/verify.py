@@ -1,28 +1,32 @@
-"""Check that a model is what it says it is: hashes, strict load, preprocessing, logits of a fixed input.
+"""Check a model folder or repository: hashes, strict load, preprocessing, logits of a fixed input.
 
-python hub/verify.py DIR
-python hub/verify.py ORG/NAME --revision v1
+Usage: res2net-zoo verify DIR | ORG/NAME [--revision NAME]
+
+Examples:
+  res2net-zoo verify ssld
+  res2net-zoo verify ORG/NAME --revision v1
+
+Exit codes: 0 all checks passed; 1 a check failed; 2 bad input.
 """
 
 import argparse
 import os
 import re
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
-from arguments import Parser
+from res2net_zoo.cli.command import command, parser_of
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(description=__doc__.partition("\n")[0] if __doc__ else "")
-    parser.add_argument("model", metavar="ORG/NAME | DIR", help="a repository on the Hub, or a model folder")
-    parser.add_argument("--revision", help="branch, tag or commit of the repository; main by default")
-    return parser.parse_args()
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = parser_of(__doc__)
+    parser.add_argument("model", metavar="DIR | ORG/NAME", help="model folder, or repository on the Hub")
+    parser.add_argument("--revision", help="branch, tag or commit of the repository (default: main)")
+    return parser.parse_args(argv)
 
 
+@command(parse_args)
 def main(args: argparse.Namespace) -> int:
-    import res2net_zoo  # noqa: F401  registers the models
     from res2net_zoo import catalog
     from res2net_zoo.hub import verify
     from res2net_zoo.utils import hub_client
@@ -60,10 +64,3 @@ def main(args: argparse.Namespace) -> int:
     sure = any(check.passed and check.what.startswith("SHA-256") for check in checks)
     print(f"{printable(args.model)}: passed" + ("" if sure else "; the hash that its weights should have is unknown"))
     return 0
-
-
-if __name__ == "__main__":
-    arguments = parse_args()
-    from res2net_zoo.utils.console import run
-
-    sys.exit(run(lambda: main(arguments)))

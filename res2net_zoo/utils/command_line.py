@@ -1,13 +1,16 @@
 """Command lines: one line for what is wrong with one, and what it may have meant.
 
-It imports nothing but the standard library, so that the programs read it by its path and `--help` answers at once.
+It imports nothing but the standard library, so that `--help` answers at once.
 """
 
 import argparse
+import copy
 import difflib
 import math
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -65,6 +68,23 @@ def within(kind: Callable[[str], float], low: float, high: float = math.inf) -> 
     return parse
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows a description as it is, defaults as one would type them, and values by their type: N, X, FILE or NAME."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        if isinstance(action.default, list | tuple):
+            action = copy.copy(action)
+            action.default = shlex.join(
+                f"{value:g}" if isinstance(value, float) else str(value) for value in action.default
+            )
+        return super()._expand_help(action)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        kind = action.type
+        name = getattr(kind, "__name__", "")
+        return "FILE" if kind is Path else {"int": "N", "float": "X"}.get(name, "NAME")
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, which suggests the option or value that may have been meant.
 
@@ -75,7 +95,7 @@ class Parser(argparse.ArgumentParser):
     source = ""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**{"usage": argparse.SUPPRESS, **kwargs})
+        super().__init__(**{"usage": argparse.SUPPRESS, "formatter_class": HelpFormatter, **kwargs})
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse as `argparse` does, but refuse what is unknown, before something is found to be missing."""

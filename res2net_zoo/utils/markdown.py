@@ -2,8 +2,11 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from res2net_zoo.utils.command_line import printable
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.files import write_atomically
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -41,3 +44,21 @@ def code_span(text: object) -> str:
     fence = "`" * (1 + max(map(len, re.findall("`+", words)), default=0))
     space = " " * (len(fence) > 1)
     return f"{fence}{space}{words}{space}{fence}"
+
+
+def update_between(path: Path, table: str, marks: tuple[str, str]) -> None:
+    """Write a table into a file, between two lines.
+
+    Raises:
+        InputError: The file cannot be read or has no marks.
+    """
+    try:
+        before, rest = path.read_text(encoding="utf-8").split(marks[0])
+        _, after = rest.split(marks[1])
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} does not have these two lines once each: {marks[0]} {marks[1]}") from error
+    write_atomically(
+        path, lambda new: new.write_text(f"{before}{marks[0]}\n{table}\n{marks[1]}{after}", encoding="utf-8")
+    )

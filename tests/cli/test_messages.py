@@ -10,6 +10,7 @@ import timm
 import torch
 from PIL import Image
 
+from res2net_zoo.cli import main
 from res2net_zoo.utils.command_line import closest
 from res2net_zoo.utils.console import run
 from res2net_zoo.utils.errors import InputError
@@ -98,12 +99,9 @@ def test_one_line_says_what_was_meant(in_process, monkeypatch, tmp_path, args, s
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_the_catalogues_commands_suggest_as_well(capfd, monkeypatch, args, says):
-    from res2net_zoo import __main__ as program
-
-    monkeypatch.setattr("sys.argv", ["res2net_zoo", *args])
+def test_the_catalogues_commands_suggest_as_well(capfd, args, says):
     with pytest.raises(SystemExit) as stopped:
-        raise SystemExit(run(lambda: program.main(program.parse_args())))
+        raise SystemExit(main(args))
     _, err = capfd.readouterr()
     assert stopped.value.code == 2 and err.count("\n") == 1 and says in err
 

@@ -1,26 +1,19 @@
-"""What the programs' command lines share. It imports nothing slow, so that `--help` answers at once."""
+"""The settings of a training: from a recipe or an earlier run, and over them the command line."""
 
 import argparse
 import json
 import os
-import runpy
 import shlex
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-if TYPE_CHECKING:
-    from res2net_zoo.utils.command_line import Parser, did_you_mean, within
-else:  # by its path, since importing the package imports timm and torch
-    command_line = runpy.run_path(str(ROOT / "res2net_zoo" / "utils" / "command_line.py"))
-    Parser, did_you_mean, within = (command_line[name] for name in ("Parser", "did_you_mean", "within"))
+from res2net_zoo.cli.shipped import shipped
+from res2net_zoo.utils.command_line import Parser, did_you_mean
 
-RECIPES = ROOT / "scripts" / "recipes"
-SHIPPED_MODEL = ROOT / "hub" / "models" / "res2net_tiny.digits"
-SHIPPED_DATA = ROOT / "hub" / "datasets" / "digits"
+RECIPES = shipped("recipes")
 
 LARGEST_RECIPE = 2**20  # bytes
 
@@ -30,61 +23,6 @@ NOT_SETTINGS = {"output", "recipe", "resume", "overwrite"}
 # if the images of a step, over all processes, stay as many.
 FREE = {"workers", "threads", "save_minutes", "keep", "tracker", "epochs", "patience", "license"}
 FREE |= {"batch_size", "accumulate"}
-
-
-def named(text: str) -> tuple[str, object]:
-    """Read NAME=VALUE, an argument type; a value that is no JSON is text."""
-    name, equals, value = text.partition("=")
-    if not (name.isidentifier() and equals):
-        raise argparse.ArgumentTypeError(f"{text} is not NAME=VALUE")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
-
-
-def add_run_folder(add: Callable[..., object], output: str) -> None:
-    """Add where a training writes, and how often."""
-    add("--output", type=Path, default=Path(output), help="model folder to write (%(default)s)")
-    add("--resume", action="store_true", help="go on with the run in --output, with its settings")
-    add("--overwrite", action="store_true", help="replace the run in --output")
-    add("--save-minutes", type=within(float, 0), default=15, help="between checkpoints in an epoch (%(default)s)")
-    add("--keep", type=within(int, 1), default=2, help="checkpoints to keep (%(default)s)")
-
-
-def frozen_stages(text: str) -> str:
-    """Read a number of stages or `all`, an argument type."""
-    if text != "all" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is no number of stages, nor all")
-    return text
-
-
-def add_optimizer(add: Callable[..., object], weight_decay: float, warmup_epochs: float) -> None:
-    """Add optimizer and schedule, of which only these defaults differ between the programs."""
-    add("--opt", default="adamw", help="(%(default)s)")
-    add("--lr", type=within(float, 0), default=5e-4, help="highest learning rate (%(default)s)")
-    add("--momentum", type=within(float, 0, 1), default=0.9, help="(%(default)s)")
-    add("--weight-decay", type=within(float, 0), default=weight_decay, help="(%(default)s)")
-    add("--clip-grad", type=within(float, 0), help="largest norm of the gradient; 0 for any")
-    add("--sched", default="cosine", help="(%(default)s)")
-    about = "a quarter of the epochs at most; a part of one will do, such as 0.1 (%(default)s)"
-    add("--warmup-epochs", type=within(float, 0), default=warmup_epochs, help=about)
-    add("--min-lr", type=within(float, 0), default=0.0, help="learning rate at the end (%(default)s)")
-    add("--decay-epochs", type=within(float, 0), help="between two steps of --sched step")
-    add("--decay-milestones", type=within(int, 1), nargs="+", default=[90, 180, 270], help="of --sched multistep")
-    about = "of a step of these two; of --sched poly the power (%(default)s)"
-    add("--decay-rate", type=within(float, 0, 10), default=0.1, help=about)
-
-
-def add_machine(add: Callable[..., object], workers: bool = True) -> None:
-    """Add what a program takes of the machine."""
-    if workers:
-        about = "loader processes for each process (default by the machine)"
-        add("--workers", type=within(int, 0), metavar="N", help=about)
-    about = "CPU threads for each process (default its share of the cores)"
-    add("--threads", type=within(int, 1), metavar="N", help=about)
-    about = "default as `accelerate config` says, else no"
-    add("--mixed-precision", choices=("no", "bf16", "fp16"), help=about)
 
 
 def find_recipe(parser: Parser, name: str, folder: Path = RECIPES) -> Path:

@@ -1,0 +1,51 @@
+"""What surrounds a program: its parser, made from its docstring, and its errors as one line and an exit code."""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from res2net_zoo.utils.command_line import Parser
+from res2net_zoo.utils.console import run
+
+
+def parser_of(doc: str | None) -> Parser:
+    """Return a program's parser without options; its help is the docstring, with the options before `Examples:`."""
+    description, examples, rest = (doc or "").partition("Examples:")
+    usage = re.search(r"Usage: (res2net-zoo [a-z-]+)", description)
+    return Parser(prog=usage and usage[1], description=description.rstrip(), epilog=f"{examples}{rest}".rstrip())
+
+
+def command(
+    parse_args: Callable[[Sequence[str] | None], argparse.Namespace],
+) -> Callable[[Callable[[argparse.Namespace], int]], Callable[[Sequence[str] | None], int]]:
+    """Return a decorator that makes a program of a function of its arguments.
+
+    The program takes the words of a command line, or None for those of `sys.argv`, and returns an exit code. Bad
+    input ends it with one line on stderr; wrong options do so before anything slow is imported.
+
+    Args:
+        parse_args: Reads the command line.
+    """
+
+    def decorate(program: Callable[[argparse.Namespace], int]) -> Callable[[Sequence[str] | None], int]:
+        def main(argv: Sequence[str] | None = None) -> int:
+            args = parse_args(argv)
+
+            def start() -> int:
+                run_package()
+                return program(args)
+
+            return run(start)
+
+        main.__doc__ = program.__doc__
+        return main
+
+    return decorate
+
+
+def run_package() -> None:
+    """Run `res2net_zoo/__init__.py`, which registers the models, where `res2net_zoo_cli` has not done so yet."""
+    package = sys.modules["res2net_zoo"]
+    if not hasattr(package, "__version__") and package.__spec__ and package.__spec__.loader:
+        package.__spec__.loader.exec_module(package)
