@@ -159,7 +159,7 @@ def test_two_processes_that_diverge_say_so_once_and_save_nothing_of_it(tmp_path)
     args = [*SHORT, "--no-check", "--lr", "1e30", "--opt", "momentum", "--warmup-epochs", 0, "--save-minutes", 0]
     ended = Running(tmp_path / "model", *args, processes=2).end()
     lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "is no number, in step" in lines[0], ended.stderr
+    assert len(lines) == 1 and "is NaN or infinite, in step" in lines[0], ended.stderr
     if steps_in(tmp_path / "model"):
         assert all(tensor.isfinite().all() for tensor in final(tmp_path / "model")["model"].values())
 
@@ -214,11 +214,11 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_last_good_checkpoint(in
     args = [*SHORT, "--workers", 0, "--opt", "momentum", "--warmup-epochs", 0, "--clip-grad", 1]
     args += ["--sched", "multistep", "--decay-milestones", 1, "--lr", "1e30"]
     line = input_error(in_process(FINETUNE, *args, "--output", folder))
-    assert "is no number, in step 2 of 178; there is no checkpoint yet" in line
+    assert "is NaN or infinite, in step 2 of 178; there is no checkpoint yet" in line
     assert not steps_in(folder)
     # The weights of an epoch's last step are looked at as well, before they are saved.
     line = input_error(in_process(FINETUNE, *args, "--steps-per-epoch", 1, "--output", folder))
-    assert "is no number, in step 1 of 2; there is no checkpoint yet" in line
+    assert "is NaN or infinite, in step 1 of 2; there is no checkpoint yet" in line
     assert not steps_in(folder)
     # A run whose last step but one left weights behind that overflow in the last.
     later = tmp_path / "later"
@@ -230,7 +230,7 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_last_good_checkpoint(in
     state["model"]["fc.weight"].fill_(3e38)
     torch.save(state, last_but_one)
     line = input_error(in_process(FINETUNE, "--resume", "--output", later))
-    assert f"is no number, in step 178 of 178; --resume goes on from the last good checkpoint, {last_but_one}" in line
+    assert f"is NaN or infinite, in step 178 of 178; --resume goes on from the last good checkpoint, {last_but_one}" in line
 
 
 def test_what_a_run_does_not_go_on_with(in_process, tmp_path):

@@ -1,0 +1,358 @@
+"""Training of a classifier: settings, data, model, loop, folder."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, broadcast
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as WEIGHTS
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader
+
+from res2net_zoo.data.images import Samples
+from res2net_zoo.training.checkpoints import Checkpoints, Fits, check_state, is_count, is_number
+from res2net_zoo.training.classification import (
+    Classification,
+    build_model,
+    build_network,
+    workers_of,
+)
+from res2net_zoo.training.data import (
+    TrainingData,
+    check_readable,
+    corrupt_images,
+    open_training_data,
+    steps_of,
+    training_loader,
+)
+from res2net_zoo.training.loop import Loop, Settings, State, checkpoint_fields, resume
+from res2net_zoo.training.report import Mistakes, Report, best_of, hardware
+from res2net_zoo.training.setup import Optimization, scaled_lr, training_samples
+from res2net_zoo.utils.console import warn
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.processes import all_or_none, start_processes
+
+
+def start(args: argparse.Namespace, run: Path) -> Accelerator:
+    """Start the processes, with the trackers that `args` names.
+
+    Args:
+        args: The settings; `mixed_precision` is set to what `accelerate launch` may have chosen.
+        run: Folder of the run's checkpoints and trackers.
+
+    Raises:
+        InputError: A tracker is not installed, or `accelerate config` shards the model.
+    """
+    available = [str(tracker) for tracker in get_available_trackers()]
+    wanted = args.tracker or [name for name in ("tensorboard",) if name in available]
+    wanted = [] if wanted == ["none"] else wanted
+    for name in wanted:
+        if name not in available:
+            known = name in [str(tracker) for tracker in LoggerType]
+            what = "is not installed" if known else "is none that Accelerate knows"
+            raise InputError(f"--tracker {name} {what}; there are: {', '.join([*available, 'none'])}")
+    accelerator = start_processes(
+        args.threads,
+        args.mixed_precision,
+        log_with=wanted or None,
+        project_dir=str(run / "trackers"),
+        dynamo_backend="inductor" if args.compile else None,
+    )
+    if str(accelerator.distributed_type).endswith(("FSDP", "DEEPSPEED", "MEGATRON_LM")):
+        raise InputError(
+            "these models have 76 million parameters at most, which sharding does not help; choose multi-GPU without "
+            "it in `accelerate config`"
+        )
+    args.mixed_precision = accelerator.mixed_precision
+    return accelerator
+
+
+def train(args: argparse.Namespace, run: Path, recipe: dict[str, Any], command: str, accelerator: Accelerator) -> int:
+    """Train a classifier, and write the best one as a model folder.
+
+    Args:
+        args: The settings, by the names of the options of `finetune`.
+        run: Folder of the run's checkpoints and trackers.
+        recipe: The settings that have a value, as recipe.toml has them.
+        command: The command that makes the same run, for the card.
+        accelerator: The processes.
+
+    Returns:
+        0, or 128 + the number of the signal that stopped the training.
+
+    Raises:
+        InputError: A setting, the data, the model or a checkpoint is wrong, or the training diverged.
+    """
+    Optimization.of(vars(args))  # refuses unknown names before the data is read
+    checkpoints = Checkpoints(run / "checkpoints", args.keep)
+    saved = take_run(args, checkpoints, accelerator)
+
+    data = open_data(args, accelerator)
+    network = build_network(args, data.names, accelerator)
+    samples = training_samples(network.model, data.names, augmentation_of(args), args.crop_padding, data.train.read)
+    settings = settings_for(args, data, accelerator)
+    create_optimizer(args, network.model, settings)  # refuses what timm cannot make before all images are read
+    plan = plan_of(args, data, settings, accelerator)
+    if saved is not None:
+        check_checkpoint(saved, checkpoints.paths()[-1], args)
+        check_plan(saved["plan"], plan, args, accelerator)
+    left_out = leave_out_unreadable(args, data, saved, accelerator)
+    settings = settings_for(args, data, accelerator)  # of fewer steps, if images are left out
+    loader = create_loader(args, data, samples, settings, accelerator)
+
+    optimizer, scheduler = create_optimizer(args, network.model, settings)
+    state = State.create(network.model, optimizer, scheduler, accelerator, network.average)
+    if saved is not None:
+        resume(state, saved, checkpoints.paths()[-1], args.output, settings, accelerator)
+        del saved  # a second copy of the weights
+    origin, config = network.origin, network.model.pretrained_cfg
+    report = Report(args.output, run, recipe, data, config, origin, hardware(accelerator), command, state.metrics)
+    objective = Classification(args, data, network, state, loader, plan, left_out, report, accelerator)
+    announce(objective, settings)
+    stopped = Loop(objective, state, settings, checkpoints, accelerator).run()
+    if not stopped:
+        finish(objective)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return stopped
+
+
+def take_run(args: argparse.Namespace, checkpoints: Checkpoints, accelerator: Accelerator) -> dict[str, Any] | None:
+    """Take possession of the run's folders; return its last checkpoint if the run is to be resumed."""
+    is_main = accelerator.is_main_process
+    all_or_none(lambda: checkpoints.take(args.output, args.resume, args.overwrite) if is_main else None)
+    return all_or_none(checkpoints.load) if args.resume else None
+
+
+def open_data(args: argparse.Namespace, accelerator: Accelerator) -> TrainingData:
+    """Open the images to train and to evaluate on."""
+    return open_training_data(
+        args.data,
+        accelerator,
+        args.train_split,
+        args.eval_split,
+        fraction=args.hold_out,
+        seed=args.seed,
+        streaming=args.streaming,
+        label_column=args.label_column,
+        num_classes=args.num_classes,
+    )
+
+
+def settings_for(args: argparse.Namespace, data: TrainingData, accelerator: Accelerator) -> Settings:
+    """Return the loop's settings for the training images that there are."""
+    step_images = args.batch_size * args.accumulate * accelerator.num_processes
+    return Settings(
+        epochs=args.epochs,
+        steps=steps_of(data, step_images, args.steps_per_epoch),
+        step_images=step_images,
+        accumulate=args.accumulate,
+        clip_grad=args.clip_grad,
+        patience=args.patience,
+        save_minutes=args.save_minutes,
+    )
+
+
+def learning_rate(args: argparse.Namespace, settings: Settings) -> float:
+    """Return the highest learning rate, scaled to the images of a step."""
+    return scaled_lr(args.lr, args.opt, settings.step_images, args.lr_base_size)
+
+
+def create_optimizer(args: argparse.Namespace, model: nn.Module, settings: Settings) -> tuple[Any, Any]:
+    """Return optimizer and schedule, as `Optimization.create` does."""
+    optimization = Optimization.of({**vars(args), "lr": learning_rate(args, settings)})
+    return optimization.create(model, settings.steps)
+
+
+def augmentation_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the augmentation, as timm's `create_transform` takes it."""
+    names = ("scale", "ratio", "hflip", "vflip", "color_jitter", "auto_augment")
+    return {**{name: getattr(args, name) for name in names}, "re_prob": args.reprob}
+
+
+def create_loader(
+    args: argparse.Namespace, data: TrainingData, samples: Samples, settings: Settings, accelerator: Accelerator
+) -> DataLoader:
+    """Return the loader of this process's training batches."""
+    return training_loader(
+        data,
+        samples,
+        accelerator,
+        args.batch_size,
+        workers_of(args, accelerator),
+        args.seed,
+        batches=settings.steps * args.accumulate,
+        balance=args.balance == "sampling",
+        repeats=args.repeats,
+        buffer=args.shuffle_buffer,
+    )
+
+
+def plan_of(
+    args: argparse.Namespace, data: TrainingData, settings: Settings, accelerator: Accelerator
+) -> dict[str, Any]:
+    """Return what a run that is resumed must have in common with this one."""
+    plan = {
+        "model": args.model,
+        "classes": data.names,
+        "images": data.train.num_rows,
+        "images a step": settings.step_images,
+        "precision": accelerator.mixed_precision,
+    }
+    if args.streaming:  # which image comes when depends on these
+        workers = workers_of(args, accelerator)
+        plan |= {"processes": accelerator.num_processes, "workers": workers, "batch": args.batch_size}
+    return plan
+
+
+def leave_out_unreadable(
+    args: argparse.Namespace, data: TrainingData, saved: Mapping[str, Any] | None, accelerator: Accelerator
+) -> list[int]:
+    """Leave out training images that cannot be decoded: those of the checkpoint, or those found now.
+
+    Returns:
+        Their indices.
+
+    Raises:
+        InputError: Some cannot be decoded and are not to be skipped, or too few are left.
+    """
+    checked = args.check and not args.streaming
+    left_out: list[int] = []
+    if saved is not None:
+        left_out = saved["left_out"]
+        data.unreadable = sorted(saved.get("unreadable", []))  # found during training
+    elif checked:
+        left_out = corrupt_images(data, accelerator, workers_of(args, accelerator), args.skip_corrupt)
+    if args.skip_corrupt and not checked and not args.streaming:
+        check_readable(data.valid)
+    if left_out:
+        data.leave_out(left_out)
+    return left_out
+
+
+def check_checkpoint(saved: Any, path: Path, args: argparse.Namespace) -> None:
+    """Check that a checkpoint, which may be any file, holds what this run needs to go on.
+
+    Raises:
+        InputError: It does not.
+    """
+
+    def is_plan(value: Any) -> bool:
+        return (
+            isinstance(value, dict)
+            and all(isinstance(value.get(key), str) for key in ("model", "precision"))
+            and isinstance(value.get("classes"), list)
+            and all(isinstance(name, str) for name in value["classes"])
+            and (value.get("images", "") is None or is_count(value.get("images")))
+            and is_count(value.get("images a step"))
+        )
+
+    def are_indices(value: Any) -> bool:
+        return isinstance(value, list) and all(map(is_count, value))
+
+    kinds = ("", "ema_") if args.ema else ("",)
+    figures: dict[str, Fits] = {f"{kind}{top}": lambda x: is_number(x, 0) for kind in kinds for top in ("top1", "top5")}
+    figures |= {"step": is_count, "lr": is_number, "train_loss": is_number, "peak_memory_mb": is_count}
+    figures["images_per_second"] = lambda x: x is None or is_number(x, 0)
+    fields = checkpoint_fields(figures, bool(args.ema))
+    are_rows = fields["metrics"]
+    fields |= {
+        "plan": is_plan,
+        "left_out": are_indices,
+        "metrics": lambda x: are_rows(x) and all(len(row) == len(figures) + 1 for row in x),
+    }
+    if isinstance(saved, dict) and "unreadable" in saved:  # missing from checkpoints of earlier versions
+        fields["unreadable"] = are_indices
+    check_state(saved, path, fields)
+
+
+def check_plan(
+    before: Mapping[str, Any], now: Mapping[str, Any], args: argparse.Namespace, accelerator: Accelerator
+) -> None:
+    """Check that a run can be resumed with the plan of now.
+
+    Raises:
+        InputError: It cannot.
+    """
+
+    def differ(what: str, then: object, found: object, hint: str = "") -> InputError:
+        return InputError(f"the run in {args.output} was started with {what} {then}, and has now {found}{hint}")
+
+    if before["model"] != now["model"]:
+        raise differ("the model", before["model"], now["model"])
+    if len(before["classes"]) != len(now["classes"]):
+        raise differ("a number of classes of", len(before["classes"]), len(now["classes"]))
+    if before["classes"] != now["classes"]:
+        changed = next(pair for pair in zip(before["classes"], now["classes"], strict=True) if pair[0] != pair[1])
+        raise differ("the class", *changed)
+    if before["precision"] != now["precision"]:
+        raise differ("the precision", before["precision"], now["precision"])
+    if before["images"] != now["images"]:
+        raise differ("a number of images of", before["images"], now["images"])
+    if (then := before["images a step"]) != now["images a step"]:
+        size = then / accelerator.num_processes / args.accumulate
+        raise differ("images a step:", then, now["images a step"], f"; --batch-size {size:g} makes them as many")
+    if before != now and accelerator.is_main_process:
+        warn(
+            "with other processes, workers or batches than before, the rest of this epoch's stream comes in another "
+            "order: some images come twice, others not at all"
+        )
+
+
+def announce(objective: Classification, settings: Settings) -> None:
+    """Start trackers, and write and print the settings, before the first step."""
+    args, data, state = objective.args, objective.data, objective.state
+    report, accelerator = objective.report, objective.accelerator
+    if accelerator.log_with:
+        plain = {key: value for key, value in report.settings.items() if isinstance(value, int | float | str)}
+        accelerator.init_trackers(args.output.absolute().name, config=plain)
+    if not accelerator.is_main_process:
+        return
+    report.start()
+    parameters = sum(p.numel() for p in state.model.parameters())
+    trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
+    start_from = "pretrained" if args.pretrained else "random weights"
+    held_out = f", {args.hold_out:g} of each class held out" * ("/held-out-" in data.valid.split)
+    print(
+        f"model: {args.model}, {start_from}, {parameters:,} parameters, {trained:,} of them trained",
+        f"data: {args.data}, {len(data.names)} classes, {data.num_images or 'some'} images of {data.train.split}; "
+        f"evaluated on {data.valid.num_rows or 'some'} of {data.valid.split}{held_out}",
+        f"run: recipe {args.recipe or 'as before'}, {args.epochs} epochs of {settings.steps} steps of "
+        f"{settings.step_images} images, {args.opt}, learning rate {learning_rate(args, settings):g}, {args.sched}; "
+        f"{report.hardware}, {accelerator.mixed_precision.replace('no', 'float32')}",
+        *([f"goes on after step {state.done} of {settings.total}"] if state.done else []),
+        sep="\n",
+        flush=True,
+    )
+
+
+def finish(objective: Classification) -> None:
+    """Evaluate the best model once more, as others will load it, in float32; write its pictures and its card."""
+    args, report, accelerator = objective.args, objective.report, objective.accelerator
+    best = build_model(args, objective.data.names, pretrained=False)
+    best = best.to(accelerator.device, memory_format=torch.channels_last)
+    load_everywhere(best, args.output, accelerator)
+    mistakes = Mistakes(len(objective.data.names))
+    counts = objective.measure(best, desc="look at it", observe=mistakes, full_precision=True)
+    mistakes.gather(accelerator)
+    if accelerator.is_main_process:
+        report.finish(mistakes, objective.state.rates, counts)
+        _, epoch, kind = best_of(report.metrics)
+        print(
+            f"best in epoch {epoch}{', by EMA' if kind else ''}: top-1 {counts.percent(counts.top1):.3f}; "
+            f"the model is in {args.output}"
+        )
+        print(f"measure it again: {report.check}")
+
+
+def load_everywhere(model: nn.Module, folder: Path, accelerator: Accelerator) -> None:
+    """Load the weights of a model folder in all processes; only the main one need be able to read the folder."""
+    if accelerator.is_main_process:
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    for tensor in model.state_dict().values():
+        broadcast(tensor)
