@@ -16,8 +16,6 @@ failure into 1.
 
 import argparse
 import sys
-from pathlib import Path
-from typing import Any
 
 from arguments import (
     RECIPES,
@@ -96,98 +94,15 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
+    from res2net_zoo.tasks import training
     from res2net_zoo.utils.files import locked_by_main
     from res2net_zoo.utils.processes import start_processes
 
     accelerator = start_processes(args.threads, args.mixed_precision)
-    with locked_by_main(args.output, accelerator):
-        return train_task(args, accelerator)
-
-
-def train_task(args: argparse.Namespace, accelerator: Any) -> int:
-    """Train a model and write it; return the exit code."""
-    from accelerate.utils import set_seed
-
-    from res2net_zoo.tasks import task_class
-    from res2net_zoo.tasks.engine import Plan, train
-    from res2net_zoo.training.checkpoints import Checkpoints
-    from res2net_zoo.training.setup import Optimization
-    from res2net_zoo.utils.console import printable, warn
-    from res2net_zoo.utils.errors import InputError
-    from res2net_zoo.utils.processes import all_or_none, default_workers
-    from res2net_zoo.weights import provenance
-
-    optimization = Optimization.of(vars(args))  # refuses unknown names before the data is read
-    task = task_class(args.task)
-    task.check_installed()
-
     args.mixed_precision = accelerator.mixed_precision  # which `accelerate launch` may have decided
-    checkpoints = Checkpoints(run_folder(args.output) / "checkpoints", args.keep)
-    all_or_none(
-        lambda: checkpoints.take(args.output, args.resume, args.overwrite) if accelerator.is_main_process else None
-    )
-    head = args.head or task.heads[0]
-    data = all_or_none(lambda: task.open(args.data, args.train_split, head))
-    valid = all_or_none(lambda: task.open(args.data, args.eval_split, head, data.classes))
-    options = all_or_none(lambda: task.options(data, args.flip_pairs))
-    set_seed(args.seed)  # the same random weights in all processes
-    model = all_or_none(
-        lambda: task(
-            args.model,
-            data.classes,
-            head=head,
-            img_size=args.img_size,
-            output_stride=args.output_stride,
-            head_kwargs=dict(args.head_kwargs),
-            pretrained=args.pretrained,
-            **options,
-        )
-    )
-    if args.scales is not None:
-        if model.scales is None:
-            raise InputError(f"{task.task} does not scale its images at random; leave --scales out")
-        low, high = sorted(args.scales)
-        model.scales = (low, high)
-    model.freeze(args.freeze, args.freeze_bn)
-    if args.freeze_bn and not args.pretrained and accelerator.is_main_process:
-        warn("--freeze-bn fixes what --pretrained would load; random weights hardly learn so")
-    before = model.origin
-    start = provenance.shown(args.model) if args.pretrained else None
-    model.origin = all_or_none(lambda: before.after_training(start, args.license))
-    if accelerator.is_main_process:
-        provenance.warn_of_other_license(before, model.origin)
-    facts = {
-        "data": Path(args.data).resolve().name,
-        "split": args.eval_split,
-        data.samples: f"{len(data)} of {args.train_split}, {len(valid)} of {args.eval_split}",
-        "start": start or "random weights",
-        "license": model.origin.license,
-        "recipe": args.recipe,
-        "command": command_of("train_task.py", args, accelerator.num_processes, accelerator.device.type),
-        **model.about(),
-        **valid.remarks(),
-    }
-    plan = Plan(
-        output=args.output,
-        checkpoints=checkpoints,
-        batch_size=args.batch_size,
-        optimization=optimization,
-        clip_grad=args.clip_grad,
-        seed=args.seed,
-        workers=default_workers(accelerator.device) if args.workers is None else args.workers,
-        save_minutes=args.save_minutes,
-        settings=settings_of(args),
-        facts=facts,
-    )
-    shown = ", ".join(map(printable, data.classes[:5])) + ", ..." * (len(data.classes) > 5)
-    accelerator.print(
-        f"task: {task.task}, {head} on {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters",
-        f"data: {args.data}, {data.samples} {facts[data.samples]}; {shown}",
-        *(f"{name}: {printable(value)}" for name, value in {**model.about(), **valid.remarks()}.items()),
-        sep="\n",
-        flush=True,
-    )
-    return train(model, data, valid, accelerator, plan)
+    command = command_of("train_task.py", args, accelerator.num_processes, accelerator.device.type)
+    with locked_by_main(args.output, accelerator):
+        return training.train(args, run_folder(args.output), settings_of(args), command, accelerator)
 
 
 if __name__ == "__main__":

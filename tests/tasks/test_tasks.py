@@ -25,8 +25,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from res2net_zoo import catalog, tasks
-from res2net_zoo.tasks.engine import Plan, make_card
 from res2net_zoo.tasks.segmentation import IGNORED, MeanIoU, Segmentation, voc_colour
+from res2net_zoo.tasks.training import make_card
 from res2net_zoo.training.checkpoints import Checkpoints
 from res2net_zoo.training.setup import Optimization, highest_rate
 from res2net_zoo.utils.errors import InputError
@@ -74,8 +74,8 @@ def test_what_comes_out(trained, voc, in_process, tmp_path):
 
 def test_a_card_calls_a_res2net_what_is_one(tmp_path):
     model = Segmentation("resnet18", CLASSES, "unet", 64)
-    plan = Plan(tmp_path, Checkpoints(tmp_path), Optimization(1), facts={"data": "voc", "split": "val"})
-    card = make_card(model, [{"epoch": 1, "lr": 0.1, "loss": 1.0, "mIoU": 50.0}], Accelerator(cpu=True), plan)
+    row = {"epoch": 1, "lr": 0.1, "loss": 1.0, "mIoU": 50.0}
+    card = make_card(model, row, Accelerator(cpu=True), tmp_path, {"data": "voc", "split": "val"})
     assert "by unet on resnet18." in card.text and "res2net" not in card.data.tags
 
 
@@ -166,6 +166,11 @@ def test_no_second_run_and_no_checkpoint_of_other_content(trained, voc, in_proce
         torch.save(changed, last)
         line = input_error(in_process(TRAIN, "--resume", "--epochs", 3, "--output", folder))
         assert str(last) in line and words in line, line
+    # One as earlier versions wrote it.
+    earlier = {key: value for key, value in state.items() if key not in ("losses", "rates", "ema")}
+    torch.save({**earlier, "sums": state["losses"]}, last)
+    done = in_process(TRAIN, "--resume", "--epochs", 3, "--output", folder)
+    assert done.returncode == 0 and "goes on after step 4 of 6" in done.stdout, done.stderr
 
 
 def test_an_image_to_measure_on_that_cannot_be_read_is_found_before_training(voc, in_process, tmp_path):

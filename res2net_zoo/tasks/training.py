@@ -1,0 +1,378 @@
+"""Training of any task's model: settings, data, model, loop, folder."""
+
+import argparse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from res2net_zoo.tasks import task_class
+from res2net_zoo.tasks.base import NO_IMAGE, Annotated, TaskModel
+from res2net_zoo.tasks.engine import Prepared, evaluate, to_device
+from res2net_zoo.training.checkpoints import Checkpoints, check_state, is_number
+from res2net_zoo.training.data import seed_of
+from res2net_zoo.training.loop import Epoch, Loop, Objective, Settings, State, checkpoint_fields, resume
+from res2net_zoo.training.report import hardware, plainly, start_run, write_metrics, write_recipe
+from res2net_zoo.training.setup import Optimization
+from res2net_zoo.utils import processes
+from res2net_zoo.utils.console import printable, warn
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.markdown import markdown_table
+from res2net_zoo.utils.processes import all_or_none
+from res2net_zoo.weights import provenance
+
+
+def train(args: argparse.Namespace, run: Path, recipe: dict[str, Any], command: str, accelerator: Accelerator) -> int:
+    """Train a task's model, and write the best by its task's figure as a folder.
+
+    Args:
+        args: The settings, by the names of the options of `train-task`.
+        run: Folder of the run's checkpoints.
+        recipe: The settings that have a value, as recipe.toml has them.
+        command: The command that makes the same run, for the card.
+        accelerator: The processes.
+
+    Returns:
+        0, or 128 + the number of the signal that stopped the training.
+
+    Raises:
+        InputError: A setting, the data, the model or a checkpoint is wrong, or the training diverged.
+    """
+    optimization = Optimization.of(vars(args))  # refuses unknown names before the data is read
+    task = task_class(args.task)
+    task.check_installed()
+    checkpoints = Checkpoints(run / "checkpoints", args.keep)
+    is_main = accelerator.is_main_process
+    all_or_none(lambda: checkpoints.take(args.output, args.resume, args.overwrite) if is_main else None)
+
+    head = args.head or task.heads[0]
+    data = all_or_none(lambda: task.open(args.data, args.train_split, head))
+    valid = all_or_none(lambda: task.open(args.data, args.eval_split, head, data.classes))
+    model = build_model(args, task, head, data, accelerator)
+    remarks = {**model.about(), **valid.remarks()}
+    facts = {**facts_of(args, model, data, valid, command), **remarks}
+    announce(args, model, data, facts, remarks, accelerator)
+    settings = settings_for(args, data, accelerator)
+    check_readable(valid)
+
+    model = model.to(accelerator.device).to(memory_format=torch.channels_last)
+    optimizer, scheduler = optimization.create(model, settings.steps)
+    state = State.create(model, optimizer, scheduler, accelerator)
+    plan = plan_of(model, data, settings, accelerator)
+    if args.resume:
+        resume_if_saved(args, state, plan, checkpoints, settings, accelerator)
+    if is_main:
+        with plainly(args.output):
+            start_run(run, recipe)
+    objective = Task(args, data, valid, state, plan, recipe, facts, accelerator)
+    stopped = Loop(objective, state, settings, checkpoints, accelerator).run()
+    if not stopped and is_main:
+        best = objective.best_epoch()
+        value = state.metrics[best - 1][model.best]
+        print(f"best in epoch {best}: {model.best} {value:.3f}; the model is in {args.output}")
+    accelerator.wait_for_everyone()
+    return stopped
+
+
+class Task(Objective):
+    """Training a task's model.
+
+    Args:
+        args: The settings.
+        data: What to train on.
+        valid: What to evaluate on.
+        state: Where training is.
+        plan: What a resumed run must have in common with this one.
+        recipe: The settings that have a value, as recipe.toml has them.
+        facts: What the card states beside the model's settings.
+        accelerator: The processes.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        data: Annotated,
+        valid: Annotated,
+        state: State,
+        plan: dict[str, Any],
+        recipe: dict[str, Any],
+        facts: dict[str, Any],
+        accelerator: Accelerator,
+    ) -> None:
+        self.args, self.data, self.valid, self.state = args, data, valid, state
+        self.plan, self.recipe, self.facts, self.accelerator = plan, recipe, facts, accelerator
+        self.model: TaskModel = state.model
+        self.figure = self.model.best
+        self.workers = processes.default_workers(accelerator.device) if args.workers is None else args.workers
+
+    def train_mode(self) -> None:
+        """Put the model in training mode, except for its frozen layers."""
+        self.state.wrapped.train()
+
+    def batches(self, epoch: int, first: int) -> Iterator[tuple[list[int], Any, Any]]:
+        """Yield numbers of images, images and targets."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        numbers = batches_of(len(self.data), self.args.batch_size, self.args.seed, epoch, rank, world)
+        prepared = Prepared(self.data, self.model, train=True, seed=self.args.seed, epoch=epoch)
+        return prepared.batches(numbers[first:], self.workers)
+
+    def loss(self, batch: tuple[list[int], Any, Any], step: int, part: int) -> torch.Tensor:
+        """Return the sum of the task's losses."""
+        _, images, targets = batch
+        device = self.accelerator.device
+        set_seed(seed_of(self.args.seed, 3, step, self.accelerator.process_index))  # a step has a single batch
+        with self.accelerator.autocast():
+            try:
+                losses = self.state.wrapped(to_device(images, device), to_device(targets, device))
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):  # raised by BatchNorm
+                    raise
+                raise InputError(
+                    f"{self.model.settings['head']} takes no batch of {self.args.batch_size} of this size: {error}; "
+                    "raise --batch-size or --img-size"
+                ) from error
+        loss: Any = sum(losses.values())
+        return loss
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Return the plan."""
+        return {"plan": self.plan}
+
+    def evaluate(self, epoch: Epoch) -> dict[str, Any]:
+        """Measure the model on the images to evaluate on."""
+        figures = evaluate(self.model, self.valid, self.accelerator, self.args.batch_size, self.workers)
+        return {"epoch": epoch.number, "lr": epoch.lr, "loss": float(f"{epoch.loss:.5g}"), **figures}
+
+    def best_epoch(self) -> int:
+        """Return the number of the epoch with the best figure, the first of several."""
+        return max(self.state.metrics, key=lambda row: row[self.figure])["epoch"]
+
+    def describe(self, row: Mapping[str, Any]) -> str:
+        """Return learning rate, loss and figures of an epoch as text."""
+        return ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
+
+    def write(self) -> None:
+        """Write all metrics and, if the last epoch is the best, the model."""
+        metrics, output = self.state.metrics, self.args.output
+        with plainly(output):
+            if self.best_epoch() == len(metrics):
+                self.model.save(output, make_card(self.model, metrics[-1], self.accelerator, output, self.facts))
+                write_recipe(output, self.recipe)
+            write_metrics(output, metrics)
+
+
+def build_model(
+    args: argparse.Namespace, task: type[TaskModel], head: str, data: Annotated, accelerator: Accelerator
+) -> TaskModel:
+    """Build the model that is to be trained, with the same weights in every process.
+
+    Raises:
+        InputError: It cannot be built or trained with these settings.
+    """
+    options = all_or_none(lambda: task.options(data, args.flip_pairs))
+    set_seed(args.seed)
+    model = all_or_none(
+        lambda: task(
+            args.model,
+            data.classes,
+            head=head,
+            img_size=args.img_size,
+            output_stride=args.output_stride,
+            head_kwargs=dict(args.head_kwargs),
+            pretrained=args.pretrained,
+            **options,
+        )
+    )
+    if args.scales is not None:
+        if model.scales is None:
+            raise InputError(f"{task.task} does not scale its images at random; leave --scales out")
+        low, high = sorted(args.scales)
+        model.scales = (low, high)
+    model.freeze(args.freeze, args.freeze_bn)
+    if args.freeze_bn and not args.pretrained and accelerator.is_main_process:
+        warn("--freeze-bn fixes what --pretrained would load; random weights hardly learn so")
+    before = model.origin
+    model.origin = all_or_none(lambda: before.after_training(start_of(args), args.license))
+    if accelerator.is_main_process:
+        provenance.warn_of_other_license(before, model.origin)
+    return model
+
+
+def start_of(args: argparse.Namespace) -> str | None:
+    """Return the name of the pretrained weights that training starts from; None for random weights."""
+    return provenance.shown(args.model) if args.pretrained else None
+
+
+def facts_of(
+    args: argparse.Namespace, model: TaskModel, data: Annotated, valid: Annotated, command: str
+) -> dict[str, Any]:
+    """Return what the card states of a training."""
+    return {
+        "data": Path(args.data).resolve().name,
+        "split": args.eval_split,
+        data.samples: f"{len(data)} of {args.train_split}, {len(valid)} of {args.eval_split}",
+        "start": start_of(args) or "random weights",
+        "license": model.origin.license,
+        "recipe": args.recipe,
+        "command": command,
+    }
+
+
+def announce(
+    args: argparse.Namespace,
+    model: TaskModel,
+    data: Annotated,
+    facts: Mapping[str, Any],
+    remarks: Mapping[str, str],
+    accelerator: Accelerator,
+) -> None:
+    """Print model and data."""
+    classes = ", ".join(map(printable, data.classes[:5])) + ", ..." * (len(data.classes) > 5)
+    parameters = sum(p.numel() for p in model.parameters())
+    accelerator.print(
+        f"task: {model.task}, {model.settings['head']} on {args.model}, {parameters:,} parameters",
+        f"data: {args.data}, {data.samples} {facts[data.samples]}; {classes}",
+        *(f"{name}: {printable(remark)}" for name, remark in remarks.items()),
+        sep="\n",
+        flush=True,
+    )
+
+
+def settings_for(args: argparse.Namespace, data: Annotated, accelerator: Accelerator) -> Settings:
+    """Return the loop's settings.
+
+    Raises:
+        InputError: There are fewer images than a step takes.
+    """
+    step_images = args.batch_size * accelerator.num_processes
+    if len(data) < step_images:
+        raise InputError(
+            f"there are {len(data)} {data.samples} to train on, and a step takes {step_images}; lower --batch-size"
+        )
+    return Settings(
+        epochs=args.epochs,
+        steps=len(data) // step_images,
+        step_images=step_images,
+        clip_grad=args.clip_grad,
+        save_minutes=args.save_minutes,
+    )
+
+
+def batches_of(images: int, batch_size: int, seed: int, epoch: int, rank: int, world: int) -> list[list[int]]:
+    """Return a process's batches of an epoch: its part of each step's images.
+
+    A step has the same images on any number of processes, if their batches have as many images together.
+    """
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(seed_of(seed, 2, epoch))).tolist()
+    whole = batch_size * world
+    return [order[i : i + batch_size] for i in range(rank * batch_size, images - images % whole, whole)]
+
+
+def check_readable(data: Annotated) -> None:
+    """Check before training that there are images to evaluate on, and that the first one can be decoded.
+
+    Raises:
+        InputError: There are none, or it cannot.
+    """
+    if not len(data):
+        raise InputError(f"there are no {data.samples} to measure the model on; name another --eval-split")
+    try:
+        data[0]
+    except NO_IMAGE as error:
+        raise InputError(f"cannot decode {data.path(0)}, which the model is measured on: {error}") from error
+
+
+def plan_of(model: TaskModel, data: Annotated, settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
+    """Return what a run that is resumed must have in common with this one."""
+    return {
+        "settings": model.settings,
+        "task": model.task,
+        "images": len(data),
+        "images a step": settings.step_images,
+        "precision": accelerator.mixed_precision,
+    }
+
+
+def resume_if_saved(
+    args: argparse.Namespace,
+    state: State,
+    plan: Mapping[str, Any],
+    checkpoints: Checkpoints,
+    settings: Settings,
+    accelerator: Accelerator,
+) -> None:
+    """Bring the state to that of the last checkpoint, if there is one.
+
+    Raises:
+        InputError: It is not a checkpoint of this run.
+    """
+    saved = all_or_none(checkpoints.load)
+    if saved is None:
+        return
+    path = checkpoints.paths()[-1]
+    if isinstance(saved, dict) and "sums" in saved:  # as earlier versions called it
+        saved |= {"losses": saved.pop("sums"), "rates": [], "ema": None}
+    figures = {"lr": is_number, "loss": is_number, state.model.best: lambda x: isinstance(x, float)}
+    fields = checkpoint_fields(figures, average=False)
+    fields["plan"] = lambda x: isinstance(x, dict) and plan.keys() <= x.keys()
+    check_state(saved, path, fields)
+    for key, value in plan.items():
+        if saved["plan"][key] != value:
+            raise InputError(
+                f"the run in {args.output} was started with {key} {saved['plan'][key]}, and has now {value}; "
+                "go on with the same, or --overwrite it"
+            )
+    resume(state, saved, path, args.output, settings, accelerator)
+    accelerator.print(f"goes on after step {state.done} of {settings.total}", flush=True)
+
+
+def make_card(
+    model: TaskModel, row: Mapping[str, Any], accelerator: Accelerator, output: Path, facts: Mapping[str, Any]
+) -> ModelCard:
+    """Return the card of a model.
+
+    Args:
+        model: The model.
+        row: Its epoch's metrics.
+        accelerator: The processes.
+        output: The model's folder, whose name is that of the model.
+        facts: What else the card states: at least `data` and `split`, which the figures are of.
+    """
+    figures = {name: value for name, value in row.items() if name not in ("epoch", "lr", "loss")}
+    res2net = "res2n" in model.settings["model"]  # the name of each of them has it, Res2NeXt's too
+    paper = ", a Res2Net (Gao et al., TPAMI 2021, arXiv 1904.01169)" * res2net
+    shown: dict[str, Any] = {"task": model.task}
+    shown |= {key: value for key, value in model.settings.items() if key not in ("classes", "flip_pairs")}
+    shown |= {"classes": len(model.settings["classes"]), **facts, "hardware": hardware(accelerator)}
+    rows = [(name.replace("_", " "), value) for name, value in shown.items() if value not in (None, {})]
+    text = "\n\n".join(
+        [
+            f"# {output.name}",
+            f"{model.task.capitalize()} by {model.settings['head']} on {model.settings['model']}{paper}.",
+            markdown_table(("figure", "value"), [(name, f"{value:.3f}") for name, value in figures.items()]),
+            markdown_table(("setting", "value"), rows),
+            '```python\nfrom res2net_zoo import tasks\n\nmodel = tasks.load("hf-hub:ORG/NAME")  # or this folder\n```',
+        ]
+    )
+    metadata = ModelCardData(
+        model_name=output.name,
+        library_name="res2net-zoo",
+        pipeline_tag=model.hub_task,
+        tags=[*(["res2net"] if res2net else []), model.settings["head"], model.task],
+        eval_results=results_of(model, figures, facts["data"], facts["split"]),
+        license=model.origin.license,
+        base_model=model.origin.base_model,
+    )
+    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}\n")
+
+
+def results_of(model: TaskModel, figures: Mapping[str, float], data: str, split: str) -> list[EvalResult]:
+    """Return the figures as the metadata of a card has them."""
+    return [
+        EvalResult(model.hub_task, data, data, name, round(value, 4), dataset_split=split)
+        for name, value in figures.items()
+    ]
