@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import send_to_device, set_seed
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -68,15 +68,6 @@ class Prepared(Dataset):
             yield numbers, images, targets
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """Move the tensors in lists and dictionaries."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, list):
-        return [to_device(item, device) for item in value]
-    return {key: to_device(item, device) for key, item in value.items()} if isinstance(value, dict) else value
-
-
 @torch.inference_mode()
 def evaluate(
     model: TaskModel,
@@ -107,7 +98,7 @@ def evaluate(
     with progress_bar(accelerator, total=len(mine), desc="evaluate", unit="image") as bar:
         for numbers, images, targets in Prepared(data, model, train=False).batches(batches, workers):
             with accelerator.autocast():
-                predictions = model(to_device(images, accelerator.device))
+                predictions = model(send_to_device(images, accelerator.device, non_blocking=True))
             for i, target, prediction in zip(numbers, targets, predictions, strict=True):
                 score.update(i, target, prediction)
             bar.update(len(numbers))
@@ -178,7 +169,7 @@ def pictures(
             for target in [{}] if boxes is None else [{"box": box} for box in boxes(image)]:
                 images, _ = model.collate([model.transform(image, target, False)])
                 with torch.inference_mode(), accelerator.autocast():
-                    (prediction,) = model(to_device(images, accelerator.device))
+                    (prediction,) = model(send_to_device(images, accelerator.device))
                 drawn = model.draw(drawn, prediction)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import send_to_device, set_seed
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from res2net_zoo.tasks import task_class
 from res2net_zoo.tasks.base import NO_IMAGE, Annotated, TaskModel
-from res2net_zoo.tasks.engine import Prepared, evaluate, to_device
+from res2net_zoo.tasks.engine import Prepared, evaluate
 from res2net_zoo.training.checkpoints import Checkpoints, check_state, is_number
 from res2net_zoo.training.data import seed_of
 from res2net_zoo.training.loop import Epoch, Loop, Objective, Settings, State, checkpoint_fields, resume
@@ -127,7 +127,7 @@ class Task(Objective):
         set_seed(seed_of(self.args.seed, 3, step, self.accelerator.process_index))  # a step has a single batch
         with self.accelerator.autocast():
             try:
-                losses = self.state.wrapped(to_device(images, device), to_device(targets, device))
+                losses = self.state.wrapped(*send_to_device((images, targets), device, non_blocking=True))
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):  # raised by BatchNorm
                     raise
