@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 
-from res2net_zoo.training.setup import freeze
+from res2net_zoo.training.optimization import freeze
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import finish_replacing
 from res2net_zoo.weights import model_config

@@ -21,8 +21,8 @@ from res2net_zoo.data.labels import match_classes
 from res2net_zoo.evaluation import Counts
 from res2net_zoo.training.data import TrainingData, batches, seed_of
 from res2net_zoo.training.loop import Epoch, Objective, State
+from res2net_zoo.training.optimization import Criterion, Normalize, balanced, create_mixup, freeze, try_out
 from res2net_zoo.training.report import Report, best_of
-from res2net_zoo.training.setup import Criterion, Normalize, balanced, create_mixup, freeze, try_out
 from res2net_zoo.utils import processes
 from res2net_zoo.utils.console import warn
 from res2net_zoo.utils.errors import InputError

@@ -31,8 +31,8 @@ from res2net_zoo.training.data import (
     training_loader,
 )
 from res2net_zoo.training.loop import Loop, Settings, State, checkpoint_fields, resume
+from res2net_zoo.training.optimization import Optimization, scaled_lr, training_samples
 from res2net_zoo.training.report import Mistakes, Report, best_of, hardware
-from res2net_zoo.training.setup import Optimization, scaled_lr, training_samples
 from res2net_zoo.utils.console import warn
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.processes import all_or_none, start_processes

@@ -38,7 +38,7 @@ from res2net_zoo.training.checkpoints import (
     restore_optimizer,
     restoring,
 )
-from res2net_zoo.training.setup import highest_rate
+from res2net_zoo.training.optimization import highest_rate
 from res2net_zoo.utils.console import progress_bar
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.shutdown import Stop

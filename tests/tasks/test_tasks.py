@@ -28,7 +28,7 @@ from res2net_zoo import catalog, tasks
 from res2net_zoo.tasks.segmentation import IGNORED, MeanIoU, Segmentation, voc_colour
 from res2net_zoo.tasks.training import make_card
 from res2net_zoo.training.checkpoints import Checkpoints
-from res2net_zoo.training.setup import Optimization, highest_rate
+from res2net_zoo.training.optimization import Optimization, highest_rate
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import locked
 from tests.conftest import input_error

@@ -230,7 +230,10 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_last_good_checkpoint(in
     state["model"]["fc.weight"].fill_(3e38)
     torch.save(state, last_but_one)
     line = input_error(in_process(FINETUNE, "--resume", "--output", later))
-    assert f"is NaN or infinite, in step 178 of 178; --resume goes on from the last good checkpoint, {last_but_one}" in line
+    assert (
+        f"is NaN or infinite, in step 178 of 178; --resume goes on from the last good checkpoint, {last_but_one}"
+        in line
+    )
 
 
 def test_what_a_run_does_not_go_on_with(in_process, tmp_path):
