@@ -1,6 +1,7 @@
 """A classifier in training: the model, its teacher, and what a step and an evaluation are."""
 
 import argparse
+import copy
 import resource
 import sys
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
+from timm.data import resolve_model_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.task import ClassificationTask, LogitDistillationTask
 from timm.utils import ModelEmaV3
@@ -19,9 +21,11 @@ from torch.utils.data import DataLoader
 from res2net_zoo import evaluation
 from res2net_zoo.data.labels import match_classes
 from res2net_zoo.evaluation import Counts
+from res2net_zoo.training.augmentation import Normalize, create_mixup
 from res2net_zoo.training.data import TrainingData, batches, seed_of
 from res2net_zoo.training.loop import Epoch, Objective, State
-from res2net_zoo.training.optimization import Criterion, Normalize, balanced, create_mixup, freeze, try_out
+from res2net_zoo.training.loss import Criterion, balanced
+from res2net_zoo.training.optimization import freeze
 from res2net_zoo.training.report import Report, best_of
 from res2net_zoo.utils import processes
 from res2net_zoo.utils.console import warn
@@ -60,7 +64,7 @@ def build_network(args: argparse.Namespace, names: list[str], accelerator: Accel
     set_seed(args.seed, deterministic=args.deterministic)
     model = all_or_none(lambda: build_model(args, names, args.pretrained))
     origin = all_or_none(lambda: origin_of(args, model, accelerator.is_main_process))
-    all_or_none(lambda: try_out(model, args.batch_size))
+    all_or_none(lambda: check_batch_size(model, args.batch_size))
     if args.sync_bn:
         model = synchronize_batch_norm(model, accelerator)
     frozen = freeze(model, args.freeze, args.freeze_bn)
@@ -83,6 +87,27 @@ def build_model(args: argparse.Namespace, names: list[str], pretrained: bool) ->
     if args.grad_checkpointing:
         model.set_grad_checkpointing(True)
     return model
+
+
+def check_batch_size(model: nn.Module, batch_size: int) -> None:
+    """Check that a model can be trained with batches of a size, by their shapes on the meta device.
+
+    Args:
+        model: The model; its config gives the images' size.
+        batch_size: Images a batch.
+
+    Raises:
+        InputError: It cannot.
+    """
+    size = resolve_model_data_config(model)["input_size"]
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).to("meta").train()(torch.empty(batch_size, *size, device="meta"))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        shape = " x ".join(map(str, size))
+        raise InputError(
+            f"this model cannot be trained with batches of {batch_size} images of {shape}: {error}"
+        ) from error
 
 
 def origin_of(args: argparse.Namespace, model: Any, is_main: bool) -> Provenance:

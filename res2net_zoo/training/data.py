@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from res2net_zoo.data.images import ForeignPathError, Sample, Samples, check_mode, open_image
 from res2net_zoo.data.sources import Source, held_out_of, hold_out, labels_of, open_source
 from res2net_zoo.evaluation import collate
-from res2net_zoo.training.optimization import balanced
+from res2net_zoo.training.loss import balanced
 from res2net_zoo.utils.console import progress_bar, warn
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.processes import all_or_none, main_first

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from res2net_zoo.data.images import Samples
+from res2net_zoo.training.augmentation import training_samples
 from res2net_zoo.training.checkpoints import Checkpoints, Fits, check_state, is_count, is_number
 from res2net_zoo.training.classification import (
     Classification,
@@ -31,7 +32,7 @@ from res2net_zoo.training.data import (
     training_loader,
 )
 from res2net_zoo.training.loop import Loop, Settings, State, checkpoint_fields, resume
-from res2net_zoo.training.optimization import Optimization, scaled_lr, training_samples
+from res2net_zoo.training.optimization import Optimization, scaled_lr
 from res2net_zoo.training.report import Mistakes, Report, best_of, hardware
 from res2net_zoo.utils.console import warn
 from res2net_zoo.utils.errors import InputError

@@ -1,25 +1,19 @@
-"""What training loops need beside timm's and Accelerate's: frozen stages, weighted classes, learning rates."""
+"""What is optimized, and how: frozen stages, timm's optimizers and learning-rate schedules."""
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
-from timm.data import Mixup, create_transform, resolve_model_data_config
-from timm.loss import BinaryCrossEntropy
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision import transforms
 
-from res2net_zoo.data.images import Samples
-from res2net_zoo.data.labels import match_classes
 from res2net_zoo.utils.command_line import did_you_mean
 from res2net_zoo.utils.errors import InputError
 
+# timm's own are subclasses of these.
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # What timm.scheduler.create_scheduler_v2 documents; timm has no list of them.
 SCHEDULES = ("cosine", "step", "multistep", "poly", "tanh", "constant", "wsd", "rsqrt", "plateau", "none")
 
@@ -50,7 +44,7 @@ def freeze(model: Any, stages: str, batch_norm: bool = False) -> list[nn.Module]
     return [
         module
         for module in model.modules()
-        if isinstance(module, _BatchNorm)
+        if isinstance(module, BATCH_NORMS)
         and (batch_norm or (module.weight is not None and not module.weight.requires_grad))
     ]
 
@@ -174,128 +168,3 @@ class Optimization:
 def highest_rate(optimizer: Any) -> float:
     """Return the learning rate, of the last layers where each has its own."""
     return max(group["lr"] for group in optimizer.param_groups)
-
-
-class Criterion(nn.Module):
-    """Cross entropy, or binary cross entropy of each class, of class numbers or of mixed targets.
-
-    The mean is over images, also with class weights, so that the mean over processes is the mean
-    over all their images.
-
-    Args:
-        loss: `ce` or `bce` (as in Wightman et al., 2021, arXiv 2110.00476).
-        smoothing: Label smoothing, of class numbers; mixed targets have theirs.
-        weights: Weight of each class, for `ce`; their mean over the images should be 1.
-        threshold: Share of a mixed target above which a class is fully there, for `bce`.
-    """
-
-    weights: torch.Tensor | None
-
-    def __init__(
-        self, loss: str, smoothing: float, weights: torch.Tensor | None = None, threshold: float | None = None
-    ) -> None:
-        super().__init__()
-        self.smoothing = smoothing
-        self.binary = BinaryCrossEntropy(smoothing, target_threshold=threshold) if loss == "bce" else None
-        self.register_buffer("weights", weights, persistent=False)
-
-    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Return the loss of logits (N, classes) against classes (N,) or their shares (N, classes)."""
-        logits = logits.float()
-        if self.binary is not None:
-            return self.binary(logits, target)
-        smoothing = 0.0 if target.is_floating_point() else self.smoothing
-        if self.weights is not None and not target.is_floating_point():
-            # Torch divides by the sum of the batch's weights for class numbers, by N for shares.
-            target = nn.functional.one_hot(target, logits.shape[1]).to(logits.dtype)
-        return nn.functional.cross_entropy(logits, target, weight=self.weights, label_smoothing=smoothing)
-
-
-def balanced(counts: Sequence[int]) -> torch.Tensor:
-    """Return a weight for each class by which all classes count the same, 1 on the mean over images."""
-    numbers = torch.tensor(counts, dtype=torch.float32)
-    return numbers.sum() / (len(numbers) * numbers)
-
-
-def training_samples(
-    model: Any,
-    names: Sequence[str],
-    augmentation: dict[str, Any],
-    crop_padding: int,
-    read: Callable[[dict[str, Any]], bytes],
-) -> Samples:
-    """Make what turns rows into training samples.
-
-    Args:
-        model: The model; its config gives size and interpolation.
-        names: The classes.
-        augmentation: As for timm's `create_transform`.
-        crop_padding: Pixels to pad by before a random crop, in place of a random resized crop; 0 for
-            that one. As CIFAR images are trained on (He et al., 2016, sec. 4.2).
-        read: From an image of a row to its content: `Source.read`.
-
-    Returns:
-        It; images come as bytes, or normalized where random erasing needs them to be.
-
-    Raises:
-        InputError: timm knows no such augmentation.
-    """
-    config = resolve_model_data_config(model)
-    try:
-        transform = create_transform(
-            **config, **augmentation, is_training=True, normalize=augmentation.get("re_prob", 0) > 0
-        )
-    except (AssertionError, KeyError, ValueError) as error:
-        policy = augmentation.get("auto_augment")
-        what = f"--auto-augment {policy}: not a policy of timm's, such as rand-m9-mstd0.5, augmix-m3, original or 3a"
-        raise InputError(what if policy else f"timm cannot make this augmentation: {error}") from error
-    if crop_padding:
-        size = config["input_size"][1:]
-        transform.transforms[0:1] = [transforms.Resize(size), transforms.RandomCrop(size, padding=crop_padding)]
-    classes = match_classes(names, len(names), names)
-    return Samples(transform, "L" if config["input_size"][0] == 1 else "RGB", classes.targets, read)
-
-
-class Normalize(nn.Module):
-    """Turns bytes (N, C, H, W) into what a model takes, on its device; leaves what is normalized already."""
-
-    mean: torch.Tensor
-    std: torch.Tensor
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        config = resolve_model_data_config(model)
-        for key in ("mean", "std"):
-            self.register_buffer(key, 255 * torch.tensor(config[key]).view(-1, 1, 1))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return images (N, C, H, W), normalized."""
-        return images.float().sub_(self.mean).div_(self.std) if images.dtype == torch.uint8 else images
-
-
-def create_mixup(mixup: float, cutmix: float, probability: float, smoothing: float, num_classes: int) -> Mixup | None:
-    """Return timm's mixup and CutMix of these alphas, None where both are 0."""
-    if not mixup and not cutmix:
-        return None
-    return Mixup(mixup, cutmix, prob=probability, label_smoothing=smoothing, num_classes=num_classes)
-
-
-def try_out(model: nn.Module, batch_size: int) -> None:
-    """Run a copy of a model on a batch without data, to find out before training whether it takes one.
-
-    Args:
-        model: The model; its config gives the images' size.
-        batch_size: Images a batch.
-
-    Raises:
-        InputError: It does not.
-    """
-    size = resolve_model_data_config(model)["input_size"]
-    try:
-        with torch.no_grad():
-            copy.deepcopy(model).to("meta").train()(torch.empty(batch_size, *size, device="meta"))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        shape = " x ".join(map(str, size))
-        raise InputError(
-            f"this model cannot be trained with batches of {batch_size} images of {shape}: {error}"
-        ) from error

@@ -28,7 +28,7 @@ from res2net_zoo.training.data import (
     steps_of,
     training_loader,
 )
-from res2net_zoo.training.optimization import Criterion, balanced
+from res2net_zoo.training.loss import Criterion, balanced
 from res2net_zoo.utils.errors import InputError
 from tests.conftest import SHIPPED_DATA, save_images
 

@@ -1,0 +1,76 @@
+"""Augmentation of training images: timm's transforms, mixup and CutMix."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from timm.data import Mixup, create_transform, resolve_model_data_config
+from torch import nn
+from torchvision import transforms
+
+from res2net_zoo.data.images import Samples
+from res2net_zoo.data.labels import match_classes
+from res2net_zoo.utils.errors import InputError
+
+
+def training_samples(
+    model: Any,
+    names: Sequence[str],
+    augmentation: dict[str, Any],
+    crop_padding: int,
+    read: Callable[[dict[str, Any]], bytes],
+) -> Samples:
+    """Make what turns rows into training samples.
+
+    Args:
+        model: The model; its config gives size and interpolation.
+        names: The classes.
+        augmentation: As for timm's `create_transform`.
+        crop_padding: Pixels to pad by before a random crop, in place of a random resized crop; 0 for
+            that one. As CIFAR images are trained on (He et al., 2016, sec. 4.2).
+        read: From an image of a row to its content: `Source.read`.
+
+    Returns:
+        It; images come as bytes, or normalized where random erasing needs them to be.
+
+    Raises:
+        InputError: timm knows no such augmentation.
+    """
+    config = resolve_model_data_config(model)
+    try:
+        transform = create_transform(
+            **config, **augmentation, is_training=True, normalize=augmentation.get("re_prob", 0) > 0
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        policy = augmentation.get("auto_augment")
+        what = f"--auto-augment {policy}: not a policy of timm's, such as rand-m9-mstd0.5, augmix-m3, original or 3a"
+        raise InputError(what if policy else f"timm cannot make this augmentation: {error}") from error
+    if crop_padding:
+        size = config["input_size"][1:]
+        transform.transforms[0:1] = [transforms.Resize(size), transforms.RandomCrop(size, padding=crop_padding)]
+    classes = match_classes(names, len(names), names)
+    return Samples(transform, "L" if config["input_size"][0] == 1 else "RGB", classes.targets, read)
+
+
+class Normalize(nn.Module):
+    """Turns bytes (N, C, H, W) into what a model takes, on its device; leaves what is normalized already."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        config = resolve_model_data_config(model)
+        for key in ("mean", "std"):
+            self.register_buffer(key, 255 * torch.tensor(config[key]).view(-1, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return images (N, C, H, W), normalized."""
+        return images.float().sub_(self.mean).div_(self.std) if images.dtype == torch.uint8 else images
+
+
+def create_mixup(mixup: float, cutmix: float, probability: float, smoothing: float, num_classes: int) -> Mixup | None:
+    """Return timm's mixup and CutMix of these alphas, None where both are 0."""
+    if not mixup and not cutmix:
+        return None
+    return Mixup(mixup, cutmix, prob=probability, label_smoothing=smoothing, num_classes=num_classes)

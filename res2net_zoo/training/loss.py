@@ -1,0 +1,48 @@
+"""The loss of a classifier, and weights by which rare classes count as much as others."""
+
+from collections.abc import Sequence
+
+import torch
+from timm.loss import BinaryCrossEntropy
+from torch import nn
+
+
+class Criterion(nn.Module):
+    """Cross entropy, or binary cross entropy of each class, of class numbers or of mixed targets.
+
+    The mean is over images, also with class weights, so that the mean over processes is the mean
+    over all their images.
+
+    Args:
+        loss: `ce` or `bce` (as in Wightman et al., 2021, arXiv 2110.00476).
+        smoothing: Label smoothing, of class numbers; mixed targets have theirs.
+        weights: Weight of each class, for `ce`; their mean over the images should be 1.
+        threshold: Share of a mixed target above which a class is fully there, for `bce`.
+    """
+
+    weights: torch.Tensor | None
+
+    def __init__(
+        self, loss: str, smoothing: float, weights: torch.Tensor | None = None, threshold: float | None = None
+    ) -> None:
+        super().__init__()
+        self.smoothing = smoothing
+        self.binary = BinaryCrossEntropy(smoothing, target_threshold=threshold) if loss == "bce" else None
+        self.register_buffer("weights", weights, persistent=False)
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return the loss of logits (N, classes) against classes (N,) or their shares (N, classes)."""
+        logits = logits.float()
+        if self.binary is not None:
+            return self.binary(logits, target)
+        smoothing = 0.0 if target.is_floating_point() else self.smoothing
+        if self.weights is not None and not target.is_floating_point():
+            # Torch divides by the sum of the batch's weights for class numbers, by N for shares.
+            target = nn.functional.one_hot(target, logits.shape[1]).to(logits.dtype)
+        return nn.functional.cross_entropy(logits, target, weight=self.weights, label_smoothing=smoothing)
+
+
+def balanced(counts: Sequence[int]) -> torch.Tensor:
+    """Return a weight for each class by which all classes count the same, 1 on the mean over images."""
+    numbers = torch.tensor(counts, dtype=torch.float32)
+    return numbers.sum() / (len(numbers) * numbers)
