@@ -15,7 +15,7 @@ from res2net_zoo import catalog
 from res2net_zoo.data.images import open_image
 from res2net_zoo.tasks.base import NO_IMAGE, Annotated, Figures, Score, TaskModel, reason
 from res2net_zoo.tasks.upright import to_rgb
-from res2net_zoo.training.data import seed_of
+from res2net_zoo.training.loader import seed_of
 from res2net_zoo.utils.card_metadata import read_card
 from res2net_zoo.utils.console import progress_bar
 from res2net_zoo.utils.errors import InputError

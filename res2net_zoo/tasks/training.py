@@ -14,7 +14,7 @@ from res2net_zoo.tasks import task_class
 from res2net_zoo.tasks.base import NO_IMAGE, Annotated, TaskModel
 from res2net_zoo.tasks.engine import Prepared, evaluate
 from res2net_zoo.training.checkpoints import Checkpoints, check_state, is_number
-from res2net_zoo.training.data import seed_of
+from res2net_zoo.training.loader import seed_of
 from res2net_zoo.training.loop import Epoch, Loop, Objective, Settings, State, checkpoint_fields, resume
 from res2net_zoo.training.optimization import Optimization
 from res2net_zoo.training.report import hardware, plainly, start_run, write_metrics, write_recipe

@@ -22,7 +22,8 @@ from res2net_zoo import evaluation
 from res2net_zoo.data.labels import match_classes
 from res2net_zoo.evaluation import Counts
 from res2net_zoo.training.augmentation import Normalize, create_mixup
-from res2net_zoo.training.data import TrainingData, batches, seed_of
+from res2net_zoo.training.data import TrainingData
+from res2net_zoo.training.loader import batches, seed_of
 from res2net_zoo.training.loop import Epoch, Objective, State
 from res2net_zoo.training.loss import Criterion, balanced
 from res2net_zoo.training.optimization import freeze

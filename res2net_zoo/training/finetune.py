@@ -23,14 +23,8 @@ from res2net_zoo.training.classification import (
     build_network,
     workers_of,
 )
-from res2net_zoo.training.data import (
-    TrainingData,
-    check_readable,
-    corrupt_images,
-    open_training_data,
-    steps_of,
-    training_loader,
-)
+from res2net_zoo.training.data import TrainingData, check_readable, corrupt_images, open_training_data, steps_of
+from res2net_zoo.training.loader import training_loader
 from res2net_zoo.training.loop import Loop, Settings, State, checkpoint_fields, resume
 from res2net_zoo.training.optimization import Optimization, scaled_lr
 from res2net_zoo.training.report import Mistakes, Report, best_of, hardware

@@ -18,16 +18,8 @@ from PIL import Image
 
 from res2net_zoo.data.images import Samples
 from res2net_zoo.data.sources import hold_out, labels_of, open_source
-from res2net_zoo.training.data import (
-    Order,
-    TrainingData,
-    batches,
-    corrupt_images,
-    open_training_data,
-    share_of_stream,
-    steps_of,
-    training_loader,
-)
+from res2net_zoo.training.data import TrainingData, corrupt_images, open_training_data, steps_of
+from res2net_zoo.training.loader import Order, batches, share_of_stream, training_loader
 from res2net_zoo.training.loss import Criterion, balanced
 from res2net_zoo.utils.errors import InputError
 from tests.conftest import SHIPPED_DATA, save_images

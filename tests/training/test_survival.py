@@ -194,7 +194,7 @@ def test_a_dead_process_ends_the_others(tmp_path):
 
 
 def test_a_dead_loader_process_is_one_line(in_process, tmp_path, monkeypatch):
-    from res2net_zoo.training.data import Augmented
+    from res2net_zoo.training.loader import Augmented
 
     load = Augmented.__getitem__
 
