@@ -77,7 +77,7 @@ def test_every_architecture_is_registered_and_timms_are_replaced():
     assert ours == set(NAMES)
     # timm files a model under its file's name.
     for module in ("res2net", "dla", "biglittle", "cifar"):
-        names = {name for name in ours if timm.model_entrypoint(name).__module__ == f"res2net_zoo.{module}"}
+        names = {name for name in ours if timm.model_entrypoint(name).__module__ == f"res2net_zoo.models.{module}"}
         assert names and names <= set(timm.list_models(module=module))
     assert "dla60" in timm.list_models(module="dla")
     downloads = {name for name, c in catalog.load().checkpoints.items() if c.url}
