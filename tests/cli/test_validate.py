@@ -618,8 +618,8 @@ def test_shards_of_several_image_formats_on_two_processes(program, tmp_path, str
 @pytest.mark.parametrize("path", ["scripts/validate.py", "scripts/finetune.py", "hub/datasets/make_digits.py"])
 def test_help_and_wrong_arguments_answer_at_once(path):
     for args, code in ((["--help"], 0), (["--frobnicate"], 2)):
-        start = time.perf_counter()
+        before = os.times().children_user
         result = subprocess.run([sys.executable, path, *args], cwd=ROOT, capture_output=True, text=True)
-        assert time.perf_counter() - start < 1
+        assert os.times().children_user - before < 1  # of the CPU, whatever else runs
         assert result.returncode == code
     assert len(result.stderr.splitlines()) == 1 and "--frobnicate" in result.stderr
