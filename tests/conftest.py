@@ -8,6 +8,7 @@ import tempfile
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="res2net-zoo-test-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two workers of pytest-xdist share the cores
 
 import contextlib
 import re
@@ -45,6 +46,18 @@ SMALL = {
 }
 
 Program = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put every case but the first of a test marked `first_case` into the second tier."""
+    seen = set()
+    for item in items:
+        if item.get_closest_marker("first_case") and not item.get_closest_marker("slow"):
+            test = item.nodeid.partition("[")[0]
+            if test in seen:
+                item.add_marker("full")
+            seen.add(test)
 
 
 @pytest.fixture(autouse=True)

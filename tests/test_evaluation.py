@@ -109,6 +109,7 @@ def test_workers_change_nothing(shards, workers):
     assert (counts.samples, counts.top1, counts.top5) == (expected.samples, expected.top1, expected.top5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_real_processes_count_alike(program, processes):
     """The same property with real processes: one launch, many sizes and batches, map-style and streamed."""
@@ -203,6 +204,7 @@ def labelled(folder: Path, labels: list[int]) -> Source:
     return Source("modes", "test", rows, None, len(rows), source.read)
 
 
+@pytest.mark.full
 def test_agrees_with_timm_prediction_for_prediction(agreement):
     folder, names, model, images, answers = agreement
     assert len(answers[:, 0].unique()) >= 8  # or agreement would say little

@@ -33,6 +33,7 @@ def tiny() -> torch.nn.Module:
     return timm.create_model(f"local-dir:{SHIPPED_MODEL}", pretrained=True).eval()
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", [*SMALL, "res2net_tiny", "resnet18"])
 def test_the_layer_makes_what_is_pooled(name):
     model = spread(timm.create_model(name, num_classes=7, **SMALL.get(name, {}))).eval()
@@ -43,6 +44,7 @@ def test_the_layer_makes_what_is_pooled(name):
         assert torch.equal(model.forward_features(x), seen[0])
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", [*SMALL, "resnet18"])
 def test_grad_cam_is_the_classifiers_own_map(name):
     """With one linear layer after average pooling, Grad-CAM is CAM (Selvaraju et al., Section 3.1)."""
@@ -68,6 +70,7 @@ def test_a_transformer_has_no_map():
         cam.activation_maps(model, torch.randn(1, 3, 32, 32), [0])
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("method", ["gradcam", "gradcam++", "eigencam"])
 def test_a_picture_of_models_side_by_side(in_process, digits, tmp_path, tiny, method):
     output, model = tmp_path / "a.png", f"local-dir:{SHIPPED_MODEL}"

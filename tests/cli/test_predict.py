@@ -48,6 +48,7 @@ def timms(paths: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(scores), torch.stack(pooled)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 def test_every_form_says_what_timm_computes(in_process, digits, tmp_path, batch_size):
     args = [digits, "--topk", 3, "--batch-size", batch_size, "--embeddings", tmp_path / "e.parquet"]
@@ -78,6 +79,7 @@ def test_every_form_says_what_timm_computes(in_process, digits, tmp_path, batch_
     assert f"{best.indices[0, 0]} {100 * best.values[0, 0]:.1f}" in shown[2]
 
 
+@pytest.mark.full
 def test_two_processes_say_the_same_in_the_same_order(program, in_process, digits, tmp_path):
     (digits / "b" / "3_broken.png").write_bytes(b"nothing")
     try:
@@ -111,6 +113,7 @@ def test_names_of_imagenet(in_process, digits, tmp_path):
     assert sum(a["score"] for a in answers) == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -150,6 +153,7 @@ def test_a_failure_leaves_the_old_files(in_process, digits, tmp_path):
     assert "cannot write" in line and [path.name for path in tmp_path.iterdir()] == ["p.csv"]
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("form", ["jsonl", "csv", "table"])
 def test_names_that_are_not_utf8_lose_no_prediction(in_process, digits, tmp_path, form):
     folder = tmp_path / "images"

@@ -99,6 +99,7 @@ def test_check_fails_where_the_published_accuracy_is_another(in_process, tmp_pat
     assert in_process(VALIDATE, "--model", model, "--check", "--tolerance", "0.25").returncode == 0
 
 
+@pytest.mark.full
 def test_the_tolerance_itself_is_within_the_tolerance(in_process, tmp_path):
     """Though in binary 100 - 99.9 is more than 0.1."""
     top1 = published_accuracies(SHIPPED)[0].top1
@@ -107,6 +108,7 @@ def test_the_tolerance_itself_is_within_the_tolerance(in_process, tmp_path):
         assert in_process(VALIDATE, "--model", f"local-dir:{folder}", "--check").returncode == code
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     "front_matter",
     ["model-index: {", "model-index: 7", "license: 3", "model-index:\n- name: x\n  results:\n  - task: {type: t}"],
@@ -175,6 +177,7 @@ def test_two_runs_cannot_write_one_results_file(in_process, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     ("key", "value"),
     [("top1", "100"), ("top5", None), ("published_top1", []), ("samples", {}), ("images_per_second", math.nan),
@@ -203,6 +206,7 @@ def test_a_full_disk_costs_no_measurement(in_process, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"] and (tmp_path / "r.json").read_text() == before
 
 
+@pytest.mark.full
 def test_a_full_disk_behind_the_standard_output_is_one_line(program):
     for args in (["scripts/validate.py"], ["-m", "res2net_zoo", "list"]):
         command = " ".join(f"'{word}'" for word in (sys.executable, *args))
@@ -260,6 +264,7 @@ class TestBadInput:
         line = self.refused(in_process, tmp_path, "--data", images)
         assert "11 classes and the model only 10" in line
 
+    @pytest.mark.first_case
     @pytest.mark.parametrize("place", [b"1/\xff.jpg", b"\xfe/0.jpg"])
     def test_names_that_are_not_utf8(self, in_process, tmp_path, place):
         images = save_images(tmp_path / "images", ["0", "1"], 1)
@@ -307,6 +312,7 @@ class TestBadInput:
         (folder / "config.json").write_text("{")
         assert "cannot load" in self.refused(in_process, tmp_path, "--model", f"local-dir:{folder}")
 
+    @pytest.mark.first_case
     @pytest.mark.parametrize(
         ("key", "value"),
         [("input_size", "abc"), ("mean", "abc"), ("mean", [0.5] * 4), ("crop_pct", "x"), ("interpolation", "wild")],
@@ -326,6 +332,7 @@ class TestBadInput:
             (folder / "config.json").write_text(json.dumps(config | {"label_names": value}))
             assert "label_names" in self.refused(in_process, tmp_path, "--model", f"local-dir:{folder}")
 
+    @pytest.mark.full
     def test_files_that_are_something_else(self, program, tmp_path):
         """Two libraries log what they also raise; that must not make a second line."""
         pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
@@ -391,6 +398,7 @@ class TestBadInput:
             assert "no results of this program" in line or "is not JSON" in line
             assert (tmp_path / "r.json").read_text() == content
 
+    @pytest.mark.full
     def test_in_two_processes_one_line_all_the_same(self, program, tmp_path):
         """An image that only the second process reads; both stop, and one line says why."""
         images = save_images(tmp_path / "images", ["0", "1"], 3)
@@ -401,6 +409,7 @@ class TestBadInput:
         assert len(lines) == 1 and "image 3 (" in lines[0]
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("streaming", [False, True])
 def test_corrupt_images_can_be_left_out(in_process, tmp_path, streaming):
     images = save_images(tmp_path / "images", ["0", "1"], 5)
@@ -425,6 +434,7 @@ def test_one_model_that_fails_costs_the_others_nothing(in_process, tmp_path):
     assert len(results(output)) == 2
 
 
+@pytest.mark.full
 def test_what_changes_the_result_is_measured_again(in_process, tmp_path):
     """Resuming keeps a figure only for the same question, and judges only the models that are asked for."""
     images = save_images(tmp_path / "images", ["0", "1"], 2)
@@ -448,6 +458,7 @@ def heed_the_keyboard() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@pytest.mark.full
 def test_interrupted_by_the_keyboard(tmp_path):
     images = save_images(tmp_path / "images", [str(i) for i in range(10)], 60)
     args = [VALIDATE, "--model", SHIPPED, "local-dir:hub/models/res2net_tiny.digits", "--data", str(images)]
@@ -471,6 +482,7 @@ def test_interrupted_by_the_keyboard(tmp_path):
     assert lines == ["error: interrupted"]
 
 
+@pytest.mark.full
 def test_killed_and_resumed(tmp_path):
     """kill -9 between two models loses nothing that was measured, and nothing is measured twice."""
     images = save_images(tmp_path / "images", [str(i) for i in range(10)], 40)
@@ -519,6 +531,7 @@ class TestImageNet:
         assert (other["benchmark"], other["samples"]) == (None, 201)
         assert measured["correct5"] > other["correct5"]  # of 200 rather than of 1000
 
+    @pytest.mark.full
     def test_imagenet_v2_counts_its_folders_as_numbers(self, in_process, imagenet_folder, tmp_path):
         images = save_images(tmp_path / "v2", [str(i) for i in range(1000)], 1)
         args = ["--model", f"local-dir:{imagenet_folder}", "--data", images, "--batch-size", "100"]
@@ -526,6 +539,7 @@ class TestImageNet:
         assert result.returncode == 0, result.stderr
         assert results(tmp_path / "r.json")[0]["samples"] == 1000
 
+    @pytest.mark.full
     def test_imagenet_real_takes_its_labels_by_name(self, in_process, imagenet_folder, tmp_path):
         images = save_images(tmp_path / "all" / "val", ["n01440764"], 30)
         for i, path in enumerate(sorted((images / "n01440764").iterdir()), start=1):
@@ -541,6 +555,7 @@ class TestImageNet:
         assert "imagenet-1k needs a model of ImageNet's 1000 classes, and this one has 10" in line
 
 
+@pytest.mark.full
 def test_from_the_hub_and_back(program, tmp_path):
     """Model and data by their Hub ids, through the real clients, over HTTP."""
     repositories = {"models/zoo/digits-model": SHIPPED_MODEL, "datasets/zoo/digits": SHIPPED_DATA}
@@ -560,6 +575,7 @@ def test_from_the_hub_and_back(program, tmp_path):
         assert "there is no model zoo/nothing on the Hub" in line
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("streaming", [False, True])
 def test_image_files_from_the_hub(program, tmp_path, streaming):
     """A dataset of plain image files, with a dot in its name: streamed, each is read over the network."""
@@ -585,6 +601,7 @@ def test_what_is_left_out_of_class_folders_is_reported(in_process, tmp_path):
     assert "links to folders that are read already or lie above: 1 (such as " in line
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(("kind", "label"), [(pa.int64(), 2**40), (pa.uint64(), 2**63 + 5), (pa.int64(), -3)])
 def test_labels_out_of_range(in_process, tmp_path, streaming, kind, label):

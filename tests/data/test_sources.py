@@ -187,6 +187,7 @@ def test_the_shipped_digits_by_either_way():
         assert sum(1 for _ in source.rows) == 360
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("images", ["", "images"])
 @pytest.mark.parametrize("split", ["", "validation"])
@@ -202,6 +203,7 @@ def test_folders_with_metadata_are_what_it_says(tmp_path, streaming, images, spl
     assert sorted(greys(source)) == [(0, 1), (1, 2), (2, 0)]
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("place", ["", "door", "crash test"])
 @pytest.mark.parametrize(
@@ -487,6 +489,7 @@ def save_shard(path: Path, *members: tuple[str, bytes]) -> None:
             tar.addfile(info, io.BytesIO(content))
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("streaming", [False, True])
 def test_shards_of_several_image_formats(tmp_path, streaming):
     """`datasets` makes a column of each extension that the first samples have, and leaves the others out."""
@@ -513,6 +516,7 @@ def test_labels_of_shards_that_are_no_whole_numbers(tmp_path, label):
         open_source(str(tmp_path / "val.tar"))
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
     "damage",

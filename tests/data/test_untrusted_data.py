@@ -82,6 +82,7 @@ def requests_made():
         server.shutdown()
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     "program",
     [
@@ -105,6 +106,7 @@ def test_no_program_runs_a_postscript_file(in_process, ghostscript, tmp_path, tw
     assert not ghostscript.exists()
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("task", ["segmentation", "saliency", "detection", "keypoints"])
 def test_no_task_runs_a_postscript_file(in_process, ghostscript, tmp_path, task):
     """As an image, and as the mask of one."""
@@ -198,6 +200,7 @@ def hostile_path(kind: str, folder: Path, port: int) -> str:
     return HOSTILE_PATHS[kind].format(folder=folder, port=port, **encoded)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("kind", HOSTILE_PATHS)
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_path_in_a_dataset_leads_nowhere_else(tmp_path, requests_made, kind, streaming):
@@ -247,6 +250,7 @@ def test_folders_of_images_with_metadata_are_read(tmp_path, streaming, monkeypat
     assert [(source.read(row["image"]), row["label"]) for row in source.rows] == [(picture(), 1)]
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml", "README.md with CRLF"])
 @pytest.mark.parametrize(
     "pattern",
@@ -279,6 +283,7 @@ def test_jpegs_that_claim_more_pixels_than_they_hold(in_process, tmp_path):
     assert f"it claims 12000 x 12000 pixels, more than its {len(claimed):,} bytes can hold" in message
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", ["../other.arrow", "/other.arrow", "pipe.arrow", "zero.arrow", 7, "https://x/y.arrow"])
 def test_a_saved_dataset_names_regular_files_of_its_own(tmp_path, name):
     import datasets

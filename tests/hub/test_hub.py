@@ -128,6 +128,7 @@ class TestPublish:
         assert publish(folder, "--repo-id", REPO, "--force").returncode == 0
         assert hub.files(KEY)["model.safetensors"] == (folder / "model.safetensors").read_bytes()
 
+    @pytest.mark.full
     def test_a_different_weight_on_a_branch_of_its_own(self, hub, publish, folder):
         publish(folder, "--repo-id", REPO)
         before = hub.sha(KEY)
@@ -175,6 +176,7 @@ class TestPublish:
         assert [item["id"] for item in collection["items"]] == [REPO, "zoo/open"]
         assert "is public already" in input_error(publish(folder, "--repo-id", "zoo/open", "--private"))
 
+    @pytest.mark.first_case
     @pytest.mark.parametrize(
         ("license", "words"),
         [(None, "states no licence"), ("other", "unknown"), ("cc-by-nc-nd-4.0", "forbids"), ("unknown", "unknown")],
@@ -196,6 +198,7 @@ class TestPublish:
     def test_a_licence_that_does_not(self, license):
         assert not re.fullmatch(publishing.REDISTRIBUTABLE, license)
 
+    @pytest.mark.first_case
     @pytest.mark.parametrize(
         ("token", "words"),
         [
@@ -343,6 +346,7 @@ CALLS = (
 
 
 class TestFaults:
+    @pytest.mark.first_case
     @pytest.mark.parametrize("pattern", CALLS)
     @pytest.mark.parametrize("fault", ["503 twice", "429", "lost answer"])
     def test_publish_bears_it(self, hub, publish, folder, pattern, fault):
@@ -356,6 +360,7 @@ class TestFaults:
         assert read_tree(folder).items() <= hub.files(KEY).items()
         assert [len(c["items"]) for c in hub.collections.values()] == [1]
 
+    @pytest.mark.first_case
     @pytest.mark.parametrize("fault", ["503 twice", "lost answer"])
     def test_a_pull_request_is_opened_once(self, hub, publish, folder, fault):
         hub.add("models/other/tiny", {"README.md": "# theirs"})
@@ -364,6 +369,7 @@ class TestFaults:
         assert result.returncode == 0 and "/discussions/1" in result.stdout and hub.faults == []
         assert len(hub.repositories["models/other/tiny"].pulls) == 1
 
+    @pytest.mark.full
     def test_interrupted_for_good_it_goes_on_when_run_again(self, hub, publish, folder):
         hub.fail("POST .*/commit/", 503, times=99)
         assert "run it again" in input_error(publish(folder, "--repo-id", REPO))
@@ -436,6 +442,7 @@ class TestFaults:
         loaded = timm.create_model("res2net50_26w_4s", pretrained=True, pretrained_cfg=own, num_classes=10)
         assert torch.equal(loaded.fc.weight, other.fc.weight)
 
+    @pytest.mark.full
     def test_a_full_disk(self, hub, in_process, folder):
         hub.add(KEY, folder)
         with full_disk(500_000):
@@ -458,6 +465,7 @@ class TestVerify:
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("passed") == 5 and f"{folder}: passed" in result.stdout.splitlines()[-1]
 
+    @pytest.mark.first_case
     @pytest.mark.parametrize("revision", [None, "v1", "sha"])
     def test_repository_at_a_revision(self, hub, in_process, folder, revision):
         first = hub.add(KEY, folder)
@@ -474,6 +482,7 @@ class TestVerify:
         tensors["fc.weight"][0] += 0.05
         save_weights(tensors, folder / "model.safetensors", {})
 
+    @pytest.mark.first_case
     @pytest.mark.parametrize(
         ("change", "failing"),
         [
@@ -525,6 +534,7 @@ class TestVerify:
         failed = [line for line in result.stdout.splitlines() if "| FAILED |" in line]
         assert len(failed) == 2 and "SHA-256 of the original" in failed[0] and "crop_pct 0.95" in failed[1]
 
+    @pytest.mark.first_case
     @pytest.mark.parametrize(
         "change",
         [
@@ -545,6 +555,7 @@ class TestVerify:
         (folder / "fingerprint.json").write_text(json.dumps(content | change))
         assert "is no fingerprint" in input_error(in_process("hub/verify.py", folder))
 
+    @pytest.mark.first_case
     @pytest.mark.parametrize("name", ["fingerprint.json", "config.json"])
     def test_json_of_great_depth(self, in_process, folder, name):
         (folder / name).write_text("[" * 100_000)
@@ -580,6 +591,7 @@ class TestVerify:
         hub.add(KEY, folder)
         assert "no such revision" in input_error(in_process("hub/verify.py", REPO, "--revision", "v9"))
 
+    @pytest.mark.first_case
     @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
     def test_wrong_bytes_on_the_way(self, hub, in_process, folder, name):
         hub.add(KEY, folder)
@@ -604,6 +616,7 @@ class TestVerify:
 
 
 class TestCards:
+    @pytest.mark.first_case
     @pytest.mark.parametrize("name", list(catalog.load().checkpoints))
     def test_every_checkpoints_card(self, name):
         from res2net_zoo.weights.card import checkpoint_card, eval_results, in_timm
@@ -635,6 +648,7 @@ class TestCards:
             (entry,) = entries
             assert entry.value == imagenet[0].top1 and entry.source_name == imagenet[0].source and entry.source_url
 
+    @pytest.mark.full
     def test_timms_own_names(self):
         from res2net_zoo.weights.card import in_timm
 
@@ -703,6 +717,7 @@ class TestMirror:
         assert torch.equal(a, b) and hub.requests == []
         assert in_process("hub/verify.py", root / entry).returncode == 0
 
+    @pytest.mark.full
     def test_a_server_that_dies_is_gone_on_with(self, hub, in_process, entry, tmp_path):
         root = tmp_path / "mirror"
         hub.cut("GET /cdn/", at_byte=50_000_000, reset=True)
@@ -719,6 +734,7 @@ class TestMirror:
         assert content == hub.files(f"models/timm/{entry}")["model.safetensors"]
         assert not list(root.rglob("*.part"))
 
+    @pytest.mark.full
     def test_a_wrong_byte(self, hub, in_process, entry, tmp_path):
         hub.corrupt("GET /cdn/", at_byte=9_000_000)
         line = input_error(in_process("hub/mirror.py", "--to", tmp_path / "mirror", "--model", entry))
@@ -726,6 +742,7 @@ class TestMirror:
         assert not list((tmp_path / "mirror").rglob("model.safetensors*"))
         assert in_process("hub/mirror.py", "--to", tmp_path / "mirror", "--model", entry).returncode == 0
 
+    @pytest.mark.full
     def test_a_full_disk(self, hub, in_process, entry, tmp_path):
         root = tmp_path / "mirror"
         with full_disk(30_000_000):
@@ -733,6 +750,7 @@ class TestMirror:
         assert "cannot write" in line and "make room" in line and not (root / entry).exists()
         assert in_process("hub/mirror.py", "--to", root, "--model", entry).returncode == 0
 
+    @pytest.mark.full
     def test_a_damaged_mirror_is_told(self, hub, in_process, entry, tmp_path):
         root = tmp_path / "mirror"
         in_process("hub/mirror.py", "--to", root, "--model", entry)
@@ -755,6 +773,7 @@ class TestMirror:
             "is not dla60_res2next.in1k: SHA-256 of the original" in line and not (tmp_path / "mirror" / entry).exists()
         )
 
+    @pytest.mark.first_case
     @pytest.mark.parametrize("config", [None, "{", '{"architecture": "resnet18"}', "tiny"])
     def test_a_repository_that_holds_another_model(self, hub, in_process, entry, tmp_path, config):
         key = f"models/timm/{entry}"
@@ -773,6 +792,7 @@ class TestMirror:
         mine = {name for name in read_tree(tmp_path / "mirror" / entry) if name != "fingerprint.json"}
         assert mine <= hub.files(key).keys()
 
+    @pytest.mark.full
     def test_what_cannot_be_had_does_not_keep_the_others_back(self, hub, in_process, entry, tmp_path):
         root = tmp_path / "mirror"
         args = ["--to", root, "--model", "res2net101_26w_4s.in1k", entry, "res2net152d.in1k"]
@@ -782,6 +802,7 @@ class TestMirror:
         assert "there is no model timm/res2net101_26w_4s.in1k" in errors[0] and "--checkpoint FILE" in errors[1]
         assert "2 of 3 are missing" in errors[2] and (root / entry / "config.json").is_file()
 
+    @pytest.mark.full
     def test_two_at_once(self, hub, in_process, entry, tmp_path):
         from huggingface_hub.utils import WeakFileLock
 
@@ -814,6 +835,7 @@ def house(tmp_path) -> Path:
     return tmp_path / "house"
 
 
+@pytest.mark.full
 def test_the_whole_journey(original, model, house, tmp_path):  # noqa: F811
     """From a release to the Hub, and by every way back, each step a process of its own."""
     x = torch.randn(1, 3, 64, 64)

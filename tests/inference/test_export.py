@@ -19,6 +19,8 @@ from res2net_zoo.inference import export
 from res2net_zoo.utils.errors import InputError
 from tests.conftest import SHIPPED_DATA, SHIPPED_MODEL, SMALL, full_disk, input_error, read_tree, relative_error, spread
 
+pytestmark = pytest.mark.first_case
+
 EXPORT = "scripts/export.py"
 
 

@@ -23,6 +23,8 @@ from res2net_zoo.inference.optimization import Unavailable
 from res2net_zoo.kernels import cpu_network
 from tests.conftest import SHIPPED_DATA, SHIPPED_MODEL, SMALL, full_disk, relative_error, spread
 
+pytestmark = pytest.mark.first_case
+
 CPU_BACKENDS = ("native", "openvino", "onnxruntime", "eager")
 
 

@@ -23,6 +23,8 @@ from filelock import FileLock
 
 from res2net_zoo.kernels import compiler, fused_norm
 
+pytestmark = pytest.mark.first_case
+
 QUICKLY = tuple(flag for flag in compiler.FLAGS if flag != "-O3")
 LOAD = f"from res2net_zoo.kernels import compiler, fused_norm; compiler.FLAGS = {QUICKLY}; print(fused_norm.library())"
 
@@ -173,6 +175,7 @@ def test_a_cache_without_permission(cache):
         assert fused_norm.library() is not None
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("umask", [0, pytest.param(0o002, marks=pytest.mark.slow)])
 def test_what_is_written_is_for_its_user_alone_whatever_the_umask(umask, cache):
     before = os.umask(umask)
@@ -213,6 +216,7 @@ PLANTS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("how", cases(PLANTS, "changed", "for all to write", "hash of another user"))
 def test_a_library_that_others_may_have_written_is_compiled_anew(how, cache, tmp_path, planted, monkeypatch):
     if "another user" in how and os.geteuid():
@@ -228,6 +232,7 @@ def test_a_library_that_others_may_have_written_is_compiled_anew(how, cache, tmp
     assert path.stat().st_uid == os.geteuid() and not (path.stat().st_mode | path.parent.stat().st_mode) & 0o022
 
 
+@pytest.mark.full
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give folders away")
 @pytest.mark.parametrize("how", ["of another user", "a link"])
 def test_a_folder_of_another_user_is_not_used(how, cache, tmp_path, planted, monkeypatch):
@@ -257,6 +262,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("how", cases(BROKEN, "truncated", "empty"))
 def test_a_broken_library_is_compiled_anew(how, cache):
     """In a process of its own, which a truncated library used to end with SIGBUS."""
@@ -270,6 +276,7 @@ def test_a_broken_library_is_compiled_anew(how, cache):
     assert path.stat().st_size == len(whole)
 
 
+@pytest.mark.full
 def test_what_a_killed_compilation_leaves_is_deleted_by_the_next(cache, tmp_path, monkeypatch):
     slow = (
         '#!/bin/sh\nc++ "$@" || exit\ncase "$*" in *-shared*) touch $TMPDIR/cc1.s; echo $$ > $0.pid; sleep 60;; esac\n'
@@ -294,6 +301,7 @@ def test_what_a_killed_compilation_leaves_is_deleted_by_the_next(cache, tmp_path
     assert not list(cache.rglob("cc1.s"))
 
 
+@pytest.mark.full
 def test_of_several_at_once_one_compiles(cache, tmp_path, monkeypatch):
     log = '#!/bin/sh\ncase "$*" in *-shared*) echo once >> $0.log; sleep 1;; esac\nexec c++ "$@"\n'
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, log))
@@ -309,6 +317,7 @@ def test_of_several_at_once_one_compiles(cache, tmp_path, monkeypatch):
     assert len(found) == 3 and Path(os.environ["CXX"] + ".log").read_text().split() == ["once"]
 
 
+@pytest.mark.full
 def test_a_lock_that_is_held_for_long_does_not_hold_up_others(cache, monkeypatch):
     assert fused_norm.library() is not None
     path = library_in(cache)
@@ -319,6 +328,7 @@ def test_a_lock_that_is_held_for_long_does_not_hold_up_others(cache, monkeypatch
     assert "compiled for this process alone" in str(warned[0].message)
 
 
+@pytest.mark.full
 def test_a_library_of_the_same_number_is_not_taken_for_another(cache):
     """The system knows libraries by name, and theirs are the numbers of open files."""
     from res2net_zoo.kernels import cpu_network

@@ -19,6 +19,8 @@ from res2net_zoo.kernels import compiler, cpu_network
 from res2net_zoo.kernels.cpu_network import Network, Unsupported
 from tests.conftest import FEW, SMALL, relative_error, spread
 
+pytestmark = pytest.mark.first_case
+
 CPUINFO = Path("/proc/cpuinfo")
 needs_bf16 = pytest.mark.skipif(
     not (CPUINFO.exists() and "avx512_bf16" in CPUINFO.read_text()),

@@ -17,6 +17,8 @@ from res2net_zoo.kernels.pointwise import pointwise, pointwise_and_shortcut
 from res2net_zoo.models.block import Bottle2neck
 from tests.conftest import SMALL, relative_error, spread
 
+pytestmark = pytest.mark.first_case
+
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch) -> list[bool]:

@@ -99,6 +99,7 @@ def test_equals_timm_on_its_weights(scale, width, cardinality, kind, dilation, s
         assert relative_error(ours_out, theirs_out) < 1e-6
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("wiring", ["official", "paddle"])
 @pytest.mark.parametrize("kind", ["plain", "first", "strided"])
 def test_gradients_by_finite_differences(wiring, kind):
@@ -161,6 +162,7 @@ class TestRunsUnder:
         assert block(images(kind, 0)).shape == (0, *block(images(kind, 1)).shape[1:])
 
 
+@pytest.mark.full
 def test_compiles():
     block, x = make("strided"), images("strided")
     with torch.no_grad():

@@ -15,6 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from res2net_zoo import catalog
 from tests.conftest import relative_error, spread
 
+pytestmark = pytest.mark.first_case
+
 IN_TIMM = {
     name: entrypoint
     for module in (timm_res2net, timm_dla)

@@ -15,6 +15,8 @@ from res2net_zoo.weights.convert import fit
 from tests.conftest import relative_error
 from tests.weights.originals.draw import images, parameter
 
+pytestmark = pytest.mark.first_case
+
 PARITY = Path(__file__).parent / "parity"
 TOLERANCE = 5e-6
 

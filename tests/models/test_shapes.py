@@ -72,6 +72,7 @@ def test_dla_takes_block_args():
     assert model.level2.tree1.scale == 2 and model.level2.tree1.se is not None
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", ["blresnet50", "blres2net50"])
 def test_big_little_stages(name):
     """Half the resolution and n - 1 blocks; half the width and n / 4 - 1 blocks; merged, then fused at the stride."""
@@ -112,6 +113,7 @@ def test_big_little_takes_other_alpha_and_beta():
         assert model(torch.empty(1, 3, 97, 65)).shape == (1, 1000)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", ["res2next29_8c_25w_4s", "seres2next29_6c_24w_6s", "resnext29_16c_64w"])
 def test_cifar_builder_gives_what_the_registered_names_give(name):
     numbers = {
@@ -128,6 +130,7 @@ def test_cifar_builder_gives_what_the_registered_names_give(name):
     assert built.pretrained_cfg == registered.pretrained_cfg
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     "numbers",
     [

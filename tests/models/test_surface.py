@@ -17,6 +17,8 @@ from timm.utils import freeze, reparameterize_model
 from res2net_zoo import catalog
 from tests.conftest import relative_error, spread
 
+pytestmark = pytest.mark.first_case
+
 SHAPES = [
     "res2net50_26w_4s",
     "res2next50",

@@ -154,6 +154,7 @@ def test_repeated_lines(layout, capfd):
         listed(data, kind, two)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("kind", [SEGMENTATION, DETECTION], ids=["segmentation", "detection"])
 def test_an_image_of_two_meanings(voc, boxes, tmp_path, kind):
     """A file has the name that the whole line is, and a pair is there too."""
@@ -308,6 +309,7 @@ def stored_frame(content: Any, orientation: int) -> None:
 SIZES = {False: (128, 96), True: (160, 120)}
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
 @pytest.mark.parametrize("stored", [False, True])
 def test_boxes_and_masks_of_turned_images(shapes, tmp_path, capfd, orientation, stored):
@@ -441,6 +443,7 @@ RIGHT[5:15, 8:20] = 255
 GREY = np.full_like(RIGHT, 200)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     ("channels", "mode"),
     [

@@ -99,6 +99,7 @@ def test_what_comes_out(trained, shapes, in_process, tmp_path):
     assert {Image.open(path).size for path in (tmp_path / "seen").iterdir()} == {(128, 96)}
 
 
+@pytest.mark.full
 def test_two_processes_measure_the_same(trained, shapes, program, in_process, tmp_path):
     """And what they write has the same figures by pycocotools."""
     data, found = found_as_true(tasks.load(str(trained)), shapes, tmp_path / "shapes"), []
@@ -135,6 +136,7 @@ def test_a_folder_gives_the_same_objects(trained, shapes):
             assert found["scores"].tolist() == sorted(found["scores"].tolist(), reverse=True)
 
 
+@pytest.mark.full
 def test_published_and_back(trained, shapes, hub, in_process):
     """A detector goes to the Hub, is what it was there, and its backbone starts another task."""
     done = in_process("hub/publish.py", trained, "--repo-id", "zoo/masks")
@@ -157,6 +159,7 @@ def test_published_and_back(trained, shapes, hub, in_process):
         assert all(torch.equal(weights[name], value) for name, value in found.items())
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("head", Detection.heads)
 def test_every_head_trains(head, shapes):
     """A step changes all weights but those that are fixed; images may have no objects."""
@@ -187,6 +190,7 @@ def test_every_head_trains(head, shapes):
         assert (prefix + name in kept) == fixed, name
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("head", Detection.heads)
 @pytest.mark.parametrize("name", SMALL)
 def test_every_family(name, head, monkeypatch):
@@ -516,6 +520,7 @@ def null(key: str) -> Callable[[Path], None]:
 OBJECT = "val.json, annotation 1: its"
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     ("harm", "told"),
     [
@@ -604,6 +609,7 @@ def test_bad_data(shapes, tmp_path, harm, told):
 BOMB = '<!DOCTYPE a [<!ENTITY b "bbbbbbbbbb"><!ENTITY c "&b;&b;&b;&b;&b;&b;">]><annotation>&c;</annotation>'
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [

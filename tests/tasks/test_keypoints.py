@@ -87,6 +87,7 @@ def test_what_comes_out(trained, people, in_process, tmp_path):
     assert {Image.open(path).size for path in (tmp_path / "seen").iterdir()} == {(160, 120)}
 
 
+@pytest.mark.full
 def test_two_processes_measure_the_same(wild, people, program, in_process, tmp_path):
     data, found = lenient(people, tmp_path / "people"), []
     for number, start in ((1, in_process), (2, partial(program, processes=2))):
@@ -107,6 +108,7 @@ def boxes_in(data: Path) -> list[dict[str, Any]]:
     return [{key: person[key] for key in ("image_id", "category_id", "bbox")} | {"score": 1.0} for person in persons]
 
 
+@pytest.mark.full
 def test_boxes_of_a_detector(wild, people, program, in_process, tmp_path):
     """True ones change nothing, nor do others that are like them; those that are half as sure count for half."""
     data = lenient(people, tmp_path / "people")
@@ -407,6 +409,7 @@ def test_losses_by_hand():
     assert loss.item() == pytest.approx(sum(errors) / 4, rel=1e-4)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("model", SMALL)
 def test_every_family(model):
     backbone: Any = timm.create_model(model, features_only=True, **SMALL[model])
@@ -572,6 +575,7 @@ def label_nothing(data: Path) -> None:
     edit(data / VAL, lambda content: [person.update(nothing) for person in content["annotations"]])
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     ("harm", "told"),
     [
@@ -630,6 +634,7 @@ def test_published_figures_are_in_a_detectors_boxes(wild, people, in_process):
     assert "what is published of keypoints is in a detector's boxes" in line and "--boxes" in line
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     ("args", "told"),
     [

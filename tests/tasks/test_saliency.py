@@ -87,6 +87,7 @@ def test_what_comes_out(trained, scenes, in_process, tmp_path):
     assert figures == pytest.approx(figures_by_hand([np.asarray(picture) for picture in pictures], masks))
 
 
+@pytest.mark.full
 def test_two_processes_measure_the_same(trained, scenes, program, in_process, tmp_path):
     found = []
     for number, start in ((1, in_process), (2, partial(program, processes=2))):
@@ -161,6 +162,7 @@ def test_a_map_is_the_mean_that_the_paper_takes():
         assert torch.allclose(model([image])[0], by_hand[0, 0], atol=1e-5)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("model", SMALL)
 def test_every_family(model):
     backbone: Any = timm.create_model(model, features_only=True, **SMALL[model])
@@ -301,6 +303,7 @@ def list_in_latin1(data: Path) -> None:
     (data / "train.txt").write_bytes("Gänse.jpg".encode("latin-1"))
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     ("harm", "told"),
     [
@@ -327,6 +330,7 @@ def test_bad_data(scenes, tmp_path, in_process, harm, told):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     ("args", "told"),
     [

@@ -106,6 +106,7 @@ def test_two_processes_measure_the_same(trained, voc, program, in_process, tmp_p
     assert figures_of(tmp_path / "1.json") == figures_of(tmp_path / "2.json")
 
 
+@pytest.mark.full
 def test_two_processes_train_the_same(tmp_path):
     """Fixed BatchNorm, and a head without any: what a step computes does not depend on the image's company."""
     data = save_saliency(tmp_path / "data", train=16, val=2)
@@ -132,6 +133,7 @@ def test_two_processes_write_what_they_measured(voc, tmp_path, in_process):
     assert checked.returncode == 0, checked.stdout
 
 
+@pytest.mark.full
 def test_killed_and_resumed_it_ends_the_same(voc, tmp_path, trained):
     common = [*SMALL, "--data", voc, "--head", "unet", "--epochs", 2]
     running = Running(tmp_path / "unet", *common, "--save-minutes", 0, script=TRAIN)
@@ -209,6 +211,7 @@ def test_through_the_hub_and_back(trained, hub, voc):
         tasks.load("hf-hub:zoo/nothing")
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("harm", ["none", "backbone", "weights", "cut", "lost"])
 def test_verify(trained, tmp_path, harm, in_process):
     """hub/verify.py knows the folder of a task, and hub/publish.py sends none that is damaged."""
@@ -300,6 +303,7 @@ def test_mean_iou_by_hand(data):
     assert figures["pixel accuracy"] == pytest.approx(100 * np.mean([a == b for a, b in pairs]))
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     ("model", "head"), [("res2net50_26w_4s", "deeplabv3plus"), ("dla60_res2net", "unet"), ("blres2net50", "fpn")]
 )
@@ -442,6 +446,7 @@ def leave_nothing_that_counts(voc: Path) -> None:
         Image.new("L", Image.open(path).size, IGNORED).save(path)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     ("harm", "told"),
     [
@@ -515,6 +520,7 @@ def test_an_image_that_would_fill_the_memory(voc, trained, tmp_path, in_process,
     assert "cannot decode" in input_error(in_process(PREDICT, trained, *images))
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(
     ("args", "told"),
     [
@@ -580,6 +586,7 @@ def test_a_model_of_other_classes(trained, tmp_path, in_process):
     assert "has other classes" in input_error(in_process(VALIDATE, trained, "--data", other))
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("harm", ["cut", "lost", "other", "no task"])
 def test_a_damaged_folder(trained, tmp_path, harm):
     folder = Path(shutil.copytree(trained, tmp_path / "unet"))

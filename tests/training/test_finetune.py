@@ -172,6 +172,7 @@ def test_images_left_out_while_training_are_counted(in_process, tmp_path):
     assert "Trained on 13 images" in " ".join((folder / "README.md").read_text().split())
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("options", [[], ["--no-check"], ["--no-check", "--streaming"]])
 def test_an_evaluation_split_without_a_readable_image_is_one_line(in_process, tmp_path, options):
     data, folder = tmp_path / "data", tmp_path / "model"
@@ -216,6 +217,7 @@ def settings_of(folder):
     return tomllib.loads((folder / "recipe.toml").read_text())
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "scripts" / "recipes").glob("*.toml")))
 def test_every_recipe_trains_and_is_stored(in_process, tmp_path, recipe):
     folder = tmp_path / "model"
@@ -257,6 +259,7 @@ def test_frozen_stages_do_not_move_and_a_linear_probe_moves_the_classifier_only(
     assert "--freeze 9: this model has 5 stages" in line
 
 
+@pytest.mark.full
 def test_layers_near_the_image_change_less_with_layer_decay(in_process, tmp_path):
     folder = tmp_path / "model"
     args = [*QUICK, *SHIPPED, "--layer-decay", 0.5, "--opt", "sgd", "--lr", 0.1, "--weight-decay", 0]
@@ -303,6 +306,7 @@ def test_a_student_learns_from_its_teacher_alone(in_process, tmp_path):
     assert "knows 10 classes, and not these 2" in input_error(in_process(FINETUNE, *QUICK, "--batch-size", 2, *args))
 
 
+@pytest.mark.full
 def test_a_new_users_folder_of_pictures(in_process, tmp_path):
     """No split, a skewed class, a corrupt image: held out, balanced, left out; and measured again by what it prints."""
     data, folder = save_shapes(tmp_path / "shapes", 20), tmp_path / "model"
@@ -324,6 +328,7 @@ def test_a_new_users_folder_of_pictures(in_process, tmp_path):
         assert picture.width > 200
 
 
+@pytest.mark.full
 def test_a_stream_on_two_processes(program, in_process, tmp_path):
     data, folder = tmp_path / "data", tmp_path / "model"
     data.mkdir()
@@ -345,6 +350,7 @@ def test_a_stream_on_two_processes(program, in_process, tmp_path):
     assert "order: some images come twice" in result.stderr
 
 
+@pytest.mark.full
 def test_trackers_and_early_stopping(in_process, tmp_path):
     folder = tmp_path / "model"
     args = [*QUICK[:-2], "--batch-size", 128, "--lr", 0, "--epochs", 6, "--patience", 2, "--output", folder]
@@ -363,6 +369,7 @@ def test_trackers_and_early_stopping(in_process, tmp_path):
     assert "is none that Accelerate knows" in input_error(in_process(FINETUNE, *args, "--overwrite", "--tracker", "x"))
 
 
+@pytest.mark.full
 def test_parts_of_batches_checkpointing_and_memory_format_change_nothing(in_process, tmp_path):
     args = [*QUICK, "--steps-per-epoch", 4, "--no-check", "--opt", "sgd", "--lr", 0.01, "--freeze-bn"]
     weights = []

@@ -99,6 +99,7 @@ def measured(folder: Path) -> list[dict]:
     ]
 
 
+@pytest.mark.full
 def test_killed_at_any_moment_and_taken_up_again_it_ends_the_same_to_the_bit(in_process, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     args = [*SHORT, "--batch-size", 32, "--workers", 1, *EVERYTHING, "--save-minutes", 0]
@@ -124,6 +125,7 @@ def test_killed_at_any_moment_and_taken_up_again_it_ends_the_same_to_the_bit(in_
     assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
 
 
+@pytest.mark.full
 def test_two_processes_equal_one_with_larger_batches_and_outlive_sigterm(in_process, tmp_path):
     one, two, stopped = tmp_path / "one", tmp_path / "two", tmp_path / "stopped"
     args = [*SHORT, "--workers", 1, "--accumulate", 2, "--opt", "sgd", "--lr", 0.005, "--freeze-bn", "--ema", 0.9]
@@ -155,6 +157,7 @@ def test_two_processes_equal_one_with_larger_batches_and_outlive_sigterm(in_proc
         assert mine == other
 
 
+@pytest.mark.full
 def test_two_processes_that_diverge_say_so_once_and_save_nothing_of_it(tmp_path):
     args = [*SHORT, "--no-check", "--lr", "1e30", "--opt", "momentum", "--warmup-epochs", 0, "--save-minutes", 0]
     ended = Running(tmp_path / "model", *args, processes=2).end()
@@ -179,6 +182,7 @@ def test_a_signal_saves_and_ends_a_single_process(tmp_path, number):
     assert "Traceback" not in ended.stderr and "error" not in ended.stderr
 
 
+@pytest.mark.full
 def test_a_dead_process_ends_the_others(tmp_path):
     running = Running(tmp_path / "model", *SHORT, "--epochs", 100, "--save-minutes", 0, processes=2)
     running.wait_for_step(3)
@@ -193,6 +197,7 @@ def test_a_dead_process_ends_the_others(tmp_path):
     )  # nobody is left
 
 
+@pytest.mark.full
 def test_a_dead_loader_process_is_one_line(in_process, tmp_path, monkeypatch):
     from res2net_zoo.training.loader import Augmented
 
@@ -209,6 +214,7 @@ def test_a_dead_loader_process_is_one_line(in_process, tmp_path, monkeypatch):
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.full
 def test_a_loss_that_is_no_number_names_the_step_and_the_last_good_checkpoint(in_process, tmp_path):
     folder = tmp_path / "model"
     args = [*SHORT, "--workers", 0, "--opt", "momentum", "--warmup-epochs", 0, "--clip-grad", 1]
@@ -236,6 +242,7 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_last_good_checkpoint(in
     )
 
 
+@pytest.mark.full
 def test_what_a_run_does_not_go_on_with(in_process, tmp_path):
     folder = tmp_path / "model"
     args = [*SHORT, "--epochs", 1, "--workers", 0, "--batch-size", 128]
@@ -306,6 +313,7 @@ OTHER_CONTENT = {
 }
 
 
+@pytest.mark.full
 def test_a_checkpoint_of_other_content_is_one_line(in_process, tmp_path):
     folder = tmp_path / "model"
     args = ["--epochs", 1, "--steps-per-epoch", 4, "--no-check", "--workers", 0, "--threads", 1, "--tracker", "none"]
@@ -319,6 +327,7 @@ def test_a_checkpoint_of_other_content_is_one_line(in_process, tmp_path):
         assert str(last) in line and words in line, (name, line)
 
 
+@pytest.mark.full
 def test_two_trainings_cannot_write_one_folder(in_process, tmp_path):
     """While one runs, others that would write its folder end; killed, it does not keep them out."""
     folder = tmp_path / "model"
@@ -398,6 +407,7 @@ def test_checkpoints_are_whole_few_and_never_unpickled(tmp_path, monkeypatch):
     assert not (tmp_path / "unpickled").exists()
 
 
+@pytest.mark.full
 def test_trained_weights_load_and_check(in_process, tmp_path):
     """With moving averages there are three folders; each is a model whose card tells the truth."""
     folder = tmp_path / "model"

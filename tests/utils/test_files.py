@@ -105,6 +105,7 @@ def test_a_model_folder_is_the_old_one_or_the_new_one(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.full
 def test_killed_at_any_moment_a_model_folder_is_whole(tmp_path):
     """kill -9 while a folder is written over and over: it can always be read, weights and card of one time."""
     folder = tmp_path / "model"
@@ -165,6 +166,7 @@ def test_a_lock_and_what_is_half_written_last_as_long_as_their_process(tmp_path)
     assert path.read_text() == "whole"
 
 
+@pytest.mark.full
 def test_a_lock_does_not_outlive_its_process_in_its_children(tmp_path):
     """Loader processes are forked, and may live some seconds longer."""
     code = """
@@ -287,6 +289,7 @@ def test_shipped_digits_are_scikit_learns():
     assert max(found.values()) == 1
 
 
+@pytest.mark.full
 def test_make_digits_makes_them_again(tmp_path):
     subprocess.run([sys.executable, "hub/datasets/make_digits.py", "--output", tmp_path], cwd=ROOT, check=True)
     for split in ("train", "validation"):

@@ -18,6 +18,8 @@ from res2net_zoo.weights.pretrained import create_model
 from tests.conftest import SHIPPED_MODEL, input_error
 from tests.hub_server import hasten
 
+pytestmark = pytest.mark.first_case
+
 TIMEOUT = 0.3
 
 

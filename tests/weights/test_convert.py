@@ -132,6 +132,7 @@ class TestFitIsStrict:
         assert "30 of its tensors do not fit" in told and "and 22 more" in told
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize(("file", "format"), SMALL)
 @pytest.mark.parametrize("share", [0, 0.3, 0.9, 0.9999])
 def test_a_truncated_file_is_refused(file, format, share, tmp_path):
@@ -150,6 +151,7 @@ class Dangerous:
         return (print, ("this code ran",))
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("format", ["paddle", "torch", "mmengine", "holocron"])
 @pytest.mark.parametrize("zipped", [False, True])
 def test_no_file_runs_code(format, zipped, tmp_path, capsys):
@@ -258,6 +260,7 @@ PADDLE_ATTACKS = {
 }
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("attack", PADDLE_ATTACKS)
 @pytest.mark.parametrize("format", ["paddle", "torch"])
 def test_no_memory_is_taken_for_a_hostile_pickle(attack, format, tmp_path):

@@ -42,6 +42,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("name", BOMBS)
 def test_metadata_that_stands_for_more_than_it_has_is_refused_by_every_reader(tmp_path, name):
     bomb, bound = BOMBS[name]

@@ -19,6 +19,8 @@ from res2net_zoo.weights import model_config
 from res2net_zoo.weights.pretrained import create_model, published_accuracies
 from tests.conftest import SHIPPED_MODEL, input_error
 
+pytestmark = pytest.mark.first_case
+
 
 @pytest.fixture
 def folder(tmp_path) -> Path:

@@ -164,6 +164,7 @@ def release_record(release: Path, **more: Any) -> dict[str, Any]:
 
 
 class TestFromScratch:
+    @pytest.mark.first_case
     @pytest.mark.parametrize("license", [None, "mit"])
     def test_nothing_is_claimed_but_what_the_user_states(self, release, finetune, in_process, tmp_path, license):
         """Although published weights of the architecture have a licence, a URL and a repository."""
@@ -329,6 +330,7 @@ class TestFromAFolder:
         assert words in publish(folder, "--repo-id", "zoo/tuned", "--dry-run").stdout
         assert words in input_error(publish(folder, "--repo-id", "zoo/tuned"))
 
+    @pytest.mark.first_case
     @pytest.mark.parametrize("license", [None, "apache-2.0"])
     def test_what_timm_saves(self, release, finetune, in_process, tmp_path, license):
         """It states the licence and the tag of published weights for any; the folder's card alone counts."""
@@ -408,6 +410,7 @@ class TestHostileRecords:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"provenance": record}))
 
+    @pytest.mark.first_case
     @pytest.mark.parametrize(
         ("record", "words"),
         [

@@ -122,6 +122,7 @@ def test_a_cut_connection_is_taken_up_again_by_the_next_call(hub, original, recw
         assert file.metadata()["source_sha256"] == originals.sha256_of(original)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("fault", [dict(status=503, times=2), dict(at_byte=60_000_000, reset=True)])
 def test_what_passes_is_waited_for(hub, original, recwarn, fault):
     (hub.fail if "status" in fault else hub.cut)("original.pdparams", **fault)
@@ -130,6 +131,7 @@ def test_what_passes_is_waited_for(hub, original, recwarn, fault):
         assert file.metadata()["source_sha256"] == originals.sha256_of(original)
 
 
+@pytest.mark.full
 def test_another_file_at_the_same_url_is_not_gone_on_with(hub, original, recwarn):
     hub.cut("original.pdparams", at_byte=60_000_000, reset=True)
     hub.cut("original.pdparams", at_byte=1_000_000, reset=True, times=TRIES - 1)
@@ -187,6 +189,7 @@ def test_a_server_that_refuses(hub, status):
     hub.faults.clear()
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("size", [30_000_000, 103_155_000])  # in the original, and in what is made of it
 def test_a_full_disk(hub, original, size, recwarn):
     with full_disk(size), pytest.raises(InputError, match=r"cannot write .*(File too large|os error 27)"):
@@ -223,6 +226,7 @@ def test_a_mirror_is_read_in_place_of_anything_else(hub, monkeypatch, tmp_path, 
             timm.create_model(missing, pretrained=True)
 
 
+@pytest.mark.full
 def test_processes_that_start_at_once_download_once(hub, tmp_path):
     script = tmp_path / "load.py"
     script.write_text(
@@ -320,6 +324,7 @@ class TestConvertCommand:
         assert words in input_error(in_process("hub/convert.py", *args, "--output", tmp_path / "out"))
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.full
     def test_from_a_url_on_a_full_disk_and_then_on(self, hub, in_process, original, tmp_path):
         url, out = f"{hub.endpoint}/{FILE}", tmp_path / "out" / "model"
         args = ["--model", NAME, "--checkpoint", url, "--output", out]
@@ -338,6 +343,7 @@ class TestConvertCommand:
             input_error(in_process("hub/convert.py", "--model", NAME, "--checkpoint", original, "--output", out))
         assert read_tree(out) == before
 
+    @pytest.mark.full
     def test_from_a_url_goes_on_after_a_kill(self, hub, original, tmp_path):
         """A download that a kill -9 ends in its middle is not lost."""
         env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ASSETS_CACHE": str(tmp_path / "assets")}
