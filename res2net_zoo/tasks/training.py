@@ -16,8 +16,9 @@ from res2net_zoo.tasks.engine import Prepared, evaluate
 from res2net_zoo.training.checkpoints import Checkpoints, check_state, is_number
 from res2net_zoo.training.loader import seed_of
 from res2net_zoo.training.loop import Epoch, Loop, Objective, Settings, State, checkpoint_fields, resume
+from res2net_zoo.training.metrics import write_metrics
 from res2net_zoo.training.optimization import Optimization
-from res2net_zoo.training.report import hardware, plainly, start_run, write_metrics, write_recipe
+from res2net_zoo.training.report import hardware, plainly, start_run, write_recipe
 from res2net_zoo.utils import processes
 from res2net_zoo.utils.console import printable, warn
 from res2net_zoo.utils.errors import InputError

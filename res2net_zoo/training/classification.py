@@ -26,8 +26,9 @@ from res2net_zoo.training.data import TrainingData
 from res2net_zoo.training.loader import batches, seed_of
 from res2net_zoo.training.loop import Epoch, Objective, State
 from res2net_zoo.training.loss import Criterion, balanced
+from res2net_zoo.training.metrics import best_of
 from res2net_zoo.training.optimization import freeze
-from res2net_zoo.training.report import Report, best_of
+from res2net_zoo.training.report import Report
 from res2net_zoo.utils import processes
 from res2net_zoo.utils.console import warn
 from res2net_zoo.utils.errors import InputError

@@ -26,8 +26,9 @@ from res2net_zoo.training.classification import (
 from res2net_zoo.training.data import TrainingData, check_readable, corrupt_images, open_training_data, steps_of
 from res2net_zoo.training.loader import training_loader
 from res2net_zoo.training.loop import Loop, Settings, State, checkpoint_fields, resume
+from res2net_zoo.training.metrics import best_of
 from res2net_zoo.training.optimization import Optimization, scaled_lr
-from res2net_zoo.training.report import Mistakes, Report, best_of, hardware
+from res2net_zoo.training.report import Mistakes, Report, hardware
 from res2net_zoo.utils.console import warn
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.processes import all_or_none, start_processes

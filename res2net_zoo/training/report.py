@@ -1,12 +1,10 @@
 """What comes out of a training run beside the weights: metrics, pictures, mistakes, the card."""
 
 import contextlib
-import csv
 import functools
 import glob
 import heapq
 import importlib.util
-import json
 import os
 import platform
 import shlex
@@ -17,22 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import timm
 import tomlkit
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from huggingface_hub import ModelCard
 from torch import nn
 
-from res2net_zoo.catalog import Accuracy
 from res2net_zoo.evaluation import Counts
+from res2net_zoo.training.card import training_card
 from res2net_zoo.training.data import TrainingData
+from res2net_zoo.training.metrics import best_of, write_metrics
 from res2net_zoo.utils.console import printable
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import write_atomically
-from res2net_zoo.utils.markdown import code_span, markdown, markdown_table
-from res2net_zoo.weights.card import CITATION, model_card
 from res2net_zoo.weights.model_folder import write_model_folder
 from res2net_zoo.weights.provenance import Provenance
 
@@ -90,18 +85,6 @@ class Mistakes:
             for value, place in zip(values.tolist(), places.tolist(), strict=True)
             if value
         ]
-
-
-def write_metrics(folder: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
-    """Write metrics.csv, a row an epoch."""
-
-    def write(path: Path) -> None:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, metrics[0].keys())
-            writer.writeheader()
-            writer.writerows(metrics)
-
-    write_atomically(folder / "metrics.csv", write)
 
 
 def _save(folder: Path, name: str, figure: "Figure") -> None:
@@ -199,27 +182,6 @@ def hardware(accelerator: Accelerator) -> str:
     threads = torch.get_num_threads()
     many = f"{number} processes of {threads} threads" if number > 1 else f"{threads} threads"
     return f"{accelerator.device.type} ({platform.machine()}, {many})"
-
-
-def mistakes_table(mistakes: Mistakes, names: Sequence[str]) -> str:
-    """Return the commonest mistakes as Markdown, or a sentence where there is none."""
-    rows = [
-        (markdown(names[right]), markdown(names[answer]), number, f"{100 * number / of:.1f}")
-        for right, answer, number, of in mistakes.pairs()
-    ]
-    if not rows:
-        return "It makes no mistake there."
-    return markdown_table(("right class", "its answer", "images", "% of the class"), rows)
-
-
-def best_of(metrics: Sequence[Mapping[str, Any]], kinds: Sequence[str] = ("", "ema_")) -> tuple[float, int, str]:
-    """Return the best top-1, its epoch (of several, the last) and its kind.
-
-    Args:
-        metrics: Of each epoch.
-        kinds: Weights to choose among: `` the trained ones, `ema_` their moving average.
-    """
-    return max((row[f"{kind}top1"], row["epoch"], kind) for row in metrics for kind in kinds if f"{kind}top1" in row)
 
 
 def anchored(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -325,7 +287,9 @@ class Report:
                 folders.append((self.run / ("ema" if kind else "raw"), (kind,)))
             for folder, kinds in folders:
                 if best_of(self.metrics, kinds)[1:] == (epoch, kind):
-                    write_model_folder(folder, module, self._card(folder, kinds), self.data.names, origin=self.origin)
+                    write_model_folder(
+                        folder, module, training_card(self, folder, kinds), self.data.names, origin=self.origin
+                    )
                     write_recipe(folder, self.settings)
         write_metrics(self.folder, self.metrics)
 
@@ -347,7 +311,8 @@ class Report:
             pictures += ["mistakes.png"] * draw_mistakes(self.folder, mistakes, self.data.names)
         else:
             print("no pictures: they take matplotlib, pip install -e '.[train]'", file=sys.stderr)
-        write_atomically(self.folder / "README.md", self._card(self.folder, ("", "ema_"), mistakes, pictures).save)
+        card = training_card(self, self.folder, ("", "ema_"), mistakes, pictures)
+        write_atomically(self.folder / "README.md", card.save)
 
     @property
     def check(self) -> str:
@@ -365,81 +330,3 @@ class Report:
             words += ["--label-column", self.settings["label_column"]]
         words += [f"--{key.replace('_', '-')}" for key in ("streaming", "skip_corrupt") if self.settings[key]]
         return shlex.join([*words, "--check"])
-
-    def _card(
-        self,
-        folder: Path,
-        kinds: Sequence[str],
-        mistakes: Mistakes | None = None,
-        pictures: Sequence[str] = (),
-    ) -> ModelCard:
-        name, data, metrics, cfg = folder.resolve().name, self.data, self.metrics, self.config
-        top1, epoch, kind = best_of(metrics, kinds)
-        row = metrics[epoch - 1]
-        top5 = row[f"{kind}top5"]
-        if self.final is not None:
-            top1, top5 = self.final.percent(self.final.top1), self.final.percent(self.final.top5)
-        accuracy = Accuracy(
-            dataset=data.valid.name, split=data.valid.split, top1=top1, top5=top5, source="scripts/finetune.py"
-        )
-        held_out = "/held-out-" in data.valid.split
-        classes = ", ".join(map(code_span, data.names[:50])) + ", ..." * (len(data.names) > 50)
-        trained = f"{data.num_images:,} images" if data.indices is not None else "a stream of images"
-        if (counts := data.used_counts) and min(counts) < max(counts):
-            trained += f", {min(counts):,} to {max(counts):,} of each class,"
-        held = f", held out of `{data.train.split}`: {self.settings['hold_out']:g} of each class" * held_out
-        precision = self.settings.get("mixed_precision", "no")
-        measured = f" (measured in {precision})" * (self.final is None and precision != "no")
-        speeds = [row["images_per_second"] for row in metrics if row["images_per_second"]]
-        average = ", by a moving average of the weights" * bool(kind)
-        mode = "L" if cfg["input_size"][0] == 1 else "RGB"
-        parts = [
-            f"# {markdown(name)}",
-            f"{cfg['architecture']} with {len(data.names)} classes, trained from "
-            f"{'pretrained' if self.origin.start else 'random'} weights on {code_span(data.train.name)} by the Res2Net "
-            "Zoo. Res2Net: Gao et al., TPAMI 2021, arXiv 1904.01169.",
-            f"""## Use
-
-In the folder that holds this one:
-
-```python
-import timm
-import res2net_zoo  # registers the model with timm
-from PIL import Image
-
-model = timm.create_model({json.dumps(f"local-dir:{folder.name}")}, pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-logits = model(transform(Image.open("image.jpg").convert("{mode}")).unsqueeze(0))
-print(model.pretrained_cfg["label_names"][logits.argmax()])
-```""",
-            f"## Accuracy\n\nTop-1 {top1:.3f}, top-5 {top5:.3f} percent{measured} on the {self.samples:,} images of "
-            f"the split `{data.valid.split}`, which training never saw. This is epoch {epoch} of {len(metrics)}, the "
-            f"best on that same split (of several, the last){average}, so expect a little less on new images. "
-            "`python scripts/validate.py --check` measures it again.",
-            f"## Data\n\nTrained on {trained} of the split `{data.train.split}`; evaluated on {self.samples:,} of "
-            f"`{data.valid.split}`{held}. Input: {' x '.join(map(str, cfg['input_size']))}. {len(data.names)} classes: "
-            f"{classes}.",
-        ]
-        if mistakes is not None:
-            parts.append(f"## Mistakes\n\nThe commonest, on that split:\n\n{mistakes_table(mistakes, data.names)}")
-        if "mistakes.png" in pictures:
-            parts.append("The most confident, as the model sees them:\n\n![Mistakes](mistakes.png)")
-        versions = f"torch {torch.__version__.split('+')[0]} and timm {timm.__version__}"
-        parts += [
-            f"## Training\n\nMade by\n\n```\n{printable(self.command)}\n```",
-            f"This was {versions} on {self.hardware}: {f'{speeds[-1]:g} images/s, ' if speeds else ''}at most "
-            f"{metrics[-1]['peak_memory_mb']:,} MB in a process.",
-        ]
-        if pictures:
-            parts.append("![Learning curve](learning_curve.png)\n\n![Learning rate](learning_rate.png)")
-        if self.origin.start or self.origin.teacher:
-            parts.append(f"The weights come from: {markdown(str(self.origin))}.")
-        settings = [(key, markdown(json.dumps(value, default=str))) for key, value in self.settings.items()]
-        table = markdown_table(("setting", "value"), settings)
-        parts += [
-            f"<details><summary>All settings, as in recipe.toml</summary>\n\n{table}\n\n</details>",
-            f"## Citation\n\n{CITATION}\n",
-        ]
-        from_hub = data.train.name == self.settings["data"] and not Path(data.train.name).exists()
-        hub = [data.train.name] if from_hub else []
-        return model_card(name, "\n\n".join(parts), self.origin.license, [accuracy], hub, self.origin.base_model)

@@ -35,18 +35,35 @@ def model_card(
     datasets: Sequence[str] = (),
     base_model: str | None = None,
 ) -> ModelCard:
-    """Make a model card whose evaluation results `published_accuracies` reads back.
+    """Return a model card of the metadata that `model_card_data` returns.
 
     Args:
         name: The model's name.
         text: The card's Markdown.
-        license: Its licence, in the Hub's spelling; None where it is unknown.
+        license: As for `model_card_data`, and so are the others.
         accuracies: Its accuracies.
-        datasets: What it was trained on, as the Hub names it.
-        base_model: Repository on the Hub of the weight that it derives from.
+        datasets: What it was trained on.
+        base_model: What it derives from.
+    """
+    data = model_card_data(name, license, accuracies, datasets, base_model)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
 
-    Returns:
-        The card.
+
+def model_card_data(
+    name: str,
+    license: str | None,
+    accuracies: Sequence[Accuracy] = (),
+    datasets: Sequence[str] = (),
+    base_model: str | None = None,
+) -> ModelCardData:
+    """Return the metadata of a model card, whose evaluation results `published_accuracies` reads back.
+
+    Args:
+        name: The model's name.
+        license: Its licence, in the Hub's spelling; None if it is unknown.
+        accuracies: Its accuracies.
+        datasets: What it was trained on, by the Hub's names.
+        base_model: Repository on the Hub of the weights that it derives from.
     """
     results = [
         EvalResult(
@@ -64,7 +81,7 @@ def model_card(
             ("top-5-accuracy", "Top-5 accuracy", accuracy.top5),
         )
     ]
-    data = ModelCardData(
+    return ModelCardData(
         model_name=re.sub(r"[^\w.-]", "_", name),
         library_name="timm",
         license=license,
@@ -74,7 +91,6 @@ def model_card(
         pipeline_tag="image-classification",
         eval_results=results or None,
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
 
 
 def checkpoint_card(checkpoint: Checkpoint, metadata: dict[str, str]) -> ModelCard:
