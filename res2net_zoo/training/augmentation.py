@@ -20,21 +20,21 @@ def training_samples(
     crop_padding: int,
     read: Callable[[dict[str, Any]], bytes],
 ) -> Samples:
-    """Make what turns rows into training samples.
+    """Return what turns rows into training samples.
 
     Args:
         model: The model; its config gives size and interpolation.
         names: The classes.
         augmentation: As for timm's `create_transform`.
-        crop_padding: Pixels to pad by before a random crop, in place of a random resized crop; 0 for
-            that one. As CIFAR images are trained on (He et al., 2016, sec. 4.2).
-        read: From an image of a row to its content: `Source.read`.
+        crop_padding: Pixels to pad by before a random crop, as usual for CIFAR (He et al., 2016, sec. 4.2); 0 for
+            a random resized crop instead.
+        read: Returns the content of a row's image: `Source.read`.
 
     Returns:
-        It; images come as bytes, or normalized where random erasing needs them to be.
+        The samples; their images are bytes, or normalized if random erasing needs that.
 
     Raises:
-        InputError: timm knows no such augmentation.
+        InputError: timm does not have this augmentation.
     """
     config = resolve_model_data_config(model)
     try:
@@ -53,7 +53,7 @@ def training_samples(
 
 
 class Normalize(nn.Module):
-    """Turns bytes (N, C, H, W) into what a model takes, on its device; leaves what is normalized already."""
+    """Normalizes images (N, C, H, W) of bytes on the model's device; leaves normalized ones as they are."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -70,7 +70,7 @@ class Normalize(nn.Module):
 
 
 def create_mixup(mixup: float, cutmix: float, probability: float, smoothing: float, num_classes: int) -> Mixup | None:
-    """Return timm's mixup and CutMix of these alphas, None where both are 0."""
+    """Return timm's mixup and CutMix with these alphas; None if both are 0."""
     if not mixup and not cutmix:
         return None
     return Mixup(mixup, cutmix, prob=probability, label_smoothing=smoothing, num_classes=num_classes)

@@ -1,8 +1,8 @@
-"""Checkpoints of a training run: everything it needs to go on, in one file each.
+"""Checkpoints of a training run: everything needed to resume it, in one file each.
 
-A checkpoint is written to a temporary file that then takes its name, and older ones are deleted only
-after that, so that whenever a run is killed a whole one is there. It holds tensors and plain values
-and is read by `torch_file`, which runs no code of the file's and takes no more memory than the file has.
+A checkpoint is written to a temporary file, which is then renamed, and older ones are deleted only after that: a
+whole one exists whenever a run is killed. It holds tensors and plain values, and is read by `torch_file`, which
+executes no code from the file and uses no more memory than the file's size.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from res2net_zoo.weights import torch_file
 
 # State of an optimizer that has its parameter's shape; others factor theirs.
 SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
-Fits = Callable[[Any], bool]  # whether a value may be what a checkpoint holds under some name
+Fits = Callable[[Any], bool]  # returns whether a value is plausible
 
 STEPS = 20_000_000  # of a checkpoint's pickle, which also lists learning rates and images left out
 
@@ -38,15 +38,15 @@ class Checkpoints:
         self.keep = keep
 
     def take(self, output: Path, resume: bool, overwrite: bool) -> None:
-        """Find out whether a run can have its folders; make room where it may replace another.
+        """Take possession of a run's folders: finish interrupted writes, and delete a run to replace.
 
         Args:
-            output: Where its model is to be.
-            resume: Whether it goes on with the run that is there.
-            overwrite: Whether it replaces that.
+            output: Folder of the run's model.
+            resume: Whether to resume the run in it.
+            overwrite: Whether to replace the run in it.
 
         Raises:
-            InputError: It cannot.
+            InputError: The folders hold another run, or cannot be written.
         """
         check_can_make(output)
         check_can_make(self.folder.parent)
@@ -76,17 +76,17 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*.pt"))
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write a checkpoint, and delete those that are too many.
+        """Write a checkpoint, and delete the oldest if there are more than `keep`.
 
         Args:
             step: Optimizer steps that were done.
-            state: What `load` shall return: tensors, numbers, strings and containers of these.
+            state: What `load` is to return: tensors, numbers, strings and containers of these.
 
         Returns:
             Its path.
 
         Raises:
-            InputError: It cannot be written; the older ones are all there.
+            InputError: It cannot be written; the older ones are kept.
         """
         path = self.folder / f"step-{step:09}.pt"
         try:
@@ -105,7 +105,7 @@ class Checkpoints:
         """Read the newest checkpoint.
 
         Returns:
-            What was saved, its tensors on the CPU; None where there is no checkpoint.
+            What was saved, its tensors on the CPU; None without a checkpoint.
 
         Raises:
             InputError: It is damaged or was not made by `save`.
@@ -116,13 +116,13 @@ class Checkpoints:
             return torch_file.load(paths[-1], STEPS)
         except InputError:
             raise
-        except Exception as error:  # also what a damaged file makes torch stumble over
+        except Exception as error:  # torch raises many kinds for a damaged file
             others = f"; delete it, and --resume goes on from {paths[-2].name}" if len(paths) > 1 else ""
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(f"{paths[-1]} is not a valid checkpoint ({reason[:200]}){others}") from error
 
     def sweep(self) -> None:
-        """Delete what a killed process of an earlier version left half written."""
+        """Delete incomplete files of killed processes, as earlier versions named them."""
         for path in self.folder.glob(".step-*.pt"):
             path.unlink()
 
@@ -139,12 +139,12 @@ def is_number(value: Any, low: float = -math.inf) -> bool:
 
 
 def is_count(value: Any) -> bool:
-    """Return whether a value is a whole number, not negative."""
+    """Return whether a value is an integer of at least 0."""
     return type(value) is int and value >= 0
 
 
 def are_metrics(value: Any, figures: Mapping[str, Fits]) -> bool:
-    """Return whether a value is the metrics of an epoch each, from the first on, with figures that fit."""
+    """Return whether a value is a list with the metrics of each epoch, whose figures are plausible."""
     return isinstance(value, list) and all(
         isinstance(row, dict)
         and row.get("epoch") == number
@@ -155,13 +155,13 @@ def are_metrics(value: Any, figures: Mapping[str, Fits]) -> bool:
 
 
 def are_finite(value: Any, numel: int | None = None) -> bool:
-    """Return whether a value is a tensor of finite numbers, and of so many."""
+    """Return whether a value is a tensor of finite numbers, with `numel` elements if that is given."""
     return isinstance(value, torch.Tensor) and bool(torch.isfinite(value).all()) and numel in (None, value.numel())
 
 
 @contextlib.contextmanager
 def restoring(path: Path) -> Iterator[None]:
-    """Turn what torch raises of a state of another kind into one line.
+    """Turn torch's errors about an unsuitable state into one line.
 
     Args:
         path: The checkpoint.
@@ -179,18 +179,18 @@ def restoring(path: Path) -> Iterator[None]:
 
 
 def check_state(state: Any, path: Path, fields: Mapping[str, Fits]) -> dict[str, Any]:
-    """Find out whether a checkpoint holds what a run needs to go on.
+    """Check that a checkpoint holds what is needed to resume a run.
 
     Args:
         state: What `Checkpoints.load` returned.
         path: Its file.
-        fields: What it must have, by name.
+        fields: What it must hold, by name.
 
     Returns:
         The state.
 
     Raises:
-        InputError: It holds something else.
+        InputError: A field is missing or implausible.
     """
 
     def refuse(reason: str) -> InputError:
@@ -211,12 +211,12 @@ def check_state(state: Any, path: Path, fields: Mapping[str, Fits]) -> dict[str,
 
 
 def check_progress(path: Path, done: int, metrics: Sequence[Any], steps: int) -> None:
-    """Find out whether a checkpoint's steps are those of the epoch after its last metrics.
+    """Check that a checkpoint's number of steps is within the epoch after its last metrics.
 
     Args:
         path: The checkpoint.
-        done: Steps that were done.
-        metrics: Of each epoch that was measured.
+        done: Optimizer steps done.
+        metrics: A row for each evaluated epoch.
         steps: Steps of an epoch.
 
     Raises:
@@ -230,12 +230,12 @@ def check_progress(path: Path, done: int, metrics: Sequence[Any], steps: int) ->
 
 
 def restore(path: Path, what: str, module: torch.nn.Module, state: Any) -> None:
-    """Load weights of a checkpoint, whose tensors must be those of the module, and finite.
+    """Load weights of a checkpoint, whose tensors must have the module's names, shapes and types, and be finite.
 
     Args:
         path: The checkpoint.
-        what: What they are called in it.
-        module: Where to load them.
+        what: Their name in the checkpoint.
+        module: The module to load them into.
         state: The weights, by name.
 
     Raises:
@@ -255,7 +255,7 @@ def restore_optimizer(path: Path, optimizer: Any, state: Any) -> None:
 
     Args:
         path: The checkpoint.
-        optimizer: Where to load it.
+        optimizer: The optimizer to load it into.
         state: Its state.
 
     Raises:

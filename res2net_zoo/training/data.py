@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import datasets
 import numpy as np
@@ -20,7 +21,7 @@ from res2net_zoo.utils.processes import all_or_none, main_first
 
 @dataclass
 class TrainingData:
-    """What is trained and evaluated on.
+    """The images to train on and to evaluate on.
 
     Attributes:
         train: Training images.
@@ -28,7 +29,7 @@ class TrainingData:
         names: The classes.
         counts: Training images of each class; None for a stream.
         indices: Training images to use, those that can be decoded; None for a stream.
-        unreadable: Images among them that turned out not to be decodable, and were left out.
+        unreadable: Images among them that could not be decoded during training and were skipped.
     """
 
     train: Source
@@ -39,10 +40,10 @@ class TrainingData:
     unreadable: list[int] = field(default_factory=list)
 
     def leave_out(self, indices: Sequence[int]) -> None:
-        """Have some training images not be used.
+        """Exclude training images.
 
         Raises:
-            InputError: They are all there is of a class.
+            InputError: A class has no others.
         """
         if self.indices is not None:
             self.indices = np.setdiff1d(self.indices, indices)
@@ -74,57 +75,30 @@ def open_training_data(
     label_column: str | None = None,
     num_classes: int | None = None,
 ) -> TrainingData:
-    """Open training images and those to evaluate on, and find out whether their labels make sense.
+    """Open the images to train on and to evaluate on, and check their labels.
 
     Args:
         src: As for `open_source`.
         accelerator: The processes.
         train_split: Split to train on.
         eval_split: Split to evaluate on; default validation, else test, else held out of training.
-            What it names of the training split, as `hold_out` does, is not trained on.
+            A held-out part of the training split, as `hold_out` names it, is excluded from training.
         fraction: Share of each class to hold out.
         seed: Chooses what is held out.
-        streaming: Whether to read the images as they come.
-        label_column: Column of the labels, where it is not plain.
-        num_classes: Number of classes, where a stream does not say.
+        streaming: Whether to read the images as a stream.
+        label_column: Column of the labels, if it is ambiguous.
+        num_classes: Number of classes, if the data does not state it.
 
     Returns:
         Both.
 
     Raises:
-        InputError: There is no such data, or it cannot be trained on: too few classes, an empty one,
-            one that only evaluation has, wrong labels.
+        InputError: The data is missing or unsuitable: too few classes, an empty class, a class that only the
+            evaluation split has, or wrong labels.
     """
-
-    def open_split(split: str | None) -> Source:
-        return open_source(src, split, streaming=streaming, label_column=label_column)
-
-    def open_splits() -> tuple[Source, Source]:
-        train = open_split(train_split)
-        if eval_split is not None:
-            valid = open_split(eval_split)
-            held = held_out_of(valid.split)
-            if held and held[0] == train.split:
-                return hold_out(train, *held[1:])
-            if whole(valid) == whole(train):
-                raise InputError(
-                    f"training and evaluation would both be on {whole(train)} of {src}; "
-                    "name another split with --train-split or --eval-split"
-                )
-            return train, valid
-        with contextlib.suppress(InputError):  # there are several splits, but no validation or test
-            valid = open_split(None)
-            if whole(valid) != whole(train):
-                return train, valid
-        if streaming:
-            raise InputError(f"{src} has no split to evaluate on, and nothing can be held out of a stream")
-        return hold_out(train, fraction, seed)
-
-    def whole(source: Source) -> str:
-        """Return the split that a source is all or part of."""
-        return source.split.split("/held-out-")[0]
-
-    train, valid = main_first(accelerator, open_splits)
+    train, valid = main_first(
+        accelerator, lambda: open_splits(src, train_split, eval_split, fraction, seed, streaming, label_column)
+    )
     if accelerator.is_main_process:
         for skipped in filter(None, {train.skipped: None, valid.skipped: None}):
             warn(f"left out of {src}: {skipped}")
@@ -135,15 +109,59 @@ def open_training_data(
     return TrainingData(train, valid, names, count_classes(train, valid, names), np.arange(len(train.rows)))
 
 
+def open_splits(
+    src: str,
+    train_split: str,
+    eval_split: str | None,
+    fraction: float,
+    seed: int,
+    streaming: bool,
+    label_column: str | None,
+) -> tuple[Source, Source]:
+    """Open the split to train on and the one to evaluate on. The arguments are those of `open_training_data`.
+
+    Returns:
+        Both; no image is in both.
+
+    Raises:
+        InputError: A split is missing, both are the same, or nothing can be held out.
+    """
+    open_split = partial(open_source, src, streaming=streaming, label_column=label_column)
+    train = open_split(train_split)
+    if eval_split is not None:
+        valid = open_split(eval_split)
+        held = held_out_of(valid.split)
+        if held and held[0] == train.split:
+            return hold_out(train, *held[1:])
+        if whole_split(valid) == whole_split(train):
+            raise InputError(
+                f"training and evaluation would both be on {whole_split(train)} of {src}; "
+                "name another split with --train-split or --eval-split"
+            )
+        return train, valid
+    with contextlib.suppress(InputError):  # several splits, but no validation or test
+        valid = open_split(None)
+        if whole_split(valid) != whole_split(train):
+            return train, valid
+    if streaming:
+        raise InputError(f"{src} has no split to evaluate on, and nothing can be held out of a stream")
+    return hold_out(train, fraction, seed)
+
+
+def whole_split(source: Source) -> str:
+    """Return the split that a source is, or is part of."""
+    return source.split.split("/held-out-")[0]
+
+
 def class_names(train: Source, num_classes: int | None = None) -> list[str]:
     """Return a name for each class: the data's, or numbers.
 
     Args:
         train: The training images.
-        num_classes: How many there are, where the data does not say.
+        num_classes: Number of classes, if the data does not state it.
 
     Raises:
-        InputError: The data does not say, and is not there to be counted; or there is only one.
+        InputError: The number of classes is unknown, or 1.
     """
     names = train.class_names
     if names is not None and num_classes not in (None, len(names)):
@@ -160,7 +178,7 @@ def class_names(train: Source, num_classes: int | None = None) -> list[str]:
 
 
 def check_names(train: Source, valid: Source, names: Sequence[str]) -> None:
-    """Refuse classes to evaluate on that are not among those to train on."""
+    """Check that each class to evaluate on is one to train on."""
     if strange := sorted(set(valid.class_names or ()) - set(names)):
         raise InputError(
             f"{valid.name} has classes in {valid.split} that {train.split} has not: {', '.join(strange[:5])}"
@@ -168,7 +186,7 @@ def check_names(train: Source, valid: Source, names: Sequence[str]) -> None:
 
 
 def count_classes(train: Source, valid: Source, names: Sequence[str]) -> list[int]:
-    """Count the training images of each class, once the labels are found to make sense.
+    """Check all labels, and count the training images of each class.
 
     Args:
         train: Map-style training images.
@@ -202,7 +220,7 @@ def _count(labels: np.ndarray, source: Source, names: Sequence[str]) -> list[int
 
 
 class _Decodable(torch.utils.data.Dataset):
-    """Tells of each image why it cannot be decoded, or None."""
+    """Tries to decode images; an item is the reason why that failed, or None."""
 
     def __init__(self, source: Source, indices: range) -> None:
         self.source = source
@@ -244,7 +262,7 @@ def find_corrupt(source: Source, accelerator: Accelerator, workers: int) -> dict
         workers: Loader processes, for each process.
 
     Returns:
-        Which images cannot be decoded, by index, and why; the same in every process.
+        The reason for each image that cannot be decoded, by its index; the same in every process.
     """
     share = range(accelerator.process_index, len(source.rows), accelerator.num_processes)
     loader = DataLoader(_Decodable(source, share), batch_size=32, num_workers=workers, collate_fn=_problems)
@@ -254,10 +272,10 @@ def find_corrupt(source: Source, accelerator: Accelerator, workers: int) -> dict
 
 
 def check_readable(source: Source) -> None:
-    """Find out whether there is an image that can be decoded, by reading up to the first one.
+    """Check that some image can be decoded, by decoding up to the first one that can.
 
     Raises:
-        InputError: There is none.
+        InputError: None can.
     """
     images = _Decodable(source, range(len(source.rows)))
     first = None
@@ -278,13 +296,13 @@ def corrupt_images(data: TrainingData, accelerator: Accelerator, workers: int, s
         data: Map-style images.
         accelerator: The processes.
         workers: Loader processes, for each process.
-        skip: Whether some may be left out.
+        skip: Whether to skip images that cannot be decoded.
 
     Returns:
-        Training images to leave out, by index.
+        Training images to skip, by index.
 
     Raises:
-        InputError: Some cannot be decoded, and are not to be skipped.
+        InputError: Some cannot be decoded and `skip` is False, or none can.
     """
     found: dict[int, str] = {}
     for source in (data.valid, data.train):
@@ -308,19 +326,19 @@ def steps_of(data: TrainingData, step_images: int, wanted: int | None) -> int:
     """Return the optimizer steps of an epoch.
 
     Args:
-        data: What is trained on.
+        data: The images.
         step_images: Images a step, over all processes.
-        wanted: Steps that an epoch shall have; None for all images once.
+        wanted: Steps of an epoch; None for all images once.
 
     Raises:
-        InputError: There are fewer images, or nobody knows how many.
+        InputError: There are fewer images, or their number is unknown.
     """
     images = data.num_images
     if images is None:
         if wanted is None:
             raise InputError(f"{data.train.name} does not say how many images it has; --steps-per-epoch makes epochs")
         return wanted
-    # A stream comes around again; of other data an epoch has no image twice.
+    # A stream starts over; other data has each image at most once in an epoch.
     if images < step_images * (wanted if wanted and data.indices is not None else 1):
         batch = f"{wanted} steps of {step_images}" if wanted else f"a batch of {step_images}"
         raise InputError(f"{data.train.name} has {images} images to train on, less than {batch}")

@@ -27,7 +27,7 @@ from res2net_zoo.utils.shutdown import spare_worker
 
 
 def seed_of(*parts: int) -> int:
-    """Return a seed of 32 bits that depends on every part, as good as independent for different parts."""
+    """Return a 32-bit seed that depends on every part; seeds of different parts are independent in practice."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
@@ -37,10 +37,10 @@ class Order(Sampler[list[tuple[int, int, int]]]):
     Args:
         indices: Images to choose from.
         batch_size: Images a batch, in this process.
-        rank: Which process this is.
+        rank: Index of this process.
         world: Number of processes.
         seed: Decides the order, with the epoch.
-        weights: Chance of each image to be drawn, for drawing with replacement; None to show each once.
+        weights: Probability of each image, to draw with replacement; None to show each image once.
         repeats: How many times in succession each image is shown, differently augmented, an epoch
             then showing that many times fewer different ones (repeated augmentation: Hoffer et al.,
             2020, arXiv 1901.09335).
@@ -70,7 +70,7 @@ class Order(Sampler[list[tuple[int, int, int]]]):
         self.first = 0
 
     def start(self, epoch: int, batch: int = 0) -> None:
-        """Say which epoch the next iteration is, and from which batch on."""
+        """Set the epoch of the next iteration, and its first batch."""
         self.epoch = epoch
         self.first = batch
 
@@ -92,7 +92,7 @@ class Order(Sampler[list[tuple[int, int, int]]]):
 
 
 class Augmented(torch.utils.data.Dataset):
-    """Training samples of a map-style dataset, by the keys that `Order` gives."""
+    """Training samples of a map-style dataset, by the keys of `Order`."""
 
     def __init__(self, rows: datasets.Dataset, samples: Samples, seed: int) -> None:
         self.rows = rows
@@ -108,10 +108,10 @@ class Augmented(torch.utils.data.Dataset):
 
 
 class AugmentedStream(IterableDataset):
-    """Endless training samples of one process's share of a stream, shuffled anew in each pass.
+    """Endless training samples of one process's share of a stream, shuffled again in each pass.
 
-    A pass over the share is no epoch: shares differ in length, and an epoch is as long in every
-    process. Of batches that are to be left out, nothing is decoded and no image comes.
+    A pass over the share is not an epoch: shares differ in length, but an epoch has the same length in
+    every process. Images of batches before the first that is needed are not decoded.
 
     Args:
         rows: The process's share.
@@ -119,7 +119,7 @@ class AugmentedStream(IterableDataset):
         seed: Decides order and augmentation, with the epoch.
         batch_size: Images a batch.
         buffer: Images to shuffle among; files are shuffled as well.
-        name: What to call these rows in a message.
+        name: Name of these rows in a message.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class AugmentedStream(IterableDataset):
         self.start(0)
 
     def start(self, epoch: int, batch: int = 0) -> None:
-        """Say which epoch the next iteration is, and which batch is the first that is needed."""
+        """Set the epoch of the next iteration, and the first batch that is needed."""
         self.epoch = epoch
         self.first = batch
 
@@ -156,7 +156,7 @@ class AugmentedStream(IterableDataset):
                         yield self.samples(f"image {done} of {self.name}", row)
                     done += 1
             except Exception as error:
-                # `datasets` has no one type for a file that ends too early or is none of its kind.
+                # `datasets` has no single type of error for truncated and for foreign files.
                 yield Sample(
                     self.name, fatal=f"cannot read on after {done} images: {str(error) or type(error).__name__}"
                 )
@@ -193,17 +193,17 @@ def training_loader(
     repeats: int = 1,
     buffer: int = 1000,
 ) -> DataLoader:
-    """Make the loader of this process's batches, shuffled; `batches` goes through it.
+    """Return the loader of this process's shuffled batches, which `batches` iterates over.
 
     Args:
-        data: What to train on.
+        data: The images.
         samples: Makes samples of its rows.
-        accelerator: Tells which process this is.
+        accelerator: The processes.
         batch_size: Images a batch, in this process.
         workers: Loader processes; of a stream, no more are started than there are files.
         seed: Decides the order.
         batches: Batches an epoch.
-        balance: Whether to draw from all classes alike, with replacement.
+        balance: Whether to draw all classes with the same probability, with replacement.
         repeats: As for `Order`.
         buffer: Images of a stream to shuffle among; files are shuffled as well.
     """
@@ -245,20 +245,20 @@ def batches(
         loader: From `training_loader`.
         epoch: Which epoch, from 0.
         first: Batch to begin with.
-        skip_corrupt: Whether to leave out images that cannot be decoded.
-        left_out: Takes their indices, or of a stream their places.
+        skip_corrupt: Whether to skip images that cannot be decoded.
+        left_out: Set to add their indices to, or, of a stream, their places.
 
     Yields:
         Images (N, C, H, W) and classes (N,).
 
     Raises:
-        InputError: An image cannot be used.
+        InputError: An image cannot be decoded and is not to be skipped, or a whole batch cannot.
     """
     source: Any = loader.batch_sampler if isinstance(loader.batch_sampler, Order) else loader.dataset
     source.start(epoch, first)
     loaded = iter(loader)
     if source is loader.dataset:
-        for _ in range(first):  # a stream comes from its start, what was seen before empty
+        for _ in range(first):  # a stream is read from its start
             next(loaded)
     while True:
         try:

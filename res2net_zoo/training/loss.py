@@ -15,9 +15,9 @@ class Criterion(nn.Module):
 
     Args:
         loss: `ce` or `bce` (as in Wightman et al., 2021, arXiv 2110.00476).
-        smoothing: Label smoothing, of class numbers; mixed targets have theirs.
+        smoothing: Label smoothing of class numbers; mixed targets are smoothed already.
         weights: Weight of each class, for `ce`; their mean over the images should be 1.
-        threshold: Share of a mixed target above which a class is fully there, for `bce`.
+        threshold: Share of a mixed target above which a class counts fully, for `bce`.
     """
 
     weights: torch.Tensor | None
@@ -43,6 +43,6 @@ class Criterion(nn.Module):
 
 
 def balanced(counts: Sequence[int]) -> torch.Tensor:
-    """Return a weight for each class by which all classes count the same, 1 on the mean over images."""
+    """Return a weight for each class that gives all classes the same influence; its mean over images is 1."""
     numbers = torch.tensor(counts, dtype=torch.float32)
     return numbers.sum() / (len(numbers) * numbers)

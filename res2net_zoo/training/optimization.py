@@ -22,9 +22,9 @@ def freeze(model: Any, stages: str, batch_norm: bool = False) -> list[nn.Module]
     """Freeze the first stages of a model: their parameters, and their BatchNorm statistics.
 
     Args:
-        model: A model of timm's interface.
+        model: A model with timm's interface.
         stages: How many, the stem being the first; `all` leaves the classifier only.
-        batch_norm: Whether the statistics of every BatchNorm stay what they are.
+        batch_norm: Whether to freeze the statistics of every BatchNorm.
 
     Returns:
         The modules that must stay in evaluation mode while the others train.
@@ -56,8 +56,8 @@ def scaled_lr(lr: float, opt: str, batch: int, base: int | None) -> float:
         lr: Learning rate for batches of `base` images.
         opt: timm's name of the optimizer. Adaptive ones scale with the root of the batch size, the
             others linearly (Goyal et al., 2017, arXiv 1706.02677), as in timm's train.py.
-        batch: Images an optimizer step, over all processes.
-        base: Images an optimizer step that `lr` was chosen for; None if for `batch`.
+        batch: Images of an optimizer step, over all processes.
+        base: Images of an optimizer step that `lr` was chosen for; None if that is `batch`.
 
     Returns:
         The learning rate.
@@ -70,7 +70,7 @@ def scaled_lr(lr: float, opt: str, batch: int, base: int | None) -> float:
 
 @dataclass
 class Optimization:
-    """Optimizer and learning rate of a training.
+    """Optimizer and learning-rate schedule.
 
     Attributes:
         epochs: Length of the schedule.
@@ -105,11 +105,11 @@ class Optimization:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Optimization":
-        """Take those of a program's settings that are of these names."""
+        """Select the settings of these names from those of a program."""
         return cls(**{one.name: settings[one.name] for one in fields(cls) if one.name in settings})
 
     def __post_init__(self) -> None:
-        """Check the names, which timm does long after the data is read.
+        """Check the names before the data is read; timm checks them later.
 
         Raises:
             InputError: timm has no such optimizer or schedule.
@@ -123,15 +123,15 @@ class Optimization:
             raise InputError(f"timm makes no schedule {self.sched}; {hint}")
 
     def create(self, model: nn.Module, steps: int) -> tuple[Any, Any]:
-        """Make optimizer and schedule.
+        """Return optimizer and schedule.
 
         Args:
-            model: What is trained of it requires gradients.
-            steps: Of an epoch.
+            model: The model; parameters to train require gradients.
+            steps: Optimizer steps of an epoch.
 
         Returns:
-            The optimizer; timm's scheduler, of which `step_update` takes the number of steps that were done,
-            or None for the schedule `none`.
+            The optimizer; timm's scheduler, whose `step_update` takes the number of steps done, or None for the
+            schedule `none`.
 
         Raises:
             InputError: timm has no such optimizer or schedule.
@@ -166,5 +166,5 @@ class Optimization:
 
 
 def highest_rate(optimizer: Any) -> float:
-    """Return the learning rate, of the last layers where each has its own."""
+    """Return the highest learning rate of all layers."""
     return max(group["lr"] for group in optimizer.param_groups)

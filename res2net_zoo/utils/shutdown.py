@@ -1,4 +1,4 @@
-"""Being told to stop, and all processes stopping at the same step."""
+"""Graceful shutdown: all processes stop after the same step."""
 
 import signal
 import time
@@ -10,34 +10,33 @@ from accelerate import Accelerator
 
 
 def spare_worker(worker: int = 0) -> None:
-    """Have a loader process outlive a signal to all processes of a job: a `worker_init_fn`.
+    """Make a loader process ignore signals that are sent to a whole job: a `worker_init_fn`.
 
-    Whom it works for decides when it ends. A second SIGTERM ends it, which is how a loader ends
-    workers that do not listen.
+    Its parent ends it. A second SIGTERM ends it as well, which is how a loader ends workers that do not react.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL) and None)
 
 
 class Stop:
-    """Hears SIGTERM and Ctrl-C, and has all processes agree on what any of them has heard.
+    """Catches SIGTERM and Ctrl-C, and makes all processes agree on a signal that any of them received.
 
-    A context, after which they do what they did before. Schedulers send SIGTERM to every process of
-    a job, but it arrives at different steps in each. Launchers pass on what they hear, so each may
-    come twice; but Ctrl-C once more, two seconds later, ends at once.
+    A context manager, which restores the handlers at its end. Schedulers send SIGTERM to every process of a job,
+    but it arrives at a different step in each. Launchers forward signals, so each may arrive twice; a second Ctrl-C
+    more than two seconds after the first ends the process at once.
 
     Args:
         accelerator: The processes.
 
     Attributes:
-        heard: Number of the signal that this process has heard, or 0.
+        heard: Number of the signal that this process received, or 0.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.heard = 0
         self._since = 0.0
         self._before = {number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGINT)}
-        # A group on the CPU, so that asking never waits for a GPU.
+        # A process group on the CPU, so that it never waits for a GPU.
         several = accelerator.num_processes > 1
         self._group: Any = torch.distributed.new_group(backend="gloo") if several else None
         self._asked: tuple[torch.Tensor, Any] | None = None
@@ -52,22 +51,22 @@ class Stop:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give the signals back to whoever had them before."""
+        """Restore the signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def agree(self, bad_step: int = 0, save: bool = False) -> tuple[int, int, bool]:
-        """Return what all processes agree on. To be called once a step by all of them.
+        """Return what all processes agree on. Each must call it once in every step.
 
-        The answer of several processes is that of the step before, and so is there without waiting.
+        With several processes the answer is that of the previous step, which needs no waiting.
 
         Args:
-            bad_step: The step in which something went wrong in this process, or 0.
-            save: Whether this process thinks that it is time to save.
+            bad_step: Step in which this process failed, or 0.
+            save: Whether this process wants to save.
 
         Returns:
-            The number of a signal that any process has heard, or 0; the largest `bad_step`; whether
-            any thinks that it is time to save.
+            The number of a signal that any process received, or 0; the largest `bad_step`; whether any wants to
+            save.
         """
         mine = torch.tensor([self.heard, bad_step, save])
         answer = mine
