@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> int:
 
     from res2net_zoo.data.images import find_images
     from res2net_zoo.tasks import load
-    from res2net_zoo.tasks.engine import pictures
+    from res2net_zoo.tasks.evaluation import pictures
     from res2net_zoo.tasks.keypoints import boxes_of
     from res2net_zoo.utils.errors import InputError
     from res2net_zoo.utils.files import check_can_make, check_writable, temporary_file

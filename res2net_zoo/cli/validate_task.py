@@ -65,7 +65,7 @@ def validate(args: argparse.Namespace, accelerator: Any) -> int:
 
     from res2net_zoo.tasks import load
     from res2net_zoo.tasks.base import find_folder
-    from res2net_zoo.tasks.engine import evaluate, expected_figures, write_json
+    from res2net_zoo.tasks.evaluation import evaluate, expected_figures, write_json
     from res2net_zoo.tasks.keypoints import COCOPersons
     from res2net_zoo.utils.console import printable
     from res2net_zoo.utils.errors import InputError

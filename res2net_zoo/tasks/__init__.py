@@ -1,7 +1,7 @@
 """The paper's downstream tasks on backbones of the zoo (Gao et al., TPAMI 2021, Tables 5 to 10).
 
 A task is one class: its network, its losses, its predictions, its data and its figures, in one short
-file. What they share is in `base` (a model and its folder), `engine` (batches and evaluation) and `training`.
+file. What they share is in `base` (a model and its folder), `evaluation` and `training`.
 """
 
 from importlib import import_module

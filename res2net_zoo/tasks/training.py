@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from res2net_zoo.tasks import task_class
 from res2net_zoo.tasks.base import NO_IMAGE, Annotated, TaskModel
-from res2net_zoo.tasks.engine import Prepared, evaluate
+from res2net_zoo.tasks.evaluation import Prepared, evaluate
 from res2net_zoo.training.checkpoints import Checkpoints, check_state, is_number
 from res2net_zoo.training.loader import seed_of
 from res2net_zoo.training.loop import Epoch, Loop, Objective, Settings, State, checkpoint_fields, resume

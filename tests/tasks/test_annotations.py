@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from res2net_zoo.tasks.detection import COCOFigures
-from res2net_zoo.tasks.engine import pictures
+from res2net_zoo.tasks.evaluation import pictures
 from res2net_zoo.tasks.instances import Instances
 from res2net_zoo.tasks.keypoints import OKSAP, COCOPersons
 from res2net_zoo.tasks.saliency import Masks, read_mask
