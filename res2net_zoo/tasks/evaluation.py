@@ -24,7 +24,7 @@ from res2net_zoo.utils.shutdown import spare_worker
 
 
 class Prepared(Dataset):
-    """Images as a model takes them, with their numbers. What is random follows from (seed, epoch, image)."""
+    """Images as the input of a model, with their numbers. Randomness follows from (seed, epoch, image)."""
 
     def __init__(self, data: Annotated, model: TaskModel, train: bool, seed: int = 0, epoch: int = 0) -> None:
         self.data, self.model, self.train, self.seed, self.epoch = data, model, train, seed, epoch
@@ -36,15 +36,14 @@ class Prepared(Dataset):
         try:
             image, target = self.data[i]
         except NO_IMAGE as error:
-            return i, reason(
-                error, self.data.path(i)
-            )  # an exception of a loader's process would come with its traceback
+            # An exception of a loader process would have that process's traceback in its message.
+            return i, reason(error, self.data.path(i))
         if self.train:
             set_seed(seed_of(self.seed, 1, self.epoch, i))
         return i, self.model.transform(image, target, self.train)
 
     def collate(self, samples: list[tuple[int, Any]]) -> tuple[list[int], Any, Any]:
-        """Make a batch: numbers, images, targets; or the number of an image that is none, and why."""
+        """Make a batch: numbers, images, targets; or the number of an image that cannot be decoded, and the reason."""
         for i, sample in samples:
             if isinstance(sample, str):
                 return [i], sample, None
@@ -77,15 +76,15 @@ def evaluate(
     workers: int,
     score: Score | None = None,
 ) -> Figures:
-    """Measure a model on annotated images, each of which counts once on any number of processes.
+    """Evaluate a model on annotated images, each of which counts once on any number of processes.
 
     Args:
         model: The model, on its device.
         data: The images.
         accelerator: The processes.
-        batch_size: Images a batch and process.
+        batch_size: Images per batch and process.
         workers: Loader processes of each process.
-        score: What is to collect the figures, `model.score(data)`, to ask for more afterwards.
+        score: Collects the figures; default `model.score(data)`. Pass it to read more of it afterwards.
 
     Returns:
         The figures, the same in all processes.
@@ -109,17 +108,17 @@ def evaluate(
 def expected_figures(
     model: TaskModel, folder: Path, data: str, split: str, published: str | None
 ) -> tuple[Figures, str]:
-    """Return the figures that a model is to reach, and where they are from.
+    """Return the figures that a model must reach, and their source.
 
     Args:
         model: The model.
         folder: Its folder.
-        data: What it is measured on.
-        split: Which split of it.
-        published: Data of the paper's tables, to take its figures; else those of the model's card.
+        data: The data it is evaluated on.
+        split: The split of it.
+        published: Data set of the paper's tables, to compare with them; None to compare with the model's card.
 
     Raises:
-        InputError: There are none.
+        InputError: There are no such figures.
     """
     if published is not None:
         target = catalog.load().target(model.task, model.settings["head"], model.settings["model"], published)

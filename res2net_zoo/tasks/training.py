@@ -18,7 +18,7 @@ from res2net_zoo.training.loader import seed_of
 from res2net_zoo.training.loop import Epoch, Loop, Objective, Settings, State, checkpoint_fields, resume
 from res2net_zoo.training.metrics import write_metrics
 from res2net_zoo.training.optimization import Optimization
-from res2net_zoo.training.report import hardware, plainly, start_run, write_recipe
+from res2net_zoo.training.report import hardware, start_run, write_recipe, writing
 from res2net_zoo.utils import processes
 from res2net_zoo.utils.console import printable, warn
 from res2net_zoo.utils.errors import InputError
@@ -67,7 +67,7 @@ def train(args: argparse.Namespace, run: Path, recipe: dict[str, Any], command: 
     if args.resume:
         resume_if_saved(args, state, plan, checkpoints, settings, accelerator)
     if is_main:
-        with plainly(args.output):
+        with writing(args.output):
             start_run(run, recipe)
     objective = Task(args, data, valid, state, plan, recipe, facts, accelerator)
     stopped = Loop(objective, state, settings, checkpoints, accelerator).run()
@@ -159,7 +159,7 @@ class Task(Objective):
     def write(self) -> None:
         """Write all metrics and, if the last epoch is the best, the model."""
         metrics, output = self.state.metrics, self.args.output
-        with plainly(output):
+        with writing(output):
             if self.best_epoch() == len(metrics):
                 self.model.save(output, make_card(self.model, metrics[-1], self.accelerator, output, self.facts))
                 write_recipe(output, self.recipe)

@@ -1,4 +1,4 @@
-"""What comes out of a training run beside the weights: metrics, pictures, mistakes, the card."""
+"""The reports of a training run: settings, pictures, mistakes, and the best models with their cards."""
 
 import contextlib
 import functools
@@ -38,14 +38,14 @@ SHEET = 24  # mistakes on the picture
 
 
 class Mistakes:
-    """Collects a model's mistakes during an evaluation: an `Observer` for `evaluate`.
+    """Collects a model's mistakes in an evaluation: an `Observer` for `evaluate`.
 
     Args:
         num_classes: Classes of the model.
 
     Attributes:
-        confusion: Number of images (classes, classes) by right class and first answer.
-        worst: The most confident mistakes: confidence, right class, answer, image as bytes (C, H, W).
+        confusion: Number of images (classes, classes), by label and prediction.
+        worst: The most confident mistakes: confidence, label, prediction, image as bytes (C, H, W).
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -54,7 +54,7 @@ class Mistakes:
         self._heap: list[tuple[float, int, tuple[int, int, torch.Tensor]]] = []
 
     def __call__(self, images: torch.Tensor, targets: torch.Tensor, logits: torch.Tensor) -> None:
-        """Take note of a batch; of an image's right answers the first counts."""
+        """Count the mistakes in a batch; if an image has several labels, the first counts."""
         right = targets[:, 0]
         kept = right >= 0
         confidence, answer = logits.softmax(dim=1).max(dim=1)
@@ -69,14 +69,14 @@ class Mistakes:
                 heapq.heapreplace(self._heap, (entry[0], self._heap[0][1], entry[2]))
 
     def gather(self, accelerator: Accelerator) -> None:
-        """Bring together what all processes have seen; to be called by all of them."""
+        """Combine the mistakes of all processes. Each must call it."""
         self.confusion = accelerator.reduce(self.confusion.to(accelerator.device), "sum").cpu()
         found = [(value, *rest) for value, _, rest in sorted(self._heap, key=lambda entry: (-entry[0], -entry[1]))]
         everyone = gather_object(found)
         self.worst = sorted(everyone, key=lambda entry: -entry[0])[:SHEET]
 
     def pairs(self, number: int = 10) -> list[tuple[int, int, int, int]]:
-        """Return the commonest mistakes: right class, answer, how many images, of how many of that class."""
+        """Return the most frequent mistakes: label, prediction, number of images, number of images of the label."""
         wrong = self.confusion.clone().fill_diagonal_(0)
         values, places = wrong.flatten().topk(min(number, wrong.numel()))
         size = len(wrong)
@@ -175,7 +175,7 @@ def draw_mistakes(folder: Path, mistakes: Mistakes, names: Sequence[str]) -> boo
 
 
 def hardware(accelerator: Accelerator) -> str:
-    """Return what a run ran on, in words."""
+    """Return a description of the hardware that this runs on."""
     number = accelerator.num_processes
     if accelerator.device.type == "cuda":
         return f"{number} x {torch.cuda.get_device_name(accelerator.device)}"
@@ -185,7 +185,7 @@ def hardware(accelerator: Accelerator) -> str:
 
 
 def anchored(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with the paths in them made absolute, so that they mean the same in another folder."""
+    """Return settings with absolute paths, so that they are valid in another working directory."""
 
     def anchor(key: str, value: Any) -> Any:
         if not isinstance(value, str) or not value:
@@ -199,7 +199,7 @@ def anchored(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def start_run(run: Path, settings: Mapping[str, Any]) -> None:
-    """Write the settings of a run down where --resume finds them, from whatever folder it is asked for."""
+    """Write the settings of a run to its folder, from which any working directory can resume it."""
     run.mkdir(parents=True, exist_ok=True)
     write_recipe(run, anchored(settings))
 
@@ -211,11 +211,11 @@ def write_recipe(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def plainly(folder: Path) -> Iterator[None]:
-    """Have what writes into a model folder say in one line why it cannot.
+def writing(folder: Path) -> Iterator[None]:
+    """Turn an error in writing a model folder into one line.
 
     Raises:
-        InputError: It cannot.
+        InputError: The folder cannot be written.
     """
     try:
         yield
@@ -224,10 +224,10 @@ def plainly(folder: Path) -> Iterator[None]:
         raise InputError(f"cannot write {where}: {error.strerror or error}; --resume goes on once it can") from error
 
 
-def _plainly(write: Callable[..., None]) -> Callable[..., None]:
+def _writing(write: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(write)
     def wrapped(report: "Report", *args: Any) -> None:
-        with plainly(report.folder):
+        with writing(report.folder):
             write(report, *args)
 
     return wrapped
@@ -235,19 +235,19 @@ def _plainly(write: Callable[..., None]) -> Callable[..., None]:
 
 @dataclass
 class Report:
-    """What is written of a training run, by its main process.
+    """Writes the results of a training run, in its main process.
 
     Attributes:
         folder: The model folder.
-        run: Where the run keeps its state.
+        run: Folder of the run's checkpoints and settings.
         settings: All settings of the run that have a value.
-        data: What it is trained and evaluated on.
-        config: The pretrained_cfg of the model that comes out.
-        origin: Where its weights come from.
-        hardware: What it runs on.
-        command: What started it.
-        metrics: Of each epoch.
-        samples: Images that it was evaluated on.
+        data: The images to train on and to evaluate on.
+        config: The pretrained_cfg of the trained model.
+        origin: Provenance of its weights.
+        hardware: Description of the hardware.
+        command: The command that started it.
+        metrics: A row for each epoch.
+        samples: Number of images that it was evaluated on.
         final: The evaluation of the best model, in float32, at the end.
     """
 
@@ -263,12 +263,12 @@ class Report:
     samples: int = 0
     final: Counts | None = None
 
-    @_plainly
+    @_writing
     def start(self) -> None:
-        """Write the settings down where --resume finds them."""
+        """Write the settings, from which the run can be resumed."""
         start_run(self.run, self.settings)
 
-    @_plainly
+    @_writing
     def epoch(self, model: nn.Module, average: nn.Module | None) -> None:
         """Write the last epoch's metrics, and each model that is the best so far.
 
@@ -293,7 +293,7 @@ class Report:
                     write_recipe(folder, self.settings)
         write_metrics(self.folder, self.metrics)
 
-    @_plainly
+    @_writing
     def finish(self, mistakes: Mistakes, rates: Sequence[tuple[float, float]], counts: Counts) -> None:
         """Draw the pictures, and write the card that has them.
 
