@@ -25,7 +25,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +37,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from res2net_zoo.catalog import Accuracy
+    from res2net_zoo.data.labels import Classes
     from res2net_zoo.data.sources import Source
+    from res2net_zoo.evaluation import Counts
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -100,35 +101,19 @@ def validate(args: argparse.Namespace, accelerator: "Accelerator") -> int:
     from accelerate.utils import broadcast_object_list
 
     from res2net_zoo import catalog
-    from res2net_zoo.data.sources import open_source
-    from res2net_zoo.utils.console import report, warn
+    from res2net_zoo.cli.results import ResultsFile
     from res2net_zoo.utils.errors import InputError
-    from res2net_zoo.utils.files import write_atomically
-    from res2net_zoo.utils.markdown import markdown_table
-    from res2net_zoo.utils.processes import all_or_none, main_first
+    from res2net_zoo.utils.processes import all_or_none
 
     def read_old() -> list[dict]:
-        if args.output is None or not accelerator.is_main_process:
-            return []
-        return read_results(args.output) if args.resume and args.output.exists() else []
+        wanted = args.resume and accelerator.is_main_process and args.output.exists()
+        return read_results(args.output) if wanted else []
 
     (results,) = broadcast_object_list([all_or_none(read_old)])
-    source = main_first(
-        accelerator,
-        lambda: open_source(
-            args.data,
-            args.split,
-            streaming=args.streaming,
-            label_column=args.label_column,
-            labelled=args.benchmark != "imagenet-real",
-        ),
-    )
-    if source.skipped and accelerator.is_main_process:
-        warn(f"left out of {args.data}: {source.skipped}")
-
+    source = open_data(args, accelerator)
     exit_code = 0
-    unwritten: OSError | None = None
     rows = []  # the results of this run's models, in their order
+    file = ResultsFile(args.output if accelerator.is_main_process else None)
     for name in list(catalog.load().checkpoints) if args.model == ["all"] else args.model:
         run = {
             "model": name,
@@ -143,37 +128,53 @@ def validate(args: argparse.Namespace, accelerator: "Accelerator") -> int:
         except Exception as error:
             if len(args.model) == 1 and args.model != ["all"]:
                 raise
-            # One model that fails must not cost the others of a long run their turn.
-            exit_code = max(exit_code, 2 if isinstance(error, InputError) else 1)
-            if accelerator.is_main_process:
-                report(f"{name}: {str(error) or type(error).__name__}")
+            exit_code = max(exit_code, report_failure(name, error, accelerator))
             continue
         results = [other for other in results if other is not old] + [result]
-        result["passed"] = compare(result, args.tolerance)
         rows.append(result)
-        if args.output is not None and accelerator.is_main_process:
-            try:
-                text = json.dumps(results, indent=2) + "\n"
-                write_atomically(args.output, partial(Path.write_text, data=text))
-                unwritten = None
-            except OSError as error:  # a full disk must not cost what was measured: the table comes all the same
-                unwritten = error
+        file.write(results)
 
     if accelerator.is_main_process and rows:
-        header = ("model", "data", "split", "images", "top-1", "published", "top-5", "published", "images/s", "check")
-        print(markdown_table(header, [table_row(result) for result in rows]))
-        sys.stdout.flush()
+        print_table(rows)
     accelerator.wait_for_everyone()  # a process that ends with 1 makes the launcher end the others
     accelerator.end_training()
-    if unwritten is not None:
-        raise InputError(
-            f"cannot write {args.output}: {unwritten.strerror or unwritten}; the results are in the table above"
-        )
+    file.check("in the table above")
     if args.check and (unpublished := [result["model"] for result in rows if result["passed"] is None]):
         raise InputError(nothing_published(", ".join(unpublished)))
     if any((args.check and not result["passed"]) or result["skipped"] for result in rows):
         exit_code = max(exit_code, 1)
     return exit_code
+
+
+def open_data(args: argparse.Namespace, accelerator: "Accelerator") -> "Source":
+    """Open the images, and warn of the files that are no part of them."""
+    from res2net_zoo.data.sources import open_source
+    from res2net_zoo.utils.console import warn
+    from res2net_zoo.utils.processes import main_first
+
+    source = main_first(
+        accelerator,
+        lambda: open_source(
+            args.data,
+            args.split,
+            streaming=args.streaming,
+            label_column=args.label_column,
+            labelled=args.benchmark != "imagenet-real",
+        ),
+    )
+    if source.skipped and accelerator.is_main_process:
+        warn(f"left out of {args.data}: {source.skipped}")
+    return source
+
+
+def report_failure(name: str, error: Exception, accelerator: "Accelerator") -> int:
+    """Report why one of several models could not be measured, and return its exit code; the others follow."""
+    from res2net_zoo.utils.console import report
+    from res2net_zoo.utils.errors import InputError
+
+    if accelerator.is_main_process:
+        report(f"{name}: {str(error) or type(error).__name__}")
+    return 2 if isinstance(error, InputError) else 1
 
 
 def nothing_published(names: str) -> str:
@@ -192,55 +193,100 @@ def measure(
     """
     import torch
     from accelerate.utils import broadcast_object_list
-    from timm.data import resolve_model_data_config
 
-    from res2net_zoo.data.labels import match_classes, recognise
-    from res2net_zoo.evaluation import evaluate
+    from res2net_zoo.data.labels import match_classes
     from res2net_zoo.utils.console import warn
     from res2net_zoo.utils.errors import InputError
-    from res2net_zoo.utils.processes import all_or_none, default_workers
-    from res2net_zoo.weights.pretrained import create_model, published_accuracies
+    from res2net_zoo.utils.processes import all_or_none
+    from res2net_zoo.weights.pretrained import create_model
+    from res2net_zoo.weights.published import find_published, published_accuracies
 
     model = all_or_none(lambda: create_model(name).to(accelerator.device))
     model = model.to(memory_format=torch.channels_last)  # 1.4 times the images per second on a CPU
-    cfg: Any = model.pretrained_cfg
     num_classes = int(model.num_classes)  # type: ignore[arg-type]
     if not num_classes:
         raise InputError(f"{name} has no classifier to validate")
-    benchmark = args.benchmark or recognise(source.name, source.split, source.class_names, source.num_rows)
-    if args.benchmark is None and num_classes != 1000:
-        benchmark = None  # ImageNet's images, but another task
-    classes = match_classes(source.class_names, num_classes, cfg.get("label_names"), benchmark)
+    label_names: Any = model.pretrained_cfg.get("label_names")  # type: ignore[operator, union-attr]
+    benchmark = benchmark_of(source, source.num_rows, num_classes, args.benchmark)
+    classes = match_classes(source.class_names, num_classes, label_names, benchmark)
     if classes.warning and accelerator.is_main_process:
         warn(f"{name}: {classes.warning}")
     accuracies = published_accuracies(name)
     # The size of a stream is known only once it is read; all others are known now.
-    published = find_published(accuracies, benchmark, source)
-    known = source.num_rows is not None or num_classes != 1000 or args.benchmark is not None
-    if not accuracies or known:
-        hint = trained_on(accuracies, source, name)
-        if args.check and published is None:
-            raise InputError(nothing_published(name) + (f"; {hint}" if hint else ""))
-        if hint and accelerator.is_main_process:
-            warn(f"{name}: {hint}")
-    now = {
+    if not accuracies or source.num_rows is not None or num_classes != 1000 or args.benchmark is not None:
+        check_published(name, accuracies, benchmark, source, args, accelerator)
+    (identity,) = broadcast_object_list([identity_of(model, source)])  # elsewhere the same files may have other times
+    if old is not None:
+        changed = [key.replace("_sha256", "") for key, value in identity.items() if old.get(key) != value]
+        if not changed:
+            accelerator.print(f"{name} is done already")
+            return old | compared(old, find_published(accuracies, old["benchmark"], source), args.tolerance)
+        accelerator.print(f"{name} is measured again: {', '.join(changed)} changed since, or not recorded")
+    counts = count(name, model, source, classes, args, accelerator)
+    benchmark = benchmark or benchmark_of(source, counts.num_rows, num_classes, args.benchmark)
+    result = result_of(counts, benchmark, args, accelerator) | identity
+    return compared(result, find_published(accuracies, benchmark, source), args.tolerance)
+
+
+def benchmark_of(source: "Source", num_rows: int | None, num_classes: int, wanted: str | None) -> str | None:
+    """Return the ImageNet benchmark that the data is; None for other data, and for a model of another task."""
+    from res2net_zoo.data.labels import recognise
+
+    if wanted is not None or num_classes != 1000:
+        return wanted
+    return recognise(source.name, source.split, source.class_names, num_rows)
+
+
+def check_published(
+    name: str,
+    accuracies: "Sequence[Accuracy]",
+    benchmark: str | None,
+    source: "Source",
+    args: argparse.Namespace,
+    accelerator: "Accelerator",
+) -> None:
+    """Refuse --check where nothing is published for the data; warn where the model was trained on it."""
+    from res2net_zoo.utils.console import warn
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.weights.published import find_published, trained_on
+
+    hint = trained_on(accuracies, source)
+    if args.check and find_published(accuracies, benchmark, source) is None:
+        raise InputError(nothing_published(name) + (f"; {hint}" if hint else ""))
+    if hint and accelerator.is_main_process:
+        warn(f"{name}: {hint}")
+
+
+def identity_of(model: Any, source: "Source") -> dict:
+    """Return what a result depends on: hashes of weights, data and label names, and the preprocessing."""
+    from timm.data import resolve_model_data_config
+
+    label_names = model.pretrained_cfg.get("label_names")
+    return {
         "weights_sha256": weights_sha256(model),
         "data_sha256": data_sha256(source),
-        "label_names": cfg.get("label_names") and hashlib.sha256(json.dumps(cfg["label_names"]).encode()).hexdigest(),
+        "label_names": label_names and hashlib.sha256(json.dumps(label_names).encode()).hexdigest(),
         **{
             key: list(value) if isinstance(value, tuple) else value
             for key, value in resolve_model_data_config(model).items()
             if key in ("input_size", "crop_pct", "interpolation", "mean", "std")
         },
     }
-    (measured_of,) = broadcast_object_list([now])  # on another machine the same files may have other times
-    if old is not None:
-        changed = [key.replace("_sha256", "") for key, value in measured_of.items() if old.get(key) != value]
-        if not changed:
-            accelerator.print(f"{name} is done already")
-            published = find_published(accuracies, old["benchmark"], source)
-            return {key: value for key, value in old.items() if key != "passed"} | figures(published)
-        accelerator.print(f"{name} is measured again: {', '.join(changed)} changed since, or not recorded")
+
+
+def count(
+    name: str,
+    model: Any,
+    source: "Source",
+    classes: "Classes",
+    args: argparse.Namespace,
+    accelerator: "Accelerator",
+) -> "Counts":
+    """Count a model's correct answers, and warn of the images that cannot be decoded."""
+    from res2net_zoo.evaluation import evaluate
+    from res2net_zoo.utils.console import warn
+    from res2net_zoo.utils.processes import default_workers
+
     counts = evaluate(
         model,
         source,
@@ -253,25 +299,33 @@ def measure(
     )
     if counts.corrupt and accelerator.is_main_process:
         warn(f"{len(counts.corrupt)} corrupt images left out: {'; '.join(counts.corrupt)}")
-    if benchmark is None and num_classes == 1000:  # the size of a stream is known only now
-        benchmark = recognise(source.name, source.split, source.class_names, counts.num_rows)
-    published = find_published(accuracies, benchmark, source)
-    top1, top5 = counts.percent(counts.top1), counts.percent(counts.top5)
+    return counts
+
+
+def result_of(counts: "Counts", benchmark: str | None, args: argparse.Namespace, accelerator: "Accelerator") -> dict:
+    """Return what was measured as an object of results.json, still without what is published."""
     return {
         "benchmark": benchmark,
         "samples": counts.samples,
         "correct1": counts.top1,
         "correct5": counts.top5,
-        "top1": top1,
-        "top5": top5,
-        **figures(published),
+        "top1": counts.percent(counts.top1),
+        "top5": counts.percent(counts.top5),
+        **figures(None),
         "skipped": len(counts.corrupt),
         "images_per_second": round(counts.num_rows / counts.seconds, 1),
         "num_processes": accelerator.num_processes,
         "batch_size": args.batch_size,
         "device": accelerator.device.type,
-        **measured_of,
     }
+
+
+def compared(result: dict, published: "Accuracy | None", tolerance: float) -> dict:
+    """Return a result with what is published, and whether it is reached."""
+    from res2net_zoo.weights.published import agrees
+
+    passed = agrees(result["top1"], result["top5"], published, tolerance)
+    return result | figures(published) | {"passed": passed}
 
 
 def figures(published: "Accuracy | None") -> dict:
@@ -313,45 +367,6 @@ def data_sha256(source: "Source") -> str | None:
     else:
         digest.update(source.rows._fingerprint.encode())
     return digest.hexdigest()
-
-
-def trained_on(accuracies: "list[Accuracy]", source: "Source", name: str) -> str | None:
-    """Return a warning where a model's card says that it was trained on images of this split."""
-    from res2net_zoo.data.sources import held_out_of
-
-    for accuracy in accuracies:
-        if accuracy.dataset.split("/")[-1] == source.name.split("/")[-1] and accuracy.split != source.split:
-            held = held_out_of(accuracy.split)
-            here = held_out_of(source.split)
-            whole = here[0] if here else source.split
-            if whole == (held[0] if held else "train"):
-                return (
-                    f"it was trained on images of {source.split} of {source.name}, on which it does better than on new "
-                    f"ones; its card's figures are of --split {accuracy.split}"
-                )
-    return None
-
-
-def find_published(accuracies: "list[Accuracy]", benchmark: str | None, source: "Source") -> "Accuracy | None":
-    """Return the accuracy to compare with: the first one published for the same images."""
-    for accuracy in accuracies:
-        if benchmark is not None:
-            if accuracy.dataset == benchmark:
-                return accuracy
-        elif accuracy.split == source.split:
-            # A folder has the name of the Hub's repository that it is a copy of, without its owner.
-            owned = "/" in accuracy.dataset and "/" in source.name
-            if accuracy.dataset.split("/")[0 if owned else -1 :] == source.name.split("/")[0 if owned else -1 :]:
-                return accuracy
-    return None
-
-
-def compare(result: dict, tolerance: float) -> bool | None:
-    """Tell whether the measured accuracies are the published ones; None where none is published."""
-    if result["published_top1"] is None:
-        return None
-    # Percentages have three decimals; their difference in binary has stray ones far behind.
-    return all(round(abs(result[key] - result[f"published_{key}"]), 3) <= tolerance for key in ("top1", "top5"))
 
 
 def read_results(path: Path) -> list[dict]:
@@ -396,6 +411,15 @@ RESULT: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("samples", "skipped", "images_per_second", "top1", "top5"), _number),
     **dict.fromkeys(("published_top1", "published_top5"), _number_or_none),
 }
+
+
+def print_table(results: list[dict]) -> None:
+    """Print the results as a table."""
+    from res2net_zoo.utils.markdown import markdown_table
+
+    header = ("model", "data", "split", "images", "top-1", "published", "top-5", "published", "images/s", "check")
+    print(markdown_table(header, [table_row(result) for result in results]))
+    sys.stdout.flush()
 
 
 def table_row(result: dict) -> list[str]:

@@ -1,6 +1,5 @@
-"""From a model's name to the model, with its weights, and to the accuracies published for it."""
+"""From a model's name to the model, with its weights."""
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,13 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
-    StrictDataclassError,
 )
 from safetensors import SafetensorError
-from timm.models import get_arch_name, parse_model_name
+from timm.models import get_arch_name
 from torch import nn
 
 from res2net_zoo import catalog
-from res2net_zoo.catalog import Accuracy
 from res2net_zoo.utils import hub_client
-from res2net_zoo.utils.card_metadata import read_card
 from res2net_zoo.utils.command_line import did_you_mean
 from res2net_zoo.utils.console import nearest
 from res2net_zoo.utils.errors import InputError
@@ -149,41 +145,3 @@ def _fetch_weights(repository: str, commit: str, cache_dir: str | Path | None) -
         path, filename = hf_hub_download(repository, pickled, revision=commit, cache_dir=cache_dir), pickled
     hub_client.check_cached(f"{repository}@{commit}", filename, cache_dir)
     return Path(path)
-
-
-def published_accuracies(name: str) -> list[Accuracy]:
-    """Return what has been published for a model.
-
-    Args:
-        name: As for `create_model`. For a model of the catalogue the catalogue answers, for a
-            folder or a repository on the Hub the evaluation results of its model card.
-
-    Returns:
-        The accuracies, those to compare with first; empty where nothing is published.
-    """
-    source, identifier = parse_model_name(name)
-    if source is None:
-        checkpoint = catalog.load().checkpoint(name)
-        return list(checkpoint.accuracies) if checkpoint else []
-    try:
-        if source == "local-dir":
-            path = Path(identifier) / "README.md"
-        else:
-            repository, _, revision = identifier.partition("@")
-            path = Path(hf_hub_download(repository, "README.md", revision=revision or None))
-        card: Any = read_card(path)
-        results = card.data.eval_results or []
-    except Exception:
-        return []  # without a card, or with one that cannot be read, nothing is published
-    figures: dict[tuple[str, str], dict[str, float]] = {}
-    for result in results:
-        key = {"accuracy": "top1", "top-5-accuracy": "top5"}.get(result.metric_type)
-        if key and isinstance(result.metric_value, int | float):
-            figures.setdefault((result.dataset_type, result.dataset_split or ""), {}).setdefault(
-                key, float(result.metric_value)
-            )
-    accuracies = []
-    for (dataset, split), values in figures.items():
-        with contextlib.suppress(StrictDataclassError, TypeError):  # cards say less, or stranger things, than ours
-            accuracies.append(Accuracy(dataset=dataset, split=split, source=f"model card of {identifier}", **values))
-    return accuracies

@@ -25,7 +25,7 @@ from res2net_zoo.data.labels import imagenet_synsets, real_labels, subset_synset
 from res2net_zoo.utils.files import locked
 from res2net_zoo.weights.card import model_card
 from res2net_zoo.weights.model_folder import write_model_folder
-from res2net_zoo.weights.pretrained import published_accuracies
+from res2net_zoo.weights.published import published_accuracies
 from tests.conftest import ROOT, SHIPPED_DATA, SHIPPED_MODEL, full_disk, input_error, save_images, spread
 from tests.hub_server import serve
 

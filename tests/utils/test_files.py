@@ -28,7 +28,8 @@ from res2net_zoo.utils.files import finish_replacing, locked, read_bytes, sweep,
 from res2net_zoo.utils.markdown import markdown_table
 from res2net_zoo.weights.card import model_card
 from res2net_zoo.weights.model_folder import replaced_folder, write_model_folder
-from res2net_zoo.weights.pretrained import create_model, published_accuracies
+from res2net_zoo.weights.pretrained import create_model
+from res2net_zoo.weights.published import published_accuracies
 from tests.conftest import ROOT, SHIPPED_DATA, SHIPPED_MODEL, spread
 
 

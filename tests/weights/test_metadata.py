@@ -10,8 +10,8 @@ from res2net_zoo.data.sources import open_source
 from res2net_zoo.hub.publish import check_folder
 from res2net_zoo.utils import card_metadata
 from res2net_zoo.utils.errors import InputError
-from res2net_zoo.weights.pretrained import published_accuracies
 from res2net_zoo.weights.provenance import of_folder
+from res2net_zoo.weights.published import published_accuracies
 
 SHIPPED = Path(__file__).parents[2] / "hub" / "models" / "res2net_tiny.digits"
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.weights import model_config
-from res2net_zoo.weights.pretrained import create_model, published_accuracies
+from res2net_zoo.weights.pretrained import create_model
+from res2net_zoo.weights.published import published_accuracies
 from tests.conftest import SHIPPED_MODEL, input_error
 
 pytestmark = pytest.mark.first_case
