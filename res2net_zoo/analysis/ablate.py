@@ -17,7 +17,7 @@ from typing import Any
 from res2net_zoo import catalog
 from res2net_zoo.utils.console import progress_bar
 from res2net_zoo.utils.errors import InputError
-from res2net_zoo.utils.files import check_writable, write_atomically
+from res2net_zoo.utils.files import check_writable_file, write_atomically
 from res2net_zoo.utils.markdown import markdown_table
 
 # Table 3's first row, of a model that is not in the catalogue.
@@ -113,9 +113,7 @@ def main(args: argparse.Namespace) -> int:
     if picture and args.output and picture.resolve() == args.output.resolve():
         raise InputError(f"--figure and --output are both {args.output}; name two files")
     for path in filter(None, (picture, args.output)):
-        check_writable(path.parent)
-        if path.is_dir():
-            raise InputError(f"{path} is a folder; name a file")
+        check_writable_file(path)
     device = find_device(args.device)
 
     # Of a grid, a line of the figure runs along the dimension with the most values.

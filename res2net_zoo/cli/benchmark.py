@@ -16,10 +16,9 @@ Exit codes: 0 done; 1 one of our models could not be measured; 2 bad input.
 """
 
 import argparse
-import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,62 +31,22 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 PEERS = ("eager", "inductor", "onnxruntime", "openvino")
+AGAINST = ("timm", "resnet50")
 BACKENDS = ("auto", "native", "openvino", "onnxruntime", "inductor", "cudagraphs", "eager")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
+    add_subject(parser.add_argument_group("what to measure").add_argument)
     one = within(int, 1)
-    what = parser.add_argument_group("what to measure")
-    add = what.add_argument
-    add("--model", nargs="+", default=["res2net50_26w_4s"], help="models, or `all` (%(default)s)")
-    add("--batch-size", nargs="+", type=one, default=[1], help="images a batch (%(default)s)")
-    add(
-        "--precision",
-        nargs="+",
-        choices=PRECISIONS,
-        default=["float32"],
-        help="of the model's operations (%(default)s)",
-    )
-    add(
-        "--mode",
-        nargs="+",
-        choices=("infer", "train"),
-        default=["infer"],
-        help="inference, or a whole training step (%(default)s)",
-    )
-    add("--img-size", type=within(int, 8), help="height and width of the images in pixels (default: the model's own)")
-    add(
-        "--backend",
-        nargs="+",
-        choices=BACKENDS,
-        default=["auto"],
-        help="backends of our models in inference (%(default)s)",
-    )
-    add(
-        "--peers",
-        nargs="+",
-        choices=(*PEERS, "all", "none"),
-        default=["all"],
-        help="backends of the others (%(default)s)",
-    )
-    add(
-        "--against",
-        nargs="+",
-        choices=("timm", "resnet50"),
-        default=["timm", "resnet50"],
-        help="the others (%(default)s)",
-    )
-    how = parser.add_argument_group("how")
-    add = how.add_argument
+    add = parser.add_argument_group("how").add_argument
     add("--rounds", type=one, default=10, help="turns of each, after one to warm up (%(default)s)")
     add("--seconds", type=within(float, 0), default=1.0, help="least duration of a turn (%(default)s)")
     add("--pause", type=within(float, 0), default=0.05, help="seconds between turns (%(default)s)")
     add("--threads", type=one, help="CPU threads of each process (default: its share of the cores)")
     add("--matrix", type=within(int, 64), help="rows of the matrices (default: 2048, on a GPU 8192)")
     add("--no-memory", action="store_true", help="skip memory, which takes a process for each contender")
-    result = parser.add_argument_group("the result")
-    add = result.add_argument
+    add = parser.add_argument_group("the result").add_argument
     add("--output", type=Path, help="write the results as JSON, after each setting")
     add("--figure", type=Path, help="draw published accuracy over images a second")
     args = parser.parse_args(argv)
@@ -100,38 +59,50 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def add_subject(add: Callable[..., object]) -> None:
+    """Add what is measured, each a list: models, settings, backends and whom they are compared with."""
+
+    def choose(option: str, choices: Sequence[str], default: Sequence[str], about: str) -> None:
+        add(option, nargs="+", choices=choices, default=list(default), help=f"{about} (%(default)s)")
+
+    add("--model", nargs="+", default=["res2net50_26w_4s"], help="models, or `all` (%(default)s)")
+    add("--batch-size", nargs="+", type=within(int, 1), default=[1], help="images a batch (%(default)s)")
+    choose("--precision", PRECISIONS, ["float32"], "of the model's operations")
+    choose("--mode", ("infer", "train"), ["infer"], "inference, or a whole training step")
+    add("--img-size", type=within(int, 8), help="height and width of the images in pixels (default: the model's own)")
+    choose("--backend", BACKENDS, ["auto"], "backends of our models in inference")
+    choose("--peers", (*PEERS, "all", "none"), ["all"], "backends of the others")
+    choose("--against", AGAINST, AGAINST, "the others")
+
+
 @command(parse_args)
 def main(args: argparse.Namespace) -> int:
     from itertools import product
 
     from res2net_zoo.analysis import benchmark
-    from res2net_zoo.analysis.ablate import check_picture
     from res2net_zoo.analysis.contenders import OURS, Setting
+    from res2net_zoo.cli.results import ResultsFile
     from res2net_zoo.utils.errors import InputError
-    from res2net_zoo.utils.files import check_writable, write_atomically
+    from res2net_zoo.utils.files import check_writable_file, write_atomically
     from res2net_zoo.utils.processes import start_processes
 
     accelerator = start_processes(args.threads)
     if accelerator.num_processes > 1:
         raise InputError("several processes would disturb each other's timings; start it with python")
     for path in filter(None, (args.output, args.figure)):
-        if path.is_dir():
-            raise InputError(f"{path} is a folder; name a file")
-        check_writable(path.resolve().parent)
+        check_writable_file(path)
     names = benchmark.family() if args.model == ["all"] else args.model
     sizes = {name: input_size(name, args.img_size) for name in names}
     if args.figure:
-        check_picture(args.figure)
-    if args.figure and not any(map(benchmark.published_top1, names)):
-        raise InputError(f"--figure draws published accuracies, and there is none for {', '.join(names)}")
+        check_figure(args.figure, names)
 
     machine = benchmark.machine(accelerator)
     print(f"{benchmark.machine_line(machine)}\n", flush=True)
     exit_code = 0
-    unwritten: OSError | None = None
     results: list[benchmark.Result] = []
     objects: list[dict] = []
     lines: list[str] = []
+    file = ResultsFile(args.output)
     for name, mode, precision, batch_size in product(names, args.mode, args.precision, args.batch_size):
         setting = Setting(
             name, batch_size, precision, mode, sizes[name],
@@ -146,23 +117,26 @@ def main(args: argparse.Namespace) -> int:
         objects.extend(benchmark.as_json(found, machine))
         lines += benchmark.verdict_lines(found)
         print(f"{setting}\n\n{benchmark.table(found)}\n", flush=True)
-        if args.output:
-            unwritten = None
-            try:
-                write_atomically(args.output, lambda path: path.write_text(json.dumps(objects, indent=2) + "\n"))
-            except OSError as error:  # a full disk must not cost the other settings their turn
-                unwritten = error
+        file.write(objects)
     print("\n".join(lines), flush=True)
-    if unwritten is not None:
-        raise InputError(
-            f"cannot write {args.output}: {unwritten.strerror or unwritten}; the results are printed above"
-        )
+    file.check("printed above")
     if args.figure and benchmark.panels(results):
         write_atomically(args.figure, lambda path: benchmark.draw(results, path))
         print(f"figure: {args.figure}")
     if args.output:
         print(f"as JSON: {args.output}")
     return exit_code
+
+
+def check_figure(path: Path, names: Sequence[str]) -> None:
+    """Refuse a figure that cannot be drawn, before anything is measured."""
+    from res2net_zoo.analysis.ablate import check_picture
+    from res2net_zoo.analysis.benchmark import published_top1
+    from res2net_zoo.utils.errors import InputError
+
+    check_picture(path)
+    if not any(map(published_top1, names)):
+        raise InputError(f"--figure draws published accuracies, and there is none for {', '.join(names)}")
 
 
 def input_size(name: str, img_size: int | None) -> tuple[int, int, int]:

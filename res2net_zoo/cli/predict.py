@@ -60,16 +60,14 @@ def main(args: argparse.Namespace) -> int:
     from res2net_zoo.data.labels import class_names
     from res2net_zoo.utils.console import progress_bar, warn
     from res2net_zoo.utils.errors import InputError
-    from res2net_zoo.utils.files import check_writable
+    from res2net_zoo.utils.files import check_writable_file
     from res2net_zoo.utils.processes import all_or_none, start_processes
     from res2net_zoo.weights.pretrained import create_model
 
     accelerator = start_processes(args.threads, args.mixed_precision)
     paths = all_or_none(lambda: find_images(args.images))
     for path in filter(None, (args.output, args.embeddings)):
-        if path.is_dir():
-            raise InputError(f"{path} is a folder; name a file")
-        check_writable(path.resolve().parent)
+        check_writable_file(path)
     model: Any = all_or_none(lambda: create_model(args.model)).eval()
     if not model.num_classes:
         raise InputError(f"{args.model} has no classifier to predict with")

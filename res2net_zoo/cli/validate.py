@@ -83,15 +83,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 @command(parse_args)
 def main(args: argparse.Namespace) -> int:
-    from res2net_zoo.utils.errors import InputError
-    from res2net_zoo.utils.files import check_writable, locked_by_main
+    from res2net_zoo.utils.files import check_writable_file, locked_by_main
     from res2net_zoo.utils.processes import start_processes
 
     accelerator = start_processes(args.threads, args.mixed_precision)
     if args.output is not None:
-        if args.output.is_dir():
-            raise InputError(f"--output {args.output} is a folder; name a file")
-        check_writable(args.output.resolve().parent)
+        check_writable_file(args.output)
     with locked_by_main(args.output, accelerator):
         return validate(args, accelerator)
 

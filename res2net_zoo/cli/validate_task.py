@@ -15,13 +15,16 @@ Exit codes: 0 done; 1 a figure is not reached; 2 bad input. `accelerate launch` 
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from res2net_zoo.cli.command import command, parser_of
 from res2net_zoo.cli.options import add_batch_size, add_machine
 from res2net_zoo.utils.command_line import within
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,41 +51,29 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 @command(parse_args)
 def main(args: argparse.Namespace) -> int:
-    from res2net_zoo.utils.files import check_writable, locked_by_main
+    from res2net_zoo.utils.files import check_writable_file, locked_by_main
     from res2net_zoo.utils.processes import start_processes
 
     accelerator = start_processes(args.threads, args.mixed_precision)
     for path in (args.output, args.results):
         if path is not None:
-            check_writable(path.resolve().parent)
+            check_writable_file(path)
     with locked_by_main(args.output, accelerator), locked_by_main(args.results, accelerator):
         return validate(args, accelerator)
 
 
-def validate(args: argparse.Namespace, accelerator: Any) -> int:
+def validate(args: argparse.Namespace, accelerator: "Accelerator") -> int:
     """Measure the model; return the exit code."""
     import torch
 
     from res2net_zoo.tasks import load
     from res2net_zoo.tasks.base import find_folder
     from res2net_zoo.tasks.evaluation import evaluate, expected_figures, write_json
-    from res2net_zoo.tasks.keypoints import COCOPersons
-    from res2net_zoo.utils.console import printable
     from res2net_zoo.utils.errors import InputError
-    from res2net_zoo.utils.markdown import markdown_table
     from res2net_zoo.utils.processes import all_or_none, default_workers, main_first
 
     model: Any = main_first(accelerator, lambda: load(args.model))
-    data = all_or_none(lambda: model.open(args.data, args.split, model.settings["head"], model.settings["classes"]))
-    if args.boxes is not None:
-        if not isinstance(data, COCOPersons):
-            raise InputError(f"--boxes is for keypoints; {args.model} is of {model.task}")
-        all_or_none(lambda: data.take_boxes(args.boxes))
-    if args.published is not None and isinstance(data, COCOPersons) and not data.found:
-        raise InputError(
-            "what is published of keypoints is in a detector's boxes, and lower than in annotated ones; "
-            "name such with --boxes"
-        )
+    data = open_data(model, args)
     expected: dict[str, float] = {}
     source = None
     if args.check:
@@ -93,40 +84,81 @@ def validate(args: argparse.Namespace, accelerator: Any) -> int:
     workers = default_workers(accelerator.device) if args.workers is None else args.workers
     score = model.score(data)
     if args.results is not None:
-        score.results()  # of nothing yet, to hear whether there are any for this task
+        score.results()  # of nothing yet: it raises an error for a task without results
     figures = evaluate(model, data, accelerator, args.batch_size, workers, score)
     results = [] if args.results is None else score.results()
     if args.check and not set(expected) & set(figures):
         raise InputError(f"{source} has none of the figures {', '.join(figures)}")
-    rows, passed = [], True
-    tolerance = model.tolerance if args.tolerance is None else args.tolerance
-    for name in [*figures, *sorted(expected.keys() - figures.keys())]:
-        value, wanted = figures.get(name), expected.get(name)
-        reached = "-"
-        if wanted is not None:
-            # What was not measured, or is no number, is not reached.
-            better = -1 if name in model.less_is_better else 1
-            reached = "yes" if value is not None and better * (wanted - value) <= tolerance + 1e-9 else "no"
-        passed &= reached != "no"
-        cells = ["-" if number is None else f"{number:.3f}" for number in (value, wanted)]
-        rows.append((name, *cells, reached) if args.check else (name, cells[0]))
+    rows = compare(figures, expected, model, args.tolerance)
+    passed = all(row[-1] != "no" for row in rows)
     if accelerator.is_main_process:
-        header = ("figure", "measured", *(("published", "reached") if args.check else ()))
+        processes = accelerator.num_processes
         print(
             f"{model.task}, {model.settings['head']} on {model.settings['model']}: "
-            f"{len(data)} {data.samples} of {args.data}, {args.split}; num_processes {accelerator.num_processes}"
+            f"{len(data)} {data.samples} of {args.data}, {args.split}; num_processes {processes}"
         )
-        print(markdown_table(header, rows))
-        if source:
-            print(f"published: {source}")
-        for name, value in data.remarks().items():
-            print(f"{name}: {printable(value)}")
+        print_figures(rows, source, data, args.check)
         if args.results is not None:
             write_json(args.results, results, indent=None)
         if args.output is not None:
             about = {"model": args.model, "task": model.task, "data": args.data, "split": args.split}
             about |= {} if args.boxes is None else {"boxes": str(args.boxes)}
             measured = {"samples": len(data), "figures": figures, "published": expected, "published_source": source}
-            done = {"passed": passed, "num_processes": accelerator.num_processes}
+            done = {"passed": passed, "num_processes": processes}
             write_json(args.output, [{**about, **measured, **score.details(), **data.remarks(), **done}])
     return 0 if passed else 1
+
+
+def open_data(model: Any, args: argparse.Namespace) -> Any:
+    """Open the annotated images, in a detector's boxes where --boxes names some."""
+    from res2net_zoo.tasks.keypoints import COCOPersons
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.utils.processes import all_or_none
+
+    data = all_or_none(lambda: model.open(args.data, args.split, model.settings["head"], model.settings["classes"]))
+    if args.boxes is not None:
+        if not isinstance(data, COCOPersons):
+            raise InputError(f"--boxes is for keypoints; {args.model} is of {model.task}")
+        all_or_none(lambda: data.take_boxes(args.boxes))
+    if args.published is not None and isinstance(data, COCOPersons) and not data.found:
+        raise InputError(
+            "what is published of keypoints is in a detector's boxes, and lower than in annotated ones; "
+            "name such with --boxes"
+        )
+    return data
+
+
+def compare(
+    figures: Mapping[str, float], expected: Mapping[str, float], model: Any, tolerance: float | None
+) -> list[tuple[str, str, str, str]]:
+    """Compare figures with the published ones.
+
+    Returns:
+        A row a figure: its name, what was measured, what is published, and whether it is reached ("yes", "no" or "-").
+    """
+    tolerance = model.tolerance if tolerance is None else tolerance
+    rows = []
+    for name in [*figures, *sorted(expected.keys() - figures.keys())]:
+        value, wanted = figures.get(name), expected.get(name)
+        reached = "-"
+        if wanted is not None:
+            # A figure that is missing or NaN is not reached.
+            better = -1 if name in model.less_is_better else 1
+            reached = "yes" if value is not None and better * (wanted - value) <= tolerance + 1e-9 else "no"
+        measured, published = ("-" if number is None else f"{number:.3f}" for number in (value, wanted))
+        rows.append((name, measured, published, reached))
+    return rows
+
+
+def print_figures(rows: Sequence[tuple[str, str, str, str]], source: str | None, data: Any, check: bool) -> None:
+    """Print the figures as a table, with what is published where it is checked, and the data's remarks."""
+    from res2net_zoo.utils.console import printable
+    from res2net_zoo.utils.markdown import markdown_table
+
+    header = ("figure", "measured", "published", "reached")
+    columns = len(header) if check else 2
+    print(markdown_table(header[:columns], [row[:columns] for row in rows]))
+    if source:
+        print(f"published: {source}")
+    for name, value in data.remarks().items():
+        print(f"{name}: {printable(value)}")

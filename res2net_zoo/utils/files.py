@@ -428,6 +428,17 @@ def check_writable(folder: Path) -> None:
         raise InputError(f"cannot write into {folder}: {error.strerror}; make it first, or name another") from error
 
 
+def check_writable_file(path: Path) -> None:
+    """Check before any work is done that a file can be written.
+
+    Raises:
+        InputError: It is a folder, or as `check_writable` of the folder that it belongs into.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file")
+    check_writable(path.resolve().parent)
+
+
 def check_can_make(folder: Path) -> None:
     """Find out before any work is done whether a folder can be made, or written into if it is there.
 
