@@ -15,13 +15,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets.distributed import split_dataset_by_node
-from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from res2net_zoo.data.images import MapSamples, Sample, Samples
+from res2net_zoo.data.images import MapSamples, Sample
 from res2net_zoo.data.labels import Classes
+from res2net_zoo.data.preprocessing import Normalize, evaluation_samples
 from res2net_zoo.data.sources import Source, StreamSamples
 from res2net_zoo.utils.console import progress_bar
 from res2net_zoo.utils.errors import InputError
@@ -117,10 +117,8 @@ def create_loader(
     Returns:
         A loader of what `collate` returns, images as bytes.
     """
-    config = resolve_model_data_config(model)
     # Bytes travel to the device, as in timm's own loader; `count_correct` normalizes them there.
-    transform = create_transform(**config, is_training=False, normalize=False)
-    samples = Samples(transform, "L" if config["input_size"][0] == 1 else "RGB", classes.targets, source.read)
+    samples = evaluation_samples(model, classes.targets, source.read, normalize=False)
     rank, world = accelerator.process_index, accelerator.num_processes
     dataset: torch.utils.data.Dataset
     if isinstance(source.rows, datasets.Dataset):
@@ -170,9 +168,8 @@ def count_correct(
         InputError: An image is corrupt and is not to be skipped, or has no valid label, or the
             model's output is not a number.
     """
-    config = resolve_model_data_config(model)
     device = accelerator.device
-    mean, std = (255 * torch.tensor(config[key], device=device).view(-1, 1, 1) for key in ("mean", "std"))
+    normalize = Normalize(model).to(device)
     kept = None if subset is None else torch.tensor(subset, device=device)
     counts = Counts()
     correct = torch.zeros(3, dtype=torch.long, device=device)
@@ -188,7 +185,7 @@ def count_correct(
         if images is not None:
             pixels = images.to(device, non_blocking=True)
             targets = targets.to(device, non_blocking=True)
-            images = pixels.float().sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+            images = normalize(pixels).contiguous(memory_format=torch.channels_last)
             with contextlib.nullcontext() if full_precision else accelerator.autocast():
                 logits = model(images)
             if kept is not None:

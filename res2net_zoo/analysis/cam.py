@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
-from res2net_zoo.data.images import Samples, read_named
+from res2net_zoo.data.preprocessing import data_config, evaluation_samples
 from res2net_zoo.utils.command_line import closest
 from res2net_zoo.utils.console import printable
 from res2net_zoo.utils.errors import InputError
@@ -119,10 +118,7 @@ def load(model: Any, path: str) -> torch.Tensor:
     Raises:
         InputError: It cannot be decoded.
     """
-    config = resolve_model_data_config(model)
-    mode = "L" if config["input_size"][0] == 1 else "RGB"
-    samples = Samples(create_transform(**config, is_training=False), mode, lambda label, path: None, read_named)
-    sample = samples(path, {"image": {"bytes": None, "path": path}})
+    sample = evaluation_samples(model)(path, {"image": {"bytes": None, "path": path}})
     if sample.image is None:
         raise InputError(f"{path} is corrupt ({sample.corrupt or sample.fatal})")
     return sample.image[None]
@@ -130,7 +126,7 @@ def load(model: Any, path: str) -> torch.Tensor:
 
 def picture(model: Any, image: torch.Tensor) -> np.ndarray:
     """Undo a model's normalization: (1, C, H, W) to (H, W, 3) from 0 to 1."""
-    config = resolve_model_data_config(model)
+    config = data_config(model)
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
     pixels = (image[0].cpu() * std + mean).clamp(0, 1)
     return pixels.expand(3, -1, -1).permute(1, 2, 0).numpy()

@@ -112,16 +112,14 @@ def predict(
         InputError: An image cannot be decoded and is not to be skipped.
     """
     import torch
-    from timm.data import create_transform, resolve_model_data_config
     from torch.utils.data import DataLoader
 
-    from res2net_zoo.data.images import MapSamples, Sample, Samples, read_named
+    from res2net_zoo.data.images import MapSamples, Sample
+    from res2net_zoo.data.preprocessing import evaluation_samples
     from res2net_zoo.utils.errors import InputError
     from res2net_zoo.utils.processes import default_workers
 
-    config = resolve_model_data_config(model)
-    mode = "L" if config["input_size"][0] == 1 else "RGB"
-    samples = Samples(create_transform(**config, is_training=False), mode, lambda label, path: path, read_named)
+    samples = evaluation_samples(model)
     indices = range(accelerator.process_index, len(paths), accelerator.num_processes)
     rows: Any = [{"image": {"bytes": None, "path": path}} for path in paths]
     workers = default_workers(accelerator.device) if args.workers is None else args.workers

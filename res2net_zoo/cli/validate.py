@@ -256,7 +256,7 @@ def check_published(
 
 def identity_of(model: Any, source: "Source") -> dict:
     """Return what a result depends on: hashes of weights, data and label names, and the preprocessing."""
-    from timm.data import resolve_model_data_config
+    from res2net_zoo.data.preprocessing import data_config
 
     label_names = model.pretrained_cfg.get("label_names")
     return {
@@ -265,7 +265,7 @@ def identity_of(model: Any, source: "Source") -> dict:
         "label_names": label_names and hashlib.sha256(json.dumps(label_names).encode()).hexdigest(),
         **{
             key: list(value) if isinstance(value, tuple) else value
-            for key, value in resolve_model_data_config(model).items()
+            for key, value in data_config(model).items()
             if key in ("input_size", "crop_pct", "interpolation", "mean", "std")
         },
     }

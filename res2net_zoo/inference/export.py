@@ -22,11 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from timm.data import create_transform, resolve_model_data_config
 from timm.utils import reparameterize_model
 from torch import nn
 
-from res2net_zoo.data.images import Samples, read_named
+from res2net_zoo.data.preprocessing import color_mode, data_config, evaluation_samples
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import is_temporary, locked, make_readable, temporary_file, temporary_folder
 from res2net_zoo.weights.provenance import UNKNOWN, Provenance, shown
@@ -149,13 +148,13 @@ def describe(model: nn.Module, name: str, img_size: int | None = None, origin: P
         and `base_model` where they are known.
     """
     cfg: Any = model.pretrained_cfg
-    config = _data_config(model, img_size)
+    config = data_config(model, img_size)
     names = cfg.get("label_names") or []
     known = {"license": origin.license, "base_model": origin.derives_from}
     return {
         "model": shown(name),
         "architecture": cfg["architecture"],
-        "color": "L" if config["input_size"][0] == 1 else "RGB",
+        "color": color_mode(config),
         "interpolation": config["interpolation"],
         "crop_mode": config["crop_mode"],
         **{key: json.dumps(config[key]) for key in ("input_size", "mean", "std", "crop_pct")},
@@ -163,12 +162,6 @@ def describe(model: nn.Module, name: str, img_size: int | None = None, origin: P
         **{key: value for key, value in known.items() if value},
         "provenance": json.dumps(origin.to_dict(), ensure_ascii=False),
     }
-
-
-def _data_config(model: nn.Module, img_size: int | None) -> dict[str, Any]:
-    config = resolve_model_data_config(model)
-    size = config["input_size"] if img_size is None else (config["input_size"][0], img_size, img_size)
-    return {**config, "input_size": tuple(size)}
 
 
 def load_images(model: nn.Module, rows: Sequence[dict[str, Any]], img_size: int | None = None) -> torch.Tensor:
@@ -185,9 +178,7 @@ def load_images(model: nn.Module, rows: Sequence[dict[str, Any]], img_size: int 
     Raises:
         InputError: An image cannot be decoded.
     """
-    config = _data_config(model, img_size)
-    mode = "L" if config["input_size"][0] == 1 else "RGB"
-    sample = Samples(create_transform(**config, is_training=False), mode, lambda label, path: None, read_named)
+    sample = evaluation_samples(model, img_size=img_size)
     images = []
     for i, row in enumerate(rows):
         result = sample(f"image {i}", row)

@@ -3,13 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from timm.data import Mixup, create_transform, resolve_model_data_config
-from torch import nn
+from timm.data import Mixup, create_transform
 from torchvision import transforms
 
 from res2net_zoo.data.images import Samples
 from res2net_zoo.data.labels import match_classes
+from res2net_zoo.data.preprocessing import color_mode, data_config
 from res2net_zoo.utils.errors import InputError
 
 
@@ -36,7 +35,7 @@ def training_samples(
     Raises:
         InputError: timm does not have this augmentation.
     """
-    config = resolve_model_data_config(model)
+    config = data_config(model)
     try:
         transform = create_transform(
             **config, **augmentation, is_training=True, normalize=augmentation.get("re_prob", 0) > 0
@@ -49,24 +48,7 @@ def training_samples(
         size = config["input_size"][1:]
         transform.transforms[0:1] = [transforms.Resize(size), transforms.RandomCrop(size, padding=crop_padding)]
     classes = match_classes(names, len(names), names)
-    return Samples(transform, "L" if config["input_size"][0] == 1 else "RGB", classes.targets, read)
-
-
-class Normalize(nn.Module):
-    """Normalizes images (N, C, H, W) of bytes on the model's device; leaves normalized ones as they are."""
-
-    mean: torch.Tensor
-    std: torch.Tensor
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        config = resolve_model_data_config(model)
-        for key in ("mean", "std"):
-            self.register_buffer(key, 255 * torch.tensor(config[key]).view(-1, 1, 1))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return images (N, C, H, W), normalized."""
-        return images.float().sub_(self.mean).div_(self.std) if images.dtype == torch.uint8 else images
+    return Samples(transform, color_mode(config), classes.targets, read)
 
 
 def create_mixup(mixup: float, cutmix: float, probability: float, smoothing: float, num_classes: int) -> Mixup | None:

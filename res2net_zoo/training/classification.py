@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader
 
 from res2net_zoo import evaluation
 from res2net_zoo.data.labels import match_classes
+from res2net_zoo.data.preprocessing import Normalize
 from res2net_zoo.evaluation import Counts
-from res2net_zoo.training.augmentation import Normalize, create_mixup
+from res2net_zoo.training.augmentation import create_mixup
 from res2net_zoo.training.data import TrainingData
 from res2net_zoo.training.loader import batches, seed_of
 from res2net_zoo.training.loop import Epoch, Objective, State

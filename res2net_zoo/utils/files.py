@@ -436,7 +436,7 @@ def check_writable_file(path: Path) -> None:
     """
     if path.is_dir():
         raise InputError(f"{path} is a folder; name a file")
-    check_writable(path.resolve().parent)
+    check_writable((path.resolve() if path.is_symlink() else path).parent)
 
 
 def check_can_make(folder: Path) -> None:
