@@ -16,7 +16,7 @@ from typing import Any
 
 from res2net_zoo import catalog
 from res2net_zoo.utils.console import progress_bar
-from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.errors import InputError, first_line
 from res2net_zoo.utils.files import check_writable_file, write_atomically
 from res2net_zoo.utils.markdown import markdown_table
 
@@ -284,7 +284,7 @@ def find_device(name: str) -> Any:
         if not torch.ones(1, device=device).item():  # not on the device "meta", which computes nothing
             raise RuntimeError("it gives wrong results")
     except (RuntimeError, AssertionError, NotImplementedError, AttributeError, ImportError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0].partition('. ')[0]}") from error
+        raise InputError(f"--device {name}: {first_line(error).partition('. ')[0]}") from error
     return device
 
 

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from res2net_zoo.analysis.cost import count
 from res2net_zoo.inference.export import INPUT, import_openvino, openvino_core, require, run_onnx
-from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.errors import InputError, first_line
 from res2net_zoo.weights.pretrained import create_model
 
 OURS, TIMM, PLAIN, RESNET50, PRODUCT = "ours", "timm", "plain", "resnet50", "matrix product"
@@ -169,8 +169,7 @@ def build(contender: Contender, setting: Setting, folder: Path) -> Built:
     except (LeftOut, InputError) as error:
         raise LeftOut(f"{contender}: {error}") from error
     except Exception as error:  # compilers and runtimes can fail in any way; the others run on
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise LeftOut(f"{contender} fails: {reason[:300]}") from error
+        raise LeftOut(f"{contender} fails: {first_line(error)}") from error
     if not off <= TOLERANCE[setting.mode].get(setting.precision, math.inf):
         raise LeftOut(f"{contender} computes something else: its logits are off by {off:.2g} of the largest")
     return Built(contender, call, off)

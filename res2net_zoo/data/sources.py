@@ -46,7 +46,7 @@ from res2net_zoo.data.images import (
 from res2net_zoo.data.webdataset import read_shards
 from res2net_zoo.utils.card_metadata import LOADER, check_yaml
 from res2net_zoo.utils.console import printable
-from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.errors import InputError, one_line
 from res2net_zoo.utils.files import LARGEST_TEXT, check_writable, open_regular, read_json, read_text
 
 # The words by which people and `datasets` name splits, and the name that `datasets` gives them.
@@ -344,7 +344,7 @@ def _check_configs(card: Path) -> None:
         check_yaml(metadata)
         content = yaml.load(metadata, Loader=LOADER)
     except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
-        raise InputError(f"cannot read the metadata of {card}: {' '.join(str(error).split())}") from error
+        raise InputError(f"cannot read the metadata of {card}: {one_line(error)}") from error
     patterns = [content.get("configs") if isinstance(content, dict) else None]
     while patterns:
         pattern = patterns.pop()

@@ -13,7 +13,7 @@ from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
 from res2net_zoo import catalog
 from res2net_zoo.hub import verify
-from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.errors import InputError, one_line
 from res2net_zoo.utils.files import open_regular, sha256_of
 from res2net_zoo.utils.hub_client import (
     LONGEST,
@@ -21,7 +21,6 @@ from res2net_zoo.utils.hub_client import (
     OutOfReachError,
     hash_of,
     is_temporary,
-    one_line,
     patiently,
     plainly,
     status_of,

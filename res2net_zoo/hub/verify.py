@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 from res2net_zoo import catalog
 from res2net_zoo.catalog import Checkpoint
 from res2net_zoo.utils import card_metadata
-from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.errors import InputError, one_line
 from res2net_zoo.utils.files import open_regular, read_json, sha256_of
-from res2net_zoo.utils.hub_client import one_line
 from res2net_zoo.weights import fingerprint, model_config
 from res2net_zoo.weights.convert import explain
 from res2net_zoo.weights.model_config import ModelConfig

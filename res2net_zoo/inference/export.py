@@ -26,7 +26,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from res2net_zoo.data.preprocessing import color_mode, data_config, evaluation_samples
-from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.errors import InputError, first_line
 from res2net_zoo.utils.files import is_temporary, locked, make_readable, temporary_file, temporary_folder
 from res2net_zoo.weights.provenance import UNKNOWN, Provenance, shown
 
@@ -213,18 +213,13 @@ def to_program(
         with torch.no_grad():
             folded(images)
     except Exception as error:  # DLA refuses some sizes by an assertion; of others a kernel does not fit
-        raise InputError(f"the model takes no images of {size}: {_short(error)}") from error
+        raise InputError(f"the model takes no images of {size}: {first_line(error)}") from error
     shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic_batch else None
     try:
         with EXPORTING, torch.no_grad():
             return torch.export.export(folded, (images,), dynamic_shapes=shapes)
     except Exception as error:  # there is no one type for it, and the model may be any of timm's
-        raise InputError(f"torch cannot export this model: {_short(error)}") from error
-
-
-def _short(error: Exception) -> str:
-    """Return the first line of an error's text; torch's and the runtimes' can be pages."""
-    return (str(error).strip() or repr(error)).splitlines()[0][:300]
+        raise InputError(f"torch cannot export this model: {first_line(error)}") from error
 
 
 def to_onnx(
@@ -267,7 +262,7 @@ def to_onnx(
                 verbose=False,
             )
     except Exception as error:  # as above
-        raise InputError(f"torch cannot export this model to ONNX: {_short(error)}") from error
+        raise InputError(f"torch cannot export this model to ONNX: {first_line(error)}") from error
     assert made is not None
     proto = made.model_proto
     if opset not in (got := [entry.version for entry in proto.opset_import if not entry.domain]):
@@ -428,7 +423,9 @@ def export(
                 run = run_onnx(temporary) if export_format == "onnx" else run_openvino(temporary)
                 difference, same = _compare(run, images.numpy(), expected, batches)
             except Exception as error:  # each runtime has types of its own for it
-                raise CheckError(f"{package} cannot run the exported model ({_short(error)}); {not_written}") from error
+                raise CheckError(
+                    f"{package} cannot run the exported model ({first_line(error)}); {not_written}"
+                ) from error
             if not difference <= TOLERANCE[precision]:  # so that not-a-number fails too
                 raise CheckError(
                     f"the exported model's output differs from the model's by {difference:.1e} of its largest value, "

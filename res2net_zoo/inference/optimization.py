@@ -25,9 +25,8 @@ from torch.fx.experimental.optimization import fuse
 
 from res2net_zoo.kernels.cpu_network import Network, Unsupported
 from res2net_zoo.models.block import Res2NetModule
-from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.errors import InputError, one_line
 from res2net_zoo.utils.files import is_special, read_json, write_atomically
-from res2net_zoo.utils.hub_client import one_line
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Backend = Literal["native", "inductor", "inductor-padded", "openvino", "onnxruntime", "cudagraphs", "eager"]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from res2net_zoo.utils.console import warn
-from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.errors import InputError, first_line, one_line
 from res2net_zoo.utils.files import check_can_make, finish_replacing, sweep, temporary_file
 from res2net_zoo.weights import torch_file
 
@@ -93,7 +93,7 @@ class Checkpoints:
             with temporary_file(path) as temporary:
                 torch.save(state, temporary)
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            reason = getattr(error, "strerror", None) or first_line(error)
             raise InputError(
                 f"cannot write the checkpoint {path}: {reason}; make room, then go on with --resume"
             ) from error
@@ -118,8 +118,7 @@ class Checkpoints:
             raise
         except Exception as error:  # torch raises many kinds for a damaged file
             others = f"; delete it, and --resume goes on from {paths[-2].name}" if len(paths) > 1 else ""
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"{paths[-1]} is not a valid checkpoint ({reason[:200]}){others}") from error
+            raise InputError(f"{paths[-1]} is not a valid checkpoint ({one_line(error, 200)}){others}") from error
 
     def sweep(self) -> None:
         """Delete incomplete files of killed processes, as earlier versions named them."""
@@ -172,7 +171,7 @@ def restoring(path: Path) -> Iterator[None]:
     try:
         yield
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error, 200)
         raise InputError(
             f"{path} is not a checkpoint of this run: {reason}; delete it, or name another --output"
         ) from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from res2net_zoo.utils.command_line import closest, did_you_mean, printable
-from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -59,7 +59,7 @@ def run(main: Callable[[], int]) -> int:
             report(f"cannot read a link that leads to itself: {str(error).removeprefix('Symlink loop from ')}")
             return 2
         if isinstance(error, _out_of_memory()) or "can't allocate memory" in str(error):
-            report(f"not enough memory: {str(error).splitlines()[0]}; make batches or images smaller")
+            report(f"not enough memory: {first_line(error)}; make batches or images smaller")
             return 1
         if "DataLoader worker" not in str(error):
             raise

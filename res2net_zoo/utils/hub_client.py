@@ -37,7 +37,7 @@ from huggingface_hub.utils import build_hf_headers, filter_repo_objects, get_ses
 from huggingface_hub.utils.sha import git_hash
 
 from res2net_zoo.utils import http
-from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.errors import InputError, one_line
 from res2net_zoo.utils.files import read_bytes, sha256_of, write_atomically
 
 T = TypeVar("T")
@@ -50,12 +50,6 @@ http.install()
 
 class OutOfReachError(InputError):
     """The Hub cannot be asked now; another time it may answer."""
-
-
-def one_line(error: BaseException) -> str:
-    """Return what an error says, on one line of bearable length, without secrets that stand in URLs."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"(https?://)(?:[^\s/@]*@)?([^\s?#'\"]*)(?:[?#][^\s'\"]*)?", r"\1\2", text)[:300]
 
 
 def status_of(error: BaseException) -> int | None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.errors import InputError, one_line
 from res2net_zoo.utils.files import open_regular
 from res2net_zoo.weights import torch_file
 from res2net_zoo.weights.pickles import Buildable, FormatError, PlainUnpickler, ordered_dict
@@ -482,7 +482,7 @@ def explain(error: Exception) -> str:
         found, expected = (tuple(map(int, re.findall(r"\d+", numbers))) for numbers in both)
         wrong.append(f"{short(name)} has {shapes(found, expected)}")
         classes.update(classes_of(name, found, expected))
-    return f"{''.join(classes)}{listed(wrong)}" if wrong else " ".join(text.split())[:500]
+    return f"{''.join(classes)}{listed(wrong)}" if wrong else one_line(error, 500)
 
 
 def strip_prefix(source: Tensors, format: str, target: Mapping[str, torch.Tensor]) -> Tensors:
@@ -549,6 +549,4 @@ def convert(
         raise InputError(f"{path}: {error}") from error
     except Exception as error:
         # Whatever a broken file makes a reader stumble over; there is no one type for it.
-        raise InputError(
-            f"{path} is not a valid {format} file: {' '.join((str(error) or repr(error)).split())[:300]}"
-        ) from error
+        raise InputError(f"{path} is not a valid {format} file: {one_line(error)}") from error

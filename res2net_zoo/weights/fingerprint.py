@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as WEIGHTS
 from torch import nn
 
-from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.errors import InputError, one_line
 from res2net_zoo.utils.files import read_json, sha256_of, write_atomically
 
 NAME = "fingerprint.json"
@@ -128,7 +128,7 @@ def read(folder: Path) -> Stored | None:
         if not (isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest) and fits and numbers):
             raise ValueError("a hash, an input size or logits that cannot be")
     except (InputError, OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no fingerprint: {' '.join(str(error).split())[:200]}") from error
+        raise InputError(f"{path} is no fingerprint: {one_line(error, 200)}") from error
     return Stored(digest, tuple(size), values)
 
 

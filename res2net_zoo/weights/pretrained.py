@@ -20,7 +20,7 @@ from res2net_zoo import catalog
 from res2net_zoo.utils import hub_client
 from res2net_zoo.utils.command_line import did_you_mean
 from res2net_zoo.utils.console import nearest
-from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.errors import InputError, clipped, one_line
 from res2net_zoo.weights import model_config, torch_file
 from res2net_zoo.weights.convert import explain
 from res2net_zoo.weights.model_names import parse_name
@@ -72,7 +72,7 @@ def create_model(name: str, pretrained: bool = True, **kwargs) -> nn.Module:
             f"there is no model {identifier} on the Hub, or it is private and you are not logged in"
         ) from error
     except (EntryNotFoundError, HfHubHTTPError) as error:
-        raise InputError(f"cannot read {name} from the Hub: {hub_client.one_line(error)}") from error
+        raise InputError(f"cannot read {name} from the Hub: {one_line(error)}") from error
     except SafetensorError as error:
         raise InputError(
             f"the weights of {name} are no whole safetensors file ({error}); fetch or make them again"
@@ -86,7 +86,7 @@ def create_model(name: str, pretrained: bool = True, **kwargs) -> nn.Module:
         # A wrong config, foreign tensors or a missing file: timm and torch have no one type for it.
         plain = isinstance(error, OSError | RuntimeError | ValueError) and explain(error)
         reason = plain or repr(error)
-        raise InputError(f"cannot load {name}: {reason[:500]}{' ...' if len(reason) > 500 else ''}") from error
+        raise InputError(f"cannot load {name}: {clipped(reason, 500)}") from error
 
 
 def _check_registered(name: str, pretrained: bool) -> None:
