@@ -138,6 +138,53 @@ def create_loader(
     )
 
 
+def corrupt_places(bad: Iterable[Sample], skip_corrupt: bool) -> list[str]:
+    """Return the places of the images that cannot be decoded.
+
+    Args:
+        bad: Samples without an image.
+        skip_corrupt: Whether to skip images that cannot be decoded.
+
+    Raises:
+        InputError: An image is corrupt and is not to be skipped, or has no valid label.
+    """
+    places = []
+    for sample in bad:
+        if sample.fatal is not None:
+            raise InputError(f"{sample.place}: {sample.fatal}")
+        if not skip_corrupt:
+            hint = "take it out, or validate.py --skip-corrupt leaves it out"
+            raise InputError(f"{sample.place} is corrupt ({sample.corrupt}); {hint}")
+        places.append(sample.place)
+    return places
+
+
+def count_batch(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Count the correct answers in a batch.
+
+    Args:
+        logits: (N, classes).
+        targets: Right answers (N, K), padded with -1.
+
+    Returns:
+        Three whole numbers: images that count, and of those the correct ones by top-1 and by top-5.
+
+    Raises:
+        InputError: The logits are NaN or infinite.
+    """
+    answers = logits.float().topk(min(TOPK, logits.shape[1]), dim=1)
+    if not answers.values.isfinite().all():
+        raise InputError(f"{NOT_FINITE}; try another --mixed-precision")
+    right = (answers.indices.unsqueeze(2) == targets.unsqueeze(1)).any(2)
+    counted = (targets >= 0).any(1)
+    return torch.stack([counted.sum(), right[:, 0].sum(), right.any(1).sum()])
+
+
+def advance(progress: tqdm, images: int) -> None:
+    """Advance a bar by the images of a batch of each process, of which the last may be shorter in some."""
+    progress.update(images if progress.total is None else min(images, progress.total - progress.n))
+
+
 @torch.inference_mode()
 def count_correct(
     model: nn.Module,
@@ -175,13 +222,7 @@ def count_correct(
     correct = torch.zeros(3, dtype=torch.long, device=device)
     start = time.perf_counter()
     for images, targets, bad in loader:
-        for sample in bad:
-            if sample.fatal is not None:
-                raise InputError(f"{sample.place}: {sample.fatal}")
-            if not skip_corrupt:
-                hint = "take it out, or validate.py --skip-corrupt leaves it out"
-                raise InputError(f"{sample.place} is corrupt ({sample.corrupt}); {hint}")
-            counts.corrupt.append(sample.place)
+        counts.corrupt += corrupt_places(bad, skip_corrupt)
         if images is not None:
             pixels = images.to(device, non_blocking=True)
             targets = targets.to(device, non_blocking=True)
@@ -190,19 +231,13 @@ def count_correct(
                 logits = model(images)
             if kept is not None:
                 logits = logits[:, kept]
-            answers = logits.float().topk(min(TOPK, logits.shape[1]), dim=1)
-            if not answers.values.isfinite().all():
-                raise InputError(f"{NOT_FINITE}; try another --mixed-precision")
-            right = (answers.indices.unsqueeze(2) == targets.unsqueeze(1)).any(2)
-            counted = (targets >= 0).any(1)
-            correct += torch.stack([counted.sum(), right[:, 0].sum(), right.any(1).sum()])
+            correct += count_batch(logits, targets)
             counts.unlabelled += len(images)
             if observe is not None:
                 observe(pixels, targets, logits.float())
         if progress is not None:
-            # All processes go at about the same pace; the last batch may be short in the others.
-            seen = ((0 if images is None else len(images)) + len(bad)) * accelerator.num_processes
-            progress.update(seen if progress.total is None else min(seen, progress.total - progress.n))
+            read = len(bad) + (0 if images is None else len(images))
+            advance(progress, read * accelerator.num_processes)
     counts.samples, counts.top1, counts.top5 = correct.tolist()
     counts.unlabelled -= counts.samples
     counts.seconds = time.perf_counter() - start

@@ -175,22 +175,28 @@ def match_classes(
         if known and set(class_names) <= set(known):
             index = {name: i for i, name in enumerate(known)}
             return Classes(num_classes, [index[name] for name in class_names])
+    if numbered := _match_numbers(class_names, num_classes):
+        return numbered
     warning: str | None = None
-    if all(name.isdecimal() for name in class_names):
-        if len(class_names) == num_classes:
-            return Classes(num_classes, numeric_order(class_names))
-        numbers = [int(name) for name in class_names]
-        if max(numbers) < num_classes:
-            warning = (
-                f"the data has {len(numbers)} numbered classes, the model {num_classes}; number i is taken for class i"
-            )
-            return Classes(num_classes, numbers, warning=warning)
     if len(class_names) < num_classes or model_labels:
         warning = (
             f"the data's {len(class_names)} class names ({', '.join(class_names[:3])}, ...) are not among those of the "
             f"model's {num_classes} classes; label i is taken for class i"
         )
     return Classes(num_classes, warning=warning)
+
+
+def _match_numbers(class_names: Sequence[str], num_classes: int) -> Classes | None:
+    """Return how labels named by whole numbers meet a model's classes; None for other names and larger numbers."""
+    if not all(name.isdecimal() for name in class_names):
+        return None
+    if len(class_names) == num_classes:
+        return Classes(num_classes, numeric_order(class_names))
+    numbers = [int(name) for name in class_names]
+    if max(numbers) >= num_classes:
+        return None
+    warning = f"the data has {len(numbers)} numbered classes, the model {num_classes}; number i is taken for class i"
+    return Classes(num_classes, numbers, warning=warning)
 
 
 def numeric_order(names: Iterable[str | int]) -> list[int]:

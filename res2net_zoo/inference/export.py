@@ -401,58 +401,105 @@ def export(
     """
     check_output(output, export_format)
     require(*NEEDS[export_format])
-    example = images[:1].expand(batch_size or 2, -1, -1, -1)
-    dynamic = batch_size is None
     batches = (1, SEVERAL) if batch_size is None else (batch_size,)
     classifies = output_name(model) == "logits"
-    not_written = f"{output} is not written"
+    package = "onnxruntime" if export_format == "onnx" else "openvino"
     try:
-        with contextlib.ExitStack() as stack:
-            if export_format == "onnx":
-                proto = to_onnx(model, example, dynamic_batch=dynamic, opset=opset, facts=facts)
-                temporary = stack.enter_context(temporary_file(output))
-                temporary.write_bytes(proto.SerializeToString())
-                package, version = "onnxruntime", f"ONNX opset {opset}"
-            else:
-                made = to_openvino(model, example, dynamic_batch=dynamic, facts=facts)
-                temporary = stack.enter_context(temporary_ir(output))
-                save_ir(made, temporary, precision)
-                package, version = "openvino", f"OpenVINO IR {ir_version(temporary)}"
+        with _written(model, images, output, export_format, batch_size, opset, precision, facts) as (new, version):
             expected = _expected(model, images)
-            try:
-                run = run_onnx(temporary) if export_format == "onnx" else run_openvino(temporary)
-                difference, same = _compare(run, images.numpy(), expected, batches)
-            except Exception as error:  # each runtime has types of its own for it
-                raise CheckError(
-                    f"{package} cannot run the exported model ({first_line(error)}); {not_written}"
-                ) from error
-            if not difference <= TOLERANCE[precision]:  # so that not-a-number fails too
-                raise CheckError(
-                    f"the exported model's output differs from the model's by {difference:.1e} of its largest value, "
-                    f"more than {TOLERANCE[precision]:.0e}; {not_written}"
-                )
-            if precision == "float16" and classifies and same < len(images):
-                raise CheckError(
-                    f"with weights in float16 the first answer is the model's for {same} of {len(images)} images only; "
-                    f"{not_written}"
-                )
+            difference, same = _check(new, package, images, expected, batches, precision, classifies)
+    except CheckError as error:
+        raise CheckError(f"{error}; {output} is not written") from error
     except OSError as error:
         raise InputError(f"cannot write {output}: {error.strerror or error}") from error
-    shape = " x ".join(map(str, ("batch" if dynamic else batch_size, *images.shape[1:])))
-    out = " x ".join(map(str, ("batch" if dynamic else batch_size, *expected.shape[1:])))
+    batch = "batch" if batch_size is None else batch_size
     files = [output] if export_format == "onnx" else [output, output.with_suffix(".bin")]
     return Exported(
         path=output,
         size=sum(file.stat().st_size for file in files),
         version=version,
-        inputs=f"{INPUT}: {shape}",
-        outputs=f"{output_name(model)}: {out}",
+        inputs=f"{INPUT}: {_shape(batch, images)}",
+        outputs=f"{output_name(model)}: {_shape(batch, expected)}",
         runtime=f"{package} {importlib.metadata.version(package)}",
         batches=batches,
         images=len(images),
         error=difference,
         same_top1=same if classifies else None,
     )
+
+
+def _shape(batch: int | str, array: torch.Tensor | np.ndarray) -> str:
+    """Return the shape of an array as text, with another first size."""
+    return " x ".join(map(str, (batch, *array.shape[1:])))
+
+
+@contextlib.contextmanager
+def _written(
+    model: nn.Module,
+    images: torch.Tensor,
+    output: Path,
+    export_format: str,
+    batch_size: int | None,
+    opset: int,
+    precision: str,
+    facts: dict[str, str] | None,
+) -> Iterator[tuple[Path, str]]:
+    """Write a model to a temporary file, which replaces `output` at the end; yield it and its format's version."""
+    example = images[:1].expand(batch_size or 2, -1, -1, -1)
+    dynamic = batch_size is None
+    if export_format == "onnx":
+        proto = to_onnx(model, example, dynamic_batch=dynamic, opset=opset, facts=facts)
+        with temporary_file(output) as temporary:
+            temporary.write_bytes(proto.SerializeToString())
+            yield temporary, f"ONNX opset {opset}"
+    else:
+        made = to_openvino(model, example, dynamic_batch=dynamic, facts=facts)
+        with temporary_ir(output) as temporary:
+            save_ir(made, temporary, precision)
+            yield temporary, f"OpenVINO IR {ir_version(temporary)}"
+
+
+def _check(
+    file: Path,
+    package: str,
+    images: torch.Tensor,
+    expected: np.ndarray,
+    batches: Sequence[int],
+    precision: str,
+    classifies: bool,
+) -> tuple[float, int]:
+    """Run an exported model and compare its output with the model's.
+
+    Args:
+        file: The exported model.
+        package: What runs it, `onnxruntime` or `openvino`.
+        images: Preprocessed images, (N, C, H, W).
+        expected: The model's output for them.
+        batches: Numbers of images to run at a time.
+        precision: Of the weights, `float32` or `float16`.
+        classifies: Whether the output is logits.
+
+    Returns:
+        As `_compare`.
+
+    Raises:
+        CheckError: It does not run, or the outputs differ.
+    """
+    try:
+        run = run_onnx(file) if package == "onnxruntime" else run_openvino(file)
+        difference, same = _compare(run, images.numpy(), expected, batches)
+    except Exception as error:  # each runtime has types of its own for it
+        raise CheckError(f"{package} cannot run the exported model ({first_line(error)})") from error
+    if not difference <= TOLERANCE[precision]:  # so that NaN fails too
+        raise CheckError(
+            f"the exported model's output differs from the model's by {difference:.1e} of its largest value, "
+            f"more than {TOLERANCE[precision]:.0e}"
+        )
+    if precision == "float16" and classifies and same < len(images):
+        raise CheckError(
+            f"with weights in float16 the first answer is the model's for {same} of {len(images)} images only"
+        )
+    return difference, same
 
 
 def check_output(output: Path, export_format: str) -> None:

@@ -33,14 +33,7 @@ def run(main: Callable[[], int]) -> int:
         for an interruption, 141 where nobody reads the output any more.
     """
     quiet_libraries()
-    from huggingface_hub.utils.logging import set_verbosity_error
-
-    if "HF_HUB_VERBOSITY" not in os.environ:
-        # The Hub's client logs each of its retries; the one line below says all that in the end.
-        set_verbosity_error()
-    # Theirs say in a line of their own what they also raise, and what becomes the one line for the user.
-    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # read when it is imported, later than this
-    logging.getLogger("timm").setLevel(logging.CRITICAL)
+    quiet_logs()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A file's name may have bytes that are not UTF-8; they are printed as \udcXX.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -78,11 +71,22 @@ def run(main: Callable[[], int]) -> int:
         if error.errno is None:  # a library's own, not the operating system's
             raise
         names = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        what = f"read or write {names}" if names else "write the output"
         advice = "; make room and run it again" if error.errno in FULL else ""
-        report(f"cannot read or write {names or 'the output'}: {error.strerror}{advice}")
+        report(f"cannot {what}: {error.strerror}{advice}")
         return 2
     finally:
         close_full_stdout()
+
+
+def quiet_logs() -> None:
+    """Log nothing that libraries also raise: it becomes the one line of `run`."""
+    from huggingface_hub.utils.logging import set_verbosity_error
+
+    if "HF_HUB_VERBOSITY" not in os.environ:
+        set_verbosity_error()  # its client logs each of its retries
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # read when it is imported, later than this
+    logging.getLogger("timm").setLevel(logging.CRITICAL)
 
 
 def _out_of_memory() -> tuple[type[BaseException], ...]:

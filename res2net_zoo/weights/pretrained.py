@@ -46,16 +46,15 @@ def create_model(name: str, pretrained: bool = True, **kwargs) -> nn.Module:
     if source is None:
         _check_registered(name, pretrained)
     try:
+        pinned = name
         if source == "local-dir":
             _check_folder(name, Path(identifier), pretrained)
-        pinned = name
-        if source == "hf-hub":
+        elif source == "hf-hub":
             pinned = _check_repository(name, identifier, pretrained, kwargs.get("cache_dir"))
         with torch_file.checking_timm():  # for architectures that the zoo's builder does not build
             model: Any = timm.create_model(pinned, pretrained=pretrained, **kwargs)
-        if source != "hf-hub":
-            return model
-        model.pretrained_cfg["hf_hub_id"] = identifier  # as the caller names it
+        if source == "hf-hub":
+            model.pretrained_cfg["hf_hub_id"] = identifier  # as the caller names it
         return model
     except InputError:
         raise
@@ -84,8 +83,7 @@ def create_model(name: str, pretrained: bool = True, **kwargs) -> nn.Module:
                 f"{error.strerror or error}; make room there, or set HF_HOME to another folder"
             ) from error
         # A wrong config, foreign tensors or a missing file: timm and torch have no one type for it.
-        plain = isinstance(error, OSError | RuntimeError | ValueError) and explain(error)
-        reason = plain or repr(error)
+        reason = (isinstance(error, OSError | RuntimeError | ValueError) and explain(error)) or repr(error)
         raise InputError(f"cannot load {name}: {clipped(reason, 500)}") from error
 
 
