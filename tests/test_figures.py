@@ -1,8 +1,9 @@
 """Pictures, by the figures that they are drawn from: ticks, and labels that cover nothing."""
 
 import pytest
+import torch
 
-from res2net_zoo.training.report import learning_curve, learning_rate
+from res2net_zoo.training.report import Mistakes, learning_curve, learning_rate, mistakes_sheet
 
 
 def epochs(number: int, average: bool) -> list[dict[str, float]]:
@@ -38,3 +39,13 @@ def test_the_learning_curves_labels_are_outside_its_axes(average):
     assert not any(axes.texts or axes.get_legend() for axes in figure.axes)
     best = 80.5 if average else 80
     assert f"best: {best:.2f} in epoch 6" in [text.get_text() for text in legend.get_texts()]
+
+
+@pytest.mark.parametrize("number", [1, 2, 7])
+def test_no_title_of_mistakes_is_clipped(number):
+    mistakes = Mistakes(2)
+    mistakes.worst = [(0.9, 0, 1, torch.zeros(3, 8, 8, dtype=torch.uint8))] * number
+    figure = mistakes_sheet(mistakes, ["a_class_with_a_long_name, and another", "seven"])
+    figure.draw_without_rendering()
+    titles = [figure.get_suptitle() and figure.texts[0], *(axes.title for axes in figure.axes)]
+    assert all(figure.bbox.count_contains(title.get_window_extent().corners()) == 4 for title in titles)

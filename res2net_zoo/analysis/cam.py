@@ -7,10 +7,11 @@ picture that sets models side by side.
 
 import importlib.util
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from res2net_zoo.utils.command_line import closest
 from res2net_zoo.utils.console import printable
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import temporary_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LISTED = 20  # classes that an error names; of more only the first and the last
 
@@ -185,22 +189,37 @@ def draw(rows: Sequence[tuple[str, str, Sequence[Seen]]], path: Path) -> None:
     Raises:
         InputError: It cannot be written; what was there stays.
     """
+    try:
+        with temporary_file(path) as temporary:
+            figure(rows).savefig(temporary, format=path.suffix[1:].lower())
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def figure(rows: Sequence[tuple[str, str, Sequence[Seen]]]) -> "Figure":
+    """Return the figure of `draw`."""
     from matplotlib.figure import Figure
-    from pytorch_grad_cam.utils.image import show_cam_on_image
 
     columns = 1 + len(rows[0][2])
-    figure = Figure(figsize=(2.6 * columns, 2.85 * len(rows)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(2.6 * columns + 0.6, 3.1 * len(rows)), dpi=150, layout="compressed")
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes, (image, name, seen) in zip(grid, rows, strict=True):
         axes[0].imshow(seen[0].picture)
-        axes[0].set_title(f"{printable(image)}\n{printable(name)}", fontsize=8, parse_math=False)
+        axes[0].set_title(f"{_wrapped(image)}\n{_wrapped(name)}", fontsize=8, parse_math=False)
         for axis, one in zip(axes[1:], seen, strict=True):
-            axis.imshow(show_cam_on_image(one.picture.astype(np.float32), one.heat, use_rgb=True))
-            axis.set_title(f"{printable(one.model)}\n{100 * one.score:.1f} %", fontsize=8, parse_math=False)
+            axis.imshow(one.picture)
+            heat = axis.imshow(one.heat, cmap="jet", vmin=0, vmax=1, alpha=0.5, interpolation="bicubic")
+            axis.set_title(f"{_wrapped(one.model)}\n{100 * one.score:.1f} %", fontsize=8, parse_math=False)
     for axis in grid.flat:
-        axis.set_axis_off()
-    try:
-        with temporary_file(path) as temporary:
-            figure.savefig(temporary, format=path.suffix[1:].lower())
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+        # With `set_axis_off` the layout would leave no room for the title.
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    bar = figure.colorbar(heat, ax=grid, aspect=15 * len(rows), ticks=[0, 0.5, 1])
+    bar.set_label("activation over the map's largest", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    return figure
+
+
+def _wrapped(text: str) -> str:
+    """Return a text as lines that are no wider than a map."""
+    return "\n".join(textwrap.wrap(printable(text), 36, max_lines=2, placeholder="...", break_on_hyphens=False))

@@ -152,15 +152,21 @@ def learning_rate(rates: Sequence[tuple[float, float]]) -> "Figure":
 
 
 def draw_mistakes(folder: Path, mistakes: Mistakes, names: Sequence[str]) -> bool:
-    """Draw the most confident mistakes as mistakes.png, as the model sees them; False where there is none."""
-    from matplotlib.figure import Figure
-
+    """Draw the most confident mistakes as mistakes.png, as the model sees them; return False if there are none."""
     if not mistakes.worst:
         (folder / "mistakes.png").unlink(missing_ok=True)
         return False
+    _save(folder, "mistakes.png", mistakes_sheet(mistakes, names))
+    return True
+
+
+def mistakes_sheet(mistakes: Mistakes, names: Sequence[str]) -> "Figure":
+    """Return the figure of `draw_mistakes`."""
+    from matplotlib.figure import Figure
+
     columns = min(6, len(mistakes.worst))
     rows = -(-len(mistakes.worst) // columns)
-    figure = Figure(figsize=(1.7 * columns, 0.5 + 2.15 * rows), layout="constrained")
+    figure = Figure(figsize=(max(1.7 * columns, 5), 0.5 + 2.15 * rows), layout="constrained")
     figure.suptitle("The most confident mistakes: answer, confidence, right class", fontsize=9)
     for axes in (grid := figure.subplots(rows, columns, squeeze=False).flatten()):
         axes.axis("off")
@@ -170,8 +176,7 @@ def draw_mistakes(folder: Path, mistakes: Mistakes, names: Sequence[str]) -> boo
             textwrap.shorten(printable(names[i]).replace("_", " "), 22, placeholder="...") for i in (answer, right)
         )
         axes.set_title(f"{said} {100 * confidence:.0f}%\n({true})", fontsize=8, parse_math=False)
-    _save(folder, "mistakes.png", figure)
-    return True
+    return figure
 
 
 def hardware(accelerator: Accelerator) -> str:

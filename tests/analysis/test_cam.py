@@ -1,5 +1,6 @@
 """`scripts/cam.py`: maps are taken from the right layer, and are what the method's equation says."""
 
+import itertools
 from pathlib import Path
 
 import datasets
@@ -87,7 +88,22 @@ def test_a_picture_of_models_side_by_side(in_process, digits, tmp_path, tiny, me
             and [float(cell) for cell in cells[2:]] == [pytest.approx(score, abs=0.06)] * 2
         )
     width, height = Image.open(output).size
-    assert width == pytest.approx(3 * 390, abs=2) and height == pytest.approx(3 * 427, abs=2)
+    assert width == pytest.approx(3 * 390 + 90, abs=2) and height == pytest.approx(3 * 465, abs=2)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_titles_are_within_the_picture(rows):
+    """Also over a single row, and of long names; a small input's map is drawn smoothly, beside a colour bar."""
+    names = ("a_photograph_from_a_camera_with_a_long_name.jpg", "Egyptian cat, a domestic cat, or another of its names")
+    small = cam.Seen("local-dir_a_model_folder_with_a_long_name", np.ones((8, 8, 3)), np.eye(8), 0.9)
+    figure = cam.figure([(*names, [small, small])] * rows)
+    figure.draw_without_rendering()
+    *axes, bar = figure.axes
+    boxes = [axis.title.get_window_extent() for axis in axes]
+    assert all(figure.bbox.count_contains(box.corners()) == 4 for box in boxes)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert all(axis.images[-1].get_interpolation() == "bicubic" for axis in axes if len(axis.images) == 2)
+    assert bar.get_ylabel() and bar.get_ylim() == (0, 1)
 
 
 def test_the_class_to_look_for(in_process, digits, tmp_path):
