@@ -1,10 +1,12 @@
-"""Draw what a detection, segmentation, saliency or keypoint model finds in images.
+"""Predict objects, masks, joints or saliency in images: a picture and a JSON file for each.
 
-Usage: res2net-zoo predict-task NAME IMAGE ... --output DIR [--detector NAME]
+Usage: res2net-zoo predict-task NAME IMAGE ... --output DIR [--threshold T] [--detector NAME]
 
-NAME is a folder that `res2net-zoo train-task` wrote, local-dir:DIR or hf-hub:ORG/NAME. DIR gets a PNG for each image:
-boxes, masks or joints drawn on it, or the saliency map itself. Joints are those of one person who fills the image, or
-with --detector, another such folder, those of every person whom it finds.
+NAME is a folder that `res2net-zoo train-task` wrote, local-dir:DIR or hf-hub:ORG/NAME. DIR gets for each image a PNG,
+with boxes, masks or joints drawn on it, or the saliency map itself, and a JSON file of the same name, with the path of
+the image, the classes, and its objects: labels, scores, boxes (left, top, width, height, in pixels), keypoints, and
+masks as COCO's run lengths. Joints are those of one person who fills the image, or with --detector, a model for
+detection, of each person that it finds.
 
 Examples:
   res2net-zoo predict-task outputs/voc street.jpg --output drawn
@@ -14,6 +16,7 @@ Exit codes: 0 done; 2 bad input.
 """
 
 import argparse
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +24,7 @@ from typing import Any
 
 from res2net_zoo.cli.command import command, parser_of
 from res2net_zoo.cli.options import IMAGES, add_machine
+from res2net_zoo.utils.command_line import within
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -28,7 +32,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("model", metavar="NAME", help="folder, local-dir:DIR or hf-hub:ORG/NAME")
     add("images", nargs="+", metavar="IMAGE", help=IMAGES)
-    add("--output", type=Path, required=True, metavar="DIR", help="where to write the pictures")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder of the pictures and JSON files")
+    about = "lowest score of an object or joint, from 0 to 1 (0.5 for detection, 0.2 for keypoints)"
+    add("--threshold", type=within(float, 0, 1), metavar="T", help=about)
     add("--detector", help="detection model that finds the persons whose joints are drawn")
     add_machine(add, workers=False)
     return parser.parse_args(argv)
@@ -40,8 +46,8 @@ def main(args: argparse.Namespace) -> int:
 
     from res2net_zoo.data.images import find_images
     from res2net_zoo.tasks import load
-    from res2net_zoo.tasks.evaluation import pictures
     from res2net_zoo.tasks.keypoints import boxes_of
+    from res2net_zoo.tasks.prediction import predict
     from res2net_zoo.utils.errors import InputError
     from res2net_zoo.utils.files import check_can_make, check_writable, temporary_file
     from res2net_zoo.utils.processes import start_processes
@@ -58,6 +64,8 @@ def main(args: argparse.Namespace) -> int:
     (check_writable if args.output.is_dir() else check_can_make)(args.output)
     model: Any = load(args.model)
     model = model.to(accelerator.device, memory_format=torch.channels_last)
+    if args.threshold is not None and model.threshold is None:
+        raise InputError(f"--threshold is for detection and keypoints; predictions of {model.task} have no scores")
     boxes = None
     if args.detector is not None:
         if model.task != "keypoints":
@@ -66,8 +74,11 @@ def main(args: argparse.Namespace) -> int:
         detector = detector.to(accelerator.device, memory_format=torch.channels_last)
         boxes = partial(boxes_of, detector)
     args.output.mkdir(parents=True, exist_ok=True)
-    for (_, picture), output in zip(pictures(model, paths, accelerator, boxes), outputs, strict=True):
+    predictions = predict(model, paths, accelerator, args.threshold, boxes)
+    for (picture, record), output in zip(predictions, outputs, strict=True):
         with temporary_file(output) as temporary:
             picture.save(temporary, "PNG")
-    print(f"{len(outputs)} pictures in {args.output}")
+        with temporary_file(output.with_suffix(".json")) as temporary:
+            temporary.write_text(json.dumps(record) + "\n")
+    print(f"{len(outputs)} pictures and JSON files in {args.output}")
     return 0

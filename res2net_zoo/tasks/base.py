@@ -132,6 +132,7 @@ class TaskModel(nn.Module, ABC):
     requires: ClassVar[dict[str, str]] = {}  # package by module
     extra: ClassVar[str] = "tasks"  # of ours, which has them
     less_is_better: ClassVar[frozenset[str]] = frozenset()  # figures that are errors
+    threshold: ClassVar[float | None] = None  # lowest score of what is drawn; None where predictions have no scores
     tolerance: ClassVar[float] = 0.05  # half of the last digit that the paper prints of its figures
     mean: torch.Tensor
     std: torch.Tensor
@@ -266,8 +267,23 @@ class TaskModel(nn.Module, ABC):
         """Return what collects the figures of an evaluation on `data`."""
 
     @abstractmethod
-    def draw(self, image: Image.Image, prediction: Any) -> Image.Image:
-        """Return the image with what was predicted drawn on it."""
+    def draw(self, image: Image.Image, prediction: Any, threshold: float | None = None) -> Image.Image:
+        """Return the image with a prediction drawn on it.
+
+        Args:
+            image: The image, which stays as it is.
+            prediction: What `forward` returned for it.
+            threshold: Lowest score of what is drawn; None for the task's default.
+        """
+
+    @abstractmethod
+    def describe(self, prediction: Any, threshold: float | None = None) -> list[dict[str, Any]]:
+        """Return the objects of a prediction for JSON; coordinates are pixels of the image, boxes as COCO has them.
+
+        Args:
+            prediction: What `forward` returned for an image.
+            threshold: Lowest score of an object; None for the task's default.
+        """
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Return images (..., 3, H, W) from 0 to 1 as the backbone takes them."""

@@ -31,11 +31,11 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from res2net_zoo.tasks.base import Figures, Score, TaskModel, check_options
+from res2net_zoo.tasks.drawing import draw_labels, run_lengths
 from res2net_zoo.tasks.instances import Instances
 from res2net_zoo.tasks.segmentation import voc_colour
 from res2net_zoo.utils.errors import InputError
 
-SHOWN = 0.5  # the least score of what is drawn
 ASPECTS = (0.5, 1.0, 2.0)  # of anchors
 LONGER = 1333 / 800  # the longest side of an image by its shorter one, `img_size`, as the papers limit it
 FIGURES = (
@@ -226,6 +226,7 @@ class Detection(TaskModel):
     hub_task = "object-detection"
     heads = ("fasterrcnn", "retinanet", "maskrcnn")
     img_size = 800
+    threshold = 0.5
     best = "AP"
     requires: ClassVar = {"faster_coco_eval": "faster-coco-eval"}
 
@@ -322,17 +323,37 @@ class Detection(TaskModel):
         """Return COCO's figures."""
         return COCOFigures(data)
 
-    def draw(self, image: Image.Image, prediction: dict[str, torch.Tensor]) -> Image.Image:
-        """Draw boxes with classes and scores, and masks, in VOC's colours, the surest on top."""
-        shown = {name: value[prediction["scores"] >= SHOWN].flip(0) for name, value in prediction.items()}
+    def draw(self, image: Image.Image, prediction: Any, threshold: float | None = None) -> Image.Image:
+        """Draw boxes with classes and scores, and masks, in VOC's colours, the highest scores on top."""
+        shown = self.confident(prediction, threshold)
         numbers = shown["labels"].tolist()
         if not numbers:
             return image.copy()
-        names = [self.settings["classes"][number - 1] for number in numbers]
-        labels = [f"{name} {score:.2f}" for name, score in zip(names, shown["scores"].tolist(), strict=True)]
-        colours: Any = [voc_colour(number) for number in numbers]
+        labels = [
+            f"{self.settings['classes'][number - 1]} {score:.2f}"
+            for number, score in zip(numbers, shown["scores"].tolist(), strict=True)
+        ]
+        colours = [voc_colour(number) for number in numbers]
         drawn = TF.pil_to_tensor(image)
         if "masks" in shown:
-            drawn = draw_segmentation_masks(drawn, shown["masks"], alpha=0.5, colors=colours)
-        options: dict[str, Any] = dict(colors=colours, label_colors="white", fill_labels=True)
-        return TF.to_pil_image(draw_bounding_boxes(drawn, shown["boxes"], labels, width=2, **options))
+            masks = shown["masks"] & (shown["masks"].cumsum(0) == 1)  # torchvision blackens where masks overlap
+            drawn = draw_segmentation_masks(drawn, masks, alpha=0.5, colors=list(colours))
+        picture = TF.to_pil_image(draw_bounding_boxes(drawn, shown["boxes"].flip(0), width=2, colors=colours[::-1]))
+        draw_labels(picture, shown["boxes"].tolist(), labels, colours)
+        return picture
+
+    def describe(self, prediction: Any, threshold: float | None = None) -> list[dict[str, Any]]:
+        """Return each object's `label`, `score`, `bbox` (left, top, width, height) and, of masks, `segmentation`."""
+        shown = self.confident(prediction, threshold)
+        objects: list[dict[str, Any]] = []
+        for i, (left, top, right, bottom) in enumerate(shown["boxes"].tolist()):
+            label, score = self.settings["classes"][int(shown["labels"][i]) - 1], float(shown["scores"][i])
+            objects.append({"label": label, "score": score, "bbox": [left, top, right - left, bottom - top]})
+            if "masks" in shown:
+                objects[-1]["segmentation"] = run_lengths(shown["masks"][i])
+        return objects
+
+    def confident(self, prediction: dict[str, torch.Tensor], threshold: float | None) -> dict[str, torch.Tensor]:
+        """Return the objects of a prediction whose scores reach the threshold, by default the task's."""
+        least = self.threshold if threshold is None else threshold
+        return {name: value[prediction["scores"] >= least] for name, value in prediction.items()}

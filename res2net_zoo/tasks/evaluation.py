@@ -1,20 +1,17 @@
 """Batches and evaluation of any task's model, on any number of processes."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from res2net_zoo import catalog
-from res2net_zoo.data.images import open_image
 from res2net_zoo.tasks.base import NO_IMAGE, Annotated, Figures, Score, TaskModel, reason
-from res2net_zoo.tasks.upright import to_rgb
 from res2net_zoo.training.loader import seed_of
 from res2net_zoo.utils.card_metadata import read_card
 from res2net_zoo.utils.console import progress_bar
@@ -141,38 +138,6 @@ def expected_figures(
             f"it has some of {'; '.join(there) or 'nothing'}"
         )
     return figures, f"model card in {folder}"
-
-
-def pictures(
-    model: TaskModel,
-    paths: Sequence[Path],
-    accelerator: Accelerator,
-    boxes: Callable[[Image.Image], Sequence[Sequence[float]]] | None = None,
-) -> Iterator[tuple[Path, Image.Image]]:
-    """Draw what a model sees in images, one after the other.
-
-    Args:
-        model: The model.
-        paths: The images.
-        accelerator: The process.
-        boxes: What finds the left, top, width and height of those that the model is to see one by one.
-    """
-    for path in progress_bar(accelerator, paths, desc="predict", unit="image"):
-        try:
-            with open_image(path) as file:
-                image = to_rgb(file)
-        except NO_IMAGE as error:
-            raise InputError(f"cannot decode {path}: {reason(error, path)}") from error
-        drawn = image.copy()
-        try:
-            for target in [{}] if boxes is None else [{"box": box} for box in boxes(image)]:
-                images, _ = model.collate([model.transform(image, target, False)])
-                with torch.inference_mode(), accelerator.autocast():
-                    (prediction,) = model(send_to_device(images, accelerator.device))
-                drawn = model.draw(drawn, prediction)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
-        yield path, drawn
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:

@@ -581,6 +581,7 @@ class Keypoints(TaskModel):
     """Keypoint estimation: `classes` are the joints, and `img_size` is a crop's height; its width is 3/4 of it."""
 
     task = "keypoints"
+    threshold = SEEN
     hub_task = "keypoint-detection"
     heads = ("simplebaseline",)
     img_size = 256
@@ -711,12 +712,13 @@ class Keypoints(TaskModel):
         """Return average precision."""
         return OKSAP(data)
 
-    def draw(self, image: Image.Image, prediction: tuple[torch.Tensor, torch.Tensor]) -> Image.Image:
+    def draw(self, image: Image.Image, prediction: Any, threshold: float | None = None) -> Image.Image:
         """Draw joints, and bones between those that have COCO's names; left in blue, right in orange."""
+        least = self.threshold if threshold is None else threshold
         drawn = image.copy()
         draw, radius = ImageDraw.Draw(drawn), max(2, round(max(image.size) / 120))
         names, (places, scores) = self.settings["classes"], prediction
-        seen = {names[j]: tuple(places[j].tolist()) for j in range(len(names)) if scores[j] > SEEN}
+        seen = {names[j]: tuple(places[j].tolist()) for j in range(len(names)) if scores[j] > least}
         sides = {name: name.partition("_")[0] for name in seen}
         for one, other in BONES:
             if one in seen and other in seen:
@@ -726,3 +728,9 @@ class Keypoints(TaskModel):
             around = (x - radius, y - radius, x + radius, y + radius)
             draw.ellipse(around, COLOURS.get(sides[name], MIDDLE), (255, 255, 255))
         return drawn
+
+    def describe(self, prediction: Any, threshold: float | None = None) -> list[dict[str, Any]]:
+        """Return a person's `keypoints`: each one's `label`, `x`, `y` and `score`, whatever the threshold."""
+        places, scores = prediction
+        rows = zip(self.settings["classes"], places.tolist(), scores.tolist(), strict=True)
+        return [{"keypoints": [{"label": name, "x": x, "y": y, "score": score} for name, (x, y), score in rows]}]

@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import functional as TF
 from res2net_zoo.data.images import open_image, to_mode
 from res2net_zoo.tasks import annotations as checked
 from res2net_zoo.tasks.base import NO_IMAGE, Annotated, Figures, Score, TaskModel, check_options, reason
+from res2net_zoo.tasks.drawing import run_lengths
 from res2net_zoo.tasks.upright import Frames, Turn, read_rgb
 from res2net_zoo.utils.console import progress_bar
 from res2net_zoo.utils.errors import InputError
@@ -338,9 +339,14 @@ class Saliency(TaskModel):
         """Return maximal F-measure and mean absolute error."""
         return MaxFAndMAE()
 
-    def draw(self, image: Image.Image, prediction: torch.Tensor) -> Image.Image:
+    def draw(self, image: Image.Image, prediction: Any, threshold: float | None = None) -> Image.Image:
         """Return the map itself, as a grey image of 8 bits."""
         return Image.fromarray(eight_bits(prediction))
+
+    def describe(self, prediction: Any, threshold: float | None = None) -> list[dict[str, Any]]:
+        """Return one object: its `label`, and the `area` and `segmentation` of what is over half of white."""
+        mask = prediction > 0.5
+        return [{"label": self.settings["classes"][0], "area": int(mask.sum()), "segmentation": run_lengths(mask)}]
 
 
 def eight_bits(saliency: torch.Tensor) -> np.ndarray:

@@ -22,6 +22,7 @@ from torchvision.transforms.v2 import functional as TF
 from res2net_zoo.data.images import open_image
 from res2net_zoo.tasks import annotations as checked
 from res2net_zoo.tasks.base import NO_IMAGE, Annotated, Figures, Score, TaskModel, check_options, reason
+from res2net_zoo.tasks.drawing import run_lengths
 from res2net_zoo.tasks.upright import Frames, Turn, read_rgb
 from res2net_zoo.utils.console import progress_bar, warn
 from res2net_zoo.utils.errors import InputError
@@ -307,7 +308,7 @@ class Segmentation(TaskModel):
         """Return mean IoU."""
         return MeanIoU(data.classes)
 
-    def draw(self, image: Image.Image, prediction: torch.Tensor) -> Image.Image:
+    def draw(self, image: Image.Image, prediction: Any, threshold: float | None = None) -> Image.Image:
         """Colour each pixel by its class, in VOC's colours; the background stays."""
         from torchvision.utils import draw_segmentation_masks
 
@@ -316,6 +317,15 @@ class Segmentation(TaskModel):
         colours: Any = [voc_colour(number) for number in classes]
         drawn = draw_segmentation_masks(TF.pil_to_tensor(image), masks, alpha=0.6, colors=colours)
         return TF.to_pil_image(drawn)
+
+    def describe(self, prediction: Any, threshold: float | None = None) -> list[dict[str, Any]]:
+        """Return `label`, `area` in pixels and `segmentation` of each class in the image but the background."""
+        objects = []
+        for number, name in enumerate(self.settings["classes"]):
+            mask = prediction == number
+            if number and (area := int(mask.sum())):
+                objects.append({"label": name, "area": area, "segmentation": run_lengths(mask)})
+        return objects
 
 
 def voc_colour(number: int) -> tuple[int, int, int]:

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from res2net_zoo.tasks.detection import COCOFigures
-from res2net_zoo.tasks.evaluation import pictures
 from res2net_zoo.tasks.instances import Instances
 from res2net_zoo.tasks.keypoints import OKSAP, COCOPersons
+from res2net_zoo.tasks.prediction import predict
 from res2net_zoo.tasks.saliency import Masks, read_mask
 from res2net_zoo.tasks.segmentation import Segmentation, VOCMasks
 from res2net_zoo.tasks.upright import TURNS, moved
@@ -411,8 +411,8 @@ def test_prediction_sees_what_training_sees(shapes, tmp_path):
         def autocast(self) -> Any:
             return torch.inference_mode()
 
-    model.draw = lambda image, prediction: image  # type: ignore
-    ((_, picture),) = pictures(model, [path], Here())  # type: ignore
+    model.draw = lambda image, prediction, threshold: image  # type: ignore
+    ((picture, _),) = predict(model, [path], Here())  # type: ignore
     assert alike(seen[0], before) and alike(picture, before)
     trained = Instances(path.parents[1], "val", masks=False)[0][0]
     assert trained.tobytes() == seen[0].tobytes()

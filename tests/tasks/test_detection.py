@@ -1,6 +1,7 @@
 """Detection: COCO's figures, boxes and masks that follow their images, data in two layouts that cannot be right."""
 
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -22,6 +23,7 @@ from torch import nn
 from res2net_zoo import catalog, tasks
 from res2net_zoo.tasks import base
 from res2net_zoo.tasks.detection import FIGURES, VOC07, COCOFigures, Detection
+from res2net_zoo.tasks.drawing import covered, draw_labels
 from res2net_zoo.tasks.instances import Instances
 from res2net_zoo.utils.errors import InputError
 from tests.conftest import SMALL, input_error, spread
@@ -96,7 +98,7 @@ def test_what_comes_out(trained, shapes, in_process, tmp_path):
     assert {"AP", "AR", "AP_medium", "box AP", "box AP50"} <= set(result["figures"]) and result["samples"] == 5
     done = in_process(PREDICT, trained, shapes / "val", "--threads", 1, "--output", tmp_path / "seen")
     assert done.returncode == 0, done.stderr
-    assert {Image.open(path).size for path in (tmp_path / "seen").iterdir()} == {(128, 96)}
+    assert {Image.open(path).size for path in (tmp_path / "seen").glob("*.png")} == {(128, 96)}
 
 
 @pytest.mark.full
@@ -491,8 +493,48 @@ def test_what_is_drawn():
     assert drawn.getpixel((5, 12)) == (0, 0, 0) and image.getextrema() == ((0, 0),) * 3
     both = {"boxes": found["boxes"][[0, 0]], "labels": torch.tensor([2, 1]), "masks": masks}
     assert model.draw(image, {**both, "scores": torch.tensor([0.9, 0.6])}).getpixel((50, 80)) == (0, 128, 0)
+    lit = Image.new("RGB", (200, 150), "white")
+    over = model.draw(lit, {**both, "scores": torch.tensor([0.9, 0.6]), "masks": masks | masks.flip(0)})
+    assert over.getpixel((80, 80)) == (127, 191, 127)  # in the first one's colour, where both masks are
     unsure = model.draw(image, {**found, "scores": torch.tensor([0.1, 0.1]), "masks": masks})
     assert unsure.tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_labels_of_a_crowded_image_can_be_read(seed):
+    """Twenty boxes over one another: no label covers another, and each is within the image."""
+    boxes = (
+        torch.rand(20, 4, generator=torch.Generator().manual_seed(seed)) * 200 + torch.tensor([0, 0, 200, 200])
+    ).tolist()
+    image = Image.new("RGB", (480, 400))
+    placed = draw_labels(image, boxes, [f"thing {i}" for i in range(20)], [(255, 255, 0)] * 20)
+    assert not any(covered(one, [other]) for one, other in itertools.combinations(placed, 2))
+    assert all(x0 >= 0 and y0 >= 0 and x1 < 480 and y1 < 400 for x0, y0, x1, y1 in placed)
+    colours = {colour for _, colour in image.getcolors(100_000)}
+    assert (255, 255, 0) in colours and (0, 0, 0) in colours and (255, 255, 255) not in colours  # black on yellow
+
+
+def test_what_is_written(trained, shapes, in_process, tmp_path):
+    """Objects from the threshold on, as COCO's results have them; masks that pycocotools' interface reads."""
+    model, found = tasks.load(str(trained)).eval(), {}
+    for threshold in (0.0, 0.2, 1.0):
+        args = ["--threads", 1, "--threshold", threshold, "--output", tmp_path / "seen"]
+        done = in_process(PREDICT, trained, shapes / "val/val_00000.jpg", *args)
+        assert done.returncode == 0, done.stderr
+        record = json.loads((tmp_path / "seen/val_00000.json").read_text())
+        assert record["threshold"] == threshold and record["image"] == str(shapes / "val/val_00000.jpg")
+        found[threshold] = record["objects"]
+    pixels, _ = model.transform(Image.open(shapes / "val/val_00000.jpg").convert("RGB"), {}, False)
+    with torch.inference_mode():
+        (expected,) = model([pixels])
+    assert len(found[0.0]) == len(expected["scores"]) > 0 and found[1.0] == []
+    assert found[0.2] == [one for one in found[0.0] if one["score"] >= 0.2]
+    for i, one in enumerate(found[0.0]):
+        left, top, right, bottom = expected["boxes"][i].tolist()
+        assert one["bbox"] == pytest.approx([left, top, right - left, bottom - top], abs=0.01)
+        assert one["label"] == model.settings["classes"][expected["labels"][i] - 1]
+        packed = rle.frPyObjects(one["segmentation"], *one["segmentation"]["size"])
+        assert np.array_equal(rle.decode(packed), expected["masks"][i].numpy())
 
 
 def first(**changes: Any) -> Callable[[Path], None]:

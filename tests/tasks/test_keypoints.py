@@ -84,7 +84,10 @@ def test_what_comes_out(trained, people, in_process, tmp_path):
     assert result["samples"] == len(json.loads((people / VAL).read_text())["annotations"])
     done = in_process(PREDICT, trained, people / "val", "--output", tmp_path / "seen")
     assert done.returncode == 0, done.stderr
-    assert {Image.open(path).size for path in (tmp_path / "seen").iterdir()} == {(160, 120)}
+    assert {Image.open(path).size for path in (tmp_path / "seen").glob("*.png")} == {(160, 120)}
+    records = [json.loads(path.read_text()) for path in (tmp_path / "seen").glob("*.json")]
+    assert all([joint["label"] for joint in record["objects"][0]["keypoints"]] == JOINTS for record in records)
+    assert all({"x", "y", "score"} <= joint.keys() for joint in records[0]["objects"][0]["keypoints"])
 
 
 @pytest.mark.full
@@ -189,6 +192,8 @@ def test_a_detector_finds_whose_joints_are_drawn(wild, people, in_process, tmp_p
         assert (seen.tobytes() == plain.tobytes()) == (bias < 0)
         found = keypoints.boxes_of(tasks.load(str(tmp_path / "detector")), plain)
         assert len(found) == (3 if bias > 0 else 0)
+        record = json.loads((tmp_path / "seen/val_00000.json").read_text())
+        assert [one["bbox"] for one in record["objects"]] == [pytest.approx(box, abs=1e-3) for box in found]
         assert all(x >= 0 and y >= 0 and x + w <= 160.01 and y + h <= 120.01 for x, y, w, h in found)
     model = Detection("res2net_tiny", ["dog", "cat"], img_size=64)
     with pytest.raises(InputError, match="a detection of dog, cat finds no boxes of persons"):

@@ -82,7 +82,7 @@ def test_what_comes_out(trained, scenes, in_process, tmp_path):
     done = in_process(PREDICT, trained, scenes / "val" / "images", "--output", tmp_path / "maps")
     assert done.returncode == 0, done.stderr
     masks = [np.asarray(Image.open(path)) for path in sorted((scenes / "val" / "masks").iterdir())]
-    pictures = [Image.open(path) for path in sorted((tmp_path / "maps").iterdir())]
+    pictures = [Image.open(path) for path in sorted((tmp_path / "maps").glob("*.png"))]
     assert {picture.mode for picture in pictures} == {"L"}
     assert figures == pytest.approx(figures_by_hand([np.asarray(picture) for picture in pictures], masks))
 

@@ -241,10 +241,17 @@ def test_a_picture(trained, voc, in_process, tmp_path):
         PREDICT, trained, images / "val_00000.jpg", images / "val_00001.jpg", "--output", tmp_path / "seen"
     )
     assert done.returncode == 0
-    pictures = sorted((tmp_path / "seen").iterdir())
+    assert len(list((tmp_path / "seen").iterdir())) == 4
+    pictures = sorted((tmp_path / "seen").glob("*.png"))
     assert [path.name for path in pictures] == ["val_00000.png", "val_00001.png"]
+    record = json.loads((tmp_path / "seen/val_00000.json").read_text())
+    assert record["image"] == str(images / "val_00000.jpg") and (record["height"], record["width"]) == (96, 128)
+    assert record["classes"] == CLASSES and {one["label"] for one in record["objects"]} <= {*KINDS}
+    assert all(sum(one["segmentation"]["counts"][1::2]) == one["area"] > 0 for one in record["objects"])
+    line = input_error(in_process(PREDICT, trained, images, "--threshold", 0.5, "--output", tmp_path / "x"))
+    assert "predictions of segmentation have no scores" in line
     before = pictures[0].read_bytes()
-    line = input_error(in_process(PREDICT, trained, tmp_path / "seen", "--output", f"{tmp_path}/./seen"))
+    line = input_error(in_process(PREDICT, trained, f"{tmp_path}/seen/*.png", "--output", f"{tmp_path}/./seen"))
     assert "holds some of the images, which the pictures would replace" in line
     assert pictures[0].read_bytes() == before
     assert Image.open(pictures[0]).size == Image.open(images / "val_00000.jpg").size
@@ -263,7 +270,7 @@ def test_a_picture_of_any_kind(trained, voc, in_process, tmp_path):
     image.save(images / "turned.jpg", exif=turned)
     done = in_process(PREDICT, trained, images, "--output", tmp_path / "seen")
     assert done.returncode == 0, done.stderr
-    sizes = {path.stem: Image.open(path).size for path in (tmp_path / "seen").iterdir()}
+    sizes = {path.stem: Image.open(path).size for path in (tmp_path / "seen").glob("*.png")}
     assert sizes["one"] == (1, 1) and sizes["turned"] == image.size[::-1] != image.size
     assert {sizes[mode] for mode in ("L", "RGBA", "P")} == {image.size}
 
