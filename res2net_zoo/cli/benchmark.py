@@ -40,9 +40,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_subject(parser.add_argument_group("what to measure").add_argument)
     one = within(int, 1)
     add = parser.add_argument_group("how").add_argument
-    add("--rounds", type=one, default=10, help="turns of each, after one to warm up (%(default)s)")
-    add("--seconds", type=within(float, 0), default=1.0, help="least duration of a turn (%(default)s)")
-    add("--pause", type=within(float, 0), default=0.05, help="seconds between turns (%(default)s)")
+    add("--rounds", type=one, default=10, help="turns of each, after one to warm up (default: %(default)s)")
+    add("--seconds", type=within(float, 0), default=1.0, help="least duration of a turn (default: %(default)s)")
+    add("--pause", type=within(float, 0), default=0.05, help="seconds between turns (default: %(default)s)")
     add("--threads", type=one, help="CPU threads of each process (default: its share of the cores)")
     add("--matrix", type=within(int, 64), help="rows of the matrices (default: 2048, on a GPU 8192)")
     add("--no-memory", action="store_true", help="skip memory, which takes a process for each contender")
@@ -63,10 +63,10 @@ def add_subject(add: Callable[..., object]) -> None:
     """Add what is measured, each a list: models, settings, backends and whom they are compared with."""
 
     def choose(option: str, choices: Sequence[str], default: Sequence[str], about: str) -> None:
-        add(option, nargs="+", choices=choices, default=list(default), help=f"{about} (%(default)s)")
+        add(option, nargs="+", choices=choices, default=list(default), help=f"{about} (default: %(default)s)")
 
-    add("--model", nargs="+", default=["res2net50_26w_4s"], help="models, or `all` (%(default)s)")
-    add("--batch-size", nargs="+", type=within(int, 1), default=[1], help="images a batch (%(default)s)")
+    add("--model", nargs="+", default=["res2net50_26w_4s"], help="models, or `all` (default: %(default)s)")
+    add("--batch-size", nargs="+", type=within(int, 1), default=[1], help="images a batch (default: %(default)s)")
     choose("--precision", PRECISIONS, ["float32"], "of the model's operations")
     choose("--mode", ("infer", "train"), ["infer"], "inference, or a whole training step")
     add("--img-size", type=within(int, 8), help="height and width of the images in pixels (default: the model's own)")

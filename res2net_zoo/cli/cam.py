@@ -42,8 +42,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="name or number of the class to look for: one for all images, or one for each "
         "(default: the first model's top-1)",
     )
-    add("--method", choices=METHODS, default="gradcam", help="of the grad-cam package (%(default)s)")
-    add("--output", type=Path, default=Path("cam.png"), help="picture to write (%(default)s)")
+    add("--method", choices=METHODS, default="gradcam", help="of the grad-cam package (default: %(default)s)")
+    add("--output", type=Path, default=Path("cam.png"), help="picture to write (default: %(default)s)")
     add("--threads", type=within(int, 1), help="CPU threads of each process (default: its share of the cores)")
     return parser.parse_args(argv)
 

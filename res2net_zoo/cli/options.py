@@ -8,14 +8,14 @@ from pathlib import Path
 from res2net_zoo.utils.command_line import did_you_mean, within
 
 IMAGES = "image files, folders, or quoted patterns such as 'a/*.jpg'"
-MODEL = "what timm.create_model takes (%(default)s)"
+MODEL = "what timm.create_model takes (default: %(default)s)"
 SKIP_CORRUPT = "skip images that cannot be decoded, and report them; the exit code is then 1"
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # torch's name: Accelerate's
 
 
 def add_batch_size(add: Callable[..., object], default: int) -> None:
     """Add the number of images that are computed at once."""
-    add("--batch-size", type=within(int, 1), default=default, help="images a batch and process (%(default)s)")
+    add("--batch-size", type=within(int, 1), default=default, help="images a batch and process (default: %(default)s)")
 
 
 def add_machine(add: Callable[..., object], workers: bool = True) -> None:
@@ -56,11 +56,16 @@ def named(text: str) -> tuple[str, object]:
 
 def add_run_folder(add: Callable[..., object], output: str) -> None:
     """Add where a training writes, and how often."""
-    add("--output", type=Path, default=Path(output), help="model folder to write (%(default)s)")
+    add("--output", type=Path, default=Path(output), help="model folder to write (default: %(default)s)")
     add("--resume", action="store_true", help="go on with the run in --output, with its settings")
     add("--overwrite", action="store_true", help="replace the run in --output")
-    add("--save-minutes", type=within(float, 0), default=15, help="between checkpoints in an epoch (%(default)s)")
-    add("--keep", type=within(int, 1), default=2, help="checkpoints to keep (%(default)s)")
+    add(
+        "--save-minutes",
+        type=within(float, 0),
+        default=15,
+        help="between checkpoints in an epoch (default: %(default)s)",
+    )
+    add("--keep", type=within(int, 1), default=2, help="checkpoints to keep (default: %(default)s)")
 
 
 def frozen_stages(text: str) -> str:
@@ -72,16 +77,16 @@ def frozen_stages(text: str) -> str:
 
 def add_optimizer(add: Callable[..., object], weight_decay: float, warmup_epochs: float) -> None:
     """Add optimizer and schedule, of which only these defaults differ between the programs."""
-    add("--opt", default="adamw", help="(%(default)s)")
-    add("--lr", type=within(float, 0), default=5e-4, help="highest learning rate (%(default)s)")
-    add("--momentum", type=within(float, 0, 1), default=0.9, help="(%(default)s)")
-    add("--weight-decay", type=within(float, 0), default=weight_decay, help="(%(default)s)")
+    add("--opt", default="adamw", help="(default: %(default)s)")
+    add("--lr", type=within(float, 0), default=5e-4, help="highest learning rate (default: %(default)s)")
+    add("--momentum", type=within(float, 0, 1), default=0.9, help="(default: %(default)s)")
+    add("--weight-decay", type=within(float, 0), default=weight_decay, help="(default: %(default)s)")
     add("--clip-grad", type=within(float, 0), help="largest norm of the gradient; 0 for any")
-    add("--sched", default="cosine", help="(%(default)s)")
-    about = "a quarter of the epochs at most; a part of one will do, such as 0.1 (%(default)s)"
+    add("--sched", default="cosine", help="(default: %(default)s)")
+    about = "a quarter of the epochs at most; a part of one will do, such as 0.1 (default: %(default)s)"
     add("--warmup-epochs", type=within(float, 0), default=warmup_epochs, help=about)
-    add("--min-lr", type=within(float, 0), default=0.0, help="learning rate at the end (%(default)s)")
+    add("--min-lr", type=within(float, 0), default=0.0, help="learning rate at the end (default: %(default)s)")
     add("--decay-epochs", type=within(float, 0), help="between two steps of --sched step")
     add("--decay-milestones", type=within(int, 1), nargs="+", default=[90, 180, 270], help="of --sched multistep")
-    about = "of a step of these two; of --sched poly the power (%(default)s)"
+    about = "of a step of these two; of --sched poly the power (default: %(default)s)"
     add("--decay-rate", type=within(float, 0, 10), default=0.1, help=about)

@@ -38,8 +38,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help=IMAGES)
     add("--model", default=shipped_model(), help=MODEL)
-    add("--topk", type=within(int, 1), default=5, help="classes to print for each image (%(default)s)")
-    add("--format", choices=("table", "jsonl", "csv"), default="table", help="of the result (%(default)s)")
+    add("--topk", type=within(int, 1), default=5, help="classes to print for each image (default: %(default)s)")
+    add("--format", choices=("table", "jsonl", "csv"), default="table", help="of the result (default: %(default)s)")
     add("--output", type=Path, help="write the result to FILE (default: the standard output)")
     add("--embeddings", type=Path, help="write path and embedding (pooled features) to a Parquet file")
     add_batch_size(add, 32)

@@ -39,7 +39,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="with --all: folder that `res2net-zoo mirror` writes (default: the cache)",
     )
     add("--private", action="store_true", help="create private repositories")
-    add("--revision", default="main", help="branch, created if it does not exist (%(default)s)")
+    add("--revision", default="main", help="branch, created if it does not exist (default: %(default)s)")
     add("--create-pr", action="store_true", help="open a pull request instead of committing")
     add("--dry-run", action="store_true", help="print what would be uploaded, and upload nothing")
     add("--force", action="store_true", help="overwrite a different weight")
@@ -48,7 +48,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="publish weights whose licence does not clearly permit redistribution",
     )
-    add("--collection", default="Res2Net Zoo", help="collection of the owner to add it to; '' for none (%(default)s)")
+    add(
+        "--collection",
+        default="Res2Net Zoo",
+        help="collection of the owner to add it to; '' for none (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     if args.all and (args.folder or args.repo_id or not args.org):
         parser.error("--all takes --org ORG, and no DIR or --repo-id")

@@ -33,3 +33,10 @@ def shipped_model() -> str:
 def shipped_data() -> str:
     """Return the path of the shipped images of digits, from the current folder."""
     return from_here(shipped("datasets", "digits"))
+
+
+def as_in_clone(name: str) -> str:
+    """Return a name in which what a wheel ships has the path that it has in a clone, which is shorter to read."""
+    for kind, folder in CLONE.items():
+        name = name.replace(str(PACKAGE / "shipped" / kind), folder)
+    return name

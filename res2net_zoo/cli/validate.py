@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from res2net_zoo.cli.command import command, parser_of
 from res2net_zoo.cli.options import SKIP_CORRUPT, add_batch_size, add_machine
-from res2net_zoo.cli.shipped import shipped_data, shipped_model
+from res2net_zoo.cli.shipped import as_in_clone, shipped_data, shipped_model
 from res2net_zoo.utils.command_line import within
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--model",
         nargs="+",
         default=[shipped_model()],
-        help="models, or `all` (%(default)s)",
+        help="models, or `all` (default: %(default)s)",
     )
-    what.add_argument("--data", metavar="SRC", default=shipped_data(), help="labelled images (%(default)s)")
+    what.add_argument("--data", metavar="SRC", default=shipped_data(), help="labelled images (default: %(default)s)")
     what.add_argument("--split", help="split of the data (default: validation, else test, else the only one)")
     what.add_argument("--label-column", help="column of the labels, where it is ambiguous")
     what.add_argument(
@@ -71,7 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--tolerance",
         type=within(float, 0),
         default=0.1,
-        help="percentage points by which they may differ (%(default)s)",
+        help="percentage points by which they may differ (default: %(default)s)",
     )
     result.add_argument("--output", type=Path, help="write the results as JSON, after each model")
     result.add_argument("--resume", action="store_true", help="keep the results in --output, and measure the rest")
@@ -292,7 +292,7 @@ def count(
         batch_size=args.batch_size,
         workers=default_workers(accelerator.device) if args.workers is None else args.workers,
         skip_corrupt=args.skip_corrupt,
-        desc=name,
+        desc=as_in_clone(name),
     )
     if counts.corrupt and accelerator.is_main_process:
         warn(f"{len(counts.corrupt)} corrupt images left out: {'; '.join(counts.corrupt)}")
@@ -424,8 +424,8 @@ def table_row(result: dict) -> list[str]:
         return "-" if value is None else f"{value:.3f}"
 
     return [
-        result["model"],
-        result["benchmark"] or result["data"],
+        as_in_clone(result["model"]),
+        result["benchmark"] or as_in_clone(result["data"]),
         result["split"],
         str(result["samples"]),
         percent(result["top1"]),

@@ -34,7 +34,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--data", required=True, metavar="SRC", help="annotated images, as docs/tasks.md describes for the model's task"
     )
-    add("--split", default="val", help="split of the data (%(default)s)")
+    add("--split", default="val", help="split of the data (default: %(default)s)")
     add("--check", action="store_true", help="fail if a figure is worse than that of the card, or of --published")
     add("--published", metavar="DATA", help="compare with the paper's figures on this data, such as COCO")
     add("--boxes", type=Path, help="evaluate keypoints in a detector's boxes, in COCO's results format")
