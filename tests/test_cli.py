@@ -18,10 +18,11 @@ from res2net_zoo.utils.command_line import Parser
 from tests.conftest import ROOT, read_tree
 
 COMMANDS = [command for group in cli.COMMANDS.values() for command in group]
+TASKS = ["train-task", "validate-task", "predict-task"]
 LAUNCHERS = {
     f"{folder}/{command.replace('-', '_')}.py": command
     for folder, commands in {
-        "scripts": ["validate", "predict", "export", "benchmark", "cam", "validate-task", "predict-task"],
+        "scripts": ["validate", "finetune", "predict", "export", "benchmark", "cam", *TASKS],
         "hub": ["convert", "verify", "publish", "mirror"],
     }.items()
     for command in commands
@@ -116,8 +117,7 @@ def test_a_launcher_is_its_command(in_process, capfd, path, command):
 
 def test_every_program_of_a_clone_is_a_launcher():
     programs = [path for folder in ("scripts", "hub") for path in (ROOT / folder).glob("*.py")]
-    training = {"scripts/arguments.py", "scripts/finetune.py", "scripts/train_task.py"}
-    assert {path.relative_to(ROOT).as_posix() for path in programs} - training == {*LAUNCHERS}
+    assert {path.relative_to(ROOT).as_posix() for path in programs} == {*LAUNCHERS}
 
 
 def test_a_command_is_required():

@@ -11,8 +11,8 @@ from res2net_zoo.utils.command_line import Parser
 
 COMMANDS = {
     "The catalogue": ("list", "show", "sizes", "ablate"),
-    "Classification": ("validate", "predict", "export", "benchmark", "cam"),
-    "Detection, segmentation, saliency, keypoints": ("validate-task", "predict-task"),
+    "Classification": ("validate", "finetune", "predict", "export", "benchmark", "cam"),
+    "Detection, segmentation, saliency, keypoints": ("train-task", "validate-task", "predict-task"),
     "Weights and the Hub": ("convert", "verify", "publish", "mirror"),
 }
 

@@ -56,14 +56,14 @@ def named(text: str) -> tuple[str, object]:
 
 def add_run_folder(add: Callable[..., object], output: str) -> None:
     """Add where a training writes, and how often."""
-    add("--output", type=Path, default=Path(output), help="model folder to write (default: %(default)s)")
+    add("--output", type=Path, default=Path(output), metavar="DIR", help="model folder to write (default: %(default)s)")
     add("--resume", action="store_true", help="go on with the run in --output, with its settings")
     add("--overwrite", action="store_true", help="replace the run in --output")
     add(
         "--save-minutes",
         type=within(float, 0),
         default=15,
-        help="between checkpoints in an epoch (default: %(default)s)",
+        help="minutes between checkpoints within an epoch (default: %(default)s)",
     )
     add("--keep", type=within(int, 1), default=2, help="checkpoints to keep (default: %(default)s)")
 
@@ -77,16 +77,22 @@ def frozen_stages(text: str) -> str:
 
 def add_optimizer(add: Callable[..., object], weight_decay: float, warmup_epochs: float) -> None:
     """Add optimizer and schedule, of which only these defaults differ between the programs."""
-    add("--opt", default="adamw", help="(default: %(default)s)")
+    add("--opt", default="adamw", help="optimizer, by its name in timm (default: %(default)s)")
     add("--lr", type=within(float, 0), default=5e-4, help="highest learning rate (default: %(default)s)")
-    add("--momentum", type=within(float, 0, 1), default=0.9, help="(default: %(default)s)")
-    add("--weight-decay", type=within(float, 0), default=weight_decay, help="(default: %(default)s)")
-    add("--clip-grad", type=within(float, 0), help="largest norm of the gradient; 0 for any")
-    add("--sched", default="cosine", help="(default: %(default)s)")
-    about = "a quarter of the epochs at most; a part of one will do, such as 0.1 (default: %(default)s)"
+    add("--momentum", type=within(float, 0, 1), default=0.9, help="of sgd and the like (default: %(default)s)")
+    add("--weight-decay", type=within(float, 0), default=weight_decay, help="of the optimizer (default: %(default)s)")
+    add("--clip-grad", type=within(float, 0), help="largest norm of the gradient; 0 for no limit")
+    add("--sched", default="cosine", help="schedule, by its name in timm, or none (default: %(default)s)")
+    about = "epochs of linear warmup, at most a quarter of all; may be a fraction (default: %(default)s)"
     add("--warmup-epochs", type=within(float, 0), default=warmup_epochs, help=about)
     add("--min-lr", type=within(float, 0), default=0.0, help="learning rate at the end (default: %(default)s)")
-    add("--decay-epochs", type=within(float, 0), help="between two steps of --sched step")
-    add("--decay-milestones", type=within(int, 1), nargs="+", default=[90, 180, 270], help="of --sched multistep")
-    about = "of a step of these two; of --sched poly the power (default: %(default)s)"
+    add("--decay-epochs", type=within(float, 0), help="epochs between two steps of --sched step")
+    add(
+        "--decay-milestones",
+        type=within(int, 1),
+        nargs="+",
+        default=[90, 180, 270],
+        help="epochs of --sched multistep (default: %(default)s)",
+    )
+    about = "factor of a step of --sched step and multistep; power of --sched poly (default: %(default)s)"
     add("--decay-rate", type=within(float, 0, 10), default=0.1, help=about)

@@ -18,11 +18,16 @@ RECIPES = shipped("recipes")
 LARGEST_RECIPE = 2**20  # bytes
 
 # Options that a recipe does not set: they say what this run is to do with its files.
-NOT_SETTINGS = {"output", "recipe", "resume", "overwrite"}
+NOT_SETTINGS = {"output", "recipe", "resume", "overwrite", "words"}
 # Settings that a run can go on with other values of. So can it with --batch-size and --accumulate,
 # if the images of a step, over all processes, stay as many.
 FREE = {"workers", "threads", "save_minutes", "keep", "tracker", "epochs", "patience", "license"}
 FREE |= {"batch_size", "accumulate"}
+
+
+def recipe_names(folder: str = "") -> str:
+    """Return the names of the shipped recipes, or of those in a folder of them."""
+    return ", ".join(sorted(path.stem for path in (RECIPES / folder).glob("*.toml")))
 
 
 def find_recipe(parser: Parser, name: str, folder: Path = RECIPES) -> Path:
@@ -76,7 +81,7 @@ def parse_over(
     parser: Parser,
     recipes: Iterable[Path],
     not_settings: Iterable[str] = (),
-    options: Sequence[str] | None = None,
+    options: Sequence[str] = (),
 ) -> argparse.Namespace:
     """Parse the command line over the settings of recipes, which stand over the defaults.
 
@@ -85,7 +90,7 @@ def parse_over(
         recipes: TOML files of settings, by the options' names with underscores; later ones go before
             earlier ones.
         not_settings: Options that a recipe must not set.
-        options: In place of the command line.
+        options: The words of the command line.
 
     Returns:
         The arguments. What a recipe says is checked just as options are; the program ends if it is wrong.
@@ -94,7 +99,7 @@ def parse_over(
     words: list[str] = []
     for path in recipes:
         words += read_recipe(parser, path, settings)
-    return parser.parse_args([*words, *(sys.argv[1:] if options is None else options)])
+    return parser.parse_args([*words, *options])
 
 
 def run_folder(output: Path) -> Path:
@@ -117,6 +122,7 @@ def parse_run(
     recipe_of: Callable[[argparse.Namespace], str | None],
     folder: Path,
     none_words: Iterable[str],
+    argv: Sequence[str] | None = None,
 ) -> argparse.Namespace:
     """Parse the command line of a training: over a recipe's settings, or over those of the run that goes on.
 
@@ -125,17 +131,19 @@ def parse_run(
         recipe_of: Says the recipe where the run is new, by the options alone; None for none.
         folder: Of recipes that are named without their path.
         none_words: Options of which 0 and none mean what leaving them out does without a recipe.
+        argv: The words of the command line; None for those of this process.
 
     Returns:
-        The arguments; the program ends if something is wrong with them.
+        The arguments, and as `words` those of the command line; the program ends if something is wrong with them.
     """
-    args = parser.parse_args()
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(words)
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run and --overwrite replaces it; choose one")
     stored = run_folder(args.output) / "recipe.toml"
     if args.resume and stored.is_file():
-        args = parse_over(parser, [stored], NOT_SETTINGS)
-        before = parse_over(parser, [stored], NOT_SETTINGS, options=[])
+        args = parse_over(parser, [stored], NOT_SETTINGS, words)
+        before = parse_over(parser, [stored], NOT_SETTINGS)
         for key in sorted(vars(args).keys() - NOT_SETTINGS - FREE):
             now, then = near(getattr(args, key)), near(getattr(before, key))
             setattr(args, key, now)
@@ -147,7 +155,7 @@ def parse_run(
                 )
     else:
         name = recipe_of(args)
-        args = parse_over(parser, [] if name is None else [find_recipe(parser, name, folder)], NOT_SETTINGS)
+        args = parse_over(parser, [] if name is None else [find_recipe(parser, name, folder)], NOT_SETTINGS, words)
         args.recipe = name
     for key in none_words:
         if getattr(args, key) in (0, "none"):
@@ -163,6 +171,7 @@ def parse_run(
         parser.error(f"--output {args.output} is a file; name a folder")
     if args.output.exists() and not (args.output / "config.json").is_file() and any(args.output.iterdir()):
         parser.error(f"--output {args.output} holds other things than a model; name another folder")
+    args.words = words
     return args
 
 
@@ -178,5 +187,5 @@ def command_of(program: str, args: argparse.Namespace, processes: int, device: s
     """Return the command that makes the same run."""
     launch = f"--multi_gpu --num_processes {processes} " if processes > 1 else ""
     cpu = "ACCELERATE_USE_CPU=true " if launch and device == "cpu" else ""
-    options = ["--recipe", "recipe.toml"] if args.resume else sys.argv[1:]
-    return f"{cpu}accelerate launch {launch}scripts/{program} {shlex.join(options)}".strip()
+    options = ["--recipe", "recipe.toml"] if args.resume else args.words
+    return f"{cpu}accelerate launch {launch}-m res2net_zoo {program} {shlex.join(options)}".strip()

@@ -35,7 +35,7 @@ def test_trains_in_two_processes_and_leaves_a_model_folder(program, in_process, 
     assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
     assert float(rows[1]["top1"]) > 60  # ten classes: it has learnt
     card = (folder / "README.md").read_text()
-    assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 scripts/finetune.py" in card
+    assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 -m res2net_zoo finetune" in card
     with Image.open(folder / "learning_curve.png") as picture:
         assert picture.size == (840, 480)
     # The card publishes what validate.py finds, though two processes trained it.
