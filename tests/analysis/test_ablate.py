@@ -138,6 +138,7 @@ def test_tables_need_no_matplotlib_and_write_no_file(in_process, tmp_path, monke
     assert "drawing needs matplotlib" in input_error(ablate(in_process, *numbers, "--figure", tmp_path / "a.png"))
 
 
+@pytest.mark.full
 def test_a_reader_that_has_seen_enough_ends_it_quietly():
     script = (
         "import sys; import res2net_zoo.utils.console as p; sys.exit(p.run(lambda: print('a line\\n' * 100_000) or 0))"

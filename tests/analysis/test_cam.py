@@ -151,6 +151,7 @@ def test_models_must_have_the_same_classes(in_process, digits, tmp_path):
     assert "have other classes; compare models of the same" in input_error(result)
 
 
+@pytest.mark.full
 def test_what_is_no_image(program, in_process, digits, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"nothing")
     result = program(CAM, tmp_path, "--output", tmp_path / "a.svg")

@@ -297,6 +297,7 @@ class TestPublishAll:
         (collection,) = hub.collections.values()
         assert [item["id"].split("/")[1] for item in collection["items"]] == [self.PADDLE, self.HOLOCRON]
 
+    @pytest.mark.full
     def test_private_repositories_are_not_recorded(self, hub, publish, catalogue, tmp_path):
         before = catalogue.read_text()
         result = publish("--all", "--org", "zoo-org", "--mirror", tmp_path / "mirror", "--private")
@@ -321,6 +322,7 @@ class TestPublishAll:
         line = input_error(publish(tmp_path / "mirror" / self.PADDLE, "--repo-id", "zoo/mine"))
         assert "says mit, the release Apache-2.0" in line and not hub.repositories
 
+    @pytest.mark.full
     def test_one_that_fails_does_not_keep_the_others_back(self, hub, publish, catalogue, tmp_path):
         hub.add(f"models/zoo-org/{self.PADDLE}", {"model.safetensors": b"another"})
         result = publish("--all", "--org", "zoo-org", "--mirror", tmp_path / "mirror", "--despite-license")

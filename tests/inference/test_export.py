@@ -155,6 +155,7 @@ os.kill(os.getpid(), signal.SIGUSR1)
 """
 
 
+@pytest.mark.full
 def test_signals_are_heard_after_openvino(program, tiny, tmp_path):
     file = tmp_path / "tiny.xml"
     export.save_ir(export.to_openvino(tiny, images(1, 64)), file, "float32")
@@ -162,6 +163,7 @@ def test_signals_are_heard_after_openvino(program, tiny, tmp_path):
     assert (result.returncode, result.stdout) == (0, "heard\n"), result.stderr
 
 
+@pytest.mark.full
 def test_options_of_onnx(in_process, digits, tmp_path):
     output = tmp_path / "m.onnx"
     args = ["--format", "onnx", "--output", output, "--img-size", 40, "--batch-size", 4, "--opset", 20]

@@ -99,14 +99,11 @@ def test_the_authors_own_names_lead_to_ours(alias, name):
 
 def test_importing_is_quiet_and_costs_next_to_nothing():
     code = "import time, timm; t = time.process_time(); import res2net_zoo; print(time.process_time() - t)"
-    runs = [
-        subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
-        for _ in range(2)
-    ]
-    assert {run.stderr for run in runs} == {""}
-    assert min(float(run.stdout) for run in runs) < 0.2
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert run.stderr == "" and float(run.stdout) < 0.2
 
 
+@pytest.mark.full
 def test_other_warnings_of_overwriting_are_not_hidden():
     code = (
         "import res2net_zoo\nfrom timm.models import register_model\n"

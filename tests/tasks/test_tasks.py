@@ -99,6 +99,7 @@ def test_a_card_that_promises_more_is_not_reached(trained, voc, in_process, tmp_
     assert "no figures of" in line and "train" in line
 
 
+@pytest.mark.full
 def test_two_processes_measure_the_same(trained, voc, program, in_process, tmp_path):
     for number, start in ((1, in_process), (2, partial(program, processes=2))):
         done = start(VALIDATE, trained, "--data", voc, "--batch-size", 2, "--output", tmp_path / f"{number}.json")

@@ -143,6 +143,7 @@ def test_a_stream_is_shuffled_goes_around_and_can_be_taken_up_again(accelerator,
     assert sorted(around) == sorted(2 * ordered) and around[:40] != around[40:]
 
 
+@pytest.mark.full
 def test_a_streams_order_does_not_depend_on_which_worker_is_faster(accelerator, tmp_path):
     """Over many passes, in which workers come to be in different ones."""
     save_images(tmp_path / "train", ["a", "b"], 5)
