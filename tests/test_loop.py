@@ -68,6 +68,7 @@ class Toy(Objective):
 
 @pytest.fixture
 def accelerator() -> Accelerator:
+    torch.set_num_threads(1)  # threads that wait for each other take longer than this network
     AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=True)
 
