@@ -3,6 +3,8 @@
 import importlib
 import re
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
 
@@ -14,6 +16,7 @@ from res2net_zoo.weights.provenance import of_checkpoint
 # Names of data sets in the catalogue that are other ones on the Hub.
 HUB_DATASETS = {"imagenet-1k": "ILSVRC/imagenet-1k", "imagenette2": "frgfm/imagenette"}
 
+TEMPLATE = Path(__file__).with_name("card.md")
 CITATION = """\
 ```bibtex
 @article{gao2019res2net,
@@ -106,13 +109,19 @@ def checkpoint_card(checkpoint: Checkpoint, metadata: dict[str, str]) -> ModelCa
     # Of each dataset the first accuracy is the one to compare with.
     first = {accuracy.dataset: accuracy for accuracy in reversed(checkpoint.accuracies)}
     origin = of_checkpoint(checkpoint, metadata)
-    return model_card(
-        checkpoint.name,
-        _text(checkpoint, metadata),
-        origin.license,
-        list(reversed(first.values())),
-        [training_data(checkpoint)],
-        origin.base_model,
+    return ModelCard.from_template(
+        model_card_data(
+            checkpoint.name,
+            origin.license,
+            list(reversed(first.values())),
+            [training_data(checkpoint)],
+            origin.base_model,
+        ),
+        template_path=str(TEMPLATE),
+        released=True,
+        name=checkpoint.name,
+        citation=CITATION,
+        **_facts(checkpoint, metadata),
     )
 
 
@@ -127,26 +136,17 @@ def unreleased_card(checkpoint: Checkpoint, metadata: dict[str, str], name: str)
     Returns:
         The card, which claims nothing that nobody has said: no licence, no accuracy.
     """
-    text = f"""# {name}
-
-{checkpoint.architecture} with weights from {metadata["source"]}, SHA-256 `{metadata["source_sha256"]}`. That is not
-the file that was released as {checkpoint.name}, so nothing is known of its licence and its accuracy. Preprocessing is
-that of the release.
-
-## Use
-
-```python
-import timm
-import res2net_zoo  # registers the model with timm
-
-model = timm.create_model("local-dir:DIR", pretrained=True).eval()  # DIR: this folder
-```
-
-## Citation
-
-{CITATION}
-"""
-    return model_card(name, text, None)
+    return ModelCard.from_template(
+        model_card_data(name, None),
+        template_path=str(TEMPLATE),
+        released=False,
+        name=name,
+        citation=CITATION,
+        architecture=checkpoint.architecture,
+        checkpoint=checkpoint.name,
+        source=metadata["source"],
+        source_sha256=metadata["source_sha256"],
+    )
 
 
 def training_data(checkpoint: Checkpoint) -> str:
@@ -189,7 +189,8 @@ def in_timm(architecture: str) -> bool:
     return any(hasattr(module, architecture) for module in modules)
 
 
-def _text(checkpoint: Checkpoint, metadata: dict[str, str]) -> str:
+def _facts(checkpoint: Checkpoint, metadata: dict[str, str]) -> dict[str, Any]:
+    """Return what the card of a released checkpoint states."""
     architecture = catalog.load().architectures[checkpoint.architecture]
     size = checkpoint.input_size[1]
     licence = checkpoint.license + (f" ({checkpoint.license_note})" if checkpoint.license_note else "")
@@ -214,79 +215,16 @@ def _text(checkpoint: Checkpoint, metadata: dict[str, str]) -> str:
         ("converted by", f"Res2Net Zoo, `hub/convert.py`, version {metadata['converter']} of the conversion"),
     ]
     figures = [(a.dataset, a.split, f"{a.top1:.3f}", f"{a.top5:.3f}", a.source) for a in checkpoint.accuracies]
-    notes = f"{checkpoint.notes[:1].upper()}{checkpoint.notes[1:]}." if checkpoint.notes else ""
-    parts = [
-        f"# {checkpoint.name}",
-        f"{architecture.title}, an image classification model and multi-scale backbone of the Res2Net family. {notes}",
-        markdown_table(("model", ""), details),
-        "## Use",
-        _usage(checkpoint),
-        "## Published accuracies" if figures else "## Accuracy\n\nNone was ever published.",
-        markdown_table(("dataset", "split", "top-1", "top-5", "source"), figures) if figures else "",
-        "Measure it again: `accelerate launch scripts/validate.py --check --model "
-        f"{checkpoint.name} --data DATA` in a clone of the Res2Net Zoo."
-        if figures
-        else "",
-        "## Provenance",
-        markdown_table(("weights", ""), provenance),
-        "`fingerprint.json` has the SHA-256 of `model.safetensors` and the logits that this model gives for a fixed "
-        "input; `python hub/verify.py DIR` in a clone of the Res2Net Zoo checks both, and more.",
-        "## Citation",
-        CITATION,
-    ]
-    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
-
-
-def _usage(checkpoint: Checkpoint) -> str:
-    lacking = "model" if not in_timm(checkpoint.architecture) else "weights"
-    first = (
-        f"timm alone does not have this {lacking}: `import res2net_zoo` comes first. In a clone of the Res2Net Zoo:"
-        if lacking == "model" or not checkpoint.hub_id.startswith("timm/")
-        else "timm loads this model by itself. The Res2Net Zoo adds its provenance, and its accuracy as a target to "
-        "check. In a clone of it:"
+    has_weights = in_timm(checkpoint.architecture) and checkpoint.hub_id.startswith("timm/")
+    return dict(
+        title=architecture.title,
+        notes=f" {checkpoint.notes[:1].upper()}{checkpoint.notes[1:]}." if checkpoint.notes else "",
+        lacking="" if has_weights else "weights" if in_timm(checkpoint.architecture) else "model",
+        details=markdown_table(("model", ""), details),
+        figures=markdown_table(("dataset", "split", "top-1", "top-5", "source"), figures) if figures else "",
+        provenance=markdown_table(("weights", ""), provenance),
+        num_features=_num_features(checkpoint),
     )
-    return f"""{first}
-
-```sh
-pip install -e .
-```
-
-### Classify an image
-
-```python
-import timm
-import torch
-from PIL import Image
-
-import res2net_zoo  # registers the model with timm
-
-model = timm.create_model("{checkpoint.name}", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-
-image = transform(Image.open("image.jpg").convert("RGB")).unsqueeze(0)
-with torch.no_grad():
-    top5 = model(image).softmax(dim=1).topk(5)
-```
-
-A folder that `hf download` left loads as `timm.create_model("local-dir:DIR", pretrained=True)`.
-
-### Features of several scales
-
-```python
-backbone = timm.create_model("{checkpoint.name}", pretrained=True, features_only=True).eval()
-with torch.no_grad():
-    features = backbone(image)
-for feature, stride in zip(features, backbone.feature_info.reduction()):
-    print(stride, tuple(feature.shape))
-```
-
-### Embeddings
-
-```python
-model = timm.create_model("{checkpoint.name}", pretrained=True, num_classes=0).eval()
-with torch.no_grad():
-    embedding = model(image)  # (1, {_num_features(checkpoint)})
-```"""
 
 
 def _num_features(checkpoint: Checkpoint) -> int:
