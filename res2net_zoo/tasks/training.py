@@ -26,6 +26,8 @@ from res2net_zoo.utils.markdown import markdown_table
 from res2net_zoo.utils.processes import all_or_none
 from res2net_zoo.weights import provenance
 
+CARD = Path(__file__).with_name("card.md")  # template of a model's card
+
 
 def train(args: argparse.Namespace, run: Path, recipe: dict[str, Any], command: str, accelerator: Accelerator) -> int:
     """Train a task's model, and write the best by its task's figure as a folder.
@@ -345,20 +347,10 @@ def make_card(
     """
     figures = {name: value for name, value in row.items() if name not in ("epoch", "lr", "loss")}
     res2net = "res2n" in model.settings["model"]  # the name of each of them has it, Res2NeXt's too
-    paper = ", a Res2Net (Gao et al., TPAMI 2021, arXiv 1904.01169)" * res2net
     shown: dict[str, Any] = {"task": model.task}
     shown |= {key: value for key, value in model.settings.items() if key not in ("classes", "flip_pairs")}
     shown |= {"classes": len(model.settings["classes"]), **facts, "hardware": hardware(accelerator)}
     rows = [(name.replace("_", " "), value) for name, value in shown.items() if value not in (None, {})]
-    text = "\n\n".join(
-        [
-            f"# {output.name}",
-            f"{model.task.capitalize()} by {model.settings['head']} on {model.settings['model']}{paper}.",
-            markdown_table(("figure", "value"), [(name, f"{value:.3f}") for name, value in figures.items()]),
-            markdown_table(("setting", "value"), rows),
-            '```python\nfrom res2net_zoo import tasks\n\nmodel = tasks.load("hf-hub:ORG/NAME")  # or this folder\n```',
-        ]
-    )
     metadata = ModelCardData(
         model_name=output.name,
         library_name="res2net-zoo",
@@ -368,7 +360,17 @@ def make_card(
         license=model.origin.license,
         base_model=model.origin.base_model,
     )
-    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}\n")
+    return ModelCard.from_template(
+        metadata,
+        template_path=str(CARD),
+        name=output.name,
+        task=model.task.capitalize(),
+        head=model.settings["head"],
+        model=model.settings["model"],
+        res2net=res2net,
+        figures=markdown_table(("figure", "value"), [(name, f"{value:.3f}") for name, value in figures.items()]),
+        settings=markdown_table(("setting", "value"), rows),
+    )
 
 
 def results_of(model: TaskModel, figures: Mapping[str, float], data: str, split: str) -> list[EvalResult]:
