@@ -27,7 +27,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from res2net_zoo.analysis.cost import count
-from res2net_zoo.inference.export import INPUT, import_openvino, openvino_core, require, run_onnx
+from res2net_zoo.inference import backends
+from res2net_zoo.inference.export import INPUT, import_openvino, openvino_core, openvino_settings, require, run_onnx
 from res2net_zoo.utils.errors import InputError, first_line
 from res2net_zoo.weights.pretrained import create_model
 
@@ -239,28 +240,23 @@ def _optimized(model: nn.Module, images: torch.Tensor, precision: Any, contender
     return replace(contender, how=optimized.backend), lambda: optimized(images)
 
 
-def _eager(model: Any, images: torch.Tensor, precision: str, variant: str, file: Path) -> Call:
-    dtype = getattr(torch, precision)
-    weights = torch.float32 if variant == "autocast" else dtype
-    model = model.to(dtype=weights, memory_format=torch.channels_last)
+def _eager(model: nn.Module, images: torch.Tensor, precision: Any, variant: str, file: Path) -> Call:
+    autocast = variant == "autocast"
+    run = backends.eager(model, images, "float32" if autocast else precision)
 
     @torch.inference_mode()
     def call() -> torch.Tensor:
-        with torch.autocast(images.device.type, dtype, enabled=variant == "autocast"):
-            return model(images.to(dtype=weights, memory_format=torch.channels_last)).float()
+        with torch.autocast(images.device.type, getattr(torch, precision), enabled=autocast):
+            return run(images).float()
 
     return call
 
 
 def _inductor(model: Any, images: torch.Tensor, precision: str, variant: str, file: Path) -> Call:
-    options: dict[str, Any] = {"freezing": True}
-    if images.device.type == "cuda":
-        options |= {"max_autotune": True, "triton.cudagraphs": True}
     # At its limit Dynamo would quietly run what it should compile.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     dtype = getattr(torch, precision)
-    model = model.to(dtype=dtype, memory_format=torch.channels_last)
-    compiled = torch.compile(model, options=options)
+    compiled = backends.compile_frozen(model.to(dtype=dtype, memory_format=torch.channels_last), images.device)
 
     @torch.inference_mode()
     def call() -> torch.Tensor:
@@ -305,13 +301,9 @@ def _openvino(model: nn.Module, images: torch.Tensor, precision: str, variant: s
 
 
 def _openvino_settings(precision: str, streams: int = 1) -> dict[str, Any]:
-    return {
-        # Left to itself it takes bfloat16 where the processor has it, whatever the model's type is.
-        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[precision],
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
-        "NUM_STREAMS": streams,
-    }
+    hint = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[precision]
+    settings = openvino_settings(hint, torch.get_num_threads()) | {"NUM_STREAMS": streams}
+    return settings if streams == 1 else settings | {"PERFORMANCE_HINT": "THROUGHPUT"}
 
 
 INFERENCE: dict[str, Callable[[nn.Module, torch.Tensor, str, str, Path], Call]] = {

@@ -343,22 +343,30 @@ def run_onnx(source: "Path | onnx.ModelProto", threads: int = 0) -> Runner:
     return lambda images: session.run(None, {INPUT: images})[0]
 
 
+def openvino_settings(precision: str, threads: int = 0) -> dict[str, Any]:
+    """Return OpenVINO's settings for the least latency on a CPU.
+
+    Args:
+        precision: What to compute in: `f32`, `f16`, or `bf16`, which OpenVINO would take by itself where the
+            processor has it.
+        threads: CPU threads; with 0 the runtime chooses.
+    """
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    return settings | {"INFERENCE_NUM_THREADS": threads} if threads else settings
+
+
 def run_openvino(source: "Path | openvino.Model", precision: str = "f32", threads: int = 0) -> Runner:
     """Compile an OpenVINO model for the CPU.
 
     Args:
         source: The IR's .xml file, or the model itself.
-        precision: What to compute in: `f32`, or `bf16`, which OpenVINO would take by itself where the
-            processor has it.
-        threads: CPU threads; with 0 the runtime chooses.
+        precision: As for `openvino_settings`.
+        threads: As for `openvino_settings`.
 
     Returns:
         What runs it: images (N, C, H, W) to its output, in float32. Calls from several threads take turns.
     """
-    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
-    if threads:
-        options["INFERENCE_NUM_THREADS"] = threads
-    compiled = openvino_core().compile_model(source, "CPU", options)
+    compiled = openvino_core().compile_model(source, "CPU", openvino_settings(precision, threads))
     lock = threading.Lock()  # it has one request for all threads
 
     def run(images: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from torch import nn
 
 import res2net_zoo
 from res2net_zoo.data.sources import open_source
-from res2net_zoo.inference import export, optimization
+from res2net_zoo.inference import backends, export, optimization
 from res2net_zoo.inference.export import load_images
 from res2net_zoo.inference.optimization import Unavailable
 from res2net_zoo.kernels import cpu_network
@@ -224,7 +224,7 @@ def test_few_networks_are_kept(tiny, tmp_path, monkeypatch, backend):
         with torch.no_grad():
             assert relative_error(fast(x), tiny(x)) < 1e-4
         gc.collect()
-        assert len(alive) <= optimization.KEPT
+        assert len(alive) <= backends.KEPT
     assert len(exported) == 5
 
 

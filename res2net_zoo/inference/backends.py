@@ -1,0 +1,182 @@
+"""What can run a model: each backend makes a function of images out of it."""
+
+import copy
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any, Generic, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from res2net_zoo.kernels.cpu_network import Network
+
+Precision = Literal["float32", "bfloat16", "float16"]
+Backend = Literal["native", "inductor", "inductor-padded", "openvino", "onnxruntime", "cudagraphs", "eager"]
+Call = Callable[[torch.Tensor], torch.Tensor]
+T = TypeVar("T")
+
+KEPT = 4  # networks that a backend keeps, each for a size of images; one of res2net50_26w_4s takes 250 MB
+LARGEST_PIXEL = 1e15  # from which on activations may overflow
+
+
+class Unavailable(Exception):
+    """This machine or this model cannot have a backend; the message says why."""
+
+
+def _native(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
+    if example.device.type != "cpu":
+        raise Unavailable("it is for CPUs")
+    graph = model if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model)
+    return Network(graph, getattr(torch, precision))
+
+
+def eager(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
+    """Run a copy of the model as it is, channels last."""
+    dtype = getattr(torch, precision)
+    module: Any = copy.deepcopy(model)
+    module.to(dtype=dtype, memory_format=torch.channels_last)
+
+    def call(images: torch.Tensor) -> torch.Tensor:
+        return module(images.to(dtype=dtype, memory_format=torch.channels_last))
+
+    return call
+
+
+def compile_frozen(model: Callable[..., torch.Tensor], device: torch.device) -> Callable[..., torch.Tensor]:
+    """Compile a model by torch.compile with its weights as constants; on a GPU with CUDA graphs."""
+    options: dict[str, Any] = {"freezing": True}
+    if device.type == "cuda":
+        options |= {"max_autotune": True, "triton.cudagraphs": True}
+    return torch.compile(model, options=options)
+
+
+def _inductor(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
+    compiled = compile_frozen(eager(model, example, precision), example.device)
+
+    def call(images: torch.Tensor) -> torch.Tensor:
+        # Frozen weights are for inference alone; CUDA graphs overwrite what they returned last.
+        with torch.no_grad():
+            logits = compiled(images)
+        return logits.clone() if example.device.type == "cuda" else logits
+
+    return call
+
+
+def _cudagraphs(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
+    if example.device.type != "cuda":
+        raise Unavailable("CUDA graphs are for NVIDIA's GPUs")
+    run = eager(model, example, precision)
+
+    def record(images: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
+        torch.cuda.synchronize()  # a graph that runs still may be dropped for this one
+        taken = images.clone()
+        stream = torch.cuda.Stream()  # libraries choose their kernels before they are recorded
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run(taken)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = run(taken)
+        return graph, taken, logits
+
+    graphs: _LastFew[tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = _LastFew()
+    lock = threading.Lock()  # a graph has one place for its images and one for its logits
+
+    def call(images: torch.Tensor) -> torch.Tensor:
+        with lock:
+            graph, taken, logits = graphs.get(tuple(images.shape), partial(record, images))
+            taken.copy_(images)
+            graph.replay()
+            return logits.clone()
+
+    return call
+
+
+def _openvino(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
+    from res2net_zoo.inference.export import run_openvino, to_openvino
+
+    hint = "f32" if precision == "float32" else "bf16"
+    run = _by_shape(
+        example,
+        lambda images, dynamic: run_openvino(
+            to_openvino(model, images, dynamic_batch=dynamic), hint, torch.get_num_threads()
+        ),
+    )
+
+    def call(images: torch.Tensor) -> torch.Tensor:
+        logits = run(images)
+        # Its ReLU makes 0 of NaN, and a number is all that comes out; PyTorch computes what the model gives.
+        largest = torch.linalg.vector_norm(images.float().flatten(1), float("inf"), 1)
+        strange = ~(largest < LARGEST_PIXEL)
+        if strange.any():
+            logits[strange] = model(images[strange].float())
+        return logits
+
+    return call
+
+
+def _onnxruntime(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
+    from res2net_zoo.inference.export import run_onnx, to_onnx
+
+    if precision != "float32":
+        raise Unavailable("ONNX Runtime has no bfloat16 convolutions on CPUs")
+    return _by_shape(
+        example,
+        lambda images, dynamic: run_onnx(to_onnx(model, images, dynamic_batch=dynamic), torch.get_num_threads()),
+    )
+
+
+class _LastFew(Generic[T]):
+    """What was made for the last few keys. Several threads need a lock around it."""
+
+    def __init__(self) -> None:
+        self.made: OrderedDict[Hashable, T] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what was made for a key, making it if it is not kept any more."""
+        if key not in self.made:
+            while len(self.made) >= KEPT:
+                self.made.popitem(last=False)
+            self.made[key] = make()
+        self.made.move_to_end(key)
+        return self.made[key]
+
+
+def _by_shape(example: torch.Tensor, make: Callable[[torch.Tensor, bool], Callable[[np.ndarray], np.ndarray]]) -> Call:
+    """Return a function of images that makes a network for the example's shape, and one for each other image size.
+
+    Args:
+        example: Images, (N, C, H, W), as most will come.
+        make: Makes a network for some images, and whether it is for any number of them. One for a number known
+            beforehand is faster, but each takes seconds and the memory of the weights.
+    """
+    if example.device.type != "cpu":
+        raise Unavailable("only its CPU side is used here")
+    usual = tuple(example.shape)
+    networks: _LastFew[Callable[[np.ndarray], np.ndarray]] = _LastFew()
+    lock = threading.Lock()
+
+    def call(images: torch.Tensor) -> torch.Tensor:
+        shape = tuple(images.shape)
+        dynamic = shape != usual
+        with lock:
+            network = networks.get(shape[1:] if dynamic else shape, partial(make, images, dynamic))
+        return torch.from_numpy(network(images.float().contiguous().numpy()))
+
+    return call
+
+
+BACKENDS: dict[str, Callable[[nn.Module, torch.Tensor, Precision], Call]] = {
+    "native": _native,
+    "inductor": _inductor,
+    "inductor-padded": _inductor,
+    "openvino": _openvino,
+    "onnxruntime": _onnxruntime,
+    "cudagraphs": _cudagraphs,
+    "eager": eager,
+}
