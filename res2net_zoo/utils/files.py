@@ -115,12 +115,7 @@ def read_json(path: Path, largest: int = LARGEST_TEXT) -> Any:
     Raises:
         InputError: As `read_text`, or it is not JSON, or nested too deeply.
     """
-    try:
-        return json.loads(read_text(path, largest))
-    except RecursionError as error:
-        raise InputError(f"cannot read {path}: its JSON is nested too deeply") from error
-    except ValueError as error:
-        raise InputError(f"cannot read {path}: it is not JSON: {error}") from error
+    return _parse(path, largest, json.loads, "JSON")
 
 
 def read_toml(path: Path, largest: int = LARGEST_TEXT) -> dict[str, Any]:
@@ -136,12 +131,16 @@ def read_toml(path: Path, largest: int = LARGEST_TEXT) -> dict[str, Any]:
     Raises:
         InputError: As `read_text`, or it is not TOML, or nested too deeply.
     """
+    return _parse(path, largest, tomllib.loads, "TOML")
+
+
+def _parse(path: Path, largest: int, parse: Callable[[str], Any], format: str) -> Any:
     try:
-        return tomllib.loads(read_text(path, largest))
+        return parse(read_text(path, largest))
     except RecursionError as error:
-        raise InputError(f"cannot read {path}: its TOML is nested too deeply") from error
+        raise InputError(f"cannot read {path}: its {format} is nested too deeply") from error
     except ValueError as error:
-        raise InputError(f"cannot read {path}: it is not TOML: {error}") from error
+        raise InputError(f"cannot read {path}: it is not {format}: {error}") from error
 
 
 # Descriptors of what this process has locked. A forked child, such as a loader process, shares a lock and may
