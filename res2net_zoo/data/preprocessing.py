@@ -52,7 +52,7 @@ def evaluation_samples(
 
 
 class Normalize(nn.Module):
-    """Turns bytes (N, C, H, W) into what a model takes, on its device; leaves what is normalized already."""
+    """Normalizes images (N, C, H, W) of bytes on the model's device; leaves normalized ones as they are."""
 
     mean: torch.Tensor
     std: torch.Tensor
