@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from res2net_zoo.analysis.cost import count
 from res2net_zoo.inference import backends
 from res2net_zoo.inference.export import INPUT, import_openvino, openvino_core, openvino_settings, require, run_onnx
+from res2net_zoo.kernels.training import accelerate_training
 from res2net_zoo.utils.errors import InputError, first_line
 from res2net_zoo.weights.pretrained import create_model
 
@@ -316,7 +317,7 @@ INFERENCE: dict[str, Callable[[nn.Module, torch.Tensor, str, str, Path], Call]] 
 
 def _training(model: nn.Module, images: torch.Tensor, precision: str, compiled: bool) -> Call:
     """Return a step of training: forward, loss, backward, SGD with momentum."""
-    model = model.to(memory_format=torch.channels_last)
+    model = accelerate_training(model.to(memory_format=torch.channels_last))
     device, dtype = images.device.type, getattr(torch, precision)
     # So small a rate that the numbers stay as they are for any number of steps.
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, weight_decay=1e-4)

@@ -11,9 +11,10 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import cached_assets_path
 from timm.utils import reparameterize_model
 from torch import fx, nn
@@ -197,11 +198,45 @@ def fold_batch_norm(model: nn.Module, multiple: int = 1) -> nn.Module:
     folded = reparameterize_model(model)
     for module in folded.modules():
         if isinstance(module, Res2NetModule):
-            module.pad_width(multiple)
+            pad_width(module, multiple)
     try:
         return fuse(folded)
     except Exception:  # models may do anything that cannot be traced; those keep the BatchNorm that is left
         return folded
+
+
+@torch.no_grad()
+def pad_width(block: Res2NetModule, multiple: int) -> None:
+    """Widen a block's groups with channels that stay zero, for hardware that computes a fixed number at a time.
+
+    Grouped convolutions, and those whose BatchNorm is not folded, stay as they are. The output does not change.
+
+    Args:
+        block: A block after `reparameterize`.
+        multiple: The width becomes a multiple of this.
+    """
+    width = block.conv1.out_channels // block.scale
+    more = -width % multiple
+    if not more or cast(nn.Conv2d, block.convs[0]).groups > 1 or block.conv1.bias is None:
+        return
+
+    def widen(conv: nn.Conv2d, outputs: int, inputs: int) -> nn.Conv2d:
+        """Copy a convolution with this many groups of outputs and inputs; 0 keeps their channels."""
+        weight, bias = conv.weight, conv.bias
+        if outputs:
+            weight = F.pad(weight.unflatten(0, (outputs, width)), (0, 0) * 3 + (0, more)).flatten(0, 1)
+            bias = bias if bias is None else F.pad(bias.unflatten(0, (outputs, width)), (0, more)).flatten()
+        if inputs:
+            weight = F.pad(weight.unflatten(1, (inputs, width)), (0, 0) * 2 + (0, more)).flatten(1, 2)
+        new = copy.copy(conv)
+        new._parameters = dict(conv._parameters)
+        new.weight, new.bias = nn.Parameter(weight), None if bias is None else nn.Parameter(bias)
+        new.out_channels, new.in_channels = weight.shape[:2]
+        return new
+
+    block.conv1 = widen(block.conv1, block.scale, 0)
+    block.convs = nn.ModuleList(widen(cast(nn.Conv2d, conv), 1, 1) for conv in block.convs)
+    block.conv3 = widen(block.conv3, 0, block.scale)
 
 
 def candidates(device: torch.device) -> list[Backend]:

@@ -5,7 +5,7 @@ anew; `fused_norm.cpp` reads a tensor twice on the way forward and twice on the 
 with it. The numbers are BatchNorm's (Ioffe and Szegedy, arXiv 1502.03167, Algorithm 1), in float32
 inside; only roundings differ, for less is rounded.
 
-`Res2NetModule` decides in `forward_residual` between this and plain PyTorch.
+`res2net_zoo.kernels.training` decides between this and plain PyTorch, a block at a time.
 """
 
 import ctypes
@@ -40,6 +40,11 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+def is_loaded() -> bool:
+    """Whether `library` was called and returned the compiled steps. This compiles nothing."""
+    return library.cache_info().currsize > 0 and library() is not None
+
+
 def fits(x: Any) -> bool:
     """Whether what a convolution makes of a tensor (N, C, H, W) may be normalized here, in training.
 
@@ -57,7 +62,7 @@ def fits(x: Any) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and not (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16)
-        and library() is not None
+        and is_loaded()
     )
 
 

@@ -5,7 +5,7 @@ its weight more slowly than its matrix product does, and leaves the sum of the t
 input, the branch's and the shortcut's, to a step of its own; a matrix product adds to what is there. In
 float32 convolutions are faster, and stay.
 
-`Res2NetModule` decides in `can_fuse`, with `res2net_zoo.kernels.fused_norm`, where this runs.
+`res2net_zoo.kernels.training` decides where this runs.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ def pointwise(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
 
     Args:
         conv: The layer.
-        x: (N, C, H, W), for which `norm.fits` holds.
+        x: (N, C, H, W), for which `fused_norm.fits` holds.
 
     Returns:
         (N, conv.out_channels, H, W).

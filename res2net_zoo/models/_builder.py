@@ -5,10 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as WEIGHTS
+from timm.layers import DropPath
 from timm.models import build_model_with_cfg, get_pretrained_cfg
 from timm.models._builder import resolve_pretrained_cfg
+from torch import nn
 
 from res2net_zoo import catalog
+from res2net_zoo.models.block import Res2NetModule
 from res2net_zoo.weights import torch_file
 
 # The largest models have 66 blocks, 8 groups and 2,048 channels; DLA's levels are the depths of binary trees.
@@ -81,3 +84,31 @@ def build_model(model_cls: Any, variant: str, pretrained: bool, **kwargs) -> Any
             check_cached(hub_id, filename, kwargs.get("cache_dir"), known)
             # Where a repository has none, timm takes this one.
             check_cached(hub_id, "pytorch_model.bin", kwargs.get("cache_dir"))
+
+
+def set_drop_path(model: nn.Module, rate: float) -> None:
+    """Give a model stochastic depth, growing linearly from 0 in its first Res2Net block to `rate` in its last.
+
+    For backbones that do not build their blocks one after the other, as timm's `ResNet` does.
+
+    Args:
+        model: The model; its blocks have a `drop_path`.
+        rate: Probability of dropping the last block's branch.
+    """
+    blocks: list[Any] = [module for module in model.modules() if isinstance(module, Res2NetModule)]
+    for i, block in enumerate(blocks):
+        block.drop_path = DropPath(rate * i / (len(blocks) - 1)) if rate and i else None
+
+
+def merge_args(model_args: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return a variant's arguments with a caller's over them.
+
+    A caller's `block_args` add to the variant's: in their place, they would take its scale and wiring
+    away, and the weights would load and compute something else.
+
+    Args:
+        model_args: What makes the variant.
+        kwargs: What the caller of `timm.create_model` gave.
+    """
+    block_args = {**model_args.get("block_args", {}), **(kwargs.get("block_args") or {})}
+    return {**model_args, **kwargs, "block_args": block_args}

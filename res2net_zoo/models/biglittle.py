@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from res2net_zoo.catalog import pretrained_cfgs
-from res2net_zoo.models._builder import build_model
+from res2net_zoo.models._builder import build_model, merge_args, set_drop_path
 from res2net_zoo.models._features import ChainedFeatures
-from res2net_zoo.models.block import Bottle2neck, merge_args, set_drop_path
+from res2net_zoo.models.block import Bottle2neck
 
 __all__ = ["BigLittleNet"]
 

@@ -11,20 +11,14 @@ the group that no convolution sees is the last, not the first. So does this one,
 depend on it.
 """
 
-import copy
 from collections.abc import Callable
-from types import NoneType
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
-from timm.layers import DropPath, create_aa, create_attn
+from timm.layers import create_aa, create_attn
 from timm.layers.typing import LayerType
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-
-from res2net_zoo.kernels import fused_norm
-from res2net_zoo.kernels.pointwise import pointwise, pointwise_and_shortcut
 
 Wiring = Literal["official", "paddle"]
 
@@ -152,46 +146,6 @@ class Res2NetModule(nn.Module):
         if weight is not None:
             nn.init.zeros_(weight)
 
-    @torch.no_grad()
-    def reparameterize(self) -> None:
-        """Fold the BatchNorms into their convolutions, for inference: what timm's `reparameterize_model` calls."""
-        self.conv1, self.bn1 = fold(self.conv1, self.bn1)
-        pairs = [fold(conv, bn) for conv, bn in zip(self.convs, self.bns, strict=True)]
-        self.convs, self.bns = nn.ModuleList(conv for conv, _ in pairs), nn.ModuleList(bn for _, bn in pairs)
-        self.conv3, self.bn3 = fold(self.conv3, self.bn3)
-
-    @torch.no_grad()
-    def pad_width(self, multiple: int) -> None:
-        """Widen the groups with channels that stay zero, for hardware that computes so many at a time.
-
-        For inference, after `reparameterize`. The output does not change.
-
-        Args:
-            multiple: What the width is to be a multiple of. Grouped convolutions are left as they are.
-        """
-        width = self.conv1.out_channels // self.scale
-        more = -width % multiple
-        if not more or cast(nn.Conv2d, self.convs[0]).groups > 1 or self.conv1.bias is None:
-            return
-
-        def widen(conv: nn.Conv2d, outputs: int, inputs: int) -> nn.Conv2d:
-            """Copy a convolution of so many groups of outputs and inputs; 0 leaves their number as it is."""
-            weight, bias = conv.weight, conv.bias
-            if outputs:
-                weight = F.pad(weight.unflatten(0, (outputs, width)), (0, 0) * 3 + (0, more)).flatten(0, 1)
-                bias = bias if bias is None else F.pad(bias.unflatten(0, (outputs, width)), (0, more)).flatten()
-            if inputs:
-                weight = F.pad(weight.unflatten(1, (inputs, width)), (0, 0) * 2 + (0, more)).flatten(1, 2)
-            new = copy.copy(conv)
-            new._parameters = dict(conv._parameters)
-            new.weight, new.bias = nn.Parameter(weight), None if bias is None else nn.Parameter(bias)
-            new.out_channels, new.in_channels = weight.shape[:2]
-            return new
-
-        self.conv1 = widen(self.conv1, self.scale, 0)
-        self.convs = nn.ModuleList(widen(cast(nn.Conv2d, conv), 1, 1) for conv in self.convs)
-        self.conv3 = widen(self.conv3, 0, self.scale)
-
     def forward_residual(self, x: torch.Tensor, shortcut: torch.Tensor, last_act: bool = True) -> torch.Tensor:
         """Compute the block: its branch on x, stochastic depth, the shortcut, the activation.
 
@@ -203,8 +157,6 @@ class Res2NetModule(nn.Module):
         Returns:
             As the shortcut.
         """
-        if not torch.jit.is_scripting() and self.can_fuse(x):
-            return self.forward_fused(x, shortcut, last_act)
         x = self.conv3(self.forward_groups(self.conv1(x)))
         return self.forward_end(x, shortcut, last_act)
 
@@ -233,48 +185,13 @@ class Res2NetModule(nn.Module):
             scales.append(self.pool(groups[-1]))
         return self.drop_block(torch.cat(scales, dim=1))
 
-    @torch.jit.unused
-    def can_fuse(self, x: torch.Tensor) -> bool:
-        """Whether an input can go through the fused steps, and nobody listens to what they leave out."""
-        layers = [self.relu, self.bn1, *self.bns, self.bn3, self.conv1, *self.convs, self.conv3]
-        idle = isinstance(self.aa, nn.Identity) and isinstance(self.drop_block, nn.Identity)
-        return self.scale > 1 and idle and fused_norm.fits(x) and fused_norm.is_plain(layers)
-
-    @torch.jit.unused
-    def forward_fused(self, x: torch.Tensor, shortcut: torch.Tensor, last_act: bool) -> torch.Tensor:
-        """Compute the block in fewer steps, in training on a CPU: see `res2net_zoo.kernels`."""
-        conv1, conv3 = self.conv1, self.conv3
-        plain_end = self.se is not None or not isinstance(self.drop_path, (NoneType, nn.Identity))
-        if plain_end:
-            x = pointwise(conv3, self.forward_groups_fused(pointwise(conv1, x)))
-            return self.forward_end(x, shortcut, last_act)
-        if shortcut is x:
-            x, shortcut = pointwise_and_shortcut(conv1, x)
-        else:
-            x = pointwise(conv1, x)
-        x = pointwise(conv3, self.forward_groups_fused(x))
-        return fused_norm.norm_act(x, cast(nn.BatchNorm2d, self.bn3), relu=last_act, add=shortcut)
-
-    @torch.jit.unused
-    def forward_groups_fused(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute what `forward_groups` does in fewer steps."""
-        bn1, bns = cast(Any, self.bn1), cast(Any, self.bns)
-        if self.hierarchical:
-            whole, slots = fused_norm.slots(x[:, : x.shape[1] // self.scale], self.scale)
-            *groups, last = fused_norm.norm_act_split(x, bn1, self.scale, slots[-1])
-        else:
-            *groups, last = fused_norm.norm_act_split(x, bn1, self.scale)
-            last = self.pool(last)
-            whole, slots = fused_norm.slots(last, self.scale)
-            last = fused_norm.into_slot(last, slots[-1])
-        y, scales = groups[0], []
-        for conv, bn, slot, following in zip(self.convs, bns, slots, [*groups[1:], None], strict=False):
-            if self.hierarchical and following is not None:
-                out, y = fused_norm.norm_act_sum(conv(y), bn, following, slot)
-            else:
-                out, y = fused_norm.norm_act(conv(y), bn, out=slot), cast(torch.Tensor, following)
-            scales.append(out)
-        return fused_norm.concatenated(whole, [*scales, last])
+    @torch.no_grad()
+    def reparameterize(self) -> None:
+        """Fold each BatchNorm into its convolution, for inference. timm's `reparameterize_model` calls this method."""
+        self.conv1, self.bn1 = fold(self.conv1, self.bn1)
+        pairs = [fold(conv, bn) for conv, bn in zip(self.convs, self.bns, strict=True)]
+        self.convs, self.bns = nn.ModuleList(conv for conv, _ in pairs), nn.ModuleList(bn for _, bn in pairs)
+        self.conv3, self.bn3 = fold(self.conv3, self.bn3)
 
 
 class Bottle2neck(Res2NetModule):
@@ -341,54 +258,12 @@ class Bottle2neck(Res2NetModule):
         Returns:
             (N, planes * 4, ceil(H / stride), ceil(W / stride)).
         """
-        if self.downsample is None:
-            shortcut = x
-        elif torch.jit.is_scripting():
-            shortcut = self.downsample(x)
-        else:
-            shortcut = self.forward_projection(x)
+        shortcut = x if self.downsample is None else self.downsample(x)
         return self.forward_residual(x, shortcut, self.last_act)
-
-    @torch.jit.unused
-    def forward_projection(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute the projection shortcut, its norm in fewer steps where that can be."""
-        chain = cast(Any, self.downsample)
-        last_two = list(chain.children())[-2:]
-        if len(last_two) < 2 or not fused_norm.fits(x) or not fused_norm.is_plain([chain, *last_two]):
-            return chain(x)
-        return fused_norm.norm_act(chain[:-1](x), last_two[1], relu=False)
 
 
 def fold(conv: Any, norm: Any) -> tuple[Any, Any]:
-    """Return a convolution that does what two layers did, and an identity; other norms than BatchNorm stay."""
+    """Return a convolution that computes a convolution and its BatchNorm, and an identity; keep any other norm."""
     if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
         return conv, norm
     return fuse_conv_bn_eval(conv.eval(), norm.eval()), nn.Identity()
-
-
-def set_drop_path(model: nn.Module, rate: float) -> None:
-    """Give a model stochastic depth, growing linearly from 0 in its first Res2Net block to `rate` in its last.
-
-    For backbones that do not build their blocks one after the other, as timm's `ResNet` does.
-
-    Args:
-        model: The model; its blocks have a `drop_path`.
-        rate: Probability of dropping the last block's branch.
-    """
-    blocks: list[Any] = [module for module in model.modules() if isinstance(module, Res2NetModule)]
-    for i, block in enumerate(blocks):
-        block.drop_path = DropPath(rate * i / (len(blocks) - 1)) if rate and i else None
-
-
-def merge_args(model_args: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return a variant's arguments with a caller's over them.
-
-    A caller's `block_args` add to the variant's: in their place, they would take its scale and wiring
-    away, and the weights would load and compute something else.
-
-    Args:
-        model_args: What makes the variant.
-        kwargs: What the caller of `timm.create_model` gave.
-    """
-    block_args = {**model_args.get("block_args", {}), **(kwargs.get("block_args") or {})}
-    return {**model_args, **kwargs, "block_args": block_args}

@@ -11,9 +11,9 @@ from timm.models import ResNet, create_model, generate_default_cfgs, is_model, r
 from torch import nn
 
 from res2net_zoo.catalog import pretrained_cfgs
-from res2net_zoo.models._builder import build_model
+from res2net_zoo.models._builder import build_model, merge_args
 from res2net_zoo.models._features import ChainedFeatures
-from res2net_zoo.models.block import Bottle2neck, merge_args
+from res2net_zoo.models.block import Bottle2neck
 
 __all__ = ["CifarResNet", "cifar_res2next"]
 

@@ -9,9 +9,9 @@ from timm.models import generate_default_cfgs, register_model, register_model_de
 from torch import nn
 
 from res2net_zoo.catalog import pretrained_cfgs
-from res2net_zoo.models._builder import build_model
+from res2net_zoo.models._builder import build_model, merge_args, set_drop_path
 from res2net_zoo.models._features import ChainedFeatures
-from res2net_zoo.models.block import Res2NetModule, merge_args, set_drop_path
+from res2net_zoo.models.block import Res2NetModule
 from res2net_zoo.weights.convert import UNREAD_BY_DLA
 
 __all__ = ["DLA"]

@@ -1,55 +1,16 @@
 """Res2Net and Res2NeXt on timm's ResNet (Gao et al., TPAMI 2021, arXiv 1904.01169)."""
 
-from typing import cast
-
-import torch
-from timm.models import (
-    ResNet,
-    checkpoint_seq,
-    generate_default_cfgs,
-    register_model,
-    register_model_deprecations,
-)
-from torch import nn
+from timm.models import ResNet, generate_default_cfgs, register_model, register_model_deprecations
 
 from res2net_zoo.catalog import pretrained_cfgs
-from res2net_zoo.kernels import fused_norm
-from res2net_zoo.models._builder import build_model
-from res2net_zoo.models.block import Bottle2neck, merge_args
+from res2net_zoo.models._builder import build_model, merge_args
+from res2net_zoo.models.block import Bottle2neck
 
 __all__: list[str] = []
 
 
 class Res2Net(ResNet):
-    """timm's ResNet, whose stem trains on CPUs as the blocks do: see `res2net_zoo.kernels.fused_norm`."""
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute the last map.
-
-        Args:
-            x: Images, (N, in_chans, H, W).
-
-        Returns:
-            (N, num_features, H / output_stride, W / output_stride), rounded up.
-        """
-        x = self.maxpool(self.forward_stem(self.conv1(x)))
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq([self.layer1, self.layer2, self.layer3, self.layer4], x, flatten=True)
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
-
-    def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalize and activate what conv1 computed."""
-        if not torch.jit.is_scripting() and self.can_fuse_stem(x):
-            return fused_norm.norm_act(x, cast(nn.BatchNorm2d, self.bn1))
-        return self.act1(self.bn1(x))
-
-    @torch.jit.unused
-    def can_fuse_stem(self, x: torch.Tensor) -> bool:
-        """Whether conv1's output can go through the fused step, and nobody listens to what it leaves out."""
-        convs = [self.conv1, self.conv1[-1]] if isinstance(self.conv1, nn.Sequential) else [self.conv1]
-        return (
-            fused_norm.fits(x) and isinstance(self.act1, nn.ReLU) and fused_norm.is_plain([*convs, self.bn1, self.act1])
-        )
+    """timm's ResNet, of Res2Net blocks."""
 
 
 def _create_res2net(variant: str, pretrained: bool = False, **kwargs) -> Res2Net:

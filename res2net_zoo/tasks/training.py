@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from res2net_zoo.kernels.training import accelerate_training
 from res2net_zoo.tasks import task_class
 from res2net_zoo.tasks.base import NO_IMAGE, Annotated, TaskModel
 from res2net_zoo.tasks.evaluation import Prepared, evaluate
@@ -62,7 +63,7 @@ def train(args: argparse.Namespace, run: Path, recipe: dict[str, Any], command: 
     settings = settings_for(args, data, accelerator)
     check_readable(valid)
 
-    model = model.to(accelerator.device).to(memory_format=torch.channels_last)
+    model = accelerate_training(model.to(accelerator.device).to(memory_format=torch.channels_last))
     optimizer, scheduler = optimization.create(model, settings.steps)
     state = State.create(model, optimizer, scheduler, accelerator)
     plan = plan_of(model, data, settings, accelerator)

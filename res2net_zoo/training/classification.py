@@ -22,6 +22,7 @@ from res2net_zoo import evaluation
 from res2net_zoo.data.labels import match_classes
 from res2net_zoo.data.preprocessing import Normalize
 from res2net_zoo.evaluation import Counts
+from res2net_zoo.kernels.training import accelerate_training
 from res2net_zoo.training.augmentation import create_mixup
 from res2net_zoo.training.data import TrainingData
 from res2net_zoo.training.loader import batches, seed_of
@@ -71,7 +72,7 @@ def build_network(args: argparse.Namespace, names: list[str], accelerator: Accel
     if args.sync_bn:
         model = synchronize_batch_norm(model, accelerator)
     frozen = freeze(model, args.freeze, args.freeze_bn)
-    model = model.to(accelerator.device)
+    model = accelerate_training(model.to(accelerator.device))
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     average = None if args.ema is None else ModelEmaV3(model, args.ema, use_warmup=True)

@@ -1,6 +1,6 @@
 """`res2net_zoo.kernels.compiler`: what a broken, hostile or hanging compiler or cache does to a training step.
 
-All go through `fused_norm.library`, which a training step calls first of all.
+All go through `fused_norm.library`, which `accelerate_training` calls.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ import torch
 from filelock import FileLock
 
 from res2net_zoo.kernels import compiler, fused_norm
+from res2net_zoo.kernels.training import accelerate_training
 
 pytestmark = pytest.mark.first_case
 
@@ -80,6 +81,7 @@ def cases(names: Iterable[str], *default: str) -> list:
 
 def train() -> None:
     model = timm.create_model("res2net_tiny", num_classes=10).train().to(memory_format=torch.channels_last)
+    accelerate_training(model)
     images = torch.randn(8, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     model(images).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())

@@ -1,6 +1,10 @@
-"""`res2net_zoo.kernels.fused_norm`: a training step computes what plain PyTorch's does, wherever it is taken."""
+"""`res2net_zoo.kernels.training`: an accelerated model's training step computes what plain PyTorch's does."""
 
 import copy
+import io
+import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -10,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.utils import ModelEmaV3
 from torch import nn
 
-from res2net_zoo.kernels import compiler, fused_norm
+from res2net_zoo.kernels import compiler, fused_norm, training
 from res2net_zoo.kernels.pointwise import pointwise, pointwise_and_shortcut
+from res2net_zoo.kernels.training import accelerate_training
 from res2net_zoo.models.block import Bottle2neck
 from tests.conftest import SMALL, relative_error, spread
 
@@ -35,19 +41,18 @@ def calls(monkeypatch) -> list[bool]:
     return passes
 
 
-@pytest.fixture
-def plainly(monkeypatch) -> Callable[[], None]:
-    return lambda: monkeypatch.setattr(fused_norm, "fits", lambda x: False)
-
-
 def images(*shape: int) -> torch.Tensor:
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     return x.to(memory_format=torch.channels_last)
 
 
-def block(**kwargs) -> Bottle2neck:
+def plain_block() -> Bottle2neck:
     """A block in the middle of a stage, its shortcut the identity."""
-    return spread(Bottle2neck(32, 8, base_width=64, scale=3, **kwargs)).to(memory_format=torch.channels_last).train()
+    return spread(Bottle2neck(32, 8, base_width=64, scale=3)).to(memory_format=torch.channels_last).train()
+
+
+def block() -> Bottle2neck:
+    return accelerate_training(plain_block())
 
 
 def step(model: nn.Module, x: torch.Tensor, bf16: bool = False) -> dict[str, torch.Tensor]:
@@ -72,14 +77,13 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("name", SMALL)
-def test_a_training_step_of_every_wiring(name, calls, plainly, bf16):
+def test_a_training_step_of_every_wiring(name, calls, bf16):
     """Which values near zero ReLU lets pass is chance, so this cannot be exact; `test_any_layer` is."""
-    model = spread(timm.create_model(name, num_classes=7, **SMALL[name])).to(memory_format=torch.channels_last).train()
-    plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    plain = spread(timm.create_model(name, num_classes=7, **SMALL[name])).to(memory_format=torch.channels_last).train()
+    model, exact = accelerate_training(copy.deepcopy(plain)), copy.deepcopy(plain).double()
     x = images(4, 3, 64, 64)
     fused = step(model, x, bf16)
     taken = len(calls)
-    plainly()
     expected = step(exact, x.double())
     assert taken >= 16 and len(calls) == taken
     assert worst(fused, expected) < (2 * worst(step(plain, x, bf16), expected) if bf16 else 0.1)
@@ -190,20 +194,16 @@ def test_a_graph_that_is_kept_can_be_walked_again(calls):
     assert calls and all(torch.equal(first[name], p.grad) for name, p in model.named_parameters())
 
 
-def test_gradients_of_gradients(calls, plainly):
-    model = block().double().float()  # keeps the memory format
-
-    def penalty() -> dict[str, torch.Tensor]:
-        model.zero_grad()
+def test_gradients_of_gradients(calls):
+    def penalty(model: nn.Module) -> dict[str, torch.Tensor]:
         x = images(2, 32, 8, 8).requires_grad_()
         (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
         grad.square().sum().backward()
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
-    fused = penalty()
+    fused = penalty(block())
     assert calls
-    plainly()
-    assert worst(fused, {name: value.double() for name, value in penalty().items()}) < 1e-3
+    assert worst(fused, {name: value.double() for name, value in penalty(plain_block()).items()}) < 1e-3
 
 
 def test_an_output_that_nobody_reads():
@@ -213,14 +213,12 @@ def test_an_output_that_nobody_reads():
     assert layer.bias.grad[:4].abs().sum() == layer.bias.grad[8:].abs().sum() == 0 < layer.bias.grad[4:8].sum()
 
 
-def test_checkpointing(calls, plainly):
-    model = spread(timm.create_model("res2net_tiny")).to(memory_format=torch.channels_last).train()
-    plain, x = copy.deepcopy(model), images(2, 3, 64, 64)
-    model.set_grad_checkpointing()
+def test_checkpointing(calls):
+    plain = spread(timm.create_model("res2net_tiny")).to(memory_format=torch.channels_last).train()
+    plain.set_grad_checkpointing()
+    model, x = accelerate_training(copy.deepcopy(plain)), images(2, 3, 64, 64)
     found = step(model, x)
     assert calls
-    plain.set_grad_checkpointing()
-    plainly()
     exact = {name: value.double() for name, value in step(plain, x).items()}
     assert worst(found, exact) < 0.02
 
@@ -249,14 +247,14 @@ def step_of(loss: Callable, params: dict[str, torch.Tensor]) -> dict[str, torch.
     return {name: leaf.grad for name, leaf in leaves.items()}
 
 
-def heard(model: nn.Module) -> None:
+def hooked(model: nn.Module) -> None:
     model.bns[0].register_forward_hook(lambda *args: None)
 
 
 PLAIN = {
     "evaluation": lambda model: model.eval(),
     "frozen norm": lambda model: model.bn3.eval(),
-    "somebody listens": heard,
+    "a hook": hooked,
     "another norm": lambda model: setattr(model, "bn3", nn.GroupNorm(1, 32)),
     "another activation": lambda model: setattr(model, "relu", nn.SiLU()),
     "no running statistics": lambda model: setattr(model, "bn3", nn.BatchNorm2d(32, track_running_stats=False)),
@@ -267,7 +265,7 @@ PLAIN = {
 
 
 @pytest.mark.parametrize("case", PLAIN)
-def test_what_is_no_plain_block_runs_in_plain_pytorch(case, calls):
+def test_an_unsupported_block_runs_in_plain_pytorch(case, calls):
     model = block()
     PLAIN[case](model)
     x = images(2, 32, 8, 8).to(model.conv1.weight.dtype)
@@ -281,7 +279,11 @@ def test_other_ways_to_run_a_block(calls):
         model(x)
     block().to(memory_format=torch.contiguous_format)(x.contiguous())
     torch.jit.trace(model, x)
+    torch.jit.script(model)(x)
+    torch.fx.symbolic_trace(model)(x)
     torch.export.export(model, (x,))
+    torch.compile(model, backend="eager", fullgraph=True)(x)
+    plain_block()(x)
     assert not calls
     model(x)
     assert calls
@@ -296,7 +298,7 @@ def test_without_a_compiler(monkeypatch, calls):
             block()(images(2, 32, 8, 8)).sum().backward()
         with warnings.catch_warnings(action="error"):  # once is enough
             block()(images(2, 32, 8, 8)).sum().backward()
-        assert not calls
+        assert type(block()) is Bottle2neck and not calls
     finally:
         fused_norm.library.cache_clear()
 
@@ -310,12 +312,112 @@ def test_on_other_processors(machine, monkeypatch, calls):
         for bf16 in (False, True):
             fused = step(block(), images(2, 32, 9, 7), bf16)
             assert calls
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(fused_norm, "fits", lambda x: False)
-                exact, plain = (
-                    step(block().double(), images(2, 32, 9, 7).double()),
-                    step(block(), images(2, 32, 9, 7), bf16),
-                )
+            exact = step(plain_block().double(), images(2, 32, 9, 7).double())
+            plain = step(plain_block(), images(2, 32, 9, 7), bf16)
             assert worst(fused, exact) < max(2 * worst(plain, exact), 1e-4)
+    finally:
+        fused_norm.library.cache_clear()
+
+
+def accelerated(name: str = "res2net50_26w_4s") -> nn.Module:
+    model = timm.create_model(name, num_classes=7, **SMALL[name])
+    return accelerate_training(spread(model).to(memory_format=torch.channels_last).train())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_parameters_keep_their_names_and_the_second_call_changes_nothing(name):
+    plain = timm.create_model(name, **SMALL[name])
+    model = accelerate_training(copy.deepcopy(plain))
+    classes = [type(module) for module in model.modules()]
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert [new for new, old in zip(classes, map(type, plain.modules()), strict=True) if new is not old]
+    assert all(issubclass(new, old) for new, old in zip(classes, map(type, plain.modules()), strict=True))
+    assert [type(module) for module in accelerate_training(model).modules()] == classes
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved, lambda model: ModelEmaV3(model).module.train()])
+def test_a_copy_trains_as_fast_and_to_the_same_bits(copied, calls):
+    model, x = accelerated(), images(2, 3, 64, 64)
+    other = copied(model)
+    found = step(model, x)
+    taken = len(calls)
+    again = step(other, x)
+    assert taken and len(calls) == 2 * taken
+    assert all(torch.equal(found[name], value) for name, value in again.items())
+
+
+@pytest.mark.parametrize("name", ["res2net50_26w_4s", "dla60_res2net"])
+def test_evaluation_gives_the_same_bits(name, calls):
+    plain = spread(timm.create_model(name, num_classes=7, **SMALL[name])).eval()
+    model, x = accelerate_training(copy.deepcopy(plain)), images(2, 3, 64, 64)
+    assert torch.equal(model(x), plain(x))
+    assert torch.equal(torch.jit.script(model)(x), torch.jit.script(plain)(x))
+    assert not calls
+
+
+def test_hooks_of_blocks_run(calls):
+    model, seen = accelerated(), []
+    for module in (model, model.layer1, model.layer2[1]):
+        module.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    step(model, images(2, 3, 64, 64))
+    assert len(seen) == 3 and calls
+
+
+def test_a_part_of_another_model_and_a_wrapped_one(calls):
+    features = timm.create_model("res2net50_26w_4s", features_only=True, **SMALL["res2net50_26w_4s"]).train()
+    wrapped = nn.ModuleDict({"backbone": features.to(memory_format=torch.channels_last)})
+    accelerate_training(nn.DataParallel(wrapped))
+    sum(map(torch.sum, wrapped["backbone"](images(2, 3, 64, 64)))).backward()
+    assert calls
+
+
+def test_other_models_compile_nothing(monkeypatch):
+    """Without the zoo's blocks, or elsewhere than on the CPU."""
+    monkeypatch.setattr(training, "library", lambda: pytest.fail("the compiler starts"))
+    with torch.device("meta"):
+        accelerate_training(timm.create_model("res2net_tiny"))
+    assert type(accelerate_training(timm.create_model("resnet10t"))) is timm.models.ResNet
+
+
+FORWARD = """
+import sys
+import timm, torch
+import res2net_zoo
+
+for name in ("res2net_tiny", "dla60_res2net"):
+    model = timm.create_model(name).train().to(memory_format=torch.channels_last)
+    model(torch.randn(4, 3, 96, 96).to(memory_format=torch.channels_last)).sum().backward()
+print(*sorted(name for name in sys.modules if name.startswith("res2net_zoo")))
+"""
+
+
+def test_models_load_neither_a_compiler_nor_the_client_of_the_hub():
+    done = subprocess.run([sys.executable, "-c", FORWARD], capture_output=True, text=True, check=True, timeout=120)
+    loaded = done.stdout.split()
+    assert "res2net_zoo.models.block" in loaded
+    assert not [name for name in loaded if name.startswith(("res2net_zoo.kernels", "res2net_zoo.utils.hub_client"))]
+
+
+def test_an_unpickled_model_compiles_nothing_by_itself(tmp_path, calls):
+    path = tmp_path / "model.pt"
+    torch.save(accelerated(), path)
+    fused_norm.library.cache_clear()
+    try:
+        model = torch.load(path, weights_only=False)
+        step(model, images(2, 3, 64, 64))
+        assert not fused_norm.library.cache_info().currsize and not calls
+        step(accelerate_training(model), images(2, 3, 64, 64))
+        assert calls
     finally:
         fused_norm.library.cache_clear()

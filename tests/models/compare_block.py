@@ -19,6 +19,7 @@ from timm.models.res2net import Bottle2neck as TimmBottle2neck
 from timm.models.resnet import ResNet
 from torch import nn
 
+from res2net_zoo.kernels.training import accelerate_training
 from res2net_zoo.models.block import Bottle2neck
 from res2net_zoo.models.res2net import Res2Net
 
@@ -34,7 +35,7 @@ def training_step(whose: str, args: argparse.Namespace, precision: str) -> Calla
     block_args = dict(scale=args.scale)
     model_cls, block = MODELS[whose]
     model: nn.Module = model_cls(block=block, layers=(3, 4, 6, 3), base_width=args.base_width, block_args=block_args)
-    model = model.to(memory_format=torch.channels_last).train()
+    model = accelerate_training(model.to(memory_format=torch.channels_last).train())
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size).to(memory_format=torch.channels_last)
     targets = torch.randint(0, 1000, (args.batch_size,))
