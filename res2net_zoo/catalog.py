@@ -1,7 +1,7 @@
-"""The catalogue: every fact of every model and checkpoint, from `catalog.toml`.
+"""The catalogue of models and checkpoints in `catalog.toml`.
 
-timm's pretrained cfgs, `python -m res2net_zoo list`, the model cards and the accuracies that
-`scripts/validate.py` compares with all come from here.
+It is the single source of timm's pretrained cfgs, the tables of `python -m res2net_zoo list`, the
+model cards and the published accuracies that validation compares with.
 """
 
 import re
@@ -27,7 +27,7 @@ Record = TypeVar("Record")
 
 
 class CatalogError(InputError, ValueError):
-    """A wrong or missing field in the catalogue; names the entry and the field."""
+    """An invalid or missing field in the catalogue; the message names the entry and the field."""
 
 
 def _check(accept: Callable[[Any], bool], wanted: str, **kwargs: Any) -> Any:
@@ -72,11 +72,11 @@ class Accuracy:
     """One published accuracy of a checkpoint.
 
     Attributes:
-        dataset: What it was measured on, such as `imagenet-1k`.
-        split: Split of that dataset.
+        dataset: The dataset, such as `imagenet-1k`.
+        split: The split of the dataset.
         top1: Top-1 accuracy in percent.
         top5: Top-5 accuracy in percent.
-        source: Who published it, and where.
+        source: The publication.
     """
 
     dataset: str = _check(_filled, "a dataset's name")
@@ -89,14 +89,14 @@ class Accuracy:
 @strict
 @dataclass(kw_only=True)
 class Printed:
-    """What a publication prints of a model, digit for digit; `""` where it prints nothing.
+    """Figures of a model as printed in a publication, digit for digit; `""` if not printed.
 
     Attributes:
         parameters: Millions of parameters.
         gmacs: Billions of multiply-accumulates.
-        runtime_ms: Milliseconds an image.
-        top1_error: Top-1 error in percent, where no checkpoint has it as an accuracy.
-        source: Who published it, and where.
+        runtime_ms: Milliseconds per image.
+        top1_error: Top-1 error in percent, for models without a checkpoint.
+        source: The publication.
     """
 
     parameters: str = _check(_decimal, "a number as printed", default="")
@@ -113,19 +113,19 @@ class Architecture:
 
     Attributes:
         name: Its name in timm's registry.
-        title: What it is, in words.
+        title: A short description.
         parameters: Number of parameters with `num_classes` classes.
         macs: Multiply-accumulates of one image of `input_size`.
         input_size: (channels, height, width) of the default input.
-        reduction: Stride of the last features.
+        reduction: Stride of the last feature map.
         num_classes: Default number of classes.
-        first_conv: Name of the module that takes the image, for timm to adapt to other channels.
-        papers: Where it is from, beside the Res2Net paper.
-        printed: What publications print of it.
-        difference: Why a printed size is not ours, where it is not.
-        crop_pct: Share of the resized image that the centre crop keeps, where it is not timm's default.
-        mean: Mean of each channel, likewise.
-        std: Standard deviation of each channel, likewise.
+        first_conv: Name of the first convolution, which timm adapts to other numbers of channels.
+        papers: arXiv ids of its papers, in addition to the Res2Net paper.
+        printed: Its figures in publications.
+        difference: Why a printed size differs from the counted one; `""` if none differs.
+        crop_pct: Share of the resized image that the centre crop keeps; None for timm's default.
+        mean: Mean of each channel; None for timm's default.
+        std: Standard deviation of each channel; None for timm's default.
     """
 
     name: str = _check(_filled, "a name")
@@ -145,7 +145,7 @@ class Architecture:
 
     @property
     def misprinted(self) -> list[str]:
-        """The printed sizes that ours, rounded as they are, does not give."""
+        """The printed sizes that differ from the counted ones, rounded to the same digits."""
         pairs = [(p.parameters, self.parameters / 1e6) for p in self.printed]
         pairs += [(p.gmacs, self.macs / 1e9) for p in self.printed]
         return [text for text, ours in pairs if text and f"{ours:.{len(text.partition('.')[2])}f}" != text]
@@ -158,24 +158,24 @@ class Checkpoint:
 
     Attributes:
         architecture: Name of its architecture.
-        tag: Which of the architecture's checkpoints it is, timm's pretrained tag.
-        released_by: Who trained and released it.
-        url: Where the original file is, `""` where it is no direct download.
-        sha256: Start of the original file's SHA-256, as far as its release gives it, else `""`.
-        format: What kind of file the original is.
-        hub_id: Repository on the Hub that has it as safetensors, else `""`.
-        hub_sha256: SHA-256 of `model.safetensors` there, `""` where nobody has recorded it.
-        base_model: Repository on the Hub of the weight that it derives from, else `""`.
+        tag: timm's pretrained tag, which distinguishes checkpoints of an architecture.
+        released_by: The publisher.
+        url: URL of the original file; `""` if it has no direct download.
+        sha256: SHA-256 of the original file, or its first digits if only these were published; `""` if none.
+        format: Format of the original file.
+        hub_id: Hub repository that has it as safetensors; `""` if there is none.
+        hub_sha256: SHA-256 of `model.safetensors` there; `""` if not recorded.
+        base_model: Hub repository of the weights that it derives from; `""` if none.
         license: SPDX identifier of the licence that its release states.
-        license_note: What that statement covers, where it does not plainly cover the weights.
-        input_size: (channels, height, width) of the evaluation's input.
+        license_note: What the licence covers, if it may not cover the weights; `""` if it does.
+        input_size: (channels, height, width) of the input for evaluation.
         crop_pct: Share of the resized image that the centre crop keeps.
-        interpolation: How the image is resized.
-        mean: Mean of each channel, in units of the pixel's range.
-        std: Standard deviation of each channel, likewise.
-        num_classes: Classes of its classifier.
-        notes: What is special about it.
-        accuracies: Every published accuracy; the first of a dataset is the one to compare with.
+        interpolation: Interpolation for resizing.
+        mean: Mean of each channel, in [0, 1].
+        std: Standard deviation of each channel, in [0, 1].
+        num_classes: Number of classes.
+        notes: Remarks.
+        accuracies: All published accuracies; the first of each dataset is the one to compare with.
     """
 
     architecture: str = _check(_filled, "an architecture's name")
@@ -200,22 +200,22 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """`architecture.tag`, as `timm.create_model` takes it."""
+        """`architecture.tag`, the name for `timm.create_model`."""
         return f"{self.architecture}.{self.tag}"
 
 
 @strict
 @dataclass(kw_only=True)
 class Target:
-    """What a publication reaches in a task beyond classification.
+    """A published result in a task beyond classification.
 
     Attributes:
         task: One of `res2net_zoo.tasks.TASKS`.
         head: One of the task's heads.
-        model: The backbone; ResNets are there to be compared with.
-        data: What it was measured on, such as `COCO`.
-        figures: Its figures by name, as evaluations call them.
-        source: Who published it, and where.
+        model: The backbone; ResNets are included for comparison.
+        data: The dataset, such as `COCO`.
+        figures: The metrics, by the names that evaluations use.
+        source: The publication.
     """
 
     task: str = _check(_filled, "a task")
@@ -228,7 +228,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Catalog:
-    """All architectures and checkpoints, by name, in the catalogue's order; targets; where sources are to be read."""
+    """The architectures and checkpoints by name, in the catalogue's order, the URLs of sources, and the targets."""
 
     architectures: dict[str, Architecture]
     checkpoints: dict[str, Checkpoint]
@@ -236,17 +236,17 @@ class Catalog:
     targets: tuple[Target, ...] = ()
 
     def target(self, task: str, head: str, model: str, data: str) -> Target:
-        """Return what is published for a task's model.
+        """Return the published result for a task's model.
 
         Raises:
-            InputError: Nothing is; says what there is.
+            InputError: There is none; the message lists the available ones.
         """
         of_head = [target for target in self.targets if (target.task, target.head) == (task, head)]
         for target in of_head:
             if (target.model, target.data) == (model, data):
                 return target
         there = ", ".join(f"{target.model} on {target.data}" for target in of_head)
-        raise InputError(f"nothing is published of {head} on {model} with {data}; there is {there or 'nothing'}")
+        raise InputError(f"no published result of {head} on {model} with {data}; available: {there or 'none'}")
 
     def checkpoint(self, name: str) -> Checkpoint | None:
         """Return the checkpoint called `arch.tag`, or the default one of `arch`, if there is one."""
@@ -255,17 +255,17 @@ class Catalog:
         return next((c for c in self.checkpoints.values() if c.architecture == name), None)
 
     def url_of(self, source: str) -> str | None:
-        """Return where an accuracy's source is to be read, as the catalogue's table `sources` has it."""
+        """Return the URL of an accuracy's source, from the catalogue's table `sources`."""
         return next((url for start, url in self.sources.items() if source.startswith(start)), None)
 
 
 def _record(cls: type[Record], entry: str, fields: Mapping[str, Any]) -> Record:
     if not isinstance(fields, Mapping):
-        raise CatalogError(f"catalogue entry {entry} is no table of fields")
+        raise CatalogError(f"catalogue entry {entry} is not a table of fields")
     try:
         return cls(**fields)
     except (TypeError, StrictDataclassError) as error:
-        # Both name the field; the dataclass's own name and line breaks say nothing to the reader.
+        # Both messages name the field; the name of the dataclass and line breaks are removed.
         reason = " ".join(str(error).replace(f"{cls.__name__}.__init__()", "").split())
         raise CatalogError(f"catalogue entry {entry}: {reason}") from error
 
@@ -280,7 +280,7 @@ def parse(text: str) -> Catalog:
         The catalogue.
 
     Raises:
-        CatalogError: The text is no TOML, or a field is wrong or missing; names entry and field.
+        CatalogError: The text is not TOML, or a field is invalid or missing.
     """
     try:
         data = tomllib.loads(text)
@@ -295,8 +295,8 @@ def parse(text: str) -> Catalog:
         architecture = _record(Architecture, entry, {**fields, "name": name, "printed": printed})
         if bool(architecture.misprinted) != bool(architecture.difference):
             raise CatalogError(
-                f"catalogue entry {entry}: difference must say why, of what is printed, "
-                f"{', '.join(architecture.misprinted) or 'nothing'} is not what parameters and macs round to"
+                f"catalogue entry {entry}: difference must be given if and only if printed sizes differ from "
+                f"parameters and macs (differing: {', '.join(architecture.misprinted) or 'none'})"
             )
         architectures[name] = architecture
     checkpoints: dict[str, Checkpoint] = {}
@@ -327,16 +327,16 @@ def parse(text: str) -> Catalog:
 
 
 def path() -> Path:
-    """Return where the package's own catalogue is."""
+    """Return the path of the package's catalogue."""
     return Path(str(resources.files("res2net_zoo").joinpath("catalog.toml")))
 
 
 @cache
 def load() -> Catalog:
-    """Read the package's own catalogue, once.
+    """Read the package's catalogue; the result is cached.
 
     Raises:
-        CatalogError: A field is wrong or missing; names the file, too.
+        CatalogError: A field is invalid or missing.
         InputError: The file cannot be read.
     """
     text = read_text(path())
@@ -347,19 +347,19 @@ def load() -> Catalog:
 
 
 def record(name: str, **fields: str) -> None:
-    """Write fields of a checkpoint into the package's own catalogue, leaving all else of the file as it is.
+    """Update fields of a checkpoint in the package's catalogue, preserving the rest of the file.
 
     Args:
         name: `arch.tag`.
         **fields: The fields and their new values.
 
     Raises:
-        CatalogError: A value is not what the field takes; then nothing is written.
+        CatalogError: A value is invalid; then nothing is written.
         InputError: The file cannot be written.
     """
     import tomlkit
 
-    with locked(path(), wait=60):  # another program that records would not have this one's fields
+    with locked(path(), wait=60):  # concurrent updates would overwrite each other
         _record_fields(tomlkit, name, fields)
 
 
@@ -386,7 +386,7 @@ def choose(names: Sequence[str] | None) -> list[Checkpoint]:
         names: Each `arch.tag`, or `arch` for its default; None for all.
 
     Raises:
-        InputError: There is no such checkpoint.
+        InputError: A checkpoint does not exist.
     """
     catalog = load()
     if names is None:
@@ -400,18 +400,18 @@ def choose(names: Sequence[str] | None) -> list[Checkpoint]:
 
 
 def pretrained_cfgs() -> dict[str, Any]:
-    """Return timm's pretrained cfg of every checkpoint, and of architectures that have none.
+    """Return timm's pretrained cfg of every checkpoint, and of architectures without checkpoints.
 
     Returns:
-        What `timm.models.generate_default_cfgs` takes: cfgs by `arch.tag`, or by `arch`.
+        Cfgs by `arch.tag` or `arch`, for `timm.models.generate_default_cfgs`.
     """
     catalog = load()
     cfgs: dict[str, dict[str, Any]] = {}
     for c in catalog.checkpoints.values():
         cfgs[c.name] = {
             "hf_hub_id": c.hub_id or None,
-            # timm would unpickle what it finds at a url. It never gets there: builder.py sees to that
-            # where the Hub has no such weight; the url is how timm knows that there is one.
+            # timm needs a URL to know that there are weights, but never downloads from it, which would
+            # unpickle the file: models/_builder.py loads the converted weights instead.
             "url": "" if c.hub_id else c.url,
             "origin_url": c.url,
             "license": c.license.lower(),
