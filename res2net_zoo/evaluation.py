@@ -1,7 +1,7 @@
 """Exact evaluation: every image is counted once, on any number of processes.
 
-Correct answers are counted in integers. Each process counts its own share of the images, with no
-padding to fill up a batch, and the counts are summed at the end.
+Correct predictions are counted as integers. Each process counts its own share of the images, without
+padding the last batch, and the counts are summed at the end.
 """
 
 import contextlib
@@ -31,21 +31,21 @@ from res2net_zoo.utils.shutdown import spare_worker
 TOPK = 5
 NOT_FINITE = "the model's output is not finite"
 
-# Takes a batch's images (N, C, H, W) as bytes, right answers (N, K) padded with -1, and logits (N, classes).
+# Called with a batch's images (N, C, H, W) in uint8, correct classes (N, K) padded with -1, and logits (N, classes).
 Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 @dataclass
 class Counts:
-    """What was counted, in images.
+    """Numbers of images.
 
     Attributes:
-        samples: Images that count.
-        top1: Of those, how many have a right first answer.
-        top5: Of those, how many have a right answer among the first five.
-        unlabelled: Images that do not count, because no class is right (ImageNet-ReaL has some).
-        corrupt: Places of the images that could not be decoded.
-        seconds: How long it took, in the slowest process.
+        samples: Evaluated images.
+        top1: Evaluated images whose first prediction is correct.
+        top5: Evaluated images with a correct prediction among the first five.
+        unlabelled: Images without a correct class, which are not evaluated (in ImageNet-ReaL).
+        corrupt: Names of the images that could not be decoded.
+        seconds: Duration, in the slowest process.
     """
 
     samples: int = 0
@@ -67,23 +67,23 @@ class Counts:
 
     @property
     def num_rows(self) -> int:
-        """Number of images that were read, whether they count or not."""
+        """Number of images that were read, whether evaluated or not."""
         return self.samples + self.unlabelled + len(self.corrupt)
 
     def percent(self, correct: int) -> float:
-        """Return a number of correct answers as a percentage of the images, to three decimals."""
+        """Return a number of images as a percentage of the evaluated ones, rounded to three decimals."""
         return round(100 * correct / self.samples, 3)
 
 
 def collate(batch: list[Sample]) -> tuple[torch.Tensor | None, torch.Tensor, list[Sample]]:
-    """Make a batch of samples.
+    """Collate samples to a batch.
 
     Args:
         batch: N samples.
 
     Returns:
-        Images (M, C, H, W) as the transform leaves them, or None for M = 0; right answers (M, K),
-        padded with -1; the samples with something wrong, without their images.
+        Transformed images (M, C, H, W), or None for M = 0; correct classes (M, K), padded with -1;
+        the samples that have errors instead of images.
     """
     good = [sample for sample in batch if sample.image is not None]
     bad = [sample for sample in batch if sample.image is None]
@@ -104,25 +104,25 @@ def create_loader(
     batch_size: int,
     workers: int,
 ) -> DataLoader:
-    """Make the loader of this process's share of the images.
+    """Create the data loader for this process's share of the images.
 
     Args:
         source: The images.
-        model: The model they are for; its config gives timm's preprocessing.
-        classes: How the labels meet the model's classes.
-        accelerator: Tells which process this is.
-        batch_size: Images a batch.
-        workers: Loader processes.
+        model: The model, whose config determines timm's preprocessing.
+        classes: The mapping of the labels to the model's classes.
+        accelerator: The processes.
+        batch_size: Images per batch.
+        workers: Number of worker processes.
 
     Returns:
-        A loader of what `collate` returns, images as bytes.
+        A loader of batches from `collate`, with images in uint8.
     """
-    # Bytes travel to the device, as in timm's own loader; `count_correct` normalizes them there.
+    # Images are transferred in uint8, as in timm's loader, and normalized on the device by `count_correct`.
     samples = evaluation_samples(model, classes.targets, source.read, normalize=False)
     rank, world = accelerator.process_index, accelerator.num_processes
     dataset: torch.utils.data.Dataset
     if isinstance(source.rows, datasets.Dataset):
-        # Every world-th image, so that the shares differ by one image at the most.
+        # Every world-th image, so that the shares differ by at most one image.
         dataset = MapSamples(source.rows, samples, range(rank, len(source.rows), world))
     else:
         rows = split_dataset_by_node(source.rows, rank, world)
@@ -146,14 +146,14 @@ def corrupt_places(bad: Iterable[Sample], skip_corrupt: bool) -> list[str]:
         skip_corrupt: Whether to skip images that cannot be decoded.
 
     Raises:
-        InputError: An image is corrupt and is not to be skipped, or has no valid label.
+        InputError: An image is corrupt and `skip_corrupt` is false, or a label is missing or invalid.
     """
     places = []
     for sample in bad:
         if sample.fatal is not None:
             raise InputError(f"{sample.place}: {sample.fatal}")
         if not skip_corrupt:
-            hint = "take it out, or validate.py --skip-corrupt leaves it out"
+            hint = "remove it, or skip it with --skip-corrupt"
             raise InputError(f"{sample.place} is corrupt ({sample.corrupt}); {hint}")
         places.append(sample.place)
     return places
@@ -196,24 +196,24 @@ def count_correct(
     observe: Observer | None = None,
     full_precision: bool = False,
 ) -> Counts:
-    """Count correct answers over the images of one process.
+    """Count correct predictions for the images of one process.
 
     Args:
         model: The model, on the accelerator's device, in evaluation mode.
-        loader: Yields what `collate` returns.
-        accelerator: Gives device and precision.
-        subset: Outputs to choose among; None for all.
-        skip_corrupt: Whether to leave out images that cannot be decoded.
-        progress: Bar to advance by the images of all processes.
-        observe: Is shown each batch, as `Observer` says.
-        full_precision: Whether to compute in float32 whatever the accelerator's precision.
+        loader: Yields batches from `collate`.
+        accelerator: Determines device and precision.
+        subset: Classes to predict among; None for all.
+        skip_corrupt: Whether to skip images that cannot be decoded.
+        progress: Bar to move on by one an image.
+        observe: Called with each batch, see `Observer`.
+        full_precision: Whether to compute in float32 regardless of the accelerator's precision.
 
     Returns:
         This process's counts.
 
     Raises:
-        InputError: An image is corrupt and is not to be skipped, or has no valid label, or the
-            model's output is not a number.
+        InputError: An image is corrupt and `skip_corrupt` is false, a label is missing or invalid,
+            or the model's output is NaN or infinite.
     """
     device = accelerator.device
     normalize = Normalize(model).to(device)
@@ -256,25 +256,25 @@ def evaluate(
     observe: Observer | None = None,
     full_precision: bool = False,
 ) -> Counts:
-    """Count correct answers over all images, on all processes.
+    """Count correct predictions for all images, on all processes.
 
     Args:
-        model: The model, on the accelerator's device; it is left in evaluation mode.
+        model: The model, on the accelerator's device; set to evaluation mode.
         source: The images.
-        classes: How the labels meet the model's classes.
+        classes: The mapping of the labels to the model's classes.
         accelerator: The processes.
-        batch_size: Images a batch, in each process.
-        workers: Loader processes, for each process.
-        skip_corrupt: Whether to leave out images that cannot be decoded.
-        desc: Title of the progress bar.
-        observe: Is shown each batch of this process, as `Observer` says.
-        full_precision: As `count_correct` says.
+        batch_size: Images per batch and process.
+        workers: Number of worker processes per process.
+        skip_corrupt: Whether to skip images that cannot be decoded.
+        desc: What the progress bar says.
+        observe: Called with each batch of this process, see `Observer`.
+        full_precision: As for `count_correct`.
 
     Returns:
         The counts over all processes, the same in each.
 
     Raises:
-        InputError: As `count_correct` says, or no image counts; raised in every process if it was in one.
+        InputError: As for `count_correct`, or there is no image to evaluate; raised in all processes.
     """
     model.eval()
     loader = create_loader(source, model, classes, accelerator, batch_size, workers)
@@ -288,5 +288,5 @@ def evaluate(
     summed = sum((Counts(**share) for share in shares), Counts())
     if not summed.samples:
         unread = f": {len(summed.corrupt)} cannot be decoded" * bool(summed.corrupt)
-        raise InputError(f"{source.name} has no image to count in split {source.split}{unread}")
+        raise InputError(f"{source.name} has no image to evaluate in split {source.split}{unread}")
     return summed

@@ -1,1 +1,1 @@
-"""From a source of images to batches: sources, decoding, labels."""
+"""Datasets: sources of images, decoding and labels."""

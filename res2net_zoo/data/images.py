@@ -1,6 +1,6 @@
-"""From image files to samples that a model takes: finding, decoding, timm's transform.
+"""Finding image files, decoding them, and applying timm's transform.
 
-Without `datasets`, whose import a program that reads files alone need not wait for.
+This module does not import `datasets`, which is slow and not needed to read individual files.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ from res2net_zoo.utils.console import warn
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import open_regular, read_bytes
 
-# The extensions of raster formats, in the order in which these are tried, and in any letter case those by which images
-# are found in folders. Pillow goes by a file's content, not its name, and passes EPS to Ghostscript, which runs it as
-# a program. MPO is opened as JPEG.
+# Supported formats, in the order in which Pillow tries them, and their extensions, by which images are found in folders
+# (case-insensitive). Pillow detects a format by content rather than name, and would pass EPS to Ghostscript, which
+# executes it. MPO is opened as JPEG.
 EXTENSIONS_OF = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "PNG": (".png", ".apng"),
@@ -40,19 +40,19 @@ EXTENSIONS_OF = {
 FORMATS = tuple(EXTENSIONS_OF)
 EXTENSIONS = frozenset(extension for extensions in EXTENSIONS_OF.values() for extension in extensions)
 
-# What file managers, storage systems, archivers and notebooks leave between images, besides names with a dot in front.
+# Created by file managers, storage systems, archivers and notebooks, in addition to names that begin with a dot.
 SYSTEM_FOLDERS = frozenset(("@eadir", "__macosx", "#recycle", "#snapshot", "@tmp", "$recycle.bin", "lost+found"))
 SYSTEM_FILES = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini"))
 
-# What a search leaves out, besides files that are no images.
+# What a search skips, in addition to files that are not images.
 HIDDEN = "hidden or system folders"
-LINKS = "links to folders that are read already or lie above"
+LINKS = "links to parent folders or folders already included"
 
 LARGEST = 2**30  # bytes of an image file
 
-# Pixels that one byte holds at most: a JPEG takes at least one bit for 8 x 8 pixels, a bitmap packs 8 in a byte, which
-# deflate (PNG) makes at most 1032 times smaller, and run lengths (BMP) 16 times. The other formats can hold a plain
-# image of any size in a few bytes.
+# Largest number of pixels per byte: a JPEG needs at least one bit for 8 x 8 pixels; a bitmap has up to 8 pixels per
+# byte, which deflate (PNG) compresses at most 1032 times and run-length encoding (BMP) 16 times. Other formats can
+# store a single-colour image of any size in a few bytes.
 PIXELS_PER_BYTE = {"JPEG": 512, "MPO": 512, "PPM": 8, "PNG": 8 * 1032, "BMP": 8 * 16}
 
 # An image of more than twice `Image.MAX_IMAGE_PIXELS` (179 million pixels) is an error; a smaller one is read.
@@ -60,20 +60,20 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder of this name is hidden, or a system's own."""
+    """Return whether a file or folder of this name is hidden or belongs to the system."""
     return name.startswith(".") or name.lower() in SYSTEM_FOLDERS | SYSTEM_FILES
 
 
 def is_image(name: str) -> bool:
-    """Return whether a file of this name is taken for an image; where it is hidden it is not looked for."""
+    """Return whether a file name has the extension of a supported image format."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 class Skipped:
-    """What a search for images left out, by kind, with an example of each.
+    """What a search for images skipped, by kind, with an example of each.
 
     Attributes:
-        files: Files that are no images.
+        files: Files that are not images.
         kinds: Number and first example of each kind.
     """
 
@@ -82,37 +82,37 @@ class Skipped:
         self.kinds: dict[str, tuple[int, str]] = {}
 
     def add(self, kind: str, path: str) -> None:
-        """Count something of a kind; the kind is in the plural."""
+        """Count a skipped item; the kind is given in the plural."""
         number, first = self.kinds.get(kind, (0, path))
         self.kinds[kind] = (number + 1, first)
 
     def add_file(self, path: str) -> None:
-        """Count a file by its extension."""
+        """Count a skipped file by its extension."""
         end = os.path.splitext(path)[1].lower()
         self.add(f"{end} files" if end else "files without an extension", path)
         self.files.append(path)
 
     def __str__(self) -> str:
-        """Return the counts as the end of a sentence, empty where nothing was left out."""
+        """Return the counts as text; empty if nothing was skipped."""
         return ", ".join(f"{kind}: {number} (such as {first})" for kind, (number, first) in self.kinds.items())
 
 
 def identity(path: str | os.PathLike) -> tuple[int, int]:
-    """Return what tells a file or folder from all others, by whatever path it is reached."""
+    """Return a unique identifier of a file or folder, which does not depend on the path to it."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
 
 
 def walk(folder: str, seen: set[tuple[int, int]], skipped: Skipped) -> Iterator[tuple[str, str]]:
-    """Yield the folder and name of each file in a folder and below it, behind links too, in any order.
+    """Yield folder and name of each file in a folder, recursively, following links, in any order.
 
-    Hidden and system files are left out.
+    Hidden and system files are skipped.
 
     Args:
-        folder: Is searched, even if it is in `seen`.
-        seen: `identity` of each folder that is not to be searched (again); what is searched is added. A link
-            to a folder above `folder` is never followed.
-        skipped: Where hidden and system folders and second links are counted.
+        folder: The folder to search, even if it is in `seen`.
+        seen: `identity` of folders that are not searched (again); searched folders are added. Links to parents
+            of `folder` are never followed.
+        skipped: Counts hidden and system folders and repeated links.
 
     Raises:
         InputError: A folder cannot be read.
@@ -139,19 +139,19 @@ def walk(folder: str, seen: set[tuple[int, int]], skipped: Skipped) -> Iterator[
                     skipped.add(HIDDEN, entry.path)
                 else:
                     (links if entry.is_symlink() else folders).append(entry.path)
-        # Links come last, so that what can be reached without them is found by its own path.
+        # Links are followed last, so that files are found by their real path if possible.
         here = folders.pop() if folders else links.pop() if links else None
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself; reading it reports that
+    except OSError:  # a link to itself; reported when it is read
         return False
 
 
 def images_below(folder: str, seen: set[tuple[int, int]], skipped: Skipped) -> list[str]:
-    """Return the images that `walk` finds by folder and name; the other files are counted in `skipped`."""
+    """Return the images that `walk` finds, sorted; other files are counted in `skipped`."""
     images = []
     for place in sorted(walk(folder, seen, skipped)):
         path = os.path.join(*place)
@@ -163,15 +163,15 @@ def images_below(folder: str, seen: set[tuple[int, int]], skipped: Skipped) -> l
 
 
 def find_images(words: list[str]) -> list[str]:
-    """Return the image files that a command line names, each once, in its order.
+    """Return the image files given on a command line, each once, in that order.
 
-    What the folders hold besides images is counted in one warning, on the main process.
+    A warning on the main process counts the other files in the folders.
 
     Args:
-        words: Files, folders (searched with all that is in them) and patterns.
+        words: Files, folders (searched recursively) and patterns.
 
     Raises:
-        InputError: A word names none.
+        InputError: No image is found for one of the words.
     """
     found: dict[tuple[str, str], str] = {}
     skipped = Skipped()
@@ -181,21 +181,21 @@ def find_images(words: list[str]) -> list[str]:
         for match in matches:
             images += images_below(match, set(), skipped) if os.path.isdir(match) else [match]
         if not images:
-            kind = "file that fits the pattern" if glob.has_magic(word) else "file or folder"
+            kind = "file that matches the pattern" if glob.has_magic(word) else "file or folder"
             raise InputError(f"there is no {'image in' if matches else kind} {word}")
         real = {folder: os.path.realpath(folder) for folder in {os.path.dirname(image) for image in images}}
         for image in images:
             folder, name = os.path.split(image)
             found.setdefault((real[folder], name), image)
     if skipped.kinds and int(os.environ.get("RANK", "0")) == 0:
-        warn(f"left out: {skipped}")
+        warn(f"skipped: {skipped}")
     return list(found.values())
 
 
 def _matches(word: str, skipped: Skipped) -> list[str]:
-    """Return the files and folders that a word of the command line names, as `glob.glob` does.
+    """Return the files and folders that match a word of the command line.
 
-    But `**` follows no link twice, and hidden and system folders do not match.
+    This is `glob.glob`, except that `**` follows no link twice, and hidden and system folders do not match.
     """
     for path in (word, os.path.expanduser(word)):
         if os.path.exists(path):
@@ -214,7 +214,7 @@ def _matches(word: str, skipped: Skipped) -> list[str]:
 
 
 def _fits(parts: list[str], pattern: list[str]) -> bool:
-    """Return whether a path fits a pattern, in which `**` stands for any number of folders."""
+    """Return whether a path matches a pattern, in which `**` matches any number of folders."""
     if not pattern:
         return not parts
     if pattern[0] == "**":
@@ -224,7 +224,7 @@ def _fits(parts: list[str], pattern: list[str]) -> bool:
 
 @contextlib.contextmanager
 def open_image(source: str | os.PathLike | bytes) -> Iterator[Image.Image]:
-    """Open an image of a raster format (`FORMATS`), as every program of the zoo does.
+    """Open an image in one of the supported formats (`FORMATS`).
 
     Args:
         source: A file, or its content.
@@ -234,8 +234,8 @@ def open_image(source: str | os.PathLike | bytes) -> Iterator[Image.Image]:
 
     Raises:
         InputError: The file is missing or not a regular file.
-        OSError: It is not an image, is damaged, or claims more pixels than its bytes can hold.
-        Exception: What else Pillow raises for a damaged image (`DecompressionBombError`, `SyntaxError`, ...).
+        OSError: It is not an image, is damaged, or declares more pixels than its bytes can hold.
+        Exception: Other errors of Pillow for a damaged image (`DecompressionBombError`, `SyntaxError`, ...).
     """
     with (
         io.BytesIO(source) if isinstance(source, bytes) else open_regular(Path(source)) as file,
@@ -244,42 +244,42 @@ def open_image(source: str | os.PathLike | bytes) -> Iterator[Image.Image]:
         size = len(source) if isinstance(source, bytes) else os.fstat(file.fileno()).st_size
         width, height = image.size
         if width * height > size * PIXELS_PER_BYTE.get(image.format or "", math.inf):
-            raise OSError(f"it claims {width} x {height} pixels, more than its {size:,} bytes can hold")
+            raise OSError(f"it declares {width} x {height} pixels, more than its {size:,} bytes can hold")
         yield image
 
 
 def check_mode(image: Image.Image) -> None:
-    """Refuse pixels that have no one meaning as 8-bit ones.
+    """Check that the pixels of an image can be converted to 8 bits.
 
     Args:
-        image: From `open_image`; need not be decoded.
+        image: An image from `open_image`; need not be decoded.
 
     Raises:
-        OSError: Its pixels are floating-point, signed or 32-bit numbers, of unknown range.
+        OSError: The pixels are floating-point, signed or 32-bit numbers, whose range is unknown.
     """
-    sixteen_bits = image.format in ("PNG", "PPM")  # Pillow has their 16 bits in a wider mode
+    sixteen_bits = image.format in ("PNG", "PPM")  # Pillow uses a 32-bit mode for their 16 bits
     if image.mode == "F" or (image.mode == "I" and not sixteen_bits):
         kind = "floating-point" if image.mode == "F" else "signed or 32-bit"
         raise OSError(f"{kind} pixels are unsupported, as their range is unknown; convert it to 8 or 16 bits")
 
 
 def to_mode(image: Image.Image, mode: str, upright: bool = False) -> Image.Image:
-    """Convert an image to a mode of 8 bits.
+    """Convert an image to an 8-bit mode.
 
-    As `Image.convert`, which timm calls, but for grey images of 16 bits: Pillow would clip them at 255, here
-    their whole range of 0 to 65535 becomes 0 to 255, rounded, whatever part of it an image uses.
+    This is `Image.convert`, which timm uses, except for 16-bit grey images: Pillow would clip them at 255, whereas
+    here the full range of 0 to 65535 is scaled to 0 to 255 and rounded.
 
     Args:
-        image: From `open_image`.
+        image: An image from `open_image`.
         mode: PIL mode, `RGB` or `L`.
-        upright: Whether to turn it by its EXIF orientation first, which timm does not.
+        upright: Whether to apply the EXIF orientation first, which timm does not.
 
     Returns:
         The decoded image.
 
     Raises:
-        OSError: As `check_mode`.
-        Exception: Whatever PIL raises for a corrupt image.
+        OSError: As for `check_mode`.
+        Exception: Any error of Pillow for a corrupt image.
     """
     check_mode(image)
     if upright:
@@ -290,7 +290,7 @@ def to_mode(image: Image.Image, mode: str, upright: bool = False) -> Image.Image
 
 
 class ForeignPathError(InputError):
-    """An image's path in a dataset that leads out of the data's own folder."""
+    """A path in a dataset that is outside of the data's folder."""
 
     def __init__(self, path: str) -> None:
         super().__init__(
@@ -300,29 +300,29 @@ class ForeignPathError(InputError):
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """The files that a dataset's images may be read from where it does not hold their content.
+    """The files that may be read for the images of a dataset that stores paths instead of content.
 
-    The paths in a dataset come from whoever made it. Passed to fsspec, they would choose a protocol, and
-    with it a host to send requests to or a template to render.
+    The paths in a dataset are untrusted. Passed to fsspec, they would select a protocol, and thereby a host to
+    send requests to or a template to render.
 
     Attributes:
-        folder: Folder that relative paths start from and must not leave; None to refuse them.
-        listed: Beginnings of the absolute paths and `hf://` URLs that come from listing the data's own
-            folder, cache or repository.
+        folder: Folder for relative paths, which must not leave it; None to refuse relative paths.
+        listed: Allowed prefixes of absolute paths and `hf://` URLs: the data's own folder, cache or
+            repository.
     """
 
     folder: Path | None = None
     listed: tuple[str, ...] = ()
 
     def read(self, image: dict[str, Any]) -> bytes:
-        """Return the content of an image that `datasets` has not decoded.
+        """Return the content of an undecoded image of `datasets`.
 
         Args:
-            image: `bytes`, or where they are None `path`.
+            image: `bytes` or, if they are None, `path`.
 
         Raises:
-            ForeignPathError: Its path leads elsewhere.
-            InputError: It has neither, or cannot be read.
+            ForeignPathError: The path is outside of the allowed folders.
+            InputError: Both are missing, or the file cannot be read.
         """
         if image["bytes"] is not None:
             return image["bytes"]
@@ -331,7 +331,7 @@ class ImageFiles:
             raise InputError("it has neither content nor a path")
         if "://" not in path and "::" not in path:
             return read_bytes(self._local(path), LARGEST)
-        # `datasets` names a member of an archive zip://MEMBER::ARCHIVE.
+        # `datasets` uses zip://MEMBER::ARCHIVE for a member of an archive.
         member, _, archive = path.removeprefix("zip://").rpartition("::")
         hops = path.startswith("zip://") == bool(member)
         if not hops or "::" in member or "://" in member or not archive.startswith(self.listed):
@@ -356,19 +356,19 @@ class ImageFiles:
 
 
 def read_named(image: dict[str, Any]) -> bytes:
-    """Return the content of an image: its `bytes`, or where they are None those of a `path` that the user named.
+    """Return the content of an image: its `bytes` or, if they are None, the file `path`, given by the user.
 
     Raises:
-        InputError: It cannot be read.
+        InputError: The file cannot be read.
     """
     return read_bytes(image["path"], LARGEST) if image["bytes"] is None else image["bytes"]
 
 
 def decode(image: bytes | dict[str, Any], mode: str) -> Image.Image:
-    """Decode an image as timm's datasets do: no EXIF orientation, then one conversion of mode (`to_mode`).
+    """Decode an image as timm's datasets do: without applying the EXIF orientation, and converted by `to_mode`.
 
     Args:
-        image: The image file's content, or an undecoded image whose path the user named (`read_named`).
+        image: The content of an image file, or an undecoded image for `read_named`.
         mode: PIL mode, `RGB` or `L`.
 
     Returns:
@@ -376,7 +376,7 @@ def decode(image: bytes | dict[str, Any], mode: str) -> Image.Image:
 
     Raises:
         InputError: The file cannot be read.
-        Exception: Whatever PIL raises for a corrupt image.
+        Exception: Any error of Pillow for a corrupt image.
     """
     with open_image(read_named(image) if isinstance(image, dict) else image) as opened:
         return to_mode(opened, mode)
@@ -384,15 +384,15 @@ def decode(image: bytes | dict[str, Any], mode: str) -> Image.Image:
 
 @dataclass
 class Sample:
-    """One image ready for a model, or what is wrong with it.
+    """A transformed image with its target, or an error.
 
     Attributes:
-        place: Where it is in the data, for a message.
-        image: (C, H, W), or None where something is wrong.
-        target: What `Samples` was told to make of its label and path.
+        place: Its position in the data, for messages.
+        image: (C, H, W), or None in case of an error.
+        target: The target that `Samples` computes from label and path.
         corrupt: Why the image could not be decoded.
-        fatal: What else is wrong, with which no figure can be right: its label, or the data's file.
-        index: Its number among the images of map-style training data.
+        fatal: Another error, of the label or the data's file, which makes any result wrong.
+        index: Its index in map-style training data.
     """
 
     place: str
@@ -404,14 +404,14 @@ class Sample:
 
 
 class Samples:
-    """Decodes and transforms rows. Errors are returned, for a loader's worker would garble them.
+    """Decodes and transforms rows. Errors are returned, because workers would obscure raised ones.
 
     Args:
-        transform: From a PIL image to a (C, H, W) tensor.
-        mode: PIL mode to convert the image to before.
-        target: From a row's label and path to the sample's target; an `InputError` that it raises
-            becomes the sample's `fatal`.
-        read: From a row's undecoded image to its content: `ImageFiles.read` or `read_named`.
+        transform: Transforms a PIL image to a (C, H, W) tensor.
+        mode: PIL mode to convert the image to first.
+        target: Returns the target for a row's label and path; if it raises an `InputError`, that becomes
+            the sample's `fatal`.
+        read: Returns the content of a row's undecoded image: `ImageFiles.read` or `read_named`.
     """
 
     def __init__(
@@ -427,7 +427,7 @@ class Samples:
         self.read = read
 
     def __call__(self, place: str, row: dict[str, Any]) -> Sample:
-        """Make one sample of a row."""
+        """Return the sample of a row."""
         image = row["image"] or {"bytes": b"", "path": None}
         path = image["path"]
         sample = Sample(f"{place} ({path})" if path else place)
@@ -440,11 +440,11 @@ class Samples:
             content = self.read(image)
             sample.image = self.transform(decode(content, self.mode))
         except Exception as error:
-            # A damaged file makes PIL raise nearly anything: OSError, SyntaxError, struct.error, ...
-            # What cannot be read over the network is not therefore damaged.
+            # Pillow may raise almost anything for a damaged file: OSError, SyntaxError, struct.error, ...
+            # A file that cannot be read over the network is not considered damaged.
             reason = str(error) or type(error).__name__
             if isinstance(error, UnidentifiedImageError):
-                reason = "not an image of a supported format"  # Pillow's message names an object in memory
+                reason = "not an image of a supported format"  # Pillow's message has the repr of a file object
             if isinstance(error, ForeignPathError):
                 sample.fatal = reason
             elif image["bytes"] is None and "://" in (path or ""):
@@ -455,7 +455,7 @@ class Samples:
 
 
 class MapSamples(torch.utils.data.Dataset):
-    """Samples of a map-style dataset, or of those of its rows that `indices` names."""
+    """Samples of a map-style dataset, or of the rows in `indices`."""
 
     def __init__(self, rows: Any, samples: Samples, indices: Sequence[int] | None = None) -> None:
         self.rows = rows

@@ -1,9 +1,9 @@
-"""From a dataset's labels to a model's classes, ImageNet and its variants among them.
+"""Mapping a dataset's labels to a model's classes, including ImageNet and its variants.
 
-A model of 1000 classes numbers them as ImageNet-1k does: by WordNet id, in sorted order. The
-variants carry those ids as folder names (ImageNet-A, -R, -Sketch), the class numbers (ImageNet-V2)
-or the original file names (ImageNet-ReaL). ImageNet-A and -R have 200 of the classes, and their
-published figures choose among those 200 only.
+Models with 1000 classes are assumed to have ImageNet-1k's, sorted by WordNet id. The variants use
+these ids as folder names (ImageNet-A, -R, -Sketch), class numbers (ImageNet-V2) or the original file
+names (ImageNet-ReaL). ImageNet-A and -R have 200 of the classes, and published accuracies are for
+predictions among these 200.
 """
 
 import pkgutil
@@ -17,14 +17,14 @@ from timm.data import ImageNetInfo, RealLabelsImagenet
 
 from res2net_zoo.utils.errors import InputError
 
-# Hub ids whose images are known without looking at them.
+# Hub ids of known benchmarks.
 HUB_BENCHMARKS = {"ILSVRC/imagenet-1k": "imagenet-1k", "timm/imagenet-1k-wds": "imagenet-1k"}
 SUBSETS = {"imagenet-a": "imagenet_a_synsets.txt", "imagenet-r": "imagenet_r_synsets.txt"}
 NUM_VALIDATION_IMAGES = 50_000
 
 
 def class_names(model: Any) -> list[str]:
-    """Return the name of each of a timm model's classes: its own, ImageNet's for 1,000 classes, else numbers."""
+    """Return the class names of a timm model: from its config, ImageNet's for 1000 classes, otherwise numbers."""
     if names := model.pretrained_cfg.get("label_names"):
         return list(names)
     if model.num_classes == 1000:
@@ -35,13 +35,13 @@ def class_names(model: Any) -> list[str]:
 
 @cache
 def imagenet_synsets() -> list[str]:
-    """Return the 1000 WordNet ids of ImageNet-1k in the order of its classes."""
+    """Return the 1000 WordNet ids of ImageNet-1k in the order of the classes."""
     return ImageNetInfo("imagenet-1k").label_names()
 
 
 @cache
 def subset_synsets(benchmark: str) -> list[str]:
-    """Return the WordNet ids of `imagenet-a` or `imagenet-r`, sorted; timm ships these lists."""
+    """Return the sorted WordNet ids of `imagenet-a` or `imagenet-r`, from lists in timm."""
     content = pkgutil.get_data("timm.data", f"_info/{SUBSETS[benchmark]}")
     assert content is not None
     return content.decode().split()
@@ -49,22 +49,22 @@ def subset_synsets(benchmark: str) -> list[str]:
 
 @cache
 def real_labels() -> dict[str, list[int]]:
-    """Return the classes seen in each ImageNet validation image (Beyer et al., 2020), by file name."""
+    """Return the ReaL labels (Beyer et al., 2020) of each ImageNet validation image, by file name."""
     names = [f"ILSVRC2012_val_{i:08d}.JPEG" for i in range(1, NUM_VALIDATION_IMAGES + 1)]
     return RealLabelsImagenet(names).real_labels
 
 
 def recognise(name: str, split: str, class_names: Sequence[str] | None, num_rows: int | None) -> str | None:
-    """Tell which ImageNet benchmark some data is, from what can be known of it.
+    """Recognize an ImageNet benchmark by the properties of a dataset.
 
     Args:
-        name: The data's Hub id or name.
-        split: Its split.
-        class_names: Its class names, where it has any.
-        num_rows: Its number of images, where it is known.
+        name: The dataset's Hub id or name.
+        split: The split.
+        class_names: The class names, if any.
+        num_rows: The number of images, if known.
 
     Returns:
-        `imagenet-1k`, `-v2`, `-a`, `-r` or `-sketch`, or None where it is none of them or cannot be told.
+        `imagenet-1k`, `-v2`, `-a`, `-r` or `-sketch`, or None if it is not recognized.
     """
     if name in HUB_BENCHMARKS:
         return HUB_BENCHMARKS[name] if split == "validation" else None
@@ -82,14 +82,14 @@ def recognise(name: str, split: str, class_names: Sequence[str] | None, num_rows
 
 @dataclass
 class Classes:
-    """How a dataset's labels and a model's outputs meet.
+    """A mapping from a dataset's labels to a model's classes.
 
     Attributes:
-        num_classes: Outputs of the model.
-        of_label: Class of each of the dataset's labels; None where label i is class i.
-        subset: Classes to choose among; None for all.
-        real: Whether the classes of an image come from ImageNet-ReaL, by the image's file name.
-        warning: What is doubtful about how they meet.
+        num_classes: Number of the model's classes.
+        of_label: Class of each label; None if label i is class i.
+        subset: Classes to predict among; None for all.
+        real: Whether the correct classes come from ImageNet-ReaL, by file name.
+        warning: A warning if the mapping is uncertain.
     """
 
     num_classes: int
@@ -103,25 +103,25 @@ class Classes:
         self.position = {c: i for i, c in enumerate(self.subset)} if self.subset else {}
 
     def targets(self, label: int | None, path: str | None) -> list[int]:
-        """Return the outputs that are right for one image; none for an image that does not count.
+        """Return the correct classes of an image; empty if it is excluded from the evaluation.
 
         Args:
             label: The dataset's label.
             path: The image's path, for ImageNet-ReaL.
 
         Returns:
-            Positions among the outputs, or among `subset` where there is one.
+            Indices of the model's classes, or positions in `subset` if given.
 
         Raises:
-            InputError: The label is missing or out of range, or the path names no ImageNet image.
+            InputError: The label is missing or out of range, or the path is not that of an ImageNet image.
         """
         if self.real:
             match = re.search(r"ILSVRC2012_val_\d{8}", path or "")
             if match is None or (name := f"{match[0]}.JPEG") not in real_labels():
-                raise InputError("ImageNet-ReaL goes by file names ILSVRC2012_val_00000001.JPEG, and this is none")
+                raise InputError("ImageNet-ReaL requires file names such as ILSVRC2012_val_00000001.JPEG")
             return real_labels()[name]
         if label is None:
-            raise InputError("it has no label")
+            raise InputError("its label is missing")
         num_labels = self.num_classes if self.of_label is None else len(self.of_label)
         if not 0 <= label < num_labels:
             raise InputError(f"its label {label} is out of range; labels go from 0 to {num_labels - 1}")
@@ -135,25 +135,25 @@ def match_classes(
     model_labels: Sequence[str] | None = None,
     benchmark: str | None = None,
 ) -> Classes:
-    """Find out which class of a model each label of a dataset is.
+    """Map the labels of a dataset to the classes of a model.
 
-    The first of these that fits: names that the model knows; WordNet ids; whole numbers, in
+    The first of these that applies is used: class names of the model; WordNet ids; integers, in
     numeric order; otherwise label i is class i.
 
     Args:
-        class_names: Name of each label, where the data names them.
-        num_classes: Outputs of the model.
-        model_labels: Name of each class of the model, where its config has them.
-        benchmark: Which ImageNet benchmark the data is, if any.
+        class_names: Name of each label, if known.
+        num_classes: Number of the model's classes.
+        model_labels: The model's class names, if its config has them.
+        benchmark: The ImageNet benchmark, if the data is one.
 
     Returns:
-        How they meet.
+        The mapping.
 
     Raises:
-        InputError: The model has fewer classes than the data, or another benchmark's.
+        InputError: The model has fewer classes than the data, or not those of the benchmark.
     """
     if benchmark is not None and num_classes != 1000:
-        raise InputError(f"{benchmark} needs a model of ImageNet's 1000 classes, and this one has {num_classes}")
+        raise InputError(f"{benchmark} needs a model with ImageNet's 1000 classes, this one has {num_classes}")
     if benchmark == "imagenet-real":
         return Classes(num_classes, real=True)
     if benchmark in SUBSETS:
@@ -163,7 +163,7 @@ def match_classes(
             return Classes(num_classes, [imagenet_synsets().index(name) for name in class_names], subset)
         if class_names is not None and (len(class_names) != len(synsets) or set(class_names) & set(imagenet_synsets())):
             raise InputError(f"{benchmark} has {len(synsets)} classes, named by WordNet id; this data has others")
-        # Labels without ids are numbers in the order of the ids, as these data sets are made.
+        # Without ids, labels are numbers in the order of the ids, by the convention of these datasets.
         return Classes(num_classes, [subset[i] for i in numeric_order(class_names or range(len(subset)))], subset)
     if class_names is None:
         return Classes(num_classes)
@@ -200,7 +200,7 @@ def _match_numbers(class_names: Sequence[str], num_classes: int) -> Classes | No
 
 
 def numeric_order(names: Iterable[str | int]) -> list[int]:
-    """Return the place of each name in numeric order, or as it stands where one is no whole number."""
+    """Return the position of each name in numeric order; the given order if a name is not an integer."""
     texts = [str(name) for name in names]
     if not all(text.isdecimal() for text in texts):
         return list(range(len(texts)))

@@ -1,4 +1,4 @@
-"""From a source of images to batches: reading through `datasets`, labels, timm's transform."""
+"""Sources of labelled images: class folders, files and Hub datasets, read through `datasets`."""
 
 import contextlib
 import difflib
@@ -49,20 +49,20 @@ from res2net_zoo.utils.console import printable
 from res2net_zoo.utils.errors import InputError, one_line
 from res2net_zoo.utils.files import LARGEST_TEXT, check_writable, open_regular, read_json, read_text
 
-# The words by which people and `datasets` name splits, and the name that `datasets` gives them.
+# Common names of splits, and the names that `datasets` uses for them.
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
-# Builders of `datasets` that images are read by; others follow links or run parsers that nothing here needs.
+# Supported builders of `datasets`; others follow links or run parsers that are not needed here.
 READERS = ("imagefolder", "parquet", "arrow", "webdataset", "json", "csv")
-HUB_TIMEOUT = 10  # seconds for its answer to whether it has a data set
-MAX_PARTS = 1024  # of a stream that has no files of its own
+HUB_TIMEOUT = 10  # seconds for the request whether a dataset exists
+MAX_PARTS = 1024  # shards of a stream that is not stored in files
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
-MOST_CLASSES = 1_000_000  # more than any data set has; work and memory grow with the largest label
+MOST_CLASSES = 1_000_000  # limit for labels, because time and memory grow with the largest one
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "target", "fine_label")
 
 
@@ -71,13 +71,13 @@ class Source:
     """One split of labelled images.
 
     Attributes:
-        name: The Hub's id, or the name of the folder or file.
-        split: Its split.
+        name: The Hub id, or the name of the folder or file.
+        split: The split.
         rows: Map-style or iterable dataset with the columns `image` (undecoded) and `label`.
-        class_names: Name of each label, where the data names them.
-        num_rows: Number of images, where it is known before they are read.
-        read: From an image of a row to its content.
-        skipped: Counts of what is there and was left out, and why.
+        class_names: Name of each label, if known.
+        num_rows: Number of images, if known before they are read.
+        read: Returns the content of a row's image.
+        skipped: Numbers of skipped files and folders, by reason.
     """
 
     name: str
@@ -101,20 +101,20 @@ def open_source(
 
     Args:
         src: A Hub dataset id, a folder (of class folders, of splits of class folders, of Parquet,
-            Arrow or WebDataset files, or made by `save_to_disk`), such a file, or a pattern of
+            Arrow or WebDataset files, or written by `save_to_disk`), such a file, or a pattern for
             such files.
-        split: Which split; default the validation split, else the test split, else the only one.
-            `SPLIT/held-out-FRACTION-SEED` is what `hold_out` takes from one.
-        streaming: Whether to read the images in order as they come, converting nothing into the
-            local cache first.
-        label_column: Name of the column with the labels, where it is not plain.
-        labelled: Whether the images must have labels; where they need none, they may have some.
+        split: The split; default the validation split, else the test split, else the only one.
+            `SPLIT/held-out-FRACTION-SEED` is the part that `hold_out` takes from a split.
+        streaming: Whether to read the images in order, without converting them to the local cache
+            first.
+        label_column: Name of the column with the labels, if it has an unusual name.
+        labelled: Whether labels are required; otherwise they are optional.
 
     Returns:
         The split. Its images are not decoded yet: bytes or paths.
 
     Raises:
-        InputError: No such data, split or column, or it cannot be read.
+        InputError: The data, the split or a column does not exist, or cannot be read.
     """
     if held := held_out_of(split):
         if streaming:
@@ -128,8 +128,8 @@ def open_source(
     except InputError:
         raise
     except Exception as error:
-        # `datasets` wraps whatever its readers raise (tarfile, pyarrow, the network, the operating
-        # system) in types of its own; all that a user can do is in the innermost message.
+        # `datasets` wraps the errors of its readers (tarfile, pyarrow, the network, the operating
+        # system) in its own types; only the innermost message is useful.
         cause = error.__cause__ or error
         if isinstance(cause, OSError):
             _check_caches()
@@ -140,10 +140,10 @@ def open_source(
 
 
 def _check_caches() -> None:
-    """Refuse caches that cannot be written, where `datasets` names the data that it was to convert into them.
+    """Check that the caches are writable; `datasets` would report an error of the data instead.
 
     Raises:
-        InputError: One cannot be written.
+        InputError: A cache is not writable.
     """
     caches = (datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE)
     for cache in map(Path, caches):
@@ -152,25 +152,25 @@ def _check_caches() -> None:
         except InputError as error:
             reason = getattr(error.__cause__, "strerror", "")
             raise InputError(
-                f"cannot write into the cache {cache}: {reason}; set HF_HOME to a folder that can be written"
+                f"cannot write into the cache {cache}: {reason}; set HF_HOME to a writable folder"
             ) from error
 
 
 def held_out_of(split: str | None) -> tuple[str, float, int] | None:
-    """Return the split, fraction and seed of what `hold_out` has named, None for other splits."""
+    """Return split, fraction and seed of the name of a held-out split; None for other splits."""
     held = re.fullmatch(r"(.+)/held-out-(\d+(?:\.\d+)?(?:e-\d+)?)-(\d+)", split or "")
     return (held[1], float(held[2]), int(held[3])) if held and 0 < float(held[2]) < 1 else None
 
 
 def labels_of(source: Source) -> np.ndarray:
-    """Return the label of each image of a map-style source, -1 where it has none.
+    """Return the label of each image of a map-style source, -1 if missing.
 
     Raises:
-        InputError: A label is less than -1, or too large for any data set (`MOST_CLASSES`).
+        InputError: A label is less than -1, or not below the limit (`MOST_CLASSES`).
     """
     labels = source.rows.data.column("label") if isinstance(source.rows, datasets.Dataset) else None
     assert labels is not None
-    if source.rows._indices is not None:  # some of the rows
+    if source.rows._indices is not None:  # a selection of the rows
         labels = labels.take(source.rows._indices.column(0).combine_chunks())
     bounds = pc.min_max(labels).as_py()
     if labels.null_count < len(labels) and (bounds["min"] < -1 or bounds["max"] >= MOST_CLASSES):
@@ -184,21 +184,21 @@ def labels_of(source: Source) -> np.ndarray:
 
 
 def hold_out(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
-    """Split images in two, with the same share of each class; the same two for the same arguments.
+    """Split images in two parts, with the same share of each class. Deterministic.
 
     Args:
         source: Map-style labelled images.
         fraction: Share of each class's images to hold out, at least one image.
-        seed: Chooses them.
+        seed: Seed of the random selection.
 
     Returns:
-        Those that are left, and those that are held out, whose split is named so that `open_source`
-        finds them again.
+        The remaining part, and the held-out part, whose split has a name that `open_source`
+        understands.
 
     Raises:
-        InputError: An image has no label, or a class has too few images to be on both sides.
+        InputError: A label is missing, or a class has too few images for both parts.
     """
-    fraction = float(f"{fraction:g}")  # as the split's name says it
+    fraction = float(f"{fraction:g}")  # as in the split's name
     labels = labels_of(source)
     if (labels < 0).any():
         raise InputError(f"image {np.argmax(labels < 0)} of {source.split} in {source.name} has no label")
@@ -223,12 +223,12 @@ def hold_out(source: Source, fraction: float, seed: int) -> tuple[Source, Source
 
 
 class Rows(NamedTuple):
-    """The rows of one split as `datasets` gives them.
+    """The rows of one split.
 
     Attributes:
         rows: Map-style or iterable dataset.
-        num_rows: Their number, where it is known before they are read.
-        read: From an image of a row to its content.
+        num_rows: Number of rows, if known before they are read.
+        read: Returns the content of a row's image.
         skipped: As for `Source`.
     """
 
@@ -239,7 +239,7 @@ class Rows(NamedTuple):
 
 
 def _find(src: str) -> tuple[list[str], Callable[[str, bool], Rows]]:
-    """Return the splits of `src`, and what loads one of them."""
+    """Return the splits of `src`, and a function that loads one of them."""
     path = Path(src)
     if not src:
         raise InputError("the data's name is empty; name a folder, a file or a Hub dataset id ORG/NAME")
@@ -253,14 +253,14 @@ def _find(src: str) -> tuple[list[str], Callable[[str, bool], Rows]]:
         builder = datasets.load_dataset_builder(str(path))
         if builder.name == "imagefolder" and (beside := [p for p in path.iterdir() if _is_data(p)]):
             raise InputError(
-                f"{src} has images and also {beside[0].name}; move that elsewhere to read the images, or name it to "
-                "read it"
+                f"{src} has images and also {beside[0].name}; move that elsewhere to read the images, or name the "
+                "file to read it"
             )
     elif matches := sorted(glob.glob(src)):
         kinds = {FILE_FORMATS.get(Path(match).suffix) for match in matches}
         kind = kinds.pop()
         if kinds or kind is None:
-            raise InputError(f"{src} is no {', no '.join(FILE_FORMATS)} file; name one kind of those, or a folder")
+            raise InputError(f"{src} must be files of one format ({', '.join(FILE_FORMATS)}) or a folder")
         files: dict[str, list[str]] = {}
         for match in map(Path, matches):
             split = _split_in(match.name) or _split_in(match.absolute().parent.name) or "train"
@@ -268,18 +268,18 @@ def _find(src: str) -> tuple[list[str], Callable[[str, bool], Rows]]:
         builder = datasets.load_dataset_builder(kind, data_files=files)
     else:
         _check_on_hub(src)
-        with contextlib.suppress(HTTPError, HFValidationError, OSError):  # `datasets` reports those itself
+        with contextlib.suppress(HTTPError, HFValidationError, OSError):  # reported by `datasets`
             _check_configs(Path(hf_hub_download(src, "README.md", repo_type="dataset")))
         builder = datasets.load_dataset_builder(src)
 
     if builder.name not in READERS:
-        raise InputError(f"{src} has files that `datasets` reads as {builder.name}; there are {', '.join(READERS)}")
+        raise InputError(f"{src}: files of type {builder.name} are not supported; use {', '.join(READERS)}")
     data_files = builder.config.data_files
 
     def load(split: str, streaming: bool) -> Rows:
         members = [name for file in data_files[split] for name in _members(Path(file))]
-        # Only this split's files are named, or `datasets` would fetch and convert all splits. It
-        # takes names for patterns.
+        # Pass only this split's files, or `datasets` would download and convert all splits. Names are
+        # escaped because it interprets them as patterns.
         files = {split: [glob.escape(file) for file in data_files[split]]}
         if builder.name == "webdataset":
             rows = read_shards(files, members, split, streaming)
@@ -292,19 +292,19 @@ def _find(src: str) -> tuple[list[str], Callable[[str, bool], Rows]]:
             return Rows(rows, len(rows), read)
         if builder.name == "parquet" and all(Path(file).is_file() for file in data_files[split]):
             return Rows(rows, sum(parquet.read_metadata(file).num_rows for file in data_files[split]), read)
-        known = (builder.info.splits or {}).get(split)  # a repository's card may say
+        known = (builder.info.splits or {}).get(split)  # may be in the repository's card
         return Rows(rows, known.num_examples if known and known.num_examples else None, read)
 
     return list(data_files), load
 
 
 def _check_on_hub(src: str) -> None:
-    """Refuse a name that is none of a file or folder here, and cannot be or is not found on the Hub.
+    """Check that a name that is not a local file or folder exists on the Hub.
 
-    `datasets` would try for half a minute to reach the Hub before it reports a misspelt name.
+    `datasets` would retry for half a minute before it reports a misspelt name.
 
     Raises:
-        InputError: It is a path, the Hub does not have it, or cannot be reached.
+        InputError: The name is a path, does not exist on the Hub, or the Hub is not reachable.
     """
     folder, name = os.path.split(src.rstrip("/"))
     names = os.listdir(folder or os.curdir) if os.path.isdir(folder or os.curdir) else []
@@ -318,9 +318,9 @@ def _check_on_hub(src: str) -> None:
         HfApi().dataset_info(src, timeout=HUB_TIMEOUT)
     except HfHubHTTPError as error:
         if error.response.status_code not in (401, 404):
-            return  # `datasets` reports what else the Hub answers
-        hint = hint or "check the name, and for a private data set log in with `hf auth login`"
-        raise InputError(f"{missing}, and no data set of this name on the Hub; {hint}") from error
+            return  # `datasets` reports other errors
+        hint = hint or "check the name, and for a private dataset log in with `hf auth login`"
+        raise InputError(f"{missing}, and no dataset of this name on the Hub; {hint}") from error
     except OfflineModeIsEnabled as error:
         raise InputError(
             f"{missing}; {hint or 'the Hub cannot be reached in offline mode (HF_HUB_OFFLINE)'}"
@@ -330,15 +330,15 @@ def _check_on_hub(src: str) -> None:
 
 
 def _check_configs(card: Path) -> None:
-    """Refuse a card whose `configs` name data files outside of the dataset, or a protocol to open them by.
+    """Check that the `configs` of a dataset card refer only to files of the dataset, and to no other protocol.
 
     Raises:
-        InputError: It does.
+        InputError: A data file is outside of the dataset, or the metadata is invalid.
     """
     if not card.is_file():
         return
     text = read_text(card)
-    block = REGEX_YAML_BLOCK.search(text)  # as `datasets` finds it
+    block = REGEX_YAML_BLOCK.search(text)  # the same expression as in `datasets`
     try:
         metadata = text if card.suffix == ".yaml" else block[2] if block else ""
         check_yaml(metadata)
@@ -357,22 +357,22 @@ def _check_configs(card: Path) -> None:
 
 
 def _image_files(src: str, reader: str, data_files: Sequence[str]) -> ImageFiles:
-    """Return where the images of some data files may be read from, where their content is not in them."""
+    """Return the files that may be read for images that the data files refer to by path."""
     is_local = os.path.isdir(src) or not data_files[0].startswith("hf://")
     if reader != "imagefolder":
         folder = os.path.commonpath([os.path.dirname(file) for file in data_files])
         return ImageFiles(Path(folder) if is_local else None)
-    # Its paths are those of the files that `datasets` has found there itself, or has fetched into its caches.
+    # The paths are those of files that `datasets` itself has listed, or downloaded to its caches.
     home = [f"hf://datasets/{src}@", f"hf://datasets/{src}/"]
     places = (src, datasets.config.EXTRACTED_DATASETS_PATH, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
     return ImageFiles(listed=(*home, *(f"{os.path.abspath(place)}{os.sep}" for place in places)))
 
 
 def _members(path: Path) -> list[str]:
-    """Return the names of the files in a tar file; empty for another, or one on the Hub.
+    """Return the names of the files in a local tar file; empty for other files.
 
     Raises:
-        InputError: It was cut off or damaged, and its readers would take it for a shorter one.
+        InputError: The file is truncated or damaged, which readers would not notice.
     """
     if path.suffix != ".tar" or not path.is_file():
         return []
@@ -384,21 +384,21 @@ def _members(path: Path) -> list[str]:
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 names += [member.name] * member.isfile()
     except tarfile.TarError as error:
-        raise InputError(f"{path} is no whole tar file ({error}); fetch it again") from error
+        raise InputError(f"{path} is not a complete tar file ({error}); download it again") from error
     with path.open("rb") as file:
         file.seek(end)
         if file.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
-            raise InputError(f"{path} was cut off or damaged at byte {end}; fetch it again")
+            raise InputError(f"{path} is truncated or damaged at byte {end}; download it again")
     return names
 
 
 def _check_saved(path: Path) -> None:
-    """Check that what `save_to_disk` is said to have written are regular files of the folder itself.
+    """Check that the files of a dataset written by `save_to_disk` are regular files in its folder.
 
-    `datasets` opens whatever is named: a pipe would hold it up for good, another path leads out of the folder.
+    `datasets` opens any path in the list: a pipe would block it forever, and another path may leave the folder.
 
     Raises:
-        InputError: They are not.
+        InputError: A file is not in the folder, or the list is invalid.
     """
     folders = [path]
     try:
@@ -410,12 +410,12 @@ def _check_saved(path: Path) -> None:
                     with open_regular(folder / _own_name(file["filename"])):
                         pass
     except (KeyError, TypeError) as error:
-        raise InputError(f"cannot read the data {path}: its list of files is not one of save_to_disk") from error
+        raise InputError(f"cannot read the data {path}: its list of files is invalid") from error
 
 
 def _own_name(name: str) -> str:
     if os.path.basename(name) != name or name in ("", ".", ".."):
-        raise InputError(f"the data name {name}, which is not in their own folder; only files of the data are read")
+        raise InputError(f"the data refer to {name}, which is outside of their folder; only their own files are read")
     return name
 
 
@@ -427,7 +427,7 @@ def _find_saved(path: Path) -> tuple[list[str], Callable[[str, bool], Rows]]:
 
     def load(split: str, streaming: bool) -> Rows:
         rows = saved[split]
-        # As many parts as there may be processes and loaders to share them.
+        # Enough shards for all processes and workers.
         parts = min(max(1, len(rows)), MAX_PARTS)
         read = ImageFiles(path).read
         return Rows(rows.to_iterable_dataset(num_shards=parts) if streaming else rows, len(rows), read)
@@ -436,17 +436,17 @@ def _find_saved(path: Path) -> tuple[list[str], Callable[[str, bool], Rows]]:
 
 
 def _class_folders(path: Path) -> dict[str, Path] | None:
-    """Return the folder of each split if `path` holds class folders, or splits of class folders.
+    """Return the folder of each split if `path` contains class folders, or splits with class folders.
 
-    `datasets` has a builder for them, which takes a class called `test tube` for a test split, a
-    name with a bracket for a pattern, gives a single class no label and does not follow links.
+    The builder of `datasets` for class folders takes a class called `test tube` for a test split and
+    a name with a bracket for a pattern, ignores the label of a single class and does not follow links.
 
     Raises:
-        InputError: Some folders are named as splits and others as classes, or two as the same split.
+        InputError: Folders of splits and of other names are mixed, or two folders are the same split.
     """
     folders = _folders(path, Skipped())
     files = [p for p in path.iterdir() if p.is_file()]
-    # Where something else than the folders' names says what is what, `datasets` shall read that.
+    # If a card or a metadata file describes the data, `datasets` reads it.
     configured = any(file.name == "README.md" and b"\nconfigs:" in _head(file) for file in files)
     described = any(_describes_images(place / name) for place in (path, *folders) for name in METADATA)
     if configured or described or any(map(_is_data, files)):
@@ -477,7 +477,7 @@ def _class_folders(path: Path) -> dict[str, Path] | None:
 
 
 def _folders(path: Path, skipped: Skipped) -> list[Path]:
-    """Return the folders in a folder: each real one once, and none that is hidden, a system's own or above `path`."""
+    """Return the subfolders of a folder, each once, without hidden and system folders and parents of `path`."""
     above = {identity(parent) for parent in (path.resolve(), *path.resolve().parents)}
     found: dict[tuple[int, int], Path] = {}
     for folder in sorted((p for p in path.iterdir() if p.is_dir()), key=lambda p: (p.is_symlink(), p)):
@@ -501,7 +501,7 @@ def _head(path: Path) -> bytes:
 
 
 def _describes_images(path: Path) -> bool:
-    """Return whether a file of a name in `METADATA` is what `datasets` goes by: names of images, and data of each."""
+    """Return whether a file with a name in `METADATA` has a column of file names, as `datasets` requires."""
     if not path.is_file():
         return False
     try:
@@ -535,7 +535,7 @@ def _load_class_folders(path: Path, streaming: bool) -> Rows:
         if _is_data(file) or (file.name in METADATA and _describes_images(file)):
             raise InputError(
                 f"{path} has images in class folders and also {file}; move that elsewhere to read the images, or name "
-                "it or its folder to read it"
+                "the file or its folder to read it"
             )
     if not files:
         raise InputError(f"{path} has no image in its class folders")
@@ -574,7 +574,7 @@ def _describe(src: str, split: str, loaded: Rows, label_column: str | None, labe
     rows, num_rows, read, skipped = loaded
     features = rows.features
     if features is None:
-        raise InputError(f"{src} does not say what its columns are; read it without --streaming")
+        raise InputError(f"{src} does not define its columns; read it without --streaming")
     images = [name for name in IMAGE_COLUMNS if name in features and _may_be_images(features[name])]
     images += [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if not images:
@@ -588,17 +588,17 @@ def _describe(src: str, split: str, loaded: Rows, label_column: str | None, labe
     label = features[labels[0]] if labels else None
     kind = "int64" if label is None else getattr(label, "dtype", "")  # a ClassLabel's is int64, too
     if not re.fullmatch(r"u?int\d+", kind):
-        raise InputError(f"column {labels[0]} of {src} holds no class numbers; name another with --label-column")
-    # Decoding is ours: `datasets` would turn images by their EXIF orientation, which timm does not,
-    # and one corrupt image would end a whole stream. First of all, for a stream decodes its rows
-    # as soon as they are mapped to others, as renaming does.
+        raise InputError(f"column {labels[0]} of {src} is not of class numbers; name another with --label-column")
+    # Disable decoding: `datasets` would apply the EXIF orientation, which timm does not, and one
+    # corrupt image would end a stream. This comes first, because streams decode rows when columns
+    # are renamed.
     rows = rows.cast_column(images[0], datasets.Image(decode=False))
     columns = {images[0]: "image"} | ({labels[0]: "label"} if labels else {})
     rows = rows.select_columns(list(columns))
     rows = rows.rename_columns({old: new for old, new in columns.items() if old != new})
     return Source(
         name=src if not Path(src).exists() and not glob.has_magic(src) else Path(src).resolve().name,
-        split=str(split),  # not a type of `datasets` of its own
+        split=str(split),  # `datasets` uses a subclass of str
         rows=rows,
         class_names=list(label.names) if isinstance(label, datasets.ClassLabel) else None,
         num_rows=num_rows,
@@ -608,7 +608,7 @@ def _describe(src: str, split: str, loaded: Rows, label_column: str | None, labe
 
 
 def _may_be_images(feature: Any) -> bool:
-    """Tell whether a column holds images, or bytes or paths or both that can be some."""
+    """Return whether a column may contain images: as such, or as bytes or paths."""
     return isinstance(feature, datasets.Image | dict) or getattr(feature, "dtype", "").removeprefix("large_") in (
         "binary",
         "string",
@@ -616,12 +616,12 @@ def _may_be_images(feature: Any) -> bool:
 
 
 class StreamSamples(torch.utils.data.IterableDataset):
-    """Samples of an iterable dataset, in order; `datasets` shares its files among the workers.
+    """Samples of an iterable dataset, in order; `datasets` distributes its shards among the workers.
 
     Args:
         rows: The rows.
         samples: Makes samples of them.
-        name: What to call these rows in a message; their place in the whole is not known.
+        name: Name of these rows in messages; their position in the whole dataset is unknown.
     """
 
     def __init__(self, rows: datasets.IterableDataset, samples: Samples, name: str) -> None:
@@ -638,6 +638,6 @@ class StreamSamples(torch.utils.data.IterableDataset):
                 yield self.samples(f"image {done} of {name}", row)
                 done += 1
         except Exception as error:
-            # A file that ends too early or is none of its kind; `datasets` has no one type for it.
-            fatal = f"cannot read on after {done} images: {str(error) or type(error).__name__}"
+            # `datasets` raises various errors for truncated or invalid files.
+            fatal = f"cannot continue after {done} images: {str(error) or type(error).__name__}"
             yield Sample(name, fatal=fatal)

@@ -1,7 +1,7 @@
-"""WebDataset shards read with one column of images, whatever their formats.
+"""WebDataset shards with one image column for all image formats.
 
-`datasets` makes a column of each extension, and only of those that the first samples have. In a module of
-its own, whose functions `datasets` exchanges for others that read over the network.
+`datasets` creates one column per extension, and only for the extensions of the first samples. This is a separate
+module because `datasets` patches the functions of a builder's module to read over the network.
 """
 
 import re
@@ -14,22 +14,22 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plu
 
 from res2net_zoo.data.images import is_hidden, is_image
 
-# Which of a sample's images is the one to classify, where there are several.
+# Extensions in order of preference, for samples with several images.
 FIRST = ("image", "img", "jpg", "jpeg", "png", "webp")
-EXTENSION = "__extension__"  # of the image, where a sample has one
+EXTENSION = "__extension__"  # of the image, if a sample has one
 
 
 def read_shards(files: dict[str, list[str]], members: list[str], split: str, streaming: bool) -> Any:
     """Return the rows of one split of shards.
 
     Args:
-        files: Patterns of each split's shards.
-        members: Names of the files in all of them, where they are known.
-        split: Which split.
-        streaming: Whether to read the samples as they come.
+        files: Patterns for the shards of each split.
+        members: Names of the files in all shards, if known.
+        split: The split.
+        streaming: Whether to return an iterable dataset.
     """
     features = _features(_field(name) for name in members if _is_visible(name)) if members else None
-    # The name and the hash take part in the name of what is cached.
+    # Name and hash are part of the cache's path.
     builder = ImageShards(data_files=files, features=features, dataset_name="image_shards", hash="1")
     if streaming:
         return builder.as_streaming_dataset(split=split)
@@ -49,9 +49,9 @@ def _text(content: bytes) -> str:
 
 
 class ImageShards(WebDataset):
-    """Samples with the columns `image` and one for each other lower-case extension of whole numbers or text."""
+    """Samples with the column `image`, and one column per other extension with integers or text, in lower case."""
 
-    # What else a sample has is left as it is, and out.
+    # Other files of a sample are ignored.
     DECODERS = {name: _whole_number for name, decoder in WebDataset.DECODERS.items() if decoder is int} | {"txt": _text}
 
     @classmethod
@@ -64,7 +64,7 @@ class ImageShards(WebDataset):
             yield row
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        if not self.info.features:  # from the first samples
+        if not self.info.features:  # infer them from the first samples
             path = next(iter(dl_manager.download(self.config.data_files).values()))[0]
             rows = self._get_pipeline_from_tar(path, dl_manager.iter_archive(path))
             first = islice(rows, self.NUM_EXAMPLES_FOR_FEATURES_INFERENCE)
@@ -79,7 +79,7 @@ class ImageShards(WebDataset):
 
 
 def _features(fields: Iterable[str | None]) -> datasets.Features:
-    """Return the columns of samples that have these fields: the image, whole numbers and text."""
+    """Return the columns for samples with the given fields: the image, integers and text."""
     columns = {}
     for field in sorted({field.lower() for field in fields if field and not _holds_image(field)}):
         if decoder := ImageShards.DECODERS.get(field.split(".")[-1]):

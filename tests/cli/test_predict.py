@@ -118,7 +118,7 @@ def test_names_of_imagenet(in_process, digits, tmp_path):
     ("args", "words"),
     [
         (["no/such.jpg"], "there is no file or folder no/such.jpg"),
-        (["tests/*.jpg"], "there is no file that fits the pattern tests/*.jpg"),
+        (["tests/*.jpg"], "there is no file that matches the pattern tests/*.jpg"),
         (["res2net_zoo"], "there is no image in res2net_zoo"),
         (["README.md"], "README.md is corrupt (not an image of a supported format)"),
         (["README.md", "--skip-corrupt"], "none of the 1 images can be decoded"),
@@ -194,7 +194,7 @@ def test_what_is_left_out_of_folders_is_reported(in_process, tmp_path):
         paths = [json.loads(line)["path"] for line in result.stdout.splitlines()]
         assert paths == [f"{tmp_path}/a/0.png", f"{tmp_path}/b/3.GIF"]
         (line,) = result.stderr.splitlines()
-        assert line.startswith("warning: left out: hidden or system folders: 2 (such as ")
+        assert line.startswith("warning: skipped: hidden or system folders: 2 (such as ")
         assert ".txt files: 1 (such as" in line or "**" in args[0]
 
 
@@ -226,4 +226,4 @@ def test_images_of_very_many_pixels(in_process, tmp_path):
             header = header[:29] + zlib.crc32(header[12:29]).to_bytes(4, "big") + header[33:]
         (tmp_path / f"lies.{kind}").write_bytes(header)
         line = input_error(in_process(PREDICT, tmp_path / f"lies.{kind}"))
-        assert f"it claims 12000 x 12000 pixels, more than its {len(header):,} bytes can hold" in line
+        assert f"it declares 12000 x 12000 pixels, more than its {len(header):,} bytes can hold" in line

@@ -93,7 +93,7 @@ def test_what_cannot_meet_is_refused():
     for label in (-1, 10):
         with pytest.raises(InputError, match="from 0 to 9"):
             classes.targets(label, None)
-    with pytest.raises(InputError, match="no label"):
+    with pytest.raises(InputError, match="its label is missing"):
         classes.targets(None, None)
 
 

@@ -305,7 +305,7 @@ def test_links_that_lead_back_are_followed_once(tmp_path):
     source = open_source(str(data))
     assert source.class_names == ["bird", "cat", "dog"]
     assert greys(source) == [(0, 0), (0, 1), (1, 1), (2, 2)]
-    assert "links to folders that are read already or lie above: 8 (such as" in source.skipped
+    assert "links to parent folders or folders already included: 8 (such as" in source.skipped
     names = [Path(path).relative_to(tmp_path) for path in find_images([str(data)])]
     assert sorted(str(path) for path in names) == [
         "data/bird/0.png", "data/cat/0.png", "data/cat/more/1.png", "data/dog/2.png"
@@ -320,7 +320,9 @@ def test_images_in_folders_beside_data_files_are_not_guessed_at(tmp_path, name):
     for place in ("", "data/deep"):
         folder = tree(tmp_path / f"beside{len(place)}", "a/0.png", "b/1.png", "data/deep/images/2.png")
         shutil.copy(make_parquet(tmp_path), folder / place / name)
-        with pytest.raises(InputError, match=rf"has images .*and also .*{name}; move that elsewhere .*or name it"):
+        with pytest.raises(
+            InputError, match=rf"has images .*and also .*{name}; move that elsewhere .*or name the file"
+        ):
             open_source(str(folder))
 
 
@@ -435,7 +437,7 @@ def test_a_misspelt_name_names_those_that_are_near(hub, tmp_path, monkeypatch):
     for word, near in (("my_imagse", "my_images"), ("my_images/trian", "my_images/train"), ("./my_image", "my_images")):
         with pytest.raises(InputError, match=rf"there is no folder or file {word}.*did you mean .*{near}\?"):
             open_source(word)
-    with pytest.raises(InputError, match=r"nothing_near, and no data set of this name on the Hub; check the name"):
+    with pytest.raises(InputError, match=r"nothing_near, and no dataset of this name on the Hub; check the name"):
         open_source("nothing_near")
 
 
@@ -460,7 +462,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.builder.config.HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
     for streaming in (False, True):
         with pytest.raises(
-            InputError, match=r"cannot write into the cache .*file/cache: Not .*; set HF_HOME to a fold"
+            InputError, match=r"cannot write into the cache .*file/cache: Not .*; set HF_HOME to a writ"
         ):
             open_source(data, streaming=streaming)
     assert greys(open_source(str(tree(tmp_path / "folders", "a/0.png")))) == [(0, 0)]
@@ -530,7 +532,7 @@ def test_a_tar_file_that_was_cut_off_or_damaged(tmp_path, streaming, damage):
     """Its readers take the damage for the end, and some images would not be counted."""
     make_webdataset(tmp_path)
     (tmp_path / "bad.tar").write_bytes(damage((tmp_path / "val-0.tar").read_bytes()))
-    with pytest.raises(InputError, match=r"(cut off|whole tar file).* fetch it again"):
+    with pytest.raises(InputError, match=r"(truncated|complete tar file).* download it again"):
         open_source(str(tmp_path / "bad.tar"), streaming=streaming)
 
 
@@ -542,7 +544,7 @@ def test_columns_that_are_missing(tmp_path):
     for name, words in (
         ("no_label", "no column of labels"),
         ("no_image", "no column of images; its columns are label"),
-        ("words", "holds no class numbers"),
+        ("words", "is not of class numbers"),
     ):
         with pytest.raises(InputError, match=words):
             open_source(str(tmp_path / f"{name}.parquet"))

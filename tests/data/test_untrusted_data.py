@@ -280,7 +280,7 @@ def test_jpegs_that_claim_more_pixels_than_they_hold(in_process, tmp_path):
     claimed = content[:height] + (12_000).to_bytes(2, "big") * 2 + content[height + 4 :]
     (tmp_path / "huge.jpg").write_bytes(claimed)
     message = input_error(in_process("scripts/predict.py", tmp_path / "huge.jpg"))
-    assert f"it claims 12000 x 12000 pixels, more than its {len(claimed):,} bytes can hold" in message
+    assert f"it declares 12000 x 12000 pixels, more than its {len(claimed):,} bytes can hold" in message
 
 
 @pytest.mark.first_case
@@ -295,12 +295,12 @@ def test_a_saved_dataset_names_regular_files_of_its_own(tmp_path, name):
     (folder / "zero.arrow").symlink_to("/dev/zero")
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**state, "_data_files": [{"filename": name}]}))
-    with pytest.raises(InputError, match=r"in their own folder|not a regular file|not one of save_to_disk"):
+    with pytest.raises(InputError, match=r"outside of their folder|not a regular file|list of files is invalid"):
         open_source(str(folder))
 
 
 @pytest.mark.parametrize("split", ["../other", "/tmp", "https://x/y", ".."])
 def test_a_saved_dataset_names_splits_of_its_own(tmp_path, split):
     (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": [split]}))
-    with pytest.raises(InputError, match="in their own folder"):
+    with pytest.raises(InputError, match="outside of their folder"):
         open_source(str(tmp_path))

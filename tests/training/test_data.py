@@ -299,10 +299,10 @@ def test_pixels_of_unknown_range_are_found_before_training(accelerator, tmp_path
         (pa.int64(), [0, -1], "image 1 of train in data has no label"),
         (pa.uint8(), [0, None], "image 1 of train in data has no label"),
         (pa.uint64(), [0, None], "image 1 of train in data has no label"),
-        (pa.float32(), [0, 1], "column label of .* holds no class numbers"),
-        (pa.float64(), [0, float("nan")], "column label of .* holds no class numbers"),
-        (pa.bool_(), [False, True], "column label of .* holds no class numbers"),
-        (pa.string(), ["a", "b"], "column label of .* holds no class numbers"),
+        (pa.float32(), [0, 1], "column label of .* is not of class numbers"),
+        (pa.float64(), [0, float("nan")], "column label of .* is not of class numbers"),
+        (pa.bool_(), [False, True], "column label of .* is not of class numbers"),
+        (pa.string(), ["a", "b"], "column label of .* is not of class numbers"),
     ],
 )
 def test_labels_are_checked_before_anything_of_their_size_is_made(accelerator, tmp_path, kind, labels, words):

@@ -184,7 +184,7 @@ def test_an_evaluation_split_without_a_readable_image_is_one_line(in_process, tm
     result = in_process(FINETUNE, *args, *options, "--output", folder)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert ("of 2 images of validation" in line or "no image to count in split validation: 2 cannot" in line) or (
+    assert ("of 2 images of validation" in line or "no image to evaluate in split validation: 2 cannot" in line) or (
         "none of the 2 images of validation in data can be decoded" in line
     )
     assert not (folder / "config.json").exists()
