@@ -1,1 +1,1 @@
-"""What any program needs, and nothing about models: errors, files, processes, the console, the Hub's client."""
+"""Utilities that do not depend on models: errors, files, processes, the console, access to the Hub."""

@@ -1,1 +1,1 @@
-"""From an original's file to a model folder: readers, renaming, configs, cards, fingerprints, provenance."""
+"""Original weight files and model folders: readers, key renaming, configs, cards, fingerprints, provenance."""

@@ -1,4 +1,4 @@
-"""Model cards and evaluation results, by huggingface_hub's own classes."""
+"""Model cards and evaluation results, built with huggingface_hub's classes."""
 
 import importlib
 import re
@@ -13,7 +13,7 @@ from res2net_zoo.catalog import Accuracy, Checkpoint
 from res2net_zoo.utils.markdown import markdown_table
 from res2net_zoo.weights.provenance import of_checkpoint
 
-# Names of data sets in the catalogue that are other ones on the Hub.
+# Datasets of the catalogue and their ids on the Hub.
 HUB_DATASETS = {"imagenet-1k": "ILSVRC/imagenet-1k", "imagenette2": "frgfm/imagenette"}
 
 TEMPLATE = Path(__file__).with_name("card.md")
@@ -97,16 +97,16 @@ def model_card_data(
 
 
 def checkpoint_card(checkpoint: Checkpoint, metadata: dict[str, str]) -> ModelCard:
-    """Make the card of one of the catalogue's checkpoints.
+    """Make the model card of a checkpoint in the catalogue.
 
     Args:
-        checkpoint: Which.
-        metadata: What its weights' file says of itself: source, source_sha256 and converter.
+        checkpoint: The checkpoint.
+        metadata: Metadata of its safetensors file: source, source_sha256 and converter.
 
     Returns:
         The card.
     """
-    # Of each dataset the first accuracy is the one to compare with.
+    # The first accuracy of each dataset is the one that validation compares with.
     first = {accuracy.dataset: accuracy for accuracy in reversed(checkpoint.accuracies)}
     origin = of_checkpoint(checkpoint, metadata)
     return ModelCard.from_template(
@@ -126,15 +126,15 @@ def checkpoint_card(checkpoint: Checkpoint, metadata: dict[str, str]) -> ModelCa
 
 
 def unreleased_card(checkpoint: Checkpoint, metadata: dict[str, str], name: str) -> ModelCard:
-    """Make the card of a file of a release's architecture and format that is not the released one.
+    """Make the model card of weights converted from a file that differs from the released one.
 
     Args:
-        checkpoint: Whose architecture and preprocessing it was taken to have.
-        metadata: What its weights' file says of itself.
+        checkpoint: The checkpoint whose architecture and preprocessing were assumed.
+        metadata: Metadata of its safetensors file.
         name: The model's name.
 
     Returns:
-        The card, which claims nothing that nobody has said: no licence, no accuracy.
+        The card, without licence and accuracies.
     """
     return ModelCard.from_template(
         model_card_data(name, None),
@@ -150,21 +150,21 @@ def unreleased_card(checkpoint: Checkpoint, metadata: dict[str, str], name: str)
 
 
 def training_data(checkpoint: Checkpoint) -> str:
-    """Return what a checkpoint was trained on, which its tag says."""
+    """Return the training dataset of a checkpoint, which its tag indicates."""
     return HUB_DATASETS["imagenette2"] if checkpoint.tag.endswith("imagenette") else "imagenet-1k"
 
 
 def eval_results(checkpoint: Checkpoint) -> dict[str, list[EvalResultEntry]]:
-    """Return a checkpoint's published top-1 accuracies as the Hub's `.eval_results` has them.
+    """Return a checkpoint's published top-1 accuracies in the Hub's `.eval_results` format.
 
-    The Hub shows them where the data set is one of its benchmarks, so only those data sets count
-    that it has. It knows no second figure of the same data, such as top-5.
+    The Hub displays them for datasets that are registered as benchmarks, so other datasets are
+    omitted. It supports one metric per dataset, so top-5 is omitted as well.
 
     Args:
-        checkpoint: Which.
+        checkpoint: The checkpoint.
 
     Returns:
-        The entries, by the name of the file that they belong into.
+        The entries, by file name.
     """
     size, crop, interpolation = checkpoint.input_size[1], checkpoint.crop_pct, checkpoint.interpolation
     entries: dict[str, list[EvalResultEntry]] = {}
@@ -184,7 +184,7 @@ def eval_results(checkpoint: Checkpoint) -> dict[str, list[EvalResultEntry]]:
 
 
 def in_timm(architecture: str) -> bool:
-    """Tell whether timm has an architecture by itself, whoever answers for it in its registry now."""
+    """Return whether timm itself has an architecture, even if the zoo has replaced its entry in the registry."""
     modules = (importlib.import_module(f"timm.models.{name}") for name in ("res2net", "dla"))
     return any(hasattr(module, architecture) for module in modules)
 
@@ -202,17 +202,17 @@ def _facts(checkpoint: Checkpoint, metadata: dict[str, str]) -> dict[str, Any]:
         ("evaluation", f"{size} x {size}, crop {checkpoint.crop_pct}, {checkpoint.interpolation}"),
         ("papers", ", ".join(f"[arXiv:{paper}](https://arxiv.org/abs/{paper})" for paper in papers)),
     ]
-    released = checkpoint.sha256 or "none was ever published"
+    released = checkpoint.sha256 or "not published"
     if 0 < len(checkpoint.sha256) < 64:
-        released = f"{checkpoint.sha256}..., of which no more was published"
+        released = f"{checkpoint.sha256}... (only these digits were published)"
     source = metadata["source"]
     provenance = [
         ("released by", checkpoint.released_by),
         ("original file", f"<{source}>" if source.startswith("https://") else source),
-        ("its SHA-256", f"`{metadata['source_sha256']}`"),
-        ("as released", released),
-        ("licence, as released", licence),
-        ("converted by", f"Res2Net Zoo, `hub/convert.py`, version {metadata['converter']} of the conversion"),
+        ("SHA-256", f"`{metadata['source_sha256']}`"),
+        ("published SHA-256", released),
+        ("published licence", licence),
+        ("converted by", f"Res2Net Zoo, conversion version {metadata['converter']}"),
     ]
     figures = [(a.dataset, a.split, f"{a.top1:.3f}", f"{a.top5:.3f}", a.source) for a in checkpoint.accuracies]
     has_weights = in_timm(checkpoint.architecture) and checkpoint.hub_id.startswith("timm/")

@@ -1,7 +1,7 @@
-"""From an original's file to a timm state dict: safe readers, the renaming and the strict fit.
+"""Convert an original weight file to a timm state dict: safe readers, key renaming and strict loading.
 
-No file is unpickled without restriction, and what a file declares is held against its size before
-memory is taken for it.
+No file is unpickled without restriction, and declared sizes are compared with the size of the file
+before memory is allocated.
 """
 
 import math
@@ -21,18 +21,18 @@ from res2net_zoo.utils.files import open_regular
 from res2net_zoo.weights import torch_file
 from res2net_zoo.weights.pickles import Buildable, FormatError, PlainUnpickler, ordered_dict
 
-# The projections of trees of trees, which the authors' DLA weights have and nothing reads.
+# Projections of nested trees in the authors' DLA weights, whose outputs are never used.
 UNREAD_BY_DLA = ("level3.project.", "level4.project.", "level4.tree1.project.")
-VERSION = "1"  # of the conversion; another one may give other bytes
+VERSION = "1"  # of the conversion; increment it if the output changes
 
-LARGEST = 4 * 2**30  # bytes of an original; the catalogue's largest has 0.4 GB
-ENTRIES = 100_000  # of a MindSpore checkpoint
+LARGEST = 4 * 2**30  # bytes of an original file; the catalogue's largest has 0.4 GB
+ENTRIES = 100_000  # limit for a MindSpore checkpoint
 
 Tensors = dict[str, torch.Tensor]
 
 
 def short(name: object) -> str:
-    """Return a name from a file in bearable length."""
+    """Return a name from a file, shortened to 80 characters."""
     return text if len(text := str(name)) <= 80 else f"{text[:77]}..."
 
 
@@ -40,7 +40,7 @@ def short(name: object) -> str:
 
 
 def read_torch(path: Path) -> Tensors:
-    """Read a PyTorch file, in either of torch's formats: a state dict, or one under `state_dict`.
+    """Read a PyTorch file, in either of torch's formats, with a state dict at the top level or under `state_dict`.
 
     Args:
         path: The file.
@@ -49,8 +49,8 @@ def read_torch(path: Path) -> Tensors:
         Its tensors, on the CPU.
 
     Raises:
-        FormatError: It is cut short, packed, holds something else, or would run code.
-        InputError: It cannot be read.
+        FormatError: The file is truncated, compressed, contains something else, or would run code.
+        InputError: The file cannot be read.
     """
     state = torch_file.load(path)
     if isinstance(state, dict):
@@ -66,7 +66,7 @@ def read_torch(path: Path) -> Tensors:
 
 
 class _Dtype(Buildable):
-    """Stands for a NumPy type while a pickle is read: only numbers."""
+    """Stand-in for a NumPy dtype while a pickle is read; numeric types only."""
 
     def __init__(self, name: Any, *flags: Any) -> None:
         if not isinstance(name, str) or not re.fullmatch(r"[fiu][1248]", name):
@@ -74,7 +74,7 @@ class _Dtype(Buildable):
         self.name, self.order = name, "="
 
     def build(self, state: Any) -> None:
-        """Take the byte order."""
+        """Set the byte order."""
         self.order = state[1] if state[1] in ("<", ">", "=", "|") else "="
 
     @property
@@ -83,39 +83,39 @@ class _Dtype(Buildable):
 
 
 class _Array(Buildable):
-    """Stands for a NumPy array, which is made only of bytes that are there."""
+    """Stand-in for a NumPy array; allocates no more than the bytes in the file."""
 
     def __init__(self, *args: Any) -> None:
         self.array: np.ndarray | None = None
 
     def build(self, state: Any) -> None:
-        """Make the array of its shape, type, order and bytes."""
+        """Build the array from its shape, dtype, memory order and bytes."""
         _, shape, kind, is_fortran, raw = state
         raw = raw.encode("latin1") if isinstance(raw, str) else raw
         if not isinstance(kind, _Dtype) or not isinstance(raw, bytes) or not isinstance(shape, tuple):
-            raise FormatError("it has an array that is not one of numbers")
+            raise FormatError("it has an array that is not numeric")
         if not all(type(n) is int and 0 <= n < 2**63 for n in shape) or len(shape) > 8:
-            raise FormatError("it has an array whose shape is not valid")
+            raise FormatError("it has an array with an invalid shape")
         if math.prod(shape) * kind.dtype.itemsize != len(raw):
             raise FormatError(f"it has an array of shape {shape} with {len(raw):,} bytes")
         self.array = np.frombuffer(raw, kind.dtype).reshape(shape, order="F" if is_fortran else "C")
 
 
 class _ArrayType:
-    """Stands for NumPy's type of arrays, an argument of `_reconstruct`."""
+    """Stand-in for `numpy.ndarray`, an argument of `_reconstruct`."""
 
     def __init__(self, *args: Any) -> None:
-        raise FormatError("it has an array without its numbers")
+        raise FormatError("it has an array without data")
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
-    """Return bytes, which protocol 2 writes as text."""
+    """Return bytes, which pickle protocol 2 stores as text."""
     if not isinstance(text, str) or encoding != "latin1":
-        raise FormatError("its pickle encodes something else than bytes")
+        raise FormatError("its pickle encodes something other than bytes")
     return text.encode("latin1")
 
 
-# Stand-ins for what the pickle of a NumPy array names; none of NumPy's own functions is called.
+# Stand-ins for the globals in the pickle of a NumPy array; NumPy's own functions are never called.
 ARRAYS: dict[str, Any] = {
     "numpy._core.multiarray._reconstruct": _Array,
     "numpy.core.multiarray._reconstruct": _Array,
@@ -133,35 +133,35 @@ def read_paddle(path: Path) -> Tensors:
         path: The `.pdparams` file.
 
     Returns:
-        Its tensors, under their structured names.
+        Its tensors, by their structured names.
 
     Raises:
-        FormatError: It is cut short, holds something else, or would run code.
-        InputError: It cannot be read.
+        FormatError: The file is truncated, contains something else, or would run code.
+        InputError: The file cannot be read.
     """
     with open_regular(path) as file:
         content = PlainUnpickler(file, os.fstat(file.fileno()).st_size, ARRAYS).load()
     if not isinstance(content, dict):
         raise FormatError("it does not hold a state dict")
-    content.pop("StructuredToParameterName@@", None)  # of Paddle's own names, which nothing here asks for
-    joined = content.pop("UnpackBigParamInfor@@", {})  # what protocol 2 cannot write whole
+    content.pop("StructuredToParameterName@@", None)  # maps to Paddle's internal names, which are not needed
+    joined = content.pop("UnpackBigParamInfor@@", {})  # arrays too large for pickle protocol 2, stored in slices
     arrays: dict[str, np.ndarray] = {}
     while content:
         name, value = content.popitem()
         if not isinstance(value, _Array) or value.array is None:
             raise FormatError(f"its entry {short(name)} is not an array of numbers, or appears twice")
-        arrays[str(name)], value.array = value.array, None  # so that one array under two names is noticed
+        arrays[str(name)], value.array = value.array, None  # detects one array under two names
     _join(arrays, joined)
     return {name: torch.from_numpy(_native(arrays.pop(name))) for name in list(arrays)}
 
 
 def _native(array: np.ndarray) -> np.ndarray:
-    """Return an array as torch takes it: contiguous, writable and in this machine's byte order."""
+    """Return an array that torch accepts: contiguous, writable and in native byte order."""
     return np.require(array, array.dtype.newbyteorder("="), ["C", "W"])
 
 
 def _join(arrays: dict[str, np.ndarray], joined: Any) -> None:
-    """Join the slices of large arrays, each of which is used once."""
+    """Join the slices of large arrays; each slice must be used exactly once."""
     if not isinstance(joined, dict):
         raise FormatError("its list of large arrays is not valid")
     for name, part in joined.items():
@@ -171,7 +171,7 @@ def _join(arrays: dict[str, np.ndarray], joined: Any) -> None:
         if missing := [key for key in slices if not isinstance(key, str) or key not in arrays]:
             raise FormatError(f"the slice {short(missing[0])} of its large array {short(name)} is missing")
         if len(set(slices)) < len(slices) or (name in arrays and name not in slices):
-            raise FormatError(f"its large array {short(name)} is made of the same slice twice")
+            raise FormatError(f"its large array {short(name)} uses the same slice twice")
         pieces = [arrays.pop(key).reshape(-1) for key in slices]
         if not all(type(n) is int and 0 <= n < 2**63 for n in shape) or math.prod(shape) != sum(map(len, pieces)):
             raise FormatError(f"the slices of its large array {short(name)} do not fill its shape")
@@ -192,7 +192,7 @@ MINDSPORE_DTYPES = {
 
 @cache
 def _checkpoint_message() -> Any:
-    """Return the class of MindSpore's message `Checkpoint`, from the part of its schema that a weight needs."""
+    """Return the protobuf class of MindSpore's message `Checkpoint`, limited to the fields that weights need."""
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     field = descriptor_pb2.FieldDescriptorProto
@@ -220,11 +220,15 @@ def _checkpoint_message() -> Any:
 
 
 def _count_entries(data: bytes) -> None:
-    """Refuse a message of more entries than memory should be taken for, or of other fields than theirs."""
+    """Count the entries of a serialized message, before protobuf allocates memory for them.
+
+    Raises:
+        FormatError: There are more than the limit, or the message has other fields.
+    """
     place = entries = 0
     while place < len(data):
         if data[place] != 0x0A:  # field 1, of bytes that follow their length
-            raise FormatError("it has something else than entries")
+            raise FormatError("it has fields other than entries")
         size, shift, place, entries = 0, 0, place + 1, entries + 1
         while place < len(data):
             byte, place = data[place], place + 1
@@ -233,9 +237,9 @@ def _count_entries(data: bytes) -> None:
                 break
         place += size
         if entries > ENTRIES:
-            raise FormatError(f"it has more than {ENTRIES:,} entries, more than any state dict has")
+            raise FormatError(f"it has more entries than the limit of {ENTRIES:,}")
     if place > len(data):
-        raise FormatError("it is cut short")
+        raise FormatError("it is truncated")
 
 
 def read_mindspore(path: Path) -> Tensors:
@@ -248,8 +252,8 @@ def read_mindspore(path: Path) -> Tensors:
         Its tensors.
 
     Raises:
-        FormatError: It is cut short or holds something else.
-        InputError: It cannot be read.
+        FormatError: The file is truncated or contains something else.
+        InputError: The file cannot be read.
     """
     from google.protobuf.message import DecodeError
 
@@ -269,23 +273,23 @@ def read_mindspore(path: Path) -> Tensors:
     parts: dict[str, list[Any]] = {}
     last = ""
     for value in message.value:
-        if not isinstance(value.tag, str):  # protobuf returns bytes that are not UTF-8 as they are
+        if not isinstance(value.tag, str):  # protobuf returns invalid UTF-8 as bytes
             raise FormatError("it has a name that is not UTF-8")
         if value.tag in parts and value.tag != last:
             raise FormatError(f"its entry {short(value.tag)} appears twice")
-        parts.setdefault(value.tag, []).append(value.tensor)  # a large tensor is cut into several
+        parts.setdefault(value.tag, []).append(value.tensor)  # a large tensor is stored in several pieces
         last = value.tag
     return {name: _from_pieces(short(name), pieces) for name, pieces in parts.items()}
 
 
 def _from_pieces(name: str, pieces: list[Any]) -> torch.Tensor:
-    """Return a tensor from the pieces that MindSpore cuts it into."""
+    """Return a tensor joined from MindSpore's pieces."""
     first = pieces[0]
     if first.tensor_type not in MINDSPORE_DTYPES:
         raise FormatError(f"its entry {name} is of the unsupported type {short(first.tensor_type)}")
     if len(first.dims) > 8 or any(size < 0 for size in first.dims):
         raise FormatError(f"its entry {name} has {len(first.dims):,} dimensions or a negative one; the limit is 8")
-    # MindSpore writes a single 0 for a number that is not an array.
+    # MindSpore stores the shape of a scalar as a single 0.
     dtype, shape = MINDSPORE_DTYPES[first.tensor_type], [] if list(first.dims) == [0] else list(first.dims)
     if any(piece.dims != first.dims for piece in pieces):
         raise FormatError(f"the pieces of its entry {name} have different shapes")
@@ -308,18 +312,18 @@ READERS: dict[str, Callable[[Path], Tensors]] = {
 
 
 def _leaf(name: str, names: Mapping[str, str]) -> tuple[list[str], str]:
-    """Split a tensor's name into its modules and its own, the latter as torch calls it."""
+    """Split a tensor's name into module names and the tensor's own name, the latter translated by `names`."""
     *modules, leaf = name.split(".")
     return modules, names.get(leaf, leaf)
 
 
 def rename_torch(name: str) -> str:
-    """Return timm's name for the authors' or timm's own, which are the same."""
+    """Return timm's name for a tensor of the authors, who use the same names."""
     return name
 
 
 def rename_mmengine(name: str) -> str:
-    """Return timm's name for mmpretrain's: `backbone.` and `head.` before it, and another deep stem."""
+    """Return timm's name for a tensor of mmpretrain: removes `backbone.` and `head.`, and renames the deep stem."""
     if match := re.fullmatch(r"backbone\.stem\.(\d)\.(conv|bn)\.(\w+)", name):
         layer, is_norm = int(match[1]), match[2] == "bn"
         return f"bn1.{match[3]}" if is_norm and layer == 2 else f"conv1.{3 * layer + is_norm}.{match[3]}"
@@ -327,7 +331,7 @@ def rename_mmengine(name: str) -> str:
 
 
 def rename_holocron(name: str) -> str:
-    """Return timm's name for Holocron's: `features.4.0.conv.3.conv.1.0.weight` and the like."""
+    """Return timm's name for a tensor of Holocron, such as `features.4.0.conv.3.conv.1.0.weight`."""
     modules, leaf = _leaf(name, {})
     if modules == ["head"]:
         return f"fc.{leaf}"
@@ -343,7 +347,7 @@ def rename_holocron(name: str) -> str:
 
 
 def rename_mindspore(name: str) -> str:
-    """Return timm's name for MindCV's."""
+    """Return timm's name for a tensor of MindCV."""
     names = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
     modules, leaf = _leaf(name, names)
     if modules == ["classifier"]:
@@ -352,7 +356,7 @@ def rename_mindspore(name: str) -> str:
 
 
 def rename_paddle(name: str) -> str:
-    """Return timm's name for PaddleClas's: `bb_0_0.res2a_branch2b_1._conv.weight` and the like."""
+    """Return timm's name for a tensor of PaddleClas, such as `bb_0_0.res2a_branch2b_1._conv.weight`."""
     modules, leaf = _leaf(name, {"_mean": "running_mean", "_variance": "running_var"})
     if modules == ["out"]:
         return f"fc.{leaf}"
@@ -388,22 +392,22 @@ RENAMERS: dict[str, Callable[[str], str]] = {
 
 
 def fit(source: Tensors, format: str, target: Mapping[str, torch.Tensor]) -> Tensors:
-    """Rename a source's tensors and fit them to a model's, every one of both exactly once.
+    """Rename an original's tensors and match them with a model's, each exactly once.
 
     Args:
-        source: The original's tensors; emptied as it goes, so that no tensor is held twice.
-        format: Whose names and layout they have.
-        target: The model's state dict; only its names, shapes and types are read.
+        source: The original's tensors; emptied on the way to save memory.
+        format: The format whose names and layout they have, a key of `RENAMERS`.
+        target: The model's state dict; only its names, shapes and dtypes are used.
 
     Returns:
-        A state dict of the model, contiguous, in the model's order and types.
+        A state dict for the model, contiguous, in the model's order and dtypes.
 
     Raises:
-        FormatError: A tensor is left over, missing or of another shape; lists them.
+        FormatError: Tensors are unexpected, missing or have another shape; the message lists them.
     """
     names = {name: RENAMERS[format](name) for name in source}
-    # MindCV and PaddleClas have no entry for a shortcut's pooling, or none where it does not pool.
-    # timm always has one, so that what is their 0 and 1 there is its 1 and 2.
+    # timm's shortcut always begins with a pooling layer, at index 0. MindCV and PaddleClas have none, or
+    # only where it pools, so their indices 0 and 1 become 1 and 2.
     first = ".downsample.0.weight"
     unpooled = {key.removesuffix(first) for key in names.values() if key.endswith(first) and key not in target}
     fitted: Tensors = {}
@@ -420,7 +424,7 @@ def fit(source: Tensors, format: str, target: Mapping[str, torch.Tensor]) -> Ten
         if key not in target:
             wrong.append(f"{short(name)} {tuple(tensor.shape)} is not in the model")
         elif key in found:
-            wrong.append(f"{label} is there twice")
+            wrong.append(f"{label} appears twice")
         elif tensor.shape != target[key].shape:
             wrong.append(f"{label} has {shapes(tensor.shape, target[key].shape)}")
             classes.update(classes_of(key, tensor.shape, target[key].shape))
@@ -431,41 +435,41 @@ def fit(source: Tensors, format: str, target: Mapping[str, torch.Tensor]) -> Ten
         found.add(key)
     for key, tensor in target.items():
         if key not in fitted and key.endswith("num_batches_tracked"):
-            fitted[key] = torch.zeros_like(tensor, device="cpu")  # which other frameworks do not count
+            fitted[key] = torch.zeros_like(tensor, device="cpu")  # other frameworks do not store this counter
         elif key not in found:
             wrong.append(f"{key} {tuple(tensor.shape)} of the model is missing")
     if wrong:
         if names and target and not target.keys() & set(names.values()):
             have, want = (short(next(iter(keys))) for keys in (names, target))
             raise FormatError(
-                f"none of its {len(names)} tensors has a name of the model's: its first is {have}, the model's {want}"
+                f"none of its {len(names)} tensor names is in the model: its first is {have}, the model's is {want}"
             )
         raise FormatError(f"{''.join(classes)}{len(wrong)} of its tensors do not fit: {listed(wrong)}")
     return {key: fitted[key] for key in target}
 
 
 def listed(wrong: list[str]) -> str:
-    """Return what is wrong on one line, of many things the first 8."""
+    """Return the first 8 problems on one line."""
     return "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
 
 
 def shapes(found: Iterable[int], expected: Iterable[int]) -> str:
-    """Return whose shape is which, for a message."""
+    """Return both shapes, for a message."""
     return f"shape {tuple(found)} in the file and {tuple(expected)} in the model"
 
 
 def classes_of(key: str, found: Sequence[int], expected: Sequence[int]) -> list[str]:
-    """Return a sentence about the numbers of classes, where the classifier of a file has another number of them."""
+    """Return a note for a message if the file's classifier has another number of classes than the model's."""
     if not key.startswith("fc.") or len(found) != len(expected) or found[1:] != expected[1:]:
         return []
     return [f"the file has {found[0]} classes and the model {expected[0]}; "]
 
 
 def explain(error: Exception) -> str:
-    """Return what torch found wrong with a state dict, on one line that names the file's and the model's shapes.
+    """Summarize an error of `load_state_dict` on one line, with the file's and the model's shapes.
 
     Args:
-        error: What `load_state_dict` raised; any other error's text is returned as it is, on one line.
+        error: What `load_state_dict` raised; the text of any other error is returned on one line.
     """
     text = str(error)
     names = r"((?:\"[^\"\n]*\"(?:, )?)+)"
@@ -486,15 +490,15 @@ def explain(error: Exception) -> str:
 
 
 def strip_prefix(source: Tensors, format: str, target: Mapping[str, torch.Tensor]) -> Tensors:
-    """Return a source's tensors without a prefix that all of their names share and no name of the model has.
+    """Remove a prefix from tensor names if all names have it and none of the model's names does.
 
-    `DataParallel` puts `module.` before every name, `torch.compile` puts `_orig_mod.`, and a larger model the
-    name that it has for its backbone.
+    `DataParallel` adds the prefix `module.`, `torch.compile` adds `_orig_mod.`, and a larger model adds the name of
+    its backbone.
 
     Args:
         source: The original's tensors.
-        format: Whose names they have.
-        target: The model's state dict; only its names are read.
+        format: The format whose names they have, a key of `RENAMERS`.
+        target: The model's state dict; only its names are used.
     """
     rename, names = RENAMERS[format], list(source)
     while names and not any(rename(name) in target for name in names):
@@ -506,10 +510,10 @@ def strip_prefix(source: Tensors, format: str, target: Mapping[str, torch.Tensor
 
 
 def check_file(path: Path) -> None:
-    """Refuse what cannot be an original before any of it is read.
+    """Check that a file can be an original weight file, before reading it.
 
     Raises:
-        InputError: It is missing, unreadable, not a regular file, or too large.
+        InputError: The file is missing, unreadable, not a regular file, or too large.
     """
     with open_regular(path) as file:
         if (size := os.fstat(file.fileno()).st_size) > LARGEST:
@@ -519,13 +523,13 @@ def check_file(path: Path) -> None:
 def convert(
     path: Path, format: str, target: Mapping[str, torch.Tensor], drop: Callable[[str], bool] = lambda name: False
 ) -> Tensors:
-    """Read an original's file as a model's state dict.
+    """Read an original weight file as a model's state dict.
 
     Args:
         path: The file.
-        format: What kind of file it is, a key of `READERS`.
-        target: The model's state dict; only its names, shapes and types are read.
-        drop: Whether a source's tensor, by its name, is one that the model is known not to have.
+        format: The format of the file, a key of `READERS`.
+        target: The model's state dict; only its names, shapes and dtypes are used.
+        drop: Returns whether to ignore a tensor of the file, given its name.
 
     Returns:
         The state dict.
@@ -548,5 +552,5 @@ def convert(
     except FormatError as error:
         raise InputError(f"{path}: {error}") from error
     except Exception as error:
-        # Whatever a broken file makes a reader stumble over; there is no one type for it.
+        # A damaged file can make a reader raise almost anything.
         raise InputError(f"{path} is not a valid {format} file: {one_line(error)}") from error

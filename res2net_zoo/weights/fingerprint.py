@@ -1,4 +1,4 @@
-"""A model's fingerprint: the hash of its weights, and its logits for an input that is the same everywhere."""
+"""A model's fingerprint: the hash of its weights, and its logits for a fixed synthetic input."""
 
 import json
 import math
@@ -16,21 +16,21 @@ from res2net_zoo.utils.files import read_json, sha256_of, write_atomically
 
 NAME = "fingerprint.json"
 
-LARGEST = 32 * 2**20  # bytes; a logit takes some 15
+LARGEST = 32 * 2**20  # bytes; a logit takes about 15
 
-# Of the largest logit. Another number of threads, channels_last or double give some 4e-7; the wrong wiring of the
-# block, wrong statistics or a wrong padding give 1e-3 and more.
+# Relative to the largest logit. Other thread counts, channels_last or double precision differ by about 4e-7; wrong
+# wiring of the block, wrong statistics or wrong padding differ by 1e-3 or more.
 TOLERANCE = 1e-4
 
 
 def synthetic_image(input_size: tuple[int, int, int]) -> torch.Tensor:
-    """Return an image of waves of many lengths, made without a random number generator.
+    """Return an image of sine waves of several frequencies, which does not depend on a random number generator.
 
     Args:
         input_size: (channels, height, width).
 
     Returns:
-        A tensor (1, channels, height, width), its values as large as a normalised image's.
+        A tensor (1, channels, height, width) with values in the range of a normalized image.
     """
     channels, height, width = input_size
     y, x = np.arange(height) / height, np.arange(width) / width
@@ -46,11 +46,11 @@ def logits(model: nn.Module, input_size: tuple[int, int, int]) -> list[float]:
     """Return a model's logits for the synthetic image, in float32 on the CPU.
 
     Args:
-        model: The model, on the CPU; put into evaluation mode.
+        model: The model, on the CPU; set to evaluation mode.
         input_size: (channels, height, width) of the image.
 
     Returns:
-        A logit for each class, to seven digits.
+        One logit per class, rounded to seven digits.
     """
     with torch.no_grad():
         output = model.eval()(synthetic_image(input_size))
@@ -58,7 +58,10 @@ def logits(model: nn.Module, input_size: tuple[int, int, int]) -> list[float]:
 
 
 def difference(ours: list[float], theirs: list[float]) -> float:
-    """Return the largest difference of two lists of logits relative to the largest; infinite where none can be told."""
+    """Return the largest difference of two lists of logits relative to the largest logit.
+
+    The result is infinite if the lengths differ or a logit is not finite.
+    """
     if len(ours) != len(theirs) or not all(map(math.isfinite, [*ours, *theirs])):
         return math.inf
     apart = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
@@ -67,21 +70,21 @@ def difference(ours: list[float], theirs: list[float]) -> float:
 
 
 def load(folder: Path) -> nn.Module:
-    """Load a model folder's model on the CPU, strictly, leaving torch's random numbers as they are."""
+    """Load the model of a folder on the CPU, strictly, without changing torch's random state."""
     import timm
 
-    with torch.random.fork_rng(devices=[]):  # a model is made with random weights first
+    with torch.random.fork_rng(devices=[]):  # timm initializes the model with random weights first
         return timm.create_model(f"local-dir:{folder}", pretrained=True)
 
 
 def of(folder: Path) -> dict[str, Any]:
-    """Return the fingerprint of a model folder, from its files.
+    """Compute the fingerprint of a model folder.
 
     Args:
-        folder: The folder, with its weights and its config.
+        folder: The folder, with weights and config.
 
     Returns:
-        The input's size, the logits for it, the SHA-256 of the weights, and the libraries' versions.
+        The input size, the logits, the SHA-256 of the weights, and the versions of the libraries.
     """
     import timm
     from timm.data import resolve_model_data_config
@@ -97,12 +100,12 @@ def of(folder: Path) -> dict[str, Any]:
 
 
 class Stored(NamedTuple):
-    """What a fingerprint.json says.
+    """Content of a fingerprint.json.
 
     Attributes:
         sha256: SHA-256 of the weights.
         input_size: (channels, height, width) of the synthetic image.
-        logits: A logit for each class.
+        logits: One logit per class.
     """
 
     sha256: str
@@ -111,10 +114,10 @@ class Stored(NamedTuple):
 
 
 def read(folder: Path) -> Stored | None:
-    """Read the fingerprint of a model folder; None if there is none.
+    """Read the fingerprint of a model folder; None if the folder has no fingerprint.
 
     Raises:
-        InputError: It is none that this module wrote.
+        InputError: The file is not a valid fingerprint.
     """
     path = folder / NAME
     if not path.exists() and not path.is_symlink():
@@ -122,17 +125,17 @@ def read(folder: Path) -> Stored | None:
     try:
         content = read_json(path, LARGEST)
         digest, size, values = content["sha256"][WEIGHTS], content["input_size"], content["logits"]
-        # Whoever wrote the file shall not say how much memory is taken.
+        # The file must not determine how much memory is allocated.
         fits = len(size) == 3 and all(type(n) is int and 0 < n <= 4096 for n in size) and math.prod(size) <= 3 * 2048**2
         numbers = isinstance(values, list) and len(values) > 0 and all(type(x) is float for x in values)
         if not (isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest) and fits and numbers):
-            raise ValueError("a hash, an input size or logits that cannot be")
+            raise ValueError("its hash, input size or logits are invalid")
     except (InputError, OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no fingerprint: {one_line(error, 200)}") from error
+        raise InputError(f"{path} is not a valid fingerprint: {one_line(error, 200)}") from error
     return Stored(digest, tuple(size), values)
 
 
 def write(folder: Path) -> None:
-    """Write the fingerprint of a model folder into it."""
+    """Compute the fingerprint of a model folder and write it to fingerprint.json."""
     content = json.dumps(of(folder)) + "\n"
     write_atomically(folder / NAME, lambda path: path.write_text(content))

@@ -1,8 +1,8 @@
-"""A model folder's config.json: what loading, verifying and publishing all check before they build its model.
+"""Validation of a model folder's config.json, before loading, verifying or publishing builds its model.
 
-A folder may come from anybody. Its config names the architecture, the arguments to build it with and the
-preprocessing, so every value is checked first, and the weights' header is compared with the model on the meta device,
-which takes no memory, before the model itself is built.
+A folder may come from an untrusted source. Its config determines the architecture, its arguments and the
+preprocessing, so every value is checked first. The shapes in the weights' header are then compared with those of the
+model on the meta device, which allocates no memory, before the model itself is built.
 """
 
 import contextlib
@@ -32,18 +32,18 @@ from res2net_zoo.utils.files import open_regular, read_json
 
 NAME = "config.json"
 
-# Bounds on what a folder may ask for; timm's and the zoo's own models stay far below them.
+# Limits for the values in a config; timm's and the zoo's models stay far below them.
 LARGEST_SIDE = 4096  # pixels of an image
 LARGEST_RESIZED_SIDE = 8192  # pixels before the crop
 MOST_CHANNELS = 1024  # of an image
 MOST_CLASSES = 2**18
 LARGEST_ARGUMENT = 2**16
-LARGEST_WINDOW = 64  # of attention; some of timm's models loop over all pairs of its positions
-MOST_ARGUMENTS = 1000  # values in model_args, nested ones counted
-MOST_MODULES = 10_000  # the largest of timm's has 2,540
-MOST_UNSAVED_VALUES = 2**28  # in buffers that the weights' file does not have, such as attention masks
+LARGEST_WINDOW = 64  # of attention; some timm models loop over all pairs of positions in a window
+MOST_ARGUMENTS = 1000  # values in model_args, including nested ones
+MOST_MODULES = 10_000  # timm's largest model has 2,540
+MOST_UNSAVED_VALUES = 2**28  # in buffers that are not saved with the weights, such as attention masks
 
-# What would make timm take the weights from elsewhere, or load them in part.
+# Keys that make timm load weights from elsewhere, or only a part of them.
 NOT_IN_FOLDERS = ("file", "state_dict", "hf_hub_filename")
 NOT_ARGUMENTS = {
     *signature(timm.create_model).parameters,
@@ -58,16 +58,16 @@ DTYPES = {
 }
 
 
-Header = Mapping[str, tuple[str, tuple[int, ...]]]  # of safetensors: kind of number and shape of each tensor
+Header = Mapping[str, tuple[str, tuple[int, ...]]]  # of a safetensors file: kind of dtype and shape of each tensor
 
 
 class ModelConfig(NamedTuple):
-    """What a config.json says, as timm reads it.
+    """Content of a config.json, as timm reads it.
 
     Attributes:
         architecture: Registered name of the architecture.
-        pretrained_cfg: timm's `pretrained_cfg`, without the place that it was read from.
-        model_args: Arguments to build the model with.
+        pretrained_cfg: timm's `pretrained_cfg`, without the keys `file` and `source`.
+        model_args: Arguments of the architecture's constructor.
         path: The file.
     """
 
@@ -78,11 +78,11 @@ class ModelConfig(NamedTuple):
 
 
 class Invalid(ValueError):
-    """A value that a config must not have; the message names the key."""
+    """An invalid value in a config; the message names the key."""
 
 
 def check_folder(folder: Path) -> ModelConfig:
-    """Check a model folder's config, and its weights against it, before anything of it is built.
+    """Check a model folder's config and compare its weights with it, before the model is built.
 
     Args:
         folder: The folder.
@@ -91,7 +91,7 @@ def check_folder(folder: Path) -> ModelConfig:
         Its config.
 
     Raises:
-        InputError: It cannot be loaded; the message names the file and the value.
+        InputError: The folder cannot be loaded; the message names the file and the value.
     """
     config = read(folder / NAME)
     check_weights(config, find_weights(folder))
@@ -105,30 +105,30 @@ def read(path: Path) -> ModelConfig:
         path: The file.
 
     Raises:
-        InputError: It cannot be read, or timm could not load it, or would load nonsense.
+        InputError: The file cannot be read, or timm cannot use it.
     """
     content = read_json(path)
     try:
         check_structure(content)
         cfg, architecture, arguments = load_model_config_from_path(path.parent)
         for key in ("file", "source"):
-            del cfg[key]  # where timm has just read it from
+            del cfg[key]  # added by timm while reading
         check_pretrained_cfg(cfg)
         if cfg.get("architecture") not in (None, architecture):
             raise Invalid(f"pretrained_cfg.architecture is {cfg['architecture']}, the config's is {architecture}")
     except Invalid as error:
         raise InputError(f"{path}: {error}; correct it, or fetch the folder again") from error
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-        # What timm makes of values of another type.
+        # Raised inside timm for values of an unexpected type.
         raise InputError(f"{path} cannot be loaded: {printable(repr(error))[:300]}") from error
     return ModelConfig(architecture, cfg, arguments, path)
 
 
 def check_structure(content: Any) -> None:
-    """Check what has to be right for timm to read a config at all.
+    """Check the parts of a config that timm needs in order to read it.
 
     Raises:
-        Invalid: Something is not.
+        Invalid: A value is missing or invalid.
     """
     if not isinstance(content, dict):
         raise Invalid(f"it must be a JSON object, not {kind_of(content)}")
@@ -144,17 +144,17 @@ def check_structure(content: Any) -> None:
             raise Invalid(f"{key} must be an object, not {kind_of(value)}")
     for key in NOT_IN_FOLDERS:
         if cfg.get(key):
-            raise Invalid(f"{key} is {shown(cfg[key])}; a model folder's weights are its own, so leave it out")
+            raise Invalid(f"{key} is {shown(cfg[key])}; remove it: a model folder has its own weights")
     check_arguments(content.get("model_args", {}), "model_args")
     for key in ("num_classes", "num_features"):
         whole_number(content, key, 0, MOST_CLASSES)
 
 
 def check_arguments(arguments: Mapping[str, Any], what: str) -> None:
-    """Check arguments that a network is built with, without knowing the network.
+    """Check constructor arguments of any network.
 
     Raises:
-        Invalid: One is none that a file may name, or out of bounds.
+        Invalid: An argument is not allowed in a file, or exceeds a limit.
     """
     count, left = 0, [(f"{what}.{key}", value, 0) for key, value in arguments.items()]
     for key in arguments.keys() & NOT_ARGUMENTS:
@@ -175,7 +175,7 @@ def check_arguments(arguments: Mapping[str, Any], what: str) -> None:
 
 
 def argument_limit(key: str) -> int:
-    """Return how large an argument of that name may be."""
+    """Return the largest allowed value of an argument, by its name."""
     if "window" in key.rpartition(".")[2]:
         return LARGEST_WINDOW
     if "size" in key.rpartition(".")[2]:
@@ -184,10 +184,10 @@ def argument_limit(key: str) -> int:
 
 
 def check_pretrained_cfg(cfg: dict[str, Any]) -> None:
-    """Check timm's `pretrained_cfg` of a config, value by value.
+    """Check every value of timm's `pretrained_cfg`.
 
     Raises:
-        Invalid: A value would make loading fail, or the model compute nonsense.
+        Invalid: A value would make loading fail or the model's output meaningless.
     """
     if unknown := cfg.keys() - {field.name for field in fields(PretrainedCfg)}:
         raise Invalid(f"timm {timm.__version__} does not know {shown(min(unknown))}")
@@ -210,10 +210,10 @@ def check_pretrained_cfg(cfg: dict[str, Any]) -> None:
 
 
 def check_preprocessing(cfg: Mapping[str, Any]) -> None:
-    """Check how a config wants images to be prepared, and that timm can do it.
+    """Check the preprocessing of a config, and that timm supports it.
 
     Raises:
-        Invalid: It cannot, or the numbers are none that an image can have.
+        Invalid: A value is invalid or not supported.
     """
     for key in ("input_size", "test_input_size", "min_input_size"):
         if cfg.get(key) is not None or (key == "input_size" and key in cfg):
@@ -248,10 +248,10 @@ def check_preprocessing(cfg: Mapping[str, Any]) -> None:
 
 
 def check_labels(cfg: Mapping[str, Any]) -> None:
-    """Check the names of a config's classes.
+    """Check the class names of a config.
 
     Raises:
-        Invalid: They are not one name for each class.
+        Invalid: There is not exactly one name for each class.
     """
     names = cfg.get("label_names") or []
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
@@ -262,10 +262,10 @@ def check_labels(cfg: Mapping[str, Any]) -> None:
 
 
 def find_weights(folder: Path) -> Path:
-    """Return the file that timm loads a folder's weights from.
+    """Return the weights file that timm loads from a folder.
 
     Raises:
-        InputError: It is missing, or not a regular file.
+        InputError: The file is missing or not a regular file.
     """
     names = (WEIGHTS, "pytorch_model.bin", "pytorch_model.pth", "model.pth")  # timm's order
     others = [
@@ -275,18 +275,18 @@ def find_weights(folder: Path) -> Path:
         if (folder / name).exists() or (folder / name).is_symlink():
             with open_regular(folder / name):
                 return folder / name
-    raise InputError(f"{folder} has no {WEIGHTS}, so it is no model folder")
+    raise InputError(f"{folder} has no {WEIGHTS}, so it is not a model folder")
 
 
 def check_weights(config: ModelConfig, weights: Path) -> None:
-    """Compare a weights' file with the model of a config, without reading its values or building the model.
+    """Compare the header of a weights file with the model that a config describes, on the meta device.
 
     Args:
         config: The config.
-        weights: The file; of one that is not safetensors only the size is compared.
+        weights: The file; if it is not safetensors, only its size is compared.
 
     Raises:
-        InputError: They are not of one model.
+        InputError: The weights do not belong to the model.
     """
     model = build_on_meta(config)
     state = model.state_dict()
@@ -301,7 +301,7 @@ def check_weights(config: ModelConfig, weights: Path) -> None:
     if needed > 1.1 * values + 2**20 or unsaved > MOST_UNSAVED_VALUES:
         raise InputError(
             f"{config.path} describes a model of {needed:,} values, {weights.name} has {values:,}"
-            f"{'' if header else ' bytes'}: they are not of one model"
+            f"{'' if header else ' bytes'}: they do not belong together"
         )
     if header and (not is_renamed_by_timm(config.architecture) or same_names(header, state)):
         compare(header, state, config.path)
@@ -309,7 +309,7 @@ def check_weights(config: ModelConfig, weights: Path) -> None:
 
 
 def same_names(header: Header, state: Mapping[str, torch.Tensor]) -> bool:
-    """Return whether a safetensors header has the names of a state dict; BatchNorm does without its counter."""
+    """Return whether a safetensors header has the names of a state dict; BatchNorm's counters may be missing."""
     return header.keys() <= state.keys() and all(
         k.endswith("num_batches_tracked") for k in state.keys() - header.keys()
     )
@@ -319,12 +319,12 @@ def compare(header: Header, state: Mapping[str, torch.Tensor], path: Path) -> No
     """Compare a safetensors header with a model's state dict.
 
     Args:
-        header: Kind and shape of each tensor of the file.
+        header: Kind of dtype and shape of each tensor of the file.
         state: The model's state dict.
-        path: The config that the model is of.
+        path: The model's config.json, for messages.
 
     Raises:
-        InputError: A tensor is missing or unexpected, or has another shape or kind.
+        InputError: A tensor is missing or unexpected, or has another shape or kind of dtype.
     """
     where = f"the weights are not those of {path}"
     if not same_names(header, state):
@@ -338,22 +338,22 @@ def compare(header: Header, state: Mapping[str, torch.Tensor], path: Path) -> No
         tensor = state[key]
         if shape != tuple(tensor.shape):
             raise InputError(f"{where}: {shown(key)} has the shape {shape}, its model's has {tuple(tensor.shape)}")
-        # A counter of batches does no harm whatever its numbers are.
+        # BatchNorm's counter may have any numeric dtype.
         if kind not in (("floating-point",) if tensor.is_floating_point() else ("floating-point", "integer")):
             raise InputError(f"{where}: {shown(key)} has {kind} numbers, its model's are of {tensor.dtype}")
 
 
 def is_renamed_by_timm(architecture: str) -> bool:
-    """Return whether loading may rename or drop tensors, so that only loading itself can compare their names."""
+    """Return whether timm may rename or drop tensors of an architecture while loading, so names may differ."""
     module = timm.model_entrypoint(architecture).__module__
     return not module.startswith("res2net_zoo.") or module.endswith(".dla")
 
 
 def read_header(weights: Path) -> Header:
-    """Return kind of number and shape of each tensor of a safetensors file.
+    """Return kind of dtype and shape of each tensor of a safetensors file.
 
     Raises:
-        InputError: It is not a regular file, or not a whole safetensors file.
+        InputError: The file is not a regular file, or not a complete safetensors file.
     """
     with open_regular(weights):
         pass
@@ -362,14 +362,14 @@ def read_header(weights: Path) -> Header:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a mapping
             return {n: (DTYPES.get(s.get_dtype(), s.get_dtype()), tuple(s.get_shape())) for n, s in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{weights} is no whole safetensors file ({error}); fetch or make it again") from error
+        raise InputError(f"{weights} is not a complete safetensors file ({error}); replace it") from error
 
 
 def check_names(config: ModelConfig, model: nn.Module) -> None:
-    """Check that the layers that timm adapts to other inputs and classes are the model's.
+    """Check that the first convolution and the classifier in a config are layers of the model.
 
     Raises:
-        InputError: There is no such layer, or its shape is not that of a first or last one.
+        InputError: The layer is missing, or has another shape.
     """
     modules, cfg = dict(model.named_modules()), config.pretrained_cfg
     for key in ("first_conv", "classifier"):
@@ -384,26 +384,26 @@ def check_names(config: ModelConfig, model: nn.Module) -> None:
 
 
 def build_on_meta(config: ModelConfig) -> nn.Module:
-    """Build a config's model without taking memory for it.
+    """Build the model of a config on the meta device, without allocating memory.
 
     Raises:
-        InputError: Its arguments do not build a model, or one with too many layers.
+        InputError: The arguments are invalid, or the model has too many modules.
     """
     arguments = dict(config.model_args)
     try:
         with torch.device("meta"), at_most(MOST_MODULES):
             return timm.create_model(config.architecture, pretrained_cfg=dict(config.pretrained_cfg), **arguments)
-    except Exception as error:  # what a constructor makes of arguments that it does not expect
+    except Exception as error:  # a constructor may raise anything for unexpected arguments
         reason = str(error) if isinstance(error, Invalid) else printable(error)[:300] or type(error).__name__
-        raise InputError(f"{config.path} makes no model: {reason}") from error
+        raise InputError(f"{config.path} does not describe a valid model: {reason}") from error
 
 
 @contextlib.contextmanager
 def at_most(modules: int) -> Iterator[None]:
-    """Stop this thread from building a model of more modules.
+    """Limit the number of modules that this thread can create in the context.
 
     Raises:
-        Invalid: It would.
+        Invalid: The limit is exceeded.
     """
     thread, count = threading.get_ident(), 0
 
@@ -425,21 +425,21 @@ def at_most(modules: int) -> Iterator[None]:
 
 
 def read_task(path: Path) -> dict[str, Any]:
-    """Read and check the config.json of a task's model (`res2net_zoo.tasks`).
+    """Read and check the config.json of a model of `res2net_zoo.tasks`.
 
     Args:
         path: The file.
 
     Returns:
-        What it holds: `task` and the settings of its model.
+        Its content: `task` and the settings of the model.
 
     Raises:
-        InputError: It cannot be read, or names no task, or has a value that no such model can have.
+        InputError: The file cannot be read, or a value is missing or invalid.
     """
     content = read_json(path)
     try:
         if not isinstance(content, dict) or not isinstance(content.get("task"), str):
-            raise Invalid("it names no task")
+            raise Invalid("the key task is missing")
         check_finite(content)
         for key in ("task", "model", "head"):
             text(content.get(key), key)
@@ -469,18 +469,18 @@ def read_task(path: Path) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """Return a value as a message quotes it: short, on one line, without control characters."""
+    """Return a value for a message: short, on one line, without control characters."""
     words = printable(value if isinstance(value, str) else repr(value) if not is_huge(value) else "a huge number")
     return repr(words[:80]) if isinstance(value, str) else words[:80]
 
 
 def is_huge(value: Any) -> bool:
-    """Return whether a value is an integer that Python would refuse to print, or one that fills the line."""
+    """Return whether a value is an integer too long for a message, or too long for Python to print."""
     return isinstance(value, int) and abs(value) > 10**18
 
 
 def kind_of(value: Any) -> str:
-    """Return the kind of a JSON value in JSON's words."""
+    """Return the JSON type of a value, for a message."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return kinds.get(type(value), "a number")
 
@@ -491,10 +491,10 @@ def number(value: Any) -> bool:
 
 
 def check_finite(content: Any) -> None:
-    """Check that JSON has none of the constants NaN and Infinity, which its standard does not have either.
+    """Check that no value is NaN or infinite, which Python's JSON reader accepts but the standard does not.
 
     Raises:
-        Invalid: It has.
+        Invalid: A value is NaN or infinite.
     """
     left = [("", content)]
     while left:
@@ -508,10 +508,10 @@ def check_finite(content: Any) -> None:
 
 
 def whole_number(content: Mapping[str, Any], key: str, least: int, most: int) -> None:
-    """Check an integer that a config may have.
+    """Check an optional integer.
 
     Raises:
-        Invalid: It is another kind of value, or out of bounds.
+        Invalid: The value is not an integer, or out of bounds.
     """
     value = content.get(key)
     if value is not None and not (type(value) is int and least <= value <= most):
@@ -522,7 +522,7 @@ def whole_numbers(value: Any, key: str, length: int, most: int) -> None:
     """Check a list of positive integers.
 
     Raises:
-        Invalid: It is another kind of value, or out of bounds.
+        Invalid: The value is not such a list, or a number is out of bounds.
     """
     fits = isinstance(value, list | tuple) and len(value) == length
     if not fits or not all(type(n) is int and 0 < n <= most for n in value):
@@ -530,21 +530,21 @@ def whole_numbers(value: Any, key: str, length: int, most: int) -> None:
 
 
 def numbers(value: Any, key: str, least: float) -> None:
-    """Check a list of numbers, one a channel.
+    """Check a list of numbers, one per channel.
 
     Raises:
-        Invalid: It is another kind of value, or out of bounds.
+        Invalid: The value is not such a list, or a number is out of bounds.
     """
     fits = isinstance(value, list | tuple) and 0 < len(value) <= MOST_CHANNELS
     if not fits or not all(number(n) and least <= n <= 1e6 for n in value):
-        raise Invalid(f"{key} is {shown(value)}; it must be a list of numbers from {least:g} to 1e6, one a channel")
+        raise Invalid(f"{key} is {shown(value)}; it must be a list of numbers from {least:g} to 1e6, one per channel")
 
 
 def text(value: Any, key: str) -> None:
-    """Check a short text, such as a name or a URL.
+    """Check a short string, such as a name or a URL.
 
     Raises:
-        Invalid: It is another kind of value, long, or has control characters.
+        Invalid: The value is not a string, too long, or has control characters.
     """
     if not isinstance(value, str) or len(value) > 1000 or re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", value):
-        raise Invalid(f"{key} is {shown(value)}; it must be a text of one line, of at most 1,000 characters")
+        raise Invalid(f"{key} is {shown(value)}; it must be one line of text with at most 1,000 characters")

@@ -1,4 +1,4 @@
-"""A model folder: weights, config, card and fingerprint, as timm reads and the Hub keeps it."""
+"""Writing model folders: weights, config, model card and fingerprint, in the layout of timm and the Hub."""
 
 import contextlib
 import json
@@ -28,14 +28,14 @@ EVAL_RESULTS = ".eval_results"
 
 @contextlib.contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """Yield a new folder, which takes a folder's place once all is written.
+    """Yield a temporary folder, which replaces a folder when the context exits without an error.
 
-    It is made beside its place and then renamed, so that the folder is the old one or the new one,
-    whole, and never holds a new weight with an old card. Killed in the instant between the two
-    renames it leaves both, and `finish_replacing` does the second. Other files of an old folder move along.
+    The new folder is created next to the old one and then renamed, so that a reader sees either the old
+    or the new content and never a mixture. If the process is killed between the two renames, both
+    folders remain and `finish_replacing` completes the second one. Other files of the old folder are kept.
 
     Args:
-        folder: The folder.
+        folder: The folder to replace.
     """
     folder = folder.resolve()
     finish_replacing(folder)
@@ -60,7 +60,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
             old.rename(folder)
             raise
         with contextlib.suppress(OSError):
-            old.rename(new)  # to be removed as what is left over is
+            old.rename(new)  # `temporary_folder` removes it
 
 
 def write_model_folder(
@@ -72,14 +72,14 @@ def write_model_folder(
     eval_results: Mapping[str, Sequence[EvalResultEntry]] | None = None,
     origin: Provenance = UNKNOWN,
 ) -> None:
-    """Write a model as a folder that `timm.create_model("local-dir:FOLDER")` reads, by `replaced_folder`.
+    """Write a model as a folder that `timm.create_model("local-dir:FOLDER")` reads, atomically.
 
     Args:
-        folder: Where to write it.
-        model: A model that `timm.create_model` made.
-        card: Its card.
+        folder: The folder to write.
+        model: A model from `timm.create_model`.
+        card: Its model card.
         label_names: Name of each class.
-        metadata: What the weights' file is to say of itself.
+        metadata: Metadata of the safetensors file.
         eval_results: Files of the folder `.eval_results`, by name.
         origin: Where the weights come from.
     """
@@ -95,13 +95,13 @@ def write_model_folder(
 
 
 def write_config(path: Path, model: nn.Module, origin: Provenance, label_names: Sequence[str] | None = None) -> None:
-    """Write a model's config.json as timm does, except that licence and origin are those of these weights.
+    """Write a model's config.json as timm does, but with the licence and origin of the model's actual weights.
 
-    timm copies the model's pretrained cfg, which is that of published weights also where the model has others.
+    timm copies the model's pretrained cfg, which describes the published weights even if the model has others.
 
     Args:
         path: The file.
-        model: A model that `timm.create_model` made.
+        model: A model from `timm.create_model`.
         origin: Where its weights come from.
         label_names: Name of each class.
     """
@@ -120,18 +120,18 @@ def write_backbone(
     preprocessing: Mapping[str, Any],
     origin: Provenance = UNKNOWN,
 ) -> None:
-    """Write a backbone without a classifier, as timm reads it as `local-dir:FOLDER`.
+    """Write a backbone without a classifier as a folder that timm reads as `local-dir:FOLDER`.
 
     Args:
-        folder: Where; it is made.
-        architecture: Its name.
-        state: Its state dict, of timm's `features_only` model.
-        preprocessing: What differs from that of the architecture's published weights, such as `mean`.
+        folder: The folder to create.
+        architecture: The name of the architecture.
+        state: State dict of timm's `features_only` model.
+        preprocessing: Values that differ from those of the architecture's published weights, such as `mean`.
         origin: Where the weights come from.
     """
     with torch.device("meta"):
         model: Any = timm.create_model(architecture, num_classes=0)
-    # It is none of the published weights any more.
+    # These are not the published weights.
     model.pretrained_cfg = {
         "architecture": architecture,
         "input_size": model.pretrained_cfg["input_size"],
@@ -151,11 +151,11 @@ def write_converted(
     """Write a converted checkpoint as a model folder.
 
     Args:
-        folder: Where to write it.
-        checkpoint: Which of the catalogue's it is; where its hash is not the released one, only its
+        folder: The folder to write.
+        checkpoint: The checkpoint in the catalogue. If the hash is not the released one, only
             architecture and preprocessing are taken from it.
-        state: Its state dict.
-        metadata: What its weights' file is to say of itself.
+        state: The state dict.
+        metadata: Metadata of the safetensors file.
 
     Raises:
         InputError: The folder cannot be written.

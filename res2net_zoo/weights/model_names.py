@@ -1,4 +1,4 @@
-"""Names of models: of timm's registry, of a folder, of a repository on the Hub; what looks like a path is a path."""
+"""Model names: from timm's registry, for a folder (`local-dir:`) or for a repository on the Hub (`hf-hub:`)."""
 
 import os
 from pathlib import Path
@@ -17,16 +17,16 @@ SOURCES = ("local-dir", "hf-hub")
 
 
 def parse_name(name: str) -> tuple[str | None, str]:
-    """Split a model's name as timm does, and check that a folder or repository can be what it names.
+    """Split a model's name as timm does, and check that the folder exists or the repository id is valid.
 
     Args:
-        name: What `timm.create_model` takes.
+        name: A name as for `timm.create_model`.
 
     Returns:
-        Source (`local-dir`, `hf-hub`, or None for timm's registry), and the name there.
+        Source (`local-dir`, `hf-hub`, or None for timm's registry), and the name without the source.
 
     Raises:
-        InputError: Unknown source, missing folder, or not a repository's id; suggests what may have been meant.
+        InputError: The source is unknown, the folder missing, or the repository id invalid; suggests corrections.
     """
     if os.path.exists(name) and ":" not in name and not timm.is_model(get_arch_name(name)):
         raise InputError(_what_is_wrong(name))
@@ -42,10 +42,10 @@ def parse_name(name: str) -> tuple[str | None, str]:
 
 
 def check_folder(name: str) -> Path:
-    """Return a folder's path.
+    """Return the path of a model folder.
 
     Raises:
-        InputError: It is missing or a file; suggests what may have been meant.
+        InputError: The folder is missing or a file; suggests corrections.
     """
     if not os.path.exists(name):
         finish_replacing(Path(name))
@@ -53,13 +53,13 @@ def check_folder(name: str) -> Path:
         return Path(name)
     if os.path.exists(name):
         raise InputError(f"{name} is a file; name a model folder")
-    if name.startswith("~"):  # the shell expands it at the beginning of a word only
+    if name.startswith("~"):  # shells expand it only at the beginning of a word
         raise InputError(f"there is no model folder {name}; write it in full: {os.path.expanduser(name)}")
     raise InputError(f"there is no model folder {name}{similar_path(Path(name))}")
 
 
 def is_repository_id(name: str) -> bool:
-    """Return whether a repository on the Hub can have a name, as ORG/NAME or, of old, NAME."""
+    """Return whether a name is a valid repository id, ORG/NAME or the older form NAME."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -68,9 +68,9 @@ def is_repository_id(name: str) -> bool:
 
 
 def is_path(name: str) -> bool:
-    """Return whether a name looks like a path rather than a repository's id ORG/NAME.
+    """Return whether a name looks like a path rather than a repository id ORG/NAME.
 
-    What begins as a path does, what has several slashes, and what leads into a folder that exists.
+    It does if it begins or ends like a path, has several slashes, or its parent folder exists.
     """
     return (
         name.startswith((".", "/", "~", "\\"))
@@ -82,14 +82,14 @@ def is_path(name: str) -> bool:
 
 def _what_is_wrong(name: str) -> str:
     if os.path.isdir(name):
-        return f"{name} is a folder; name it as local-dir:{name}"
+        return f"{name} is a folder; use local-dir:{name}"
     if os.path.exists(name):
-        return f"{name} is a file; name a model folder as local-dir:DIR (hub/convert.py makes one of a release's file)"
+        return f"{name} is a file; name a model folder as local-dir:DIR (a released file must be converted to one)"
     prefix, colon, _ = name.partition(":")
     if prefix in SOURCES:
-        return f"{name} lacks what follows the colon: a folder after local-dir:, ORG/NAME after hf-hub:"
+        return f"{name}: missing name after the colon; use local-dir:DIR or hf-hub:ORG/NAME"
     if colon and len(prefix) > 1 and prefix.replace("-", "").replace("_", "").isalnum():  # one letter is a drive
-        hint = did_you_mean(prefix, SOURCES, f"there are {' and '.join(SOURCES)}")
+        hint = did_you_mean(prefix, SOURCES, f"choose {' or '.join(SOURCES)}")
         return f"{name}: unknown source {prefix}; {hint}"
     hint = similar_path(Path(name)).replace("did you mean ", "did you mean local-dir:")
     if not hint:

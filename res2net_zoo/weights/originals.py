@@ -1,4 +1,4 @@
-"""Fetching, checking and converting an original's file: from a catalogue entry to a safetensors file."""
+"""Download, verify and convert the original file of a checkpoint to safetensors."""
 
 import contextlib
 import hashlib
@@ -24,19 +24,19 @@ from res2net_zoo.weights import convert
 
 
 def save_weights(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write tensors as safetensors, the same bytes every time.
+    """Write tensors as safetensors; the same input gives the same bytes.
 
     Args:
         tensors: The tensors, contiguous and on the CPU.
         path: The file.
-        metadata: What the file is to say of itself.
+        metadata: Metadata of the file.
     """
     try:
         save_file(tensors, path, metadata={"format": "pt", **metadata})
     except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error  # a full disk, say
+        raise OSError(f"{path}: {error}") from error  # for example a full disk
     with path.open("r+b") as file:
-        # safetensors writes the metadata in an order that changes from run to run.
+        # safetensors writes the metadata in an arbitrary order.
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -48,28 +48,28 @@ def save_weights(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
 
 
 class WrongFileError(InputError):
-    """A file that is not the one that it should be, or is damaged."""
+    """A file that is damaged or not the expected one."""
 
 
 def read_original(
     path: Path, checkpoint: Checkpoint, source: str | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Check and convert an original's file.
+    """Verify and convert an original weight file.
 
-    What is downloaded must be the released file. A local file may be another one, such as weights that
-    were trained on with the original's code: a warning on stderr and its metadata (`is_released`) report that.
+    A download must be the released file. A local file may differ, for example if it was fine-tuned with the
+    original code; this is reported by a warning and recorded in the metadata (see `is_released`).
 
     Args:
         path: The file.
-        checkpoint: Which of the catalogue's it is, or is a sibling of.
-        source: The URL that it came from, None for a local file.
+        checkpoint: The checkpoint whose architecture and format the file has.
+        source: The URL of a download; None for a local file.
 
     Returns:
-        The state dict, and what its safetensors file is to say of itself.
+        The state dict, and the metadata for its safetensors file.
 
     Raises:
-        WrongFileError: Its hash is not the released one, or it does not fit the model.
-        InputError: It cannot be read.
+        WrongFileError: The hash is not the released one, or the weights do not fit the model.
+        InputError: The file cannot be read.
     """
     import timm
 
@@ -90,46 +90,46 @@ def read_original(
         also = "" if digest.startswith(checkpoint.sha256) else f"; {other}"
         raise WrongFileError(str(error).replace(str(path), name) + also) from error
     released = digest.startswith(checkpoint.sha256)
-    if not source:  # only its hash can tell that it is what is found at the catalogue's URL
+    if not source:  # the catalogue's URL is recorded only if the hash confirms it
         known = released and checkpoint.sha256 and checkpoint.url
         name = checkpoint.url if known else f"a file called {path.name}"
     if not released:
-        warn(f"{other}; it is converted without the release's name, licence and figures")
+        warn(f"{other}; it is converted without the release's name, licence and accuracies")
     metadata = {"source": name, "source_sha256": digest, "converter": convert.VERSION}
     return state, metadata
 
 
 def is_released(checkpoint: Checkpoint, metadata: dict[str, str]) -> bool:
-    """Tell whether a converted file is from the release, as far as its hash was ever published."""
+    """Return whether a converted file is the released one, according to the published digits of its hash."""
     return metadata["source_sha256"].startswith(checkpoint.sha256)
 
 
 @contextlib.contextmanager
 def original(url: str, cache_dir: str | Path | None = None) -> Iterator[Path]:
-    """Download an original's file, for as long as it is needed, in one process at a time.
+    """Download an original file and delete it when the context exits; one process at a time.
 
-    What a download that broke off has left is kept in the cache, and the next call goes on with it
-    if the server still has the same file; so is a whole file that could not be put to use.
+    A partial download is kept in the cache, and the next call resumes it if the server still has the
+    same file. A complete file is kept too if the context exits with an error.
 
     Args:
-        url: Where it is.
-        cache_dir: Where the cache is, if not in its usual place.
+        url: The URL of the file.
+        cache_dir: Cache folder; default huggingface_hub's assets cache.
 
     Yields:
-        The file.
+        The path of the file.
 
     Raises:
-        InputError: It cannot be had.
+        InputError: The download fails.
     """
     folder = hub_client.assets("originals", hashlib.sha256(url.encode()).hexdigest()[:16], cache_dir)
     with WeakFileLock(folder / ".lock"):
         identity = hub_client.identity(url)
         path = folder / f"original-{identity}.part"
         if identity is None:
-            path.unlink(missing_ok=True)  # it may be the beginning of another file
+            path.unlink(missing_ok=True)  # it may be part of a different file
         else:
             for other in set(folder.glob("*.part")) - {path}:
-                other.unlink()  # what the server had there before
+                other.unlink()  # an earlier version of the file
         hub_client.download(url, path)
         try:
             yield path
@@ -141,17 +141,19 @@ def original(url: str, cache_dir: str | Path | None = None) -> Iterator[Path]:
 
 
 def converted(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> Path:
-    """Return a converted weight: the mirror's, the cache's, or fetched and converted now, once for all processes.
+    """Return the converted weights of a checkpoint, from the mirror, the cache or its release.
+
+    With several processes, one downloads and converts and the others wait.
 
     Args:
-        checkpoint: Which.
-        cache_dir: Where the cache is, if not in its usual place.
+        checkpoint: The checkpoint.
+        cache_dir: Cache folder; default huggingface_hub's assets cache.
 
     Returns:
-        The safetensors file.
+        The path of the safetensors file.
 
     Raises:
-        InputError: It is not in the mirror, cannot be fetched, or is not the right one.
+        InputError: The mirror lacks it, the download fails, or the file is not the released one.
     """
     if mirror := os.environ.get("RES2NET_ZOO_MIRROR"):
         file = Path(mirror) / checkpoint.name / WEIGHTS
@@ -166,13 +168,14 @@ def converted(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> Pa
         return file
     if not checkpoint.url:
         raise InputError(
-            f"{checkpoint.name} is no direct download ({checkpoint.notes}); `python hub/convert.py --model "
-            f"{checkpoint.name} --checkpoint FILE --output DIR` makes a folder of it, to load as local-dir:DIR"
+            f"{checkpoint.name} has no direct download ({checkpoint.notes}); `res2net-zoo convert --model "
+            f"{checkpoint.name} --checkpoint FILE --output DIR` converts a local copy, to load as local-dir:DIR"
         )
     if constants.HF_HUB_OFFLINE:
         raise InputError(
-            f"{checkpoint.name} is not in the cache and HF_HUB_OFFLINE is set; where there is a network, `python "
-            f"hub/mirror.py --to DIR --model {checkpoint.name}` fetches it, for RES2NET_ZOO_MIRROR=DIR here"
+            f"{checkpoint.name} is not in the cache and HF_HUB_OFFLINE is set; on a machine with a network, "
+            f"`res2net-zoo mirror --to DIR --model {checkpoint.name}` downloads it, to use here with "
+            "RES2NET_ZOO_MIRROR=DIR"
         )
     with WeakFileLock(folder / ".lock"):
         if not file.exists():
@@ -181,10 +184,10 @@ def converted(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> Pa
 
 
 def fetch(checkpoint: Checkpoint, folder: Path, cache_dir: str | Path | None = None) -> None:
-    """Download a checkpoint's original and leave it as safetensors in a folder.
+    """Download the original file of a checkpoint and write it to a folder as safetensors.
 
     Raises:
-        InputError: It cannot be had or is not the right one; then nothing wrong is left.
+        InputError: The download fails or the file is not the released one; then nothing is written.
     """
     with original(checkpoint.url, cache_dir) as path:
         state, metadata = read_original(path, checkpoint, checkpoint.url)
@@ -194,7 +197,7 @@ def fetch(checkpoint: Checkpoint, folder: Path, cache_dir: str | Path | None = N
             raise InputError(f"cannot write into {folder}: {error.strerror or error}") from error
     if not checkpoint.sha256:
         warnings.warn(
-            f"no hash of {checkpoint.url} was ever published, so it could not be checked; "
-            f"the SHA-256 of what came is {metadata['source_sha256']}, recorded in {folder / WEIGHTS}",
+            f"{checkpoint.url} has no published hash and could not be verified; "
+            f"the SHA-256 of the downloaded file is {metadata['source_sha256']}, recorded in {folder / WEIGHTS}",
             stacklevel=2,
         )

@@ -1,9 +1,9 @@
-"""Reading a pickle of tensors in plain containers, as frameworks save weights.
+"""A restricted unpickler for tensors in plain containers, the way frameworks save weights.
 
-Python's unpickler and torch's with `weights_only` run no code of such a file, but a file of some kB can
-still end the process: hashing or freeing a deeply nested tuple overflows C's stack, and one long text
-that is used many times over fills the memory. This reader supports only what the pickle of a state dict
-has, and holds depth, repetition, and the number of steps against bounds before it makes anything.
+Python's unpickler with restricted globals and torch's with `weights_only` run no code of a file, but a file of a
+few kB can still crash the process: hashing or freeing a deeply nested tuple overflows the C stack, and one long
+string used many times fills the memory. This reader supports only the opcodes of a pickled state dict, and limits
+depth, repetition and number of opcodes before it creates any object.
 """
 
 import pickle
@@ -13,27 +13,27 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
-DEEPEST = 64  # containers within each other; a training checkpoint has fewer than 10
-STEPS = 1_000_000  # of a pickle; res2net200 in PaddlePaddle's format has 45,593
-REPEATED = 2**20  # bytes that a file may use again beyond its own size; names of types and devices, mostly
+DEEPEST = 64  # nested containers; a training checkpoint has fewer than 10
+STEPS = 1_000_000  # opcodes of a pickle; res2net200 in PaddlePaddle's format has 45,593
+REPEATED = 2**20  # bytes that memoized values may add to the file's size; mostly names of types and devices
 
-TOO_DEEP = f"its pickle nests containers more than {DEEPEST} deep, as no state dict does"
+TOO_DEEP = f"its pickle nests containers more than {DEEPEST} deep, the limit for a state dict"
 NAMES = {opcode.code.encode("latin1"): opcode.name for opcode in pickletools.opcodes}
 
 
 class FormatError(ValueError):
-    """A file that is damaged, hostile, or of another kind than it should be."""
+    """A file that is damaged, malicious or of another format."""
 
 
 class Buildable:
-    """An object that a pickle completes after it has been made."""
+    """An object whose state a pickle sets after creating it."""
 
     def build(self, state: Any) -> None:
-        """Take the state that the pickle has for this object."""
+        """Set the state of this object."""
 
 
 class _Item:
-    """A value with what is known of it: how deep it is, how many bytes it has, and whether another value holds it."""
+    """A value with its nesting depth, its size in bytes, and whether a container holds it."""
 
     __slots__ = ("depth", "is_held", "size", "value")
 
@@ -42,14 +42,14 @@ class _Item:
 
 
 class PlainUnpickler:
-    """Reads one pickle of bounded depth, size and number of steps.
+    """Reads one pickle with limited depth, size and number of opcodes.
 
     Args:
-        file: Where the pickle begins.
-        size: Bytes that are left of the file.
-        functions: What the pickle may name, by `module.name`. It calls those that can be called.
-        persistent_load: Returns the object for a persistent id, such as a storage of torch's.
-        steps: How many steps the pickle may have.
+        file: A file, positioned at the start of the pickle.
+        size: Number of bytes that remain in the file.
+        functions: Allowed globals, by `module.name`. The pickle may call those that are callable.
+        persistent_load: Returns the object for a persistent id, such as a torch storage.
+        steps: Largest number of opcodes.
     """
 
     def __init__(
@@ -71,10 +71,10 @@ class PlainUnpickler:
         """Read the pickle.
 
         Returns:
-            What it holds.
+            The unpickled object.
 
         Raises:
-            FormatError: It is cut short, exceeds a bound, or has something that no state dict has.
+            FormatError: The pickle is truncated, exceeds a limit, or is not supported.
         """
         try:
             for _ in range(self.steps):
@@ -83,71 +83,69 @@ class PlainUnpickler:
                     (item,) = self.stack
                     return item.value
                 if code not in STEP:
-                    raise FormatError(
-                        f"its pickle has the instruction {NAMES.get(code, code)}, which no state dict has"
-                    )
+                    raise FormatError(f"its pickle has the opcode {NAMES.get(code, code)}, which is not supported")
                 STEP[code](self)
         except FormatError:
             raise
         except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise FormatError(f"its pickle is damaged ({type(error).__name__})") from error
-        raise FormatError(f"its pickle has more than {self.steps:,} steps, more than that of any state dict")
+        raise FormatError(f"its pickle has more than {self.steps:,} opcodes, the limit for a state dict")
 
     def read(self, n: int) -> bytes:
-        """Return the next bytes; takes no memory for bytes that are not there."""
+        """Return the next `n` bytes; allocates no memory for missing bytes."""
         if n > self.left:
-            raise FormatError(f"it ends {n - self.left:,} bytes too early")
+            raise FormatError(f"it is truncated: {n - self.left:,} bytes are missing")
         self.left -= n
         if len(data := self.file.read(n)) < n:
-            raise FormatError("it ends too early")
+            raise FormatError("it is truncated")
         return data
 
     def number(self, format: str) -> Any:
-        """Return the next number, of a format of `struct`'s."""
+        """Return the next number in a `struct` format."""
         return struct.unpack(format, self.read(struct.calcsize(format)))[0]
 
     def line(self) -> str:
-        """Return the next line, a name of bounded length."""
+        """Return the next line, a name of at most 255 bytes."""
         name = self.file.readline(256)
         self.left -= len(name)
         if not name.endswith(b"\n"):
-            raise FormatError("its pickle has a name without an end")
+            raise FormatError("its pickle has a name that is too long")
         return name[:-1].decode()
 
     def push(self, value: Any, size: int = 1) -> None:
-        """Put a value without parts on the stack."""
+        """Push a scalar value."""
         self.stack.append(_Item(value, 0, size))
 
     def push_text(self, format: str) -> None:
-        """Put the next text on the stack, whose length precedes it."""
+        """Push a length-prefixed string."""
         data = self.read(self.number(format))
         self.push(str(data, "utf-8", "surrogatepass"), len(data) + 1)
 
     def push_bytes(self, format: str, is_text: bool = False) -> None:
-        """Put the next bytes on the stack, whose length precedes them; Python 2 wrote texts so."""
+        """Push length-prefixed bytes, or text, which Python 2 wrote as bytes."""
         data = self.read(self.number(format))
         self.push(data.decode("latin1") if is_text else data, len(data) + 1)
 
     def push_int(self) -> None:
-        """Put the next long number on the stack."""
+        """Push a long integer."""
         if (n := self.number("<B")) > 16:
-            raise FormatError(f"its pickle has a number of {n} bytes, which no state dict has")
+            raise FormatError(f"its pickle has a number of {n} bytes, more than the limit of 16")
         self.push(pickle.decode_long(self.read(n)))
 
     def pop_mark(self) -> list[_Item]:
-        """Return what was put on the stack since the last mark."""
+        """Return the items pushed since the last mark."""
         items, self.stack = self.stack, self.marks.pop()
         return items
 
     def mark(self) -> None:
-        """Begin a list of items."""
+        """Push a mark."""
         if len(self.marks) >= 2 * DEEPEST:
             raise FormatError(TOO_DEEP)
         self.marks.append(self.stack)
         self.stack = []
 
     def hold(self, items: list[_Item]) -> tuple[int, int]:
-        """Return the depth and the size of a container of items, and note that these are now held."""
+        """Return the depth and the size of a container of items, and mark the items as held."""
         depth = size = 0
         for item in items:
             item.is_held = True
@@ -159,12 +157,12 @@ class PlainUnpickler:
         return depth + 1, size
 
     def push_tuple(self, items: list[_Item]) -> None:
-        """Put a tuple on the stack."""
+        """Push a tuple of items."""
         depth, size = self.hold(items)
         self.stack.append(_Item(tuple([item.value for item in items]), depth, size + 1))
 
     def push_last(self, n: int) -> None:
-        """Put a tuple of the last items in their place."""
+        """Replace the last `n` items with a tuple of them."""
         items = self.stack[-n:]
         if len(items) < n:
             raise IndexError(n)
@@ -172,15 +170,15 @@ class PlainUnpickler:
         self.push_tuple(items)
 
     def fill(self, items: list[_Item], kind: type) -> Any:
-        """Return the container on top of the stack, to which items are about to be added.
+        """Return the container on top of the stack, after accounting for items to be added.
 
-        Nobody fills a container that another one already holds: its depth could not be known, and it
-        could hold itself.
+        A container that is already held by another one is refused: the depth of the outer one would
+        become wrong, and a container could contain itself.
         """
         depth, size = self.hold(items)
         container = self.stack[-1]
         if not isinstance(container.value, kind) or container.is_held:
-            raise FormatError("its pickle adds to a container that is already in use, as no state dict does")
+            raise FormatError("its pickle modifies a container that is already in use, which is not supported")
         container.depth, container.size = max(container.depth, depth), container.size + size
         return container.value
 
@@ -197,18 +195,18 @@ class PlainUnpickler:
             add_entry(container, key.value, item.value)
 
     def push_global(self, module: Any, name: Any) -> None:
-        """Put what the pickle names on the stack."""
+        """Push an allowed global."""
         if f"{module}.{name}" not in self.functions:
-            raise FormatError(f"it would call {module}.{name}; only tensors in plain containers are read")
+            raise FormatError(f"it would call {module}.{name}; only tensors in plain containers are supported")
         self.push(self.functions[f"{module}.{name}"])
 
     def push_stack_global(self) -> None:
-        """Put what the last two texts name on the stack."""
+        """Push the global named by the last two strings."""
         name, module = self.stack.pop().value, self.stack.pop().value
         self.push_global(module, name)
 
     def call(self) -> None:
-        """Put the result of a function in the place of the function and its arguments."""
+        """Replace a function and its arguments with the result of the call."""
         function, arguments = self.stack[-2:]
         depth, size = self.hold([arguments])
         if not callable(function.value) or not isinstance(arguments.value, tuple):
@@ -217,49 +215,49 @@ class PlainUnpickler:
         self.stack.append(_Item(function.value(*arguments.value), depth, size + 1))
 
     def build(self) -> None:
-        """Complete an object by its state."""
+        """Set the state of an object."""
         state, item = self.stack.pop(), self.stack[-1]
         depth, size = self.hold([state])
         if isinstance(item.value, Buildable) and not item.is_held:
             item.value.build(state.value)
             item.depth, item.size = max(item.depth, depth), item.size + size
-        elif type(item.value) is not OrderedDict:  # torch keeps the versions of modules as an attribute of theirs
-            raise FormatError("its pickle completes an object that no state dict has")
+        elif type(item.value) is not OrderedDict:  # torch stores module versions as an attribute, ignored here
+            raise FormatError("its pickle sets the state of an object for which this is not supported")
 
     def push_persistent(self) -> None:
-        """Put the object of a persistent id in its place."""
+        """Replace a persistent id with its object."""
         item = self.stack.pop()
         if self.persistent_load is None:
-            raise FormatError("its pickle refers to something outside of it")
+            raise FormatError("its pickle refers to external data")
         self.push(self.persistent_load(item.value))
 
     def get(self, index: int) -> None:
-        """Put a value from the memo on the stack once more."""
+        """Push a memoized value."""
         item = self.memo[index]
         self.may_repeat -= item.size
         if self.may_repeat < 0:
-            raise FormatError("its pickle uses the same values so often that they make more bytes than the file has")
+            raise FormatError("its pickle repeats values until they take more bytes than the file has")
         self.stack.append(item)
 
     def put(self, index: int) -> None:
-        """Remember the value on top of the stack."""
+        """Memoize the value on top of the stack."""
         self.memo[index] = self.stack[-1]
 
 
 def add_entry(container: dict, key: Any, value: Any) -> None:
-    """Add an entry to a dict, whose keys are names or numbers.
+    """Add an entry to a dict; keys must be strings or small integers.
 
-    A key is hashed, which takes long for a nested tuple, and equal hashes are easily found for large numbers.
+    Hashing a nested tuple is slow, and large integers with equal hashes are easy to construct.
     """
     if not (type(key) is str or (type(key) is int and abs(key) < 2**32)):
-        raise FormatError(f"its pickle has a key of type {type(key).__name__}; only names and numbers are read")
+        raise FormatError(f"its pickle has a key of type {type(key).__name__}; keys must be strings or 32-bit integers")
     if key in container:
         raise FormatError(f"its entry {str(key)[:80]} appears twice")
     container[key] = value
 
 
 def ordered_dict(pairs: Any = ()) -> OrderedDict:
-    """Return an ordered dict, which Python 2 pickled as a list of pairs."""
+    """Return an ordered dict, empty or from a list of pairs as Python 2 pickled it."""
     made: OrderedDict = OrderedDict()
     for key, value in pairs:
         add_entry(made, key, value)

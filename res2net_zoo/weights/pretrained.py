@@ -1,4 +1,4 @@
-"""From a model's name to the model, with its weights."""
+"""Create a model by name, with its weights."""
 
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,10 @@ from res2net_zoo.weights.model_names import parse_name
 
 
 def create_model(name: str, pretrained: bool = True, **kwargs) -> nn.Module:
-    """Call `timm.create_model`, turning everything that can be wrong with a name into one line.
+    """Call `timm.create_model`, and raise `InputError` with a one-line message for all errors.
 
     Args:
-        name: What `timm.create_model` takes: `arch`, `arch.tag`, `local-dir:DIR` or
+        name: A name as for `timm.create_model`: `arch`, `arch.tag`, `local-dir:DIR` or
             `hf-hub:ORG/NAME`.
         pretrained: Whether to load the weights.
         **kwargs: As for `timm.create_model`.
@@ -39,8 +39,8 @@ def create_model(name: str, pretrained: bool = True, **kwargs) -> nn.Module:
         The model, in training mode as timm returns it.
 
     Raises:
-        InputError: No such model, no such weights, a file that is no weight of this model, or
-            the Hub is out of reach.
+        InputError: The model or its weights do not exist, the weights do not fit the model, or
+            the Hub is not reachable.
     """
     source, identifier = parse_name(name)
     if source is None:
@@ -63,8 +63,8 @@ def create_model(name: str, pretrained: bool = True, **kwargs) -> nn.Module:
         command = f"hf download {where}".replace("@", " --revision ")
         cause = hub_client.cause_of(error)
         raise InputError(
-            f"the Hub is out of reach{f' ({cause})' if cause else ''} and {where} is not in its cache; where there is "
-            f"a network, `{command}` fetches it"
+            f"the Hub is not reachable{f' ({cause})' if cause else ''} and {where} is not in the cache; on a machine "
+            f"with a network, `{command}` downloads it"
         ) from error
     except RepositoryNotFoundError as error:
         raise InputError(
@@ -74,15 +74,15 @@ def create_model(name: str, pretrained: bool = True, **kwargs) -> nn.Module:
         raise InputError(f"cannot read {name} from the Hub: {one_line(error)}") from error
     except SafetensorError as error:
         raise InputError(
-            f"the weights of {name} are no whole safetensors file ({error}); fetch or make them again"
+            f"the weights of {name} are not a complete safetensors file ({error}); replace them"
         ) from error
     except Exception as error:
         if source != "local-dir" and isinstance(error, OSError) and error.errno is not None:
             raise InputError(
-                f"cannot keep {name} in the cache {kwargs.get('cache_dir') or constants.HF_HUB_CACHE}: "
-                f"{error.strerror or error}; make room there, or set HF_HOME to another folder"
+                f"cannot store {name} in the cache {kwargs.get('cache_dir') or constants.HF_HUB_CACHE}: "
+                f"{error.strerror or error}; free some space there, or set HF_HOME to another folder"
             ) from error
-        # A wrong config, foreign tensors or a missing file: timm and torch have no one type for it.
+        # timm and torch raise various types for an invalid config, unexpected tensors or a missing file.
         reason = (isinstance(error, OSError | RuntimeError | ValueError) and explain(error)) or repr(error)
         raise InputError(f"cannot load {name}: {clipped(reason, 500)}") from error
 
@@ -98,11 +98,11 @@ def _check_registered(name: str, pretrained: bool) -> None:
         hint = did_you_mean(name, weights, f"there are {', '.join(weights)}" if weights else "it has none")
         raise InputError(f"{architecture} has no weights {name}; {hint}")
     if pretrained and not weights and not catalog.load().checkpoint(name):
-        raise InputError(f"{architecture} has no published weights; train some, or name a folder as local-dir:DIR")
+        raise InputError(f"{architecture} has no published weights; name a folder with weights as local-dir:DIR")
 
 
 def _check_folder(name: str, folder: Path, pretrained: bool) -> None:
-    """Check a model folder before timm builds anything of it; without weights only if none are to be loaded."""
+    """Check a model folder before timm builds its model; the weights may be missing if they are not loaded."""
     try:
         if pretrained or (folder / WEIGHTS).exists():
             model_config.check_folder(folder)
@@ -113,10 +113,10 @@ def _check_folder(name: str, folder: Path, pretrained: bool) -> None:
 
 
 def _check_repository(name: str, identifier: str, pretrained: bool, cache_dir: str | Path | None) -> str:
-    """Check a repository's config and weights before timm builds anything of it.
+    """Check a repository's config and weights before timm builds its model.
 
     Returns:
-        Its name at the commit that was checked, of which timm finds all in the cache without asking the Hub again.
+        The model's name with the commit that was checked, which timm loads from the cache without another request.
     """
     repository, _, revision = identifier.partition("@")
     path = Path(hf_hub_download(repository, model_config.NAME, revision=revision or None, cache_dir=cache_dir))
@@ -133,7 +133,7 @@ def _check_repository(name: str, identifier: str, pretrained: bool, cache_dir: s
 
 
 def _fetch_weights(repository: str, commit: str, cache_dir: str | Path | None) -> Path:
-    """Fetch a repository's weights as timm does: safetensors where there are some, and hold them against their hash."""
+    """Download a repository's weights as timm does, safetensors if available, and verify their hash."""
     pickled = "pytorch_model.bin"
     try:
         path, filename = hf_hub_download(repository, WEIGHTS, revision=commit, cache_dir=cache_dir), WEIGHTS

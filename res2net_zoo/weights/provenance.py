@@ -1,6 +1,6 @@
-"""Where weights come from: the record that cards, configs, exported files and publishing take licence and origin from.
+"""Provenance of weights: the record from which cards, configs, exported files and publishing take licence and origin.
 
-A model folder keeps it in config.json under `provenance`, which timm ignores.
+A model folder stores it in config.json under the key `provenance`, which timm ignores.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ KEY = "provenance"  # in config.json
 ORIGINS = ("random", "checkpoint", "file", "unknown")
 LONGEST = 500  # characters of a value
 
-# What a pretrained cfg of timm's states of one weight, beside how to preprocess for it.
+# Keys of timm's pretrained cfg that describe particular weights rather than preprocessing.
 _CLAIMS = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "license", "origin_url")
 _OF_THE_CHECKPOINT = ("tag", "description", "paper_name", "notes")
 
@@ -60,21 +60,21 @@ class Provenance:
     """Where weights come from.
 
     Attributes:
-        origin: `random` for weights that began as random numbers, `checkpoint` for a published checkpoint,
-            `file` for a converted file that is no release, `unknown` where no record exists.
-        trained: Whether they were trained since.
-        checkpoint: Which checkpoint, as `arch.tag`.
-        source: URL of its original file, or the name of a converted one.
-        source_sha256: SHA-256 of that file, or its first digits where no more was published.
-        repository: Repository on the Hub that has these very weights.
-        base_model: Repository on the Hub of weights that they derive from.
+        origin: `random` for random initialization, `checkpoint` for a published checkpoint, `file` for a converted
+            file that is not a release, `unknown` if there is no record.
+        trained: Whether the weights were trained since.
+        checkpoint: The checkpoint, as `arch.tag`.
+        source: URL of the original file, or the name of a converted file.
+        source_sha256: SHA-256 of that file, or its first digits if only these were published.
+        repository: Hub repository with exactly these weights.
+        base_model: Hub repository of weights that these derive from.
         start: The model that the last training started from.
-        teacher: The model that they learned from.
-        license: Their licence, in the Hub's spelling.
-        inherited_license: That of the first licensed weights that they derive from.
+        teacher: The teacher model of a distillation.
+        license: The licence, as a Hub identifier.
+        inherited_license: The licence of the first licensed weights that these derive from.
 
     Raises:
-        InputError: A value cannot be right.
+        InputError: A value is invalid.
     """
 
     origin: str
@@ -106,19 +106,19 @@ class Provenance:
 
     @property
     def derives_from(self) -> str | None:
-        """Repository on the Hub of these very weights, else of those that they derive from."""
+        """Hub repository of these weights or, if there is none, of those that they derive from."""
         return self.repository or self.base_model
 
     def after_training(self, start: str | None, license: str | None = None, teacher: str | None = None) -> "Provenance":
-        """Return the record of what is trained from these weights.
+        """Return the record of weights trained from these.
 
         Args:
             start: The model that has these weights; None for random ones.
-            license: The licence that the user gives the result; else it is inherited.
-            teacher: The model that it learns from.
+            license: The licence that the user chooses for the result; inherited if None.
+            teacher: The teacher model of a distillation.
 
         Raises:
-            InputError: A value cannot be right.
+            InputError: A value is invalid.
         """
         return dataclasses.replace(
             self,
@@ -132,16 +132,16 @@ class Provenance:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what is known, as a config.json keeps it."""
+        """Return the known values, for config.json."""
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
     def applied_to(self, config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
-        """Return a pretrained cfg of timm's that states of the weights what this record does, and no more.
+        """Return a timm pretrained cfg in which the description of the weights is replaced by this record.
 
         Args:
-            config: The cfg, perhaps that of published weights of the architecture.
-            architecture: Its architecture. The papers of one in the catalogue are about the architecture;
-                timm's others are about the weights.
+            config: The cfg, which may describe published weights of the architecture.
+            architecture: Its architecture. For those in the catalogue, paper ids refer to the architecture and
+                are kept; for timm's others they refer to the weights.
         """
         dropped = list(_CLAIMS)
         if self.origin != "checkpoint" or self.trained:
@@ -156,11 +156,11 @@ class Provenance:
         }
 
     def __str__(self) -> str:
-        """Return it in words."""
+        """Return the record as text."""
         known = {
             "random": "random initialisation",
             "checkpoint": f"the checkpoint {self.checkpoint}",
-            "file": "a file that is no release",
+            "file": "a file that is not a release",
             "unknown": "unknown origin",
         }[self.origin]
         parts = [known + (f" ({self.source})" if self.source else "")]
@@ -179,9 +179,9 @@ def of_converted(checkpoint: Checkpoint, metadata: Mapping[str, str]) -> Provena
     """Return the record of a file that was converted as a checkpoint of the catalogue, released or not.
 
     Args:
-        checkpoint: Which.
-        metadata: What the converted weights' file states: source and source_sha256. Without a hash it counts
-            as the released one, such as a mirror's copy from the Hub.
+        checkpoint: The checkpoint.
+        metadata: Metadata of the converted file: source and source_sha256. A file without a hash, such as a
+            mirror's copy from the Hub, is taken as the released one.
     """
     digest = metadata.get("source_sha256", "")
     if digest.startswith(checkpoint.sha256) or not digest:
@@ -194,8 +194,8 @@ def of_checkpoint(checkpoint: Checkpoint, metadata: Mapping[str, str] | None = N
     """Return the record of a checkpoint of the catalogue.
 
     Args:
-        checkpoint: Which.
-        metadata: What its converted weights' file states, such as another source than the release's URL.
+        checkpoint: The checkpoint.
+        metadata: Metadata of its converted file, such as a source other than the release's URL.
     """
     stated = metadata or {}
     source, digest = printable(stated.get("source", ""))[:LONGEST], stated.get("source_sha256", "")
@@ -211,15 +211,15 @@ def of_checkpoint(checkpoint: Checkpoint, metadata: Mapping[str, str] | None = N
 
 
 def of_model(name: str, config: Mapping[str, Any], pretrained: bool = True) -> Provenance:
-    """Return the record of the weights of a model that `pretrained.create_model` made.
+    """Return the record of the weights of a model from `pretrained.create_model`.
 
     Args:
-        name: What it was given.
+        name: The name of the model.
         config: The model's pretrained_cfg.
-        pretrained: Whether it loaded weights.
+        pretrained: Whether weights were loaded.
 
     Raises:
-        InputError: The folder's record cannot be right.
+        InputError: The record in the model folder is invalid.
     """
     if not pretrained:
         return RANDOM
@@ -232,7 +232,7 @@ def of_model(name: str, config: Mapping[str, Any], pretrained: bool = True) -> P
     full = f"{config['architecture']}.{tag}" if tag else config["architecture"]
     if checkpoint := catalog.load().checkpoint(full):
         return of_converted(checkpoint, metadata_of(Path(config["file"])) if config.get("file") else {})
-    license = config.get("license")  # one of timm's other models, whose cfg is of the weights that were loaded
+    license = config.get("license")  # one of timm's other models, whose cfg describes the loaded weights
     return Provenance(
         origin="checkpoint",
         checkpoint=full,
@@ -243,16 +243,16 @@ def of_model(name: str, config: Mapping[str, Any], pretrained: bool = True) -> P
 
 
 def warn_of_other_license(before: Provenance, after: Provenance) -> None:
-    """Warn where weights are given another licence than that of what they derive from."""
+    """Warn if the licence differs from that of the weights they derive from."""
     if before.license and after.license != before.license:
         warn(
-            f"--license {after.license} replaces {before.license}, the licence of the weights that the training "
-            "starts from; make sure that it allows that"
+            f"the licence {after.license} replaces {before.license}, the licence of the weights that the training "
+            "starts from; make sure that this is permitted"
         )
 
 
 def shown(name: str) -> str:
-    """Return a model's name as records keep it: of a folder the last part alone, which is no path of this machine."""
+    """Return a model's name for a record; of a folder only its name, without the path on this machine."""
     source, identifier = parse_model_name(name)
     return printable(Path(identifier).resolve().name if source == "local-dir" else identifier)[:LONGEST]
 
@@ -264,7 +264,7 @@ def of_repository(identifier: str) -> Provenance:
         identifier: `ORG/NAME`, or `ORG/NAME@REVISION`.
 
     Raises:
-        InputError: Its record cannot be right.
+        InputError: Its record is invalid.
     """
     repository, _, revision = identifier.partition("@")
 
@@ -286,18 +286,18 @@ def of_repository(identifier: str) -> Provenance:
 def of_folder(folder: Path) -> Provenance:
     """Return the record of a model folder.
 
-    Where it has none, as what timm saves, the hash of what its weights were converted from, or theirs, may
-    be that of a release; else their origin is unknown, and licence and base model are those of its card.
+    A folder without a record, such as one saved by timm, is compared with the catalogue by the hash of its weights or
+    of their original file. If that fails, the origin is unknown, and licence and base model are those of its card.
 
     Raises:
-        InputError: The record cannot be right.
+        InputError: The record is invalid.
     """
     path = folder / "config.json"
     config = read_json(path) if path.is_file() else {}
     card = _card_of(folder)
     if isinstance(config, dict) and KEY in config:
         record = _parse(config[KEY], path)
-        # Whoever has the weights may state a licence on the card later, where none was inherited.
+        # Without an inherited licence, the owner may add one to the card later.
         return dataclasses.replace(record, license=record.license or card["license"])
     return _released(folder / WEIGHTS) or Provenance(origin="unknown", **card)
 
@@ -313,7 +313,7 @@ def _parse(record: Any, path: Path) -> Provenance:
 
 
 def _released(weights: Path) -> Provenance | None:
-    """Return the record of weights that are a checkpoint of the catalogue by a hash."""
+    """Return the record of weights whose hash is that of a checkpoint in the catalogue."""
     checkpoints = catalog.load().checkpoints.values()
     metadata = metadata_of(weights)
     if digest := metadata.get("source_sha256"):
@@ -332,11 +332,11 @@ def _released(weights: Path) -> Provenance | None:
 
 
 def _card_of(folder: Path) -> dict[str, Any]:
-    """Return licence and base model of a folder's card, where it states one of each."""
+    """Return licence and base model of a folder's model card, None if missing or ambiguous."""
     try:
         data = read_card(folder / "README.md").data
         license, base_model = data.get("license"), data.get("base_model")
-    except Exception:  # missing, or whatever huggingface_hub's parser of YAML fails at
+    except Exception:  # the card is missing, or huggingface_hub cannot parse its YAML
         license = base_model = None
     if isinstance(base_model, list) and len(base_model) == 1:
         base_model = base_model[0]
@@ -347,7 +347,7 @@ def _card_of(folder: Path) -> dict[str, Any]:
 
 
 def metadata_of(weights: Path) -> dict[str, str]:
-    """Return what a weights' file states of itself; nothing where it is not a whole file."""
+    """Return the metadata of a safetensors file; empty if the file is missing or incomplete."""
     if not weights.is_file():
         return {}
     try:

@@ -16,14 +16,14 @@ from res2net_zoo.utils.card_metadata import read_card
 
 
 def published_accuracies(name: str) -> list[Accuracy]:
-    """Return what has been published for a model.
+    """Return the accuracies published for a model.
 
     Args:
-        name: As for `create_model`. For a model of the catalogue the catalogue answers, for a
-            folder or a repository on the Hub the evaluation results of its model card.
+        name: As for `create_model`. The source is the catalogue or, for a folder or a repository on
+            the Hub, the evaluation results of its model card.
 
     Returns:
-        The accuracies, those to compare with first; empty where nothing is published.
+        The accuracies, those to compare with first; empty if none are published.
     """
     source, identifier = parse_model_name(name)
     if source is None:
@@ -38,7 +38,7 @@ def published_accuracies(name: str) -> list[Accuracy]:
         card: Any = read_card(path)
         results = card.data.eval_results or []
     except Exception:
-        return []  # without a card, or with one that cannot be read, nothing is published
+        return []  # the card is missing or invalid
     figures: dict[tuple[str, str], dict[str, float]] = {}
     for result in results:
         key = {"accuracy": "top1", "top-5-accuracy": "top5"}.get(result.metric_type)
@@ -48,7 +48,7 @@ def published_accuracies(name: str) -> list[Accuracy]:
             )
     accuracies = []
     for (dataset, split), values in figures.items():
-        with contextlib.suppress(StrictDataclassError, TypeError):  # cards say less, or stranger things, than ours
+        with contextlib.suppress(StrictDataclassError, TypeError):  # other cards may lack values or have invalid ones
             accuracies.append(Accuracy(dataset=dataset, split=split, source=f"model card of {identifier}", **values))
     return accuracies
 

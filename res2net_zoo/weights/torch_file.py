@@ -1,7 +1,7 @@
-"""Reading what `torch.save` wrote, in both of its formats, within bounds that `torch.load` does not have.
+"""A reader for both formats of `torch.save`, with limits that `torch.load` does not have.
 
-`torch.load` with `weights_only` runs no code of the file's, but it crashes on deeply nested pickles and
-takes memory for tensors that a file only declares. Here the file's own size bounds what is made of it.
+`torch.load` with `weights_only` runs no code of a file, but it crashes on deeply nested pickles and allocates
+memory for tensors that a file only declares. Here allocations are limited by the size of the file.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import open_regular
 from res2net_zoo.weights.pickles import STEPS, Buildable, FormatError, PlainUnpickler, ordered_dict
 
-MAGIC = 0x1950A86A20F9469CFC6C  # of the format that torch wrote before it had zip files
-PARTS = 100_000  # of a zip file: one for each storage
-LARGEST_DIRECTORY = 2**24  # bytes of a zip file's list of parts
-LARGEST_PICKLE = 2**28  # bytes of `data.pkl`, which has no weights in it; some 100 kB
+MAGIC = 0x1950A86A20F9469CFC6C  # of torch's format before version 1.6
+PARTS = 100_000  # files in a zip archive, one per storage
+LARGEST_DIRECTORY = 2**24  # bytes of a zip archive's directory
+LARGEST_PICKLE = 2**28  # bytes of `data.pkl`, which does not include weights; usually 100 kB
 
 STORAGES = dict(
     DoubleStorage=torch.float64,
@@ -42,24 +42,24 @@ STORAGES = dict(
 
 
 def _view(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> torch.Tensor:
-    """Return a tensor of a storage, as `torch._utils._rebuild_tensor_v2` does, but of nothing beyond the storage."""
+    """Return a view of a storage, as `torch._utils._rebuild_tensor_v2` does, after checking its bounds."""
     whole = isinstance(storage, torch.Tensor) and isinstance(size, tuple) and isinstance(stride, tuple)
     if not whole or len(size) != len(stride) or len(size) > 64:
         raise FormatError("it has a tensor without a storage, a size and a stride")
     if not all(type(n) is int and 0 <= n < 2**63 for n in (offset, *size, *stride)):
-        raise FormatError("it has a tensor whose size or stride is not a valid number")
+        raise FormatError("it has a tensor with an invalid offset, size or stride")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if (numbers := math.prod(size)) and max(numbers, last + 1) > storage.numel():
         shown = "x".join(map(str, size))
         raise FormatError(f"it has a tensor of {shown} numbers in a storage of {storage.numel():,}")
-    # Not a view in torch's sense, so that a training can go on with it.
+    # Not a view for autograd, so that the tensor can be trained.
     return torch.empty(0, dtype=storage.dtype).set_(
         storage.untyped_storage(), storage.storage_offset() + offset, size, stride
     )
 
 
 def _parameter(tensor: Any, *_: Any) -> torch.Tensor:
-    """Return the tensor of a parameter; of nothing else, or a container would be known under two depths."""
+    """Return the tensor of a parameter; a container is refused, because its depth would be lost."""
     if not isinstance(tensor, torch.Tensor):
         raise FormatError("it has a parameter that is not a tensor")
     return tensor
@@ -76,11 +76,11 @@ FUNCTIONS = {
 
 
 class _Namespace(Buildable):
-    """Stands for the arguments that timm's training keeps beside the weights."""
+    """Stand-in for the arguments that timm's training script saves with the weights."""
 
 
 class _Storages:
-    """The storages that a pickle refers to, each made once, of together no more bytes than the file has."""
+    """The storages that a pickle refers to, each created once; their total size is limited by the file's."""
 
     def __init__(self, size: int, read: Callable[[str, torch.Tensor], None] | None = None) -> None:
         self.size, self.read = size, read
@@ -88,7 +88,7 @@ class _Storages:
         self.declared = 0
 
     def __call__(self, pid: Any) -> torch.Tensor:
-        """Return the storage of a persistent id, as a tensor of one dimension."""
+        """Return the storage of a persistent id as a 1-D tensor."""
         if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
             raise FormatError("its pickle refers to something that is not a storage")
         _, dtype, key, _, numel = pid[:5]
@@ -98,41 +98,41 @@ class _Storages:
             self.declared += numel * dtype.itemsize
             if self.declared > self.size:
                 raise FormatError(
-                    f"it declares {self.declared:,} bytes of weights and has {self.size:,}: it is cut short"
+                    f"it declares {self.declared:,} bytes of weights but has {self.size:,}: it is truncated"
                 )
             self.made[key] = torch.empty(numel, dtype=dtype)
             if self.read:
                 self.read(key, self.made[key])
         storage = self.made[key]
         if (storage.dtype, storage.numel()) != (dtype, numel):
-            raise FormatError(f"it declares the storage {key[:80]} twice, each time another one")
-        if len(pid) == 6 and pid[5] is not None:  # a part of a storage, as torch wrote before version 0.4
+            raise FormatError(f"it declares the storage {key[:80]} twice with different types or sizes")
+        if len(pid) == 6 and pid[5] is not None:  # a view of a storage, from torch before version 0.4
             _, start, length = pid[5]
             storage = _view(storage, start, (length,), (1,))
         return storage
 
 
 def _fill(storage: torch.Tensor, file: BinaryIO) -> None:
-    """Read the numbers of a storage."""
+    """Read the values of a storage from a file."""
     buffer = storage.view(torch.uint8).numpy() if storage.numel() else b""
     if len(buffer) and file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
-        raise FormatError("it is cut short")
+        raise FormatError("it is truncated")
 
 
 def load(path: Path, steps: int = STEPS, functions: Mapping[str, Any] = FUNCTIONS) -> Any:
-    """Read a file that `torch.save` wrote.
+    """Read a file written by `torch.save`.
 
     Args:
         path: The file.
-        steps: How many steps its pickle may have.
-        functions: What its pickle may name.
+        steps: Largest number of opcodes in its pickle.
+        functions: Allowed globals of its pickle.
 
     Returns:
-        What was saved: tensors, on the CPU, and plain values in containers.
+        The saved object: tensors, on the CPU, and plain values in containers.
 
     Raises:
-        FormatError: It is damaged, exceeds a bound, or holds something else.
-        InputError: It cannot be read.
+        FormatError: The file is damaged, exceeds a limit, or contains something else.
+        InputError: The file cannot be read.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -144,18 +144,18 @@ def load(path: Path, steps: int = STEPS, functions: Mapping[str, Any] = FUNCTION
             with zipfile.ZipFile(_Directory(file)) as archive:
                 return _load_zip(file, archive, size, steps, functions)
         except (zipfile.BadZipFile, NotImplementedError, UnicodeError, struct.error) as error:
-            raise FormatError(f"it is damaged or cut short: {error}") from error
+            raise FormatError(f"it is damaged or truncated: {error}") from error
 
 
 class _Directory:
-    """A file as `zipfile` sees it, which would take memory for a list of parts of any length."""
+    """A file for `zipfile` that limits how much memory it allocates for the archive's directory."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.seek, self.tell = file, file.seek, file.tell
 
     def read(self, n: int = -1) -> bytes:
         if n > LARGEST_DIRECTORY:
-            raise FormatError(f"its list of parts is larger than the limit of {LARGEST_DIRECTORY:,} bytes")
+            raise FormatError(f"its directory is larger than the limit of {LARGEST_DIRECTORY:,} bytes")
         return self.file.read(n)
 
 
@@ -163,14 +163,14 @@ def _load_zip(file: BinaryIO, archive: zipfile.ZipFile, size: int, steps: int, f
     parts = {info.filename: info for info in archive.infolist()}
     if len(parts) > PARTS:
         raise FormatError(f"it has {len(parts):,} parts, more than the limit of {PARTS:,}")
-    # torch never compresses; a small file that unpacks to a huge one is an attack, and so are parts that overlap.
+    # torch does not compress; compressed or overlapping parts would be a decompression bomb.
     if packed := [name for name, info in parts.items() if info.compress_type != zipfile.ZIP_STORED]:
-        raise FormatError(f"its part {packed[0][:80]} is packed, as torch never does")
+        raise FormatError(f"its part {packed[0][:80]} is compressed, which is not supported")
     if len(parts) < len(archive.infolist()) or sum(info.file_size for info in parts.values()) > size:
-        raise FormatError("its parts overlap or have the same names")
+        raise FormatError("its parts overlap or have duplicate names")
     names = [name for name in parts if name.endswith("/data.pkl")]
     if len(names) != 1:
-        raise FormatError("it is a zip file, but not one of PyTorch's")
+        raise FormatError("it is a zip file, but not a PyTorch file")
     folder = names[0].removesuffix("data.pkl")
     if f"{folder}constants.pkl" in parts:
         raise FormatError("it is a TorchScript archive; save the model's state_dict() instead")
@@ -182,7 +182,7 @@ def _load_zip(file: BinaryIO, archive: zipfile.ZipFile, size: int, steps: int, f
         if part is None:
             raise FormatError(f"its storage {key[:80]} is missing")
         if (declared := storage.numel() * storage.dtype.itemsize) != part.file_size:
-            raise FormatError(f"its part {part.filename[:80]} has {part.file_size:,} bytes, and not {declared:,}")
+            raise FormatError(f"its part {part.filename[:80]} has {part.file_size:,} bytes instead of {declared:,}")
         _seek(file, part)
         _fill(storage, file)
 
@@ -191,11 +191,11 @@ def _load_zip(file: BinaryIO, archive: zipfile.ZipFile, size: int, steps: int, f
 
 
 def _seek(file: BinaryIO, part: zipfile.ZipInfo) -> None:
-    """Go to the content of a part, which lies in the file as it is; its checksum would cost more than reading it."""
+    """Seek to the uncompressed content of a part; the checksum is skipped, as it takes longer than reading."""
     file.seek(part.header_offset)
     header = struct.unpack("<4s22xHH", file.read(30))
     if header[0] != b"PK\x03\x04":
-        raise FormatError(f"its part {part.filename[:80]} is not where it should be")
+        raise FormatError(f"its part {part.filename[:80]} is not at its recorded offset")
     file.seek(header[1] + header[2], os.SEEK_CUR)
 
 
@@ -212,14 +212,14 @@ def _load_legacy(file: BinaryIO, size: int, steps: int, functions: Mapping[str, 
 
     if read() != MAGIC:
         raise FormatError("it is not a PyTorch file")
-    read(), read()  # the version of the format, and what machine wrote it
+    read(), read()  # the version of the format, and properties of the machine that wrote it
     storages = _Storages(size)
     content, keys = read(storages), read()
     if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages.made):
-        raise FormatError("it does not list its storages")
+        raise FormatError("its list of storages is invalid")
     for key in keys:
         if struct.unpack("<q", file.read(8))[0] != storages.made[key].numel():
-            raise FormatError(f"its storage {key[:80]} is not of the size that it declares")
+            raise FormatError(f"its storage {key[:80]} does not have its declared size")
         _fill(storages.made[key], file)
     return content
 
@@ -229,10 +229,10 @@ _is_checking: ContextVar[bool] = ContextVar("is_checking", default=False)
 
 @contextlib.contextmanager
 def checking_timm() -> Iterator[None]:
-    """Check every pickle that timm reads in the block, such as `pytorch_model.bin`, before it reads it.
+    """Check every pickle that timm loads in the context, such as `pytorch_model.bin`, before timm reads it.
 
     Raises:
-        InputError: A file is damaged, exceeds a bound, or holds something else than weights.
+        InputError: A file is damaged, exceeds a limit, or contains something other than weights.
     """
     token = _is_checking.set(True)
     try:
@@ -253,5 +253,5 @@ def _check_first(torch_load: Callable[..., Any]) -> Callable[..., Any]:
     return load_checked
 
 
-# timm has no hook for this: both of its modules call this one function for all that is not safetensors.
+# timm has no hook for this; both modules call this function for every file that is not safetensors.
 _helpers._torch_load = _hub._torch_load = _check_first(_helpers._torch_load)

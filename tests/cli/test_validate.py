@@ -253,7 +253,7 @@ class TestBadInput:
         assert "no model folder" in self.refused(in_process, tmp_path, "--model", f"local-dir:{tmp_path / 'gone'}")
         assert "there is no folder or file" in self.refused(in_process, tmp_path, "--data", tmp_path / "gone" / "away")
         line = input_error(in_process(VALIDATE, "--output", tmp_path / "gone" / "r.json"))
-        assert "make it first" in line
+        assert "create it first" in line
 
     def test_missing_split(self, in_process, tmp_path):
         line = self.refused(in_process, tmp_path, "--split", "dev_test")
@@ -302,9 +302,9 @@ class TestBadInput:
         weights = folder / "model.safetensors"
         content = weights.read_bytes()
         weights.write_bytes(content[: len(content) // 2])
-        assert "no whole safetensors" in self.refused(in_process, tmp_path, "--model", f"local-dir:{folder}")
+        assert "not a complete safetensors" in self.refused(in_process, tmp_path, "--model", f"local-dir:{folder}")
         weights.write_bytes(b"not safetensors at all")
-        assert "no whole safetensors" in self.refused(in_process, tmp_path, "--model", f"local-dir:{folder}")
+        assert "not a complete safetensors" in self.refused(in_process, tmp_path, "--model", f"local-dir:{folder}")
         weights.write_bytes(content)
         config = (folder / "config.json").read_text().replace("res2net_tiny", "res2net50_26w_4s")
         (folder / "config.json").write_text(config)
@@ -364,15 +364,15 @@ class TestBadInput:
     def test_no_network(self, in_process, tmp_path):
         """Offline mode stands in for a dead network: the same error without its five retries."""
         line = self.refused(in_process, tmp_path, "--model", "res2net50_26w_4s")
-        assert "out of reach" in line and "`hf download timm/res2net50_26w_4s.in1k`" in line
-        assert "out of reach" in self.refused(in_process, tmp_path, "--model", "hf-hub:some/model")
+        assert "not reachable" in line and "`hf download timm/res2net50_26w_4s.in1k`" in line
+        assert "not reachable" in self.refused(in_process, tmp_path, "--model", "hf-hub:some/model")
         assert "reach" in self.refused(in_process, tmp_path, "--data", "some/data")
 
     def test_no_server_behind_the_hubs_address(self, in_process, monkeypatch, hub):
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
         template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        assert "out of reach" in input_error(in_process(VALIDATE, "--model", "hf-hub:some/model"))
+        assert "not reachable" in input_error(in_process(VALIDATE, "--model", "hf-hub:some/model"))
 
     def test_file_that_breaks_off_while_it_is_streamed(self, in_process, tmp_path):
         """A Parquet file whose end is whole and whose middle is not: found out half-way through."""
@@ -552,7 +552,7 @@ class TestImageNet:
 
     def test_benchmark_needs_a_model_of_1000_classes(self, in_process):
         line = input_error(in_process(VALIDATE, "--benchmark", "imagenet-1k"))
-        assert "imagenet-1k needs a model of ImageNet's 1000 classes, and this one has 10" in line
+        assert "imagenet-1k needs a model with ImageNet's 1000 classes, this one has 10" in line
 
 
 @pytest.mark.full
@@ -598,7 +598,7 @@ def test_what_is_left_out_of_class_folders_is_reported(in_process, tmp_path):
     assert results(tmp_path / "r.json")[0]["samples"] == 4
     line = result.stderr.splitlines()[0]
     assert line.startswith(f"warning: left out of {tmp_path / 'val'}: hidden or system folders: 1 (such as ")
-    assert "links to folders that are read already or lie above: 1 (such as " in line
+    assert "links to parent folders or folders already included: 1 (such as " in line
 
 
 @pytest.mark.first_case

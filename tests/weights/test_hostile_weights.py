@@ -99,7 +99,7 @@ PICKLES = {  # the body of a pickle, and words of the refusal
     "an entry twice": (b"}(U\x01aK\x01U\x01aK\x02u.", "its entry a appears twice"),
     "nothing at all": (b".", "damaged"),
     "marks without an end": (b"(" * 900_000 + b".", "more than 64 deep"),
-    "a name without an end": (b"c" + b"a" * 10**6, "without an end"),
+    "a name without an end": (b"c" + b"a" * 10**6, "a name that is too long"),
 }
 
 
@@ -137,12 +137,12 @@ TENSORS = {
     "one number repeated": (tensor((10**12,), (0,)), "in a storage of 4"),
     "overlapping rows": (tensor((3, 3), (1, 1)), "3x3 numbers in a storage of 4"),
     "an offset beyond the storage": (tensor((1,), (1,), offset=10**9), "in a storage of 4"),
-    "a negative size": (tensor((-1,), (1,)), "not a valid number"),
-    "a negative stride": (tensor((2,), (-1,)), "not a valid number"),
-    "a size beyond 64 bits": (tensor((2**64,), (1,)), "not a valid number"),
+    "a negative size": (tensor((-1,), (1,)), "invalid offset, size or stride"),
+    "a negative stride": (tensor((2,), (-1,)), "invalid offset, size or stride"),
+    "a size beyond 64 bits": (tensor((2**64,), (1,)), "invalid offset, size or stride"),
     "a size without a stride": (tensor((1, 1), (1,)), "a size and a stride"),
     "a thousand dimensions": (tensor((1,) * 1000, (1,) * 1000), "a size and a stride"),
-    "a storage of another size": (tensor((1,), (1,), numel=2), "16 bytes, and not 8|not of the size"),
+    "a storage of another size": (tensor((1,), (1,), numel=2), "16 bytes instead of 8|not have its declared size"),
     "a storage of complex numbers": (tensor((1,), (1,), dtype="ComplexFloat"), "torch.ComplexFloatStorage"),
     "a byte array of gigabytes": (b"cbuiltins\nbytearray\n" + number(10**11) + b"\x85R.", "bytearray"),
     "a tensor made of its size": (b"ctorch\nFloatTensor\n" + number(10**11) + b"\x85R.", "torch.FloatTensor"),
@@ -216,7 +216,7 @@ OTHERS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     ),
     "parts that overlap": ("torch", lambda path: parts(path, 5000, 10**6), "its parts overlap"),
     "many parts": ("torch", lambda path: parts(path, 100_001, 0), "more than the limit of 100,000"),
-    "a long list of parts": ("torch", lambda path: parts(path, 400_000, 0), "list of parts is larger than the limit"),
+    "a long list of parts": ("torch", lambda path: parts(path, 400_000, 0), "directory is larger than the limit"),
     "names that differ in case": ("torch", lambda path: of_zip(path, b"}.", **{"DATA.PKL": b"\x80\x02" + b"]."}), ""),
     "a part of another name": (
         "torch",
@@ -232,9 +232,9 @@ OTHERS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a length beyond the file": (
         "mindspore",
         lambda path: path.write_bytes(b"\x0a" + b"\xff" * 9 + b"\x01"),
-        "cut short",
+        "truncated",
     ),
-    "a length without an end": ("mindspore", lambda path: path.write_bytes(b"\x0a\xff"), "cut short"),
+    "a length without an end": ("mindspore", lambda path: path.write_bytes(b"\x0a\xff"), "truncated"),
     "a shape that is not filled": (
         "mindspore",
         lambda path: path.write_bytes(mindspore_value("w", np.broadcast_to(np.float32(0), (10**6, 10**6)), b"1")),
@@ -243,7 +243,7 @@ OTHERS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "many pieces": (
         "mindspore",
         lambda path: path.write_bytes(mindspore_value("w", np.zeros(1, "f"), b"") * 100_001),
-        "more than 100,000 entries",
+        "more entries than the limit of 100,000",
     ),
     "a name that is not UTF-8": (
         "mindspore",
@@ -370,7 +370,7 @@ def test_names_of_parts_that_are_not_utf_8(tmp_path):
     (tmp_path / "file").write_bytes(content)
     assert read_torch(tmp_path / "file")["w"].tolist() == [0, 0, 0, 0]
     (tmp_path / "file").write_bytes(content.replace(b"w/data.pkl", b"w/d\xff\xff\xff.pkl"))
-    assert "not one of PyTorch's" in refuse(tmp_path / "file", "torch")
+    assert "not a PyTorch file" in refuse(tmp_path / "file", "torch")
 
 
 def training_state() -> dict:

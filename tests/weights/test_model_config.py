@@ -211,7 +211,7 @@ def test_links_out_of_the_folder_are_not_published(in_process, folder, tmp_path,
     (tmp_path / "blobs" / "secret.txt").write_text("secret")
     (folder / name).symlink_to(tmp_path / "blobs" / ("secret.txt" if "." in name else ""))
     line = input_error(in_process("hub/publish.py", folder, "--repo-id", "zoo/x", "--dry-run"))
-    assert f"{name} leads to a file outside" in line
+    assert f"{name} is a link to a file outside" in line
 
 
 def test_a_pipe_is_not_published(in_process, folder):
@@ -254,7 +254,7 @@ def test_nothing_is_built_before_it_is_compared(folder):
 
     change(folder, {"architecture": "vit_7b_patch16_dinov3", "model_args": {}})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(InputError, match=r"6,\d+,\d+,\d+ values.*they are not of one model"):
+    with pytest.raises(InputError, match=r"6,\d+,\d+,\d+ values.*they do not belong together"):
         create_model(f"local-dir:{folder}")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
 

@@ -234,7 +234,7 @@ class TestFromACheckpoint:
         args = [*QUICK, "--data", pictures, "--model", NAME, "--pretrained", "--license", "mit"]
         done = in_process(FINETUNE, *args, "--output", tmp_path / "mit")
         (line,) = [line for line in done.stderr.splitlines() if "licence" in line]
-        assert done.returncode == 0 and line.startswith(f"warning: --license mit replaces {LICENSE}, ")
+        assert done.returncode == 0 and line.startswith(f"warning: the licence mit replaces {LICENSE}, ")
         record = stated(tmp_path / "mit")
         assert (record["license"], record["inherited_license"], record["start"]) == ("mit", LICENSE, NAME)
         assert claims(tmp_path / "mit")["license"] == "mit"
@@ -283,7 +283,9 @@ class TestFromACheckpoint:
         card = model_card("m", "# m", origin.license, base_model=origin.base_model)
         write_model_folder(tmp_path / "m", model, card, origin=origin)
         assert stated(tmp_path / "m")["base_model"] == "timm/res2net50_26w_4s.in1k"
-        with pytest.raises(LicenseError, match=r"derives from res2net50_26w_4s.in1k, whose licence is not plainly"):
+        with pytest.raises(
+            LicenseError, match=r"derives from res2net50_26w_4s.in1k, whose licence may not cover its weights"
+        ):
             check_license(tmp_path / "m")
 
     @pytest.mark.parametrize(("tag", "license"), [("a1_in1k", "apache-2.0"), ("fb_swsl_ig1b_ft_in1k", "cc-by-nc-4.0")])
