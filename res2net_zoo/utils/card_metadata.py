@@ -1,6 +1,6 @@
-"""The metadata of a card: YAML that others wrote, whose size is held against bounds before it is read.
+"""Reading the YAML metadata of model cards with limits on its size and depth.
 
-A few bytes of YAML can stand for a list of any length by repeating an anchor, and can hold themselves.
+With anchors, a few bytes of YAML can expand to a list of any length, or contain themselves.
 """
 
 import re
@@ -12,29 +12,29 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from res2net_zoo.utils.files import read_text
 
-LARGEST_CARD = 2**20  # bytes; the parser of YAML is slow
-MOST_VALUES = 2**18  # of metadata, repeated ones counted
-DEEPEST = 50  # lists and mappings within each other
-LONGEST_NUMBER = 100  # characters; a number is read in the square of the time
+LARGEST_CARD = 2**20  # bytes; parsing YAML is slow
+MOST_VALUES = 2**18  # values, including those repeated by aliases
+DEEPEST = 50  # nested lists and mappings
+LONGEST_NUMBER = 100  # characters; parsing a number takes quadratic time
 
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the fast one, where PyYAML was built with it
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C parser, if PyYAML has it
 
 
 def check_yaml(text: str) -> None:
-    """Check how much a YAML text stands for, before it is made into values.
+    """Check the expanded size of a YAML document, before it is loaded.
 
     Args:
-        text: The text.
+        text: The document.
 
     Raises:
-        ValueError: It exceeds a bound.
-        yaml.YAMLError: It is not YAML.
+        ValueError: The document exceeds a limit.
+        yaml.YAMLError: It is not valid YAML.
     """
     values, known, opened = 0, dict[str, int](), list[tuple[str | None, int]]()
     for event in yaml.parse(text, Loader=LOADER):
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in known:
-                raise ValueError(f"it refers to {event.anchor[:80]}, which is missing or not complete there")
+                raise ValueError(f"it refers to the anchor {event.anchor[:80]}, which is missing or incomplete there")
             values += known[event.anchor]
         elif isinstance(event, yaml.CollectionStartEvent):
             opened.append((event.anchor, values))
@@ -48,7 +48,7 @@ def check_yaml(text: str) -> None:
             if event.implicit[0] and re.fullmatch(rf"[-+\d_:.]{{{LONGEST_NUMBER},}}", event.value):
                 raise ValueError(f"it has a number of more than {LONGEST_NUMBER} characters")
         if values > MOST_VALUES:
-            raise ValueError(f"it has more than the limit of {MOST_VALUES:,} values of metadata, repeated ones counted")
+            raise ValueError(f"it has more values than the limit of {MOST_VALUES:,}, including repeated ones")
         if len(opened) > DEEPEST:
             raise ValueError(f"it is nested more than {DEEPEST} deep")
 
@@ -60,8 +60,8 @@ def read_card(path: Path) -> ModelCard:
         path: The file.
 
     Raises:
-        InputError: It cannot be read, or is larger than a card may be.
-        Exception: Its metadata exceeds a bound, or is not what huggingface_hub reads.
+        InputError: The file cannot be read, or is too large.
+        Exception: The metadata exceeds a limit, or huggingface_hub cannot read it.
     """
     text = read_text(path, LARGEST_CARD)
     if block := REGEX_YAML_BLOCK.search(text):

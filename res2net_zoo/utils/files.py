@@ -1,4 +1,4 @@
-"""Files: what is read is bounded beforehand, and what is written is whole or missing."""
+"""Reading files with limits, writing them atomically, and locking them."""
 
 import contextlib
 import hashlib
@@ -22,20 +22,20 @@ from res2net_zoo.utils.processes import all_or_none
 
 try:
     import fcntl
-except ImportError:  # Windows; there nothing is locked, and nothing is removed for being left over
+except ImportError:  # on Windows files are not locked, and temporary files of killed processes are not removed
     fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-LARGEST_TEXT = 16 * 2**20  # bytes of a config, a list or a card; the largest here has some 100 kB
+LARGEST_TEXT = 16 * 2**20  # bytes of a config, a list or a card; typical ones have at most 100 kB
 
 
 @contextlib.contextmanager
 def open_regular(path: Path | str) -> Iterator[BufferedReader]:
     """Open a regular file for reading.
 
-    A FIFO would block forever and a device such as `/dev/zero` never ends, so neither is read.
+    Other files are refused: reading a FIFO may block forever, and a device such as `/dev/zero` never ends.
 
     Args:
         path: The file, or a link to it.
@@ -44,10 +44,10 @@ def open_regular(path: Path | str) -> Iterator[BufferedReader]:
         The open file.
 
     Raises:
-        InputError: It is missing, unreadable, or not a regular file.
+        InputError: The file is missing, unreadable, or not a regular file.
     """
     try:
-        # Opening a FIFO for reading blocks until there is a writer, unless it is opened non-blocking.
+        # Without O_NONBLOCK, opening a FIFO for reading blocks until there is a writer.
         file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
@@ -58,24 +58,24 @@ def open_regular(path: Path | str) -> Iterator[BufferedReader]:
 
 
 def read_bytes(path: Path | str, largest: int) -> bytes:
-    """Read a regular file of bounded size.
+    """Read a regular file of limited size.
 
     Args:
         path: The file.
-        largest: Bytes that it may have.
+        largest: Largest size in bytes.
 
     Returns:
         Its content.
 
     Raises:
-        InputError: It is missing, unreadable, larger, or not a regular file.
+        InputError: The file is missing, unreadable, too large, or not a regular file.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         try:
-            # As much memory is taken as is asked for, so that the limit itself is not, unless the file has grown.
+            # Python allocates as much memory as is requested, so request the file's size rather than the limit.
             content = file.read(size + 1) or b"" if size <= largest else b""
-            if len(content) > size:  # also the system's, such as those in /proc, which state no size
+            if len(content) > size:  # the file has grown, or is a system file as in /proc, whose size is 0
                 content += file.read(min(largest - size, LARGEST_TEXT)) or b""
                 if len(content) > size + LARGEST_TEXT:
                     raise InputError(f"cannot read {path}: it has more bytes than its size of {size:,}")
@@ -87,14 +87,14 @@ def read_bytes(path: Path | str, largest: int) -> bytes:
 
 
 def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
-    """Read a regular text file of bounded size as UTF-8, with or without a byte-order mark.
+    """Read a text file of limited size as UTF-8, with or without a byte-order mark.
 
     Args:
         path: The file.
-        largest: Bytes that it may have.
+        largest: Largest size in bytes.
 
     Raises:
-        InputError: As `read_bytes`, or it is not UTF-8.
+        InputError: As `read_bytes`, or the file is not UTF-8.
     """
     try:
         return read_bytes(path, largest).decode("utf-8-sig")
@@ -103,33 +103,33 @@ def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
 
 
 def read_json(path: Path, largest: int = LARGEST_TEXT) -> Any:
-    """Read a JSON file of bounded size and depth.
+    """Read a JSON file of limited size and depth.
 
     Args:
         path: The file.
-        largest: Bytes that it may have.
+        largest: Largest size in bytes.
 
     Returns:
-        What it holds.
+        Its content.
 
     Raises:
-        InputError: As `read_text`, or it is not JSON, or nested too deeply.
+        InputError: As `read_text`, or the file is not JSON, or nested too deeply.
     """
     return _parse(path, largest, json.loads, "JSON")
 
 
 def read_toml(path: Path, largest: int = LARGEST_TEXT) -> dict[str, Any]:
-    """Read a TOML file of bounded size and depth.
+    """Read a TOML file of limited size and depth.
 
     Args:
         path: The file.
-        largest: Bytes that it may have.
+        largest: Largest size in bytes.
 
     Returns:
-        What it holds.
+        Its content.
 
     Raises:
-        InputError: As `read_text`, or it is not TOML, or nested too deeply.
+        InputError: As `read_text`, or the file is not TOML, or nested too deeply.
     """
     return _parse(path, largest, tomllib.loads, "TOML")
 
@@ -143,8 +143,8 @@ def _parse(path: Path, largest: int, parse: Callable[[str], Any], format: str) -
         raise InputError(f"cannot read {path}: it is not {format}: {error}") from error
 
 
-# Descriptors of what this process has locked. A forked child, such as a loader process, shares a lock and may
-# outlive the process that took it, so it closes its copies.
+# Descriptors of the locks of this process. A forked child, such as a data loader's worker, shares them and may
+# outlive its parent, so it closes its copies.
 _locks: set[int] = set()
 
 
@@ -158,12 +158,12 @@ if hasattr(os, "register_at_fork"):
 
 
 def _lock(path: Path, flags: int) -> int:
-    """Open and lock a file or folder. The lock ends with the process, however that ends.
+    """Open and lock a file or folder. The system releases the lock when the process ends for any reason.
 
     Raises:
         BlockingIOError: Another process has locked it.
         FileNotFoundError: It is missing, or was removed meanwhile.
-        OSError: It cannot be opened, or cannot be locked here.
+        OSError: It cannot be opened, or the file system does not support locks.
     """
     if fcntl is None:
         raise OSError("this system cannot lock files")
@@ -174,7 +174,7 @@ def _lock(path: Path, flags: int) -> int:
         if not os.path.samestat(opened, os.stat(path)):
             raise FileNotFoundError(f"{path} was replaced")
         if not stat.S_ISDIR(opened.st_mode) and not (stat.S_ISREG(opened.st_mode) and opened.st_nlink == 1):
-            raise OSError(f"{path} is not a regular file of its own")  # whose content would be overwritten
+            raise OSError(f"{path} is not a regular file, or has other names")  # its content would be overwritten
     except BaseException:
         os.close(descriptor)
         raise
@@ -183,26 +183,26 @@ def _lock(path: Path, flags: int) -> int:
 
 
 def _unlock(descriptor: int) -> None:
-    if descriptor in _locks:  # in a forked child it is closed already
+    if descriptor in _locks:  # already closed in a forked child
         _locks.remove(descriptor)
         os.close(descriptor)
 
 
 @contextlib.contextmanager
 def locked(path: Path, wait: float = 0) -> Iterator[None]:
-    """Keep other programs from writing a file or folder for the length of a block.
+    """Lock a file or folder against other programs that write it, while the context is active.
 
-    The lock is the file `.NAME.lock` beside it, which is removed at the end. It holds only as long as this process
-    lives: what a killed one leaves does not keep the next one out.
+    The lock is the file `.NAME.lock` next to it, which is removed at the end. It is held only while this process is
+    alive, so the lock file of a killed process does not block the next one.
 
     Args:
-        path: What is written.
+        path: The file or folder to be written.
         wait: Seconds to wait for another program.
 
     Raises:
-        InputError: Another program writes it, or nothing can be written there.
+        InputError: Another program is writing it, or its folder is not writable.
     """
-    if is_special(path):  # of which nothing is lost
+    if is_special(path):  # devices and pipes need no lock
         yield
         return
     path = path.resolve()
@@ -214,7 +214,7 @@ def locked(path: Path, wait: float = 0) -> Iterator[None]:
             descriptor = _lock(lock, os.O_RDWR | os.O_CREAT)
             break
         except FileNotFoundError as error:
-            tries += 1  # its owner has just removed it, or no file can be made there, as in /proc
+            tries += 1  # the owner has just removed it, or files cannot be created there, as in /proc
             if tries == 100:
                 raise InputError(f"cannot write into {lock.parent}: {error.strerror or error}") from error
         except BlockingIOError as error:
@@ -231,7 +231,7 @@ def locked(path: Path, wait: float = 0) -> Iterator[None]:
             yield
             return
     try:
-        with contextlib.suppress(OSError):  # on a full disk the owner is missing in the message, and no more
+        with contextlib.suppress(OSError):  # on a full disk only the owner in the message is missing
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
@@ -244,14 +244,14 @@ def locked(path: Path, wait: float = 0) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked_by_main(path: Path | None, accelerator: "Accelerator") -> Iterator[None]:
-    """Lock what a program on several processes writes, in its main process.
+    """Lock the output of a program with several processes, in its main process.
 
     Args:
-        path: What is written; None for nothing.
+        path: The file or folder to be written; None if there is none.
         accelerator: The processes.
 
     Raises:
-        InputError: As `locked`; in every process.
+        InputError: As `locked`, in every process.
     """
     with contextlib.ExitStack() as stack:
 
@@ -263,24 +263,24 @@ def locked_by_main(path: Path | None, accelerator: "Accelerator") -> Iterator[No
         yield
 
 
-RANDOM = "[a-z0-9_]{8}"  # as `tempfile` makes it
+RANDOM = "[a-z0-9_]{8}"  # the random part of `tempfile`'s names
 TEMPORARY = re.compile(rf"\..+-(new|old)-{RANDOM}", re.DOTALL)
 
 
 def is_temporary(name: str) -> bool:
-    """Return whether a name is of what is being written, or was by a process that has died."""
+    """Return whether a name is that of a temporary file or folder of this module."""
     return TEMPORARY.fullmatch(name) is not None
 
 
 @contextlib.contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder `.NAME-new-*` beside a path, which is removed at the end if it is still there.
+    """Yield a new folder `.NAME-new-*` next to a path, which is removed at the end if it still exists.
 
-    It is locked as long as this process lives. So what a killed process has left is known, and removed by the next
-    one that writes the same path.
+    It is locked while this process is alive. The folder of a killed process is therefore recognized and removed by the
+    next process that writes the same path.
 
     Args:
-        path: The file or folder whose place the new content takes.
+        path: The file or folder to be replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent, path.name)
@@ -290,9 +290,9 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         try:
             descriptor = _lock(folder, os.O_RDONLY)
         except (BlockingIOError, FileNotFoundError):
-            continue  # another process took it for left over, in the instant before it was locked
+            continue  # another process removed it before it was locked
         except OSError:
-            pass  # where nothing can be locked, nothing is taken for left over
+            pass  # without locks, no process removes folders of others
         break
     try:
         yield folder
@@ -303,11 +303,11 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
-    """Remove what processes that have died while they wrote have left in a folder.
+    """Remove temporary folders of killed processes.
 
     Args:
-        folder: The folder; it may be missing.
-        name: The file or folder that they wrote; None for any.
+        folder: The folder to search; it may be missing.
+        name: The file or folder that they were writing; None for any.
     """
     prefix = "." if name is None else f".{name}-new-"
     with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
@@ -316,24 +316,24 @@ def sweep(folder: Path, name: str | None = None) -> None:
                 continue
             path = folder / entry
             if path.is_dir() and not (folder / f"{entry[:-13]}-old-{entry[-8:]}").exists():
-                # With the old one beside it, it is a whole folder: `finish_replacing` needs it.
-                with contextlib.suppress(OSError):  # its process lives, or it is gone
+                # With an old folder next to it, it is complete, and `finish_replacing` needs it.
+                with contextlib.suppress(OSError):  # its process is alive, or it has been removed
                     descriptor = _lock(path, os.O_RDONLY)
                     shutil.rmtree(path, ignore_errors=True)
                     _unlock(descriptor)
 
 
 def finish_replacing(folder: Path) -> None:
-    """Put the new content of a folder in its place where the process that was replacing it has died.
+    """Complete the replacement of a folder if the process that was replacing it was killed.
 
-    `replaced_folder` first renames the old folder, then the new one. Killed in between, it leaves both, whole.
+    `replaced_folder` first renames the old folder, then the new one. If it is killed in between, both are complete.
 
     Args:
         folder: The folder.
     """
     folder = folder.resolve()
     old_name = re.compile(rf"{re.escape(f'.{folder.name}-old-')}({RANDOM})")
-    with contextlib.suppress(OSError):  # a reader may not write there
+    with contextlib.suppress(OSError):  # the caller may not have write permission
         for entry in sorted(os.listdir(folder.parent)):
             if not (match := old_name.fullmatch(entry)):
                 continue
@@ -347,7 +347,7 @@ def finish_replacing(folder: Path) -> None:
                 for left in (old, new):
                     shutil.rmtree(left, ignore_errors=True)
             except OSError:
-                continue  # its process lives
+                continue  # its process is alive
             finally:
                 if descriptor is not None:
                     _unlock(descriptor)
@@ -365,13 +365,13 @@ def is_special(path: Path) -> bool:
 
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
-    """Yield a path to write to, which takes the place of a file once it is whole.
+    """Yield a temporary path, which replaces a file atomically when the context exits without an error.
 
-    At any moment the file is the old one or the new one; if the block fails, the old one. A device, such as
-    `/dev/null`, stays and is written to.
+    Readers see either the old or the new file. A device, such as `/dev/null`, is written to instead of
+    being replaced.
 
     Args:
-        path: The file; its folder is made if it is not there.
+        path: The file; its folder is created if necessary.
     """
     if is_special(path):
         with tempfile.TemporaryDirectory() as name:
@@ -382,8 +382,8 @@ def temporary_file(path: Path) -> Iterator[Path]:
                 shutil.copyfileobj(source, target)
         return
     with temporary_folder(path.with_name(path.name[:50])) as folder:  # a name may have 255 bytes
-        # Of the same name, as some writers look at the suffix (matplotlib). In a folder of its own, as others
-        # replace the file (linkers), and a lock on it would be lost.
+        # The same name, because some writers depend on the suffix (matplotlib); in a folder of its own, because
+        # others replace the file (linkers), which would lose a lock on it.
         temporary = folder / path.name
         temporary.touch()
         yield temporary
@@ -394,18 +394,18 @@ def temporary_file(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that at any moment it is the old one or the new one, whole.
+    """Write a file atomically: readers see either the old or the new file.
 
     Args:
         path: The file.
-        write: Writes the new content to the path that it is given.
+        write: Writes the new content to a given path.
     """
     with temporary_file(path) as temporary:
         write(temporary)
 
 
 def sha256_of(path: Path) -> str:
-    """Return a regular file's SHA-256 in hexadecimal digits.
+    """Return the SHA-256 of a regular file as hexadecimal digits.
 
     Raises:
         InputError: As `open_regular`.
@@ -415,16 +415,16 @@ def sha256_of(path: Path) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """Find out before any work is done whether its result can be written.
+    """Check that files can be written into a folder, before starting work.
 
     Raises:
-        InputError: There is no such folder, or nothing can be written there.
+        InputError: The folder is missing or not writable.
     """
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"cannot write into {folder}: {error.strerror}; make it first, or name another") from error
+        raise InputError(f"cannot write into {folder}: {error.strerror}; create it first, or name another") from error
 
 
 def check_writable_file(path: Path) -> None:
@@ -439,10 +439,10 @@ def check_writable_file(path: Path) -> None:
 
 
 def check_can_make(folder: Path) -> None:
-    """Find out before any work is done whether a folder can be made, or written into if it is there.
+    """Check that a folder can be created, or is writable if it exists, before starting work.
 
     Raises:
-        InputError: It is a file, or nothing can be written there.
+        InputError: It is a file, or not writable.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; name a folder")
@@ -450,7 +450,7 @@ def check_can_make(folder: Path) -> None:
 
 
 def make_readable(path: Path) -> None:
-    """Give a file or folder the permissions of a new one, where its maker made it private."""
+    """Give a file or folder from `tempfile`, which is private, the default permissions."""
     umask = os.umask(0)
     os.umask(umask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
