@@ -1,1 +1,1 @@
-"""Publishing, verifying and mirroring model folders."""
+"""Publish, verify and mirror model folders."""

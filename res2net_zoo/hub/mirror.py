@@ -1,4 +1,4 @@
-"""Mirrors: the catalogue's checkpoints as model folders, for a network that is closed."""
+"""Mirrors: the catalogue's checkpoints as model folders, for machines without internet access."""
 
 import contextlib
 import shutil
@@ -20,39 +20,39 @@ PARTIAL = ".partial"
 
 
 def mirror(checkpoint: Checkpoint, root: Path) -> str:
-    """Put a checkpoint into a mirror, as the folder ROOT/ARCH.TAG that `RES2NET_ZOO_MIRROR=ROOT` reads.
+    """Download a checkpoint to a mirror, as the folder ROOT/ARCH.TAG that `RES2NET_ZOO_MIRROR=ROOT` reads.
 
-    From its repository on the Hub where it has one, else from its release. A download that broke
-    off is gone on with. The folder appears whole or not at all.
+    The source is its repository on the Hub or, if it has none, its release. Partial downloads are
+    resumed. The folder is created atomically.
 
     Args:
-        checkpoint: Which.
+        checkpoint: The checkpoint.
         root: The mirror.
 
     Returns:
-        Where it came from, in words.
+        A description of the source.
 
     Raises:
-        InputError: It cannot be had, is not the right one, or cannot be written.
+        InputError: The download fails, differs from the catalogue, or cannot be written.
     """
     folder = root / checkpoint.name
     if folder.is_dir():
         if failed := _damages(folder, checkpoint):
             raise InputError(f"{folder} is damaged ({failed[0].what}: {failed[0].found}); remove it and run this again")
-        return "here already"
+        return "already present"
     try:
         if checkpoint.hub_id:
             return _from_hub(checkpoint, root)
         if not checkpoint.url:
             raise InputError(
-                f"{checkpoint.name} is no direct download: {checkpoint.notes}; convert its file: `python "
-                f"hub/convert.py --model {checkpoint.name} --checkpoint FILE --output {folder}`"
+                f"{checkpoint.name} has no direct download: {checkpoint.notes}; convert a local copy: "
+                f"`res2net-zoo convert --model {checkpoint.name} --checkpoint FILE --output {folder}`"
             )
         with originals.original(checkpoint.url) as path:
             state, metadata = originals.read_original(path, checkpoint, checkpoint.url)
             write_converted(folder, checkpoint, state, metadata)
     except OSError as error:
-        raise InputError(f"cannot write into {root}: {error.strerror or error}; run it again to go on") from error
+        raise InputError(f"cannot write into {root}: {error.strerror or error}; run it again to continue") from error
     return f"converted from {checkpoint.released_by}"
 
 
@@ -60,35 +60,35 @@ def _from_hub(checkpoint: Checkpoint, root: Path) -> str:
     sha = hub_client.describe(checkpoint.hub_id).sha or ""
     partial = root / PARTIAL / checkpoint.name
     hub_client.fetch_repository(checkpoint.hub_id, sha, partial)
-    for unfinished in partial.rglob("*.part"):  # of an earlier commit
+    for unfinished in partial.rglob("*.part"):  # from an earlier commit
         unfinished.unlink()
     try:
         failed = _damages(partial, checkpoint)
     except InputError as error:
-        raise InputError(f"{checkpoint.hub_id} at {sha[:12]} is no {checkpoint.name}: {error}") from error
+        raise InputError(f"{checkpoint.hub_id} at {sha[:12]} is not {checkpoint.name}: {error}") from error
     if failed:
         what, found, expected, _ = failed[0]
         shutil.rmtree(partial)
         raise InputError(f"{checkpoint.hub_id} is not {checkpoint.name}: {what} is {found}, not {expected}")
     if not (partial / fingerprint.NAME).exists():
-        fingerprint.write(partial)  # what came is what the Hub has, so it can vouch for the copy later
+        fingerprint.write(partial)  # the download has been verified, so later checks can rely on it
     partial.rename(root / checkpoint.name)
-    with contextlib.suppress(OSError):  # others are still on their way
+    with contextlib.suppress(OSError):  # not empty: other downloads are in progress
         partial.parent.rmdir()
     return f"Hub {checkpoint.hub_id} at {sha[:12]}"
 
 
 def _damages(folder: Path, checkpoint: Checkpoint) -> list[Check]:
-    """Return the checks that a folder fails, but for those of what the catalogue has and a mirror need not."""
+    """Return the failed checks of a folder, except preprocessing and card, which the Hub's copy need not have."""
     return [c for c in verify(folder, checkpoint) if c.passed is False and c.what not in ("preprocessing", "card")]
 
 
 @contextlib.contextmanager
 def locked(root: Path) -> Iterator[None]:
-    """Make a mirror if there is none, and keep other programs from writing into it.
+    """Create a mirror if it does not exist, and lock it against other programs.
 
     Raises:
-        InputError: It cannot be made, or another program is at work on it.
+        InputError: The mirror cannot be created, or another program is writing to it.
     """
     check_can_make(root)
     try:

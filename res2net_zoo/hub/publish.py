@@ -1,4 +1,4 @@
-"""Putting a model folder on the Hub: in one commit, again without harm, never over a different weight."""
+"""Publish model folders on the Hub: one commit, idempotent, without overwriting different weights."""
 
 import hashlib
 import re
@@ -18,12 +18,12 @@ from res2net_zoo.utils.files import open_regular, sha256_of
 from res2net_zoo.utils.hub_client import (
     LONGEST,
     TRIES,
-    OutOfReachError,
+    HubUnavailableError,
     hash_of,
     is_temporary,
-    patiently,
-    plainly,
+    readable_errors,
     status_of,
+    with_retries,
 )
 from res2net_zoo.weights.model_folder import EVAL_RESULTS
 from res2net_zoo.weights.provenance import of_folder
@@ -31,29 +31,29 @@ from res2net_zoo.weights.provenance import of_folder
 COLLECTION = "Res2Net Zoo"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle", ".pdparams", ".joblib", ".npy", ".npz")
 
-# Licences of the Hub's list that let anybody pass on what they cover. Others forbid it, or are
-# texts of their own that somebody has to read first.
+# Licence identifiers of the Hub that permit redistribution. All others forbid it, or are custom
+# licences that have to be read first.
 REDISTRIBUTABLE = (
     r"apache-2.0|mit|isc|zlib|unlicense|bsd|bsd-2-clause|bsd-3-clause(-clear)?|cc0-1.0"
     r"|cc-by(-nc)?(-sa)?-[234].[05]|[al]?gpl(-[23].[01])?|mpl-2.0|epl-[12].0|afl-3.0|artistic-2.0|openrail(\+\+)?"
 ).replace(".", r"\.")
-# Those of them under which a derivative may have another licence.
+# Those that permit a derivative under another licence.
 PERMISSIVE = r"apache-2\.0|mit|isc|zlib|unlicense|bsd|bsd-2-clause|bsd-3-clause(-clear)?|cc0-1\.0|cc-by-[234]\.[05]"
 
 
 class LicenseError(InputError):
-    """A weight that may not plainly be passed on."""
+    """Weights whose licence does not clearly permit redistribution."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A file of the folder and what the Hub has in its place.
+    """A file of the folder, compared with the repository.
 
     Attributes:
         path: Its path in the folder.
-        size: Its bytes.
+        size: Its size in bytes.
         sha256: Its SHA-256.
-        state: `new`, `changed` or `unchanged`; `unknown` where the Hub could not be asked.
+        state: `new`, `changed` or `unchanged`; `unknown` if the Hub is not reachable.
     """
 
     path: str
@@ -68,11 +68,11 @@ class Plan:
 
     Attributes:
         repo_id: The repository.
-        revision: Branch of it.
-        creates: Whether the repository has to be made.
-        branches: Whether the branch has to be made.
-        private: Whether it is private, or will be.
-        head: Commit on which to put ours; None where there is none yet.
+        revision: The branch.
+        creates: Whether the repository will be created.
+        branches: Whether the branch will be created.
+        private: Whether the repository is, or will be, private.
+        head: The parent commit; None for a new repository.
         uploads: The folder's files.
     """
 
@@ -86,17 +86,17 @@ class Plan:
 
     @property
     def sent(self) -> list[Upload]:
-        """What differs from the Hub's."""
+        """The files that differ from the repository's."""
         return [upload for upload in self.uploads if upload.state != "unchanged"]
 
 
 def files_of(folder: Path) -> list[str]:
-    """Return the paths of a model folder's files, without those that tools leave there.
+    """Return the paths of the files in a model folder, without caches and hidden files.
 
     Raises:
-        InputError: One cannot be published: a pickle, a device or a pipe, or a link that leads elsewhere.
+        InputError: A file cannot be published: a pickle, a device or a pipe, or a link to outside the folder.
     """
-    # A link to a folder is listed as it is, and is not followed.
+    # Links to folders are listed but not followed.
     entries = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
     paths = sorted(path.relative_to(folder).as_posix() for path in entries)
     kept = []
@@ -105,47 +105,47 @@ def files_of(folder: Path) -> list[str]:
         if any(part.startswith(".") and part not in (EVAL_RESULTS, ".gitattributes") for part in parts):
             continue  # .cache, .DS_Store, .env
         if path.endswith(PICKLES):
-            raise InputError(f"{folder / path} is a pickle, which nobody should load; take it out")
+            raise InputError(f"{folder / path} is a pickle, which is unsafe to load; remove it")
         check_inside(folder, path)
         kept.append(path)
     return kept
 
 
 def check_inside(folder: Path, path: str) -> None:
-    """Check that a path of a folder is a regular file of that folder.
+    """Check that a path in a folder is a regular file within that folder.
 
     Raises:
-        InputError: It is a link that leads elsewhere, or something else than a file.
+        InputError: It is a link to outside the folder, or not a file.
     """
     root, target = folder.resolve(), (folder / path).resolve()
-    # The Hub's own cache has links to its blobs: models--ORG--NAME/snapshots/COMMIT/FILE to models--ORG--NAME/blobs.
+    # Snapshots in the Hub's cache are links: models--ORG--NAME/snapshots/COMMIT/FILE to models--ORG--NAME/blobs.
     in_cache = root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
     if not target.is_relative_to(root) and not in_cache:
-        raise InputError(f"{folder / path} leads to a file outside of the folder; put the file itself there")
+        raise InputError(f"{folder / path} is a link to a file outside of the folder; replace it with the file")
     if target.is_dir():
-        raise InputError(f"{folder / path} is a link to a folder; put the folder itself there")
+        raise InputError(f"{folder / path} is a link to a folder; replace it with the folder")
     with open_regular(folder / path):
         pass
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that does not verify, its card included.
+    """Check that a folder verifies and has a model card.
 
     Raises:
-        InputError: It is no model folder, or something of it is wrong.
+        InputError: It is not a model folder, or a check fails.
     """
     files_of(folder)
     if failed := [check for check in verify.verify(folder) if check.passed is False]:
         what, found, expected, _ = failed[0]
         if what == "card":
-            raise InputError(f"{found}; nothing was sent")
-        raise InputError(f"{folder} does not verify: {what}: {found}, not {expected}; nothing was sent")
+            raise InputError(f"{found}; nothing was uploaded")
+        raise InputError(f"{folder} does not verify: {what}: {found}, not {expected}; nothing was uploaded")
     if not (folder / "README.md").is_file():
-        raise InputError(f"{folder} has no README.md, the model card; nothing was sent")
+        raise InputError(f"{folder} has no model card (README.md); nothing was uploaded")
 
 
 def license_of(folder: Path) -> str | None:
-    """Return the licence that a model folder's card states, if it does.
+    """Return the licence on a folder's model card; None if it has none.
 
     Raises:
         InputError: The card cannot be read.
@@ -155,27 +155,27 @@ def license_of(folder: Path) -> str | None:
 
 
 def check_license(folder: Path) -> None:
-    """Refuse a weight that may not plainly be passed on.
+    """Check that the licence of a folder's weights clearly permits redistribution.
 
     Raises:
-        LicenseError: Its licence is unknown, forbids it, covers the weights only perhaps, or is another than
-            that of its record or of the weights that it derives from.
+        LicenseError: The licence is missing or unknown, forbids redistribution, may not cover the weights, or
+            contradicts the folder's provenance or the licence of the weights that these derive from.
     """
-    advice = "publish it --private, or say --despite-license if you may"
+    advice = "publish it with --private, or with --despite-license if you have permission"
     checkpoint, license, origin = verify.identify(folder), license_of(folder), of_folder(folder)
     if checkpoint and checkpoint.license_note:
         raise LicenseError(
-            f"the licence of {checkpoint.name} is not plainly that of its weights ({checkpoint.license}: "
+            f"the licence of {checkpoint.name} may not cover its weights ({checkpoint.license}: "
             f"{checkpoint.license_note}); {advice}"
         )
     if not license:
         raise LicenseError(f"the card of {folder} states no licence; add `license:` to its metadata, or {advice}")
     if checkpoint and license != checkpoint.license.lower():
         raise LicenseError(
-            f"the card of {folder} says {license}, the release {checkpoint.license}; mend it, or {advice}"
+            f"the card of {folder} states {license}, the release {checkpoint.license}; correct it, or {advice}"
         )
     if not re.fullmatch(REDISTRIBUTABLE, license):
-        raise LicenseError(f"the licence {license} of {folder} forbids passing it on, or is unknown; {advice}")
+        raise LicenseError(f"the licence {license} of {folder} forbids redistribution, or is unknown; {advice}")
     if origin.license and license != origin.license.lower():
         raise LicenseError(
             f"the card of {folder} states the licence {license}, its config.json {origin.license}; correct one, "
@@ -183,39 +183,39 @@ def check_license(folder: Path) -> None:
         )
     if (parent := catalog.load().checkpoints.get(origin.checkpoint or "")) and parent.license_note:
         raise LicenseError(
-            f"{folder} derives from {parent.name}, whose licence is not plainly that of its weights "
+            f"{folder} derives from {parent.name}, whose licence may not cover its weights "
             f"({parent.license}: {parent.license_note}); {advice}"
         )
     inherited = (origin.inherited_license or license).lower()
     if license != inherited and not re.fullmatch(PERMISSIVE, inherited):
         raise LicenseError(
             f"the card of {folder} states the licence {license}, but the weights that it derives from have "
-            f"{inherited}, which may not allow it; {advice}"
+            f"{inherited}, which may not permit this; {advice}"
         )
 
 
 def make_plan(folder: Path, repo_id: str, revision: str = "main", private: bool = False) -> Plan:
-    """Find out what publishing a folder would do.
+    """Compare a folder with a repository on the Hub.
 
     Args:
         folder: The model folder.
-        repo_id: Where to publish it, as ORG/NAME.
-        revision: Branch.
-        private: Whether a repository that has to be made is to be private.
+        repo_id: The repository, as ORG/NAME.
+        revision: The branch.
+        private: Whether a new repository is private.
 
     Returns:
-        The plan.
+        What publishing the folder would do.
 
     Raises:
-        InputError: The Hub cannot be asked.
+        InputError: The request fails.
     """
     api, branches = HfApi(), False
     info: ModelInfo | None
-    with plainly(repo_id):
+    with readable_errors(repo_id):
         try:
-            info = patiently(lambda: api.model_info(repo_id, revision=revision, files_metadata=True))
-        except RevisionNotFoundError:  # a branch that starts from main
-            info, branches = patiently(lambda: api.model_info(repo_id, files_metadata=True)), True
+            info = with_retries(lambda: api.model_info(repo_id, revision=revision, files_metadata=True))
+        except RevisionNotFoundError:  # a new branch, which starts from main
+            info, branches = with_retries(lambda: api.model_info(repo_id, files_metadata=True)), True
         except RepositoryNotFoundError:
             info, branches = None, revision != "main"
     there = {file.rfilename: file for file in (info.siblings or [] if info else [])}
@@ -231,79 +231,79 @@ def make_plan(folder: Path, repo_id: str, revision: str = "main", private: bool 
 
 
 def make_plan_or_guess(folder: Path, repo_id: str, revision: str = "main", private: bool = False) -> tuple[Plan, str]:
-    """Do as `make_plan`, also where the Hub is out of reach.
+    """Like `make_plan`, but also works if the Hub is not reachable.
 
     Returns:
-        The plan, and why the Hub could not be asked; "" where it could.
+        The plan, and why the Hub is not reachable; "" if it is.
 
     Raises:
-        InputError: As `make_plan`, but for a Hub that is out of reach.
+        InputError: As `make_plan`, except if the Hub is not reachable.
     """
     try:
         return make_plan(folder, repo_id, revision, private), ""
-    except OutOfReachError as error:
+    except HubUnavailableError as error:
         paths = [(name, folder / name) for name in files_of(folder)]
         uploads = [Upload(name, path.stat().st_size, sha256_of(path), "unknown") for name, path in paths]
         return Plan(repo_id, revision, False, False, private, None, uploads), str(error)
 
 
 def check_weights(plan: Plan, force: bool) -> None:
-    """Refuse to put a weight in the place of a different one.
+    """Check that no different weights would be overwritten, unless forced.
 
     Raises:
-        InputError: That would happen, and nobody has said `--force`.
+        InputError: Different weights would be overwritten.
     """
     if not (force or plan.branches) and any(
         upload.path == WEIGHTS and upload.state == "changed" for upload in plan.uploads
     ):
         raise InputError(
-            f"{plan.repo_id} has another {WEIGHTS} at {plan.revision}, which would be overwritten; "
-            "publish to another repository, propose it by --create-pr, or say --force"
+            f"{plan.repo_id} has a different {WEIGHTS} at {plan.revision}, which would be overwritten; "
+            "publish to another repository, or use --create-pr or --force"
         )
 
 
 def publish(folder: Path, plan: Plan, create_pr: bool = False, force: bool = False) -> str:
-    """Publish a folder, in one commit.
+    """Publish a folder in one commit.
 
-    An answer that is lost on the way is no harm: before anything is repeated, the Hub is asked
-    whether it has happened.
+    If the Hub's response to a commit is lost, the repository is compared again before the commit is
+    repeated.
 
     Args:
         folder: The model folder.
-        plan: What `make_plan` found.
-        create_pr: Propose it as a pull request.
-        force: Overwrite a different weight.
+        plan: The result of `make_plan`.
+        create_pr: Create a pull request.
+        force: Overwrite different weights.
 
     Returns:
-        What was done, in words with a URL.
+        A message with a URL.
 
     Raises:
-        InputError: It cannot be done.
+        InputError: The upload fails.
     """
     repo_id, revision, private, api = plan.repo_id, plan.revision, plan.private, HfApi()
 
     def again() -> Plan:
         new = make_plan(folder, repo_id, revision, private)
         if private and not new.private:
-            raise InputError(f"{repo_id} has become public meanwhile; nothing was sent")
+            raise InputError(f"{repo_id} has become public meanwhile; nothing was uploaded")
         return new
 
     start = time.monotonic()
-    with plainly(repo_id):
+    with readable_errors(repo_id):
         if plan.creates:
-            patiently(lambda: api.create_repo(repo_id, private=plan.private, exist_ok=True))
-            plan = again()  # it starts with a commit of its own, and somebody may have been quicker
+            with_retries(lambda: api.create_repo(repo_id, private=plan.private, exist_ok=True))
+            plan = again()  # a new repository has an initial commit, and others may have written to it
         if plan.branches and not create_pr:
-            patiently(lambda: api.create_branch(repo_id, branch=plan.revision, exist_ok=True))
-            force = True  # what is on the new branch is main's, and stays there
+            with_retries(lambda: api.create_branch(repo_id, branch=plan.revision, exist_ok=True))
+            force = True  # the branch is a copy of main, whose weights remain on main
         for attempt in range(TRIES):
             if not create_pr:
                 check_weights(plan, force)
             if not plan.sent:
-                return f"published: {repo_id}" if attempt else f"{repo_id} has it all already"
+                return f"published: {repo_id}" if attempt else f"{repo_id} is up to date"
             title = _title(folder, plan)
             if create_pr and (url := _pull_request(repo_id, title)):
-                return f"proposed already: {url}"
+                return f"already proposed: {url}"
             try:
                 done = _commit(api, folder, plan, title, create_pr)
             except HTTPError as error:
@@ -318,7 +318,7 @@ def publish(folder: Path, plan: Plan, create_pr: bool = False, force: bool = Fal
 
 
 def _title(folder: Path, plan: Plan) -> str:
-    """Return the commit's title, which tells by a few digits of a hash what it is that is uploaded."""
+    """Return the commit's title, which identifies the uploaded content by the first digits of a hash."""
     content = "".join(f"{upload.path} {upload.sha256}\n" for upload in plan.sent)
     files = f"{len(plan.sent)} file{'s' if len(plan.sent) > 1 else ''}"
     return f"Upload {folder.resolve().name}, {files} ({hashlib.sha256(content.encode()).hexdigest()[:10]})"
@@ -336,46 +336,46 @@ def _commit(api: HfApi, folder: Path, plan: Plan, title: str, create_pr: bool) -
             parent_commit=plan.head,
         )
     except ValueError as error:
-        raise InputError(f"the Hub refuses the card of {folder}: {one_line(error)}") from error
-    except RuntimeError as error:  # what the client makes of an upload to LFS that failed, after its own retries
+        raise InputError(f"the Hub rejects the card of {folder}: {one_line(error)}") from error
+    except RuntimeError as error:  # raised by the client if an upload to LFS fails after its own retries
         cause = error.__cause__
         if isinstance(cause, HfHubHTTPError | HTTPError):
             raise cause from error
-        raise InputError(f"cannot upload {folder}: {one_line(error)}; run it again to go on") from error
+        raise InputError(f"cannot upload {folder}: {one_line(error)}; run it again to continue") from error
 
 
 def _pull_request(repo_id: str, title: str) -> str | None:
-    """Return the URL of an open pull request of that title, if there is one."""
-    found = patiently(lambda: list(HfApi().get_repo_discussions(repo_id, discussion_type="pull_request")))
+    """Return the URL of an open pull request with a title, None if there is none."""
+    found = with_retries(lambda: list(HfApi().get_repo_discussions(repo_id, discussion_type="pull_request")))
     return next((d.url for d in found if d.title == title and d.status in ("open", "draft")), None)
 
 
 def add_to_collection(repo_id: str, title: str = COLLECTION, private: bool = False) -> str:
-    """Add a repository to the collection of the family, which is made if there is none.
+    """Add a repository to a collection of its owner, which is created if necessary.
 
     Args:
-        repo_id: The repository; the collection is its owner's.
+        repo_id: The repository.
         title: The collection's title.
-        private: Whether a collection that has to be made is to be private. One that is there stays
-            as it is: on the Hub a public one shows private repositories to those who may see them.
+        private: Whether a new collection is private. An existing one is not changed: a public
+            collection shows private repositories only to users who have access to them.
 
     Returns:
         The collection's slug.
 
     Raises:
-        InputError: The Hub refuses it.
+        InputError: The Hub rejects the request.
     """
     owner, api = repo_id.partition("/")[0], HfApi()
-    with plainly(repo_id):
-        found = [c for c in patiently(lambda: list(api.list_collections(owner=owner))) if c.title == title]
+    with readable_errors(repo_id):
+        found = [c for c in with_retries(lambda: list(api.list_collections(owner=owner))) if c.title == title]
         collection = found[0] if found else None
         if collection is None:
             description = "Res2Net models (arXiv:1904.01169) with provenance, licence and published accuracies."
-            collection = patiently(
+            collection = with_retries(
                 lambda: api.create_collection(
                     title, namespace=owner, description=description, private=private, exists_ok=True
                 )
             )
         slug = collection.slug
-        patiently(lambda: api.add_collection_item(slug, repo_id, "model", exists_ok=True))
+        with_retries(lambda: api.add_collection_item(slug, repo_id, "model", exists_ok=True))
     return slug

@@ -1,6 +1,6 @@
-"""Whether a model folder is what it says it is: hashes, a strict load, preprocessing, fingerprint.
+"""Verify a model folder: hashes, strict loading, preprocessing, fingerprint.
 
-A folder of a task's model (`tasks`) has no fingerprint; it is loaded, and its backbone is compared.
+A folder of a model of `tasks` has no fingerprint; it is loaded, and its backbone is compared with the network.
 """
 
 import math
@@ -28,13 +28,13 @@ PREPROCESSING = ("input_size", "crop_pct", "interpolation", "mean", "std")
 
 
 class Check(NamedTuple):
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        what: What it is.
-        found: What was found.
-        expected: What it should be.
-        passed: Whether it is; None where nobody has said what it should be.
+        what: What was checked.
+        found: The value found.
+        expected: The expected value.
+        passed: Whether they agree; None if the expected value is unknown.
     """
 
     what: str
@@ -44,17 +44,17 @@ class Check(NamedTuple):
 
 
 def verify(folder: Path, wanted: Checkpoint | None = None) -> list[Check]:
-    """Check a model folder against the catalogue and against its own fingerprint.
+    """Check a model folder against the catalogue and its own fingerprint.
 
     Args:
         folder: The folder.
-        wanted: Which of the catalogue's checkpoints it must be; None for what it says of itself.
+        wanted: The checkpoint that it must be; None to identify it by its own metadata.
 
     Returns:
-        What was looked at, in order; where the weights cannot be loaded nothing comes after that.
+        The checks, in order. If the weights cannot be loaded, this is the last one.
 
     Raises:
-        InputError: It is no model folder.
+        InputError: It is not a model folder.
     """
     if is_of_task(folder):
         return _verify_task(folder)
@@ -69,11 +69,11 @@ def verify(folder: Path, wanted: Checkpoint | None = None) -> list[Check]:
         checks.append(_compare(f"SHA-256 of {WEIGHTS}", digest, checkpoint.hub_sha256, "the catalogue"))
     if wanted:
         checks.append(Check("name", name, wanted.name, name == wanted.name))
-    model_config.build_on_meta(config)  # a config that makes no model is no fault of the weights
+    model_config.build_on_meta(config)  # reports an invalid config before the weights are checked
     every = "every tensor once, and no other"
     try:
         model_config.check_weights(config, weights)
-        with torch.random.fork_rng(devices=[]):  # a model is made with random weights first
+        with torch.random.fork_rng(devices=[]):  # timm initializes the model with random weights
             model: Any = timm.create_model(f"local-dir:{folder}", pretrained=False)
         tensors = load_file(weights)
         model.load_state_dict(tensors, strict=True)
@@ -82,8 +82,8 @@ def verify(folder: Path, wanted: Checkpoint | None = None) -> list[Check]:
     if checkpoint:
         source = metadata_of(weights).get("source_sha256", "")
         known = checkpoint.sha256 if source else ""
-        row = _compare("SHA-256 of the original", source or "not said", known, "the release")
-        # Of some the release gives the first digits alone.
+        row = _compare("SHA-256 of the original", source or "not recorded", known, "the release")
+        # Some releases publish only the first digits.
         checks.append(row._replace(passed=source.startswith(known)) if known else row)
     checks.append(Check("strict load", f"{len(tensors)} tensors", every, True))
     checks += [_values(tensors), _origin(folder)]
@@ -96,13 +96,13 @@ def verify(folder: Path, wanted: Checkpoint | None = None) -> list[Check]:
         apart = fingerprint.difference(fingerprint.logits(model, stored.input_size), stored.logits)
     except (RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{folder / fingerprint.NAME} does not fit the model: {one_line(error)}") from error
-    found = "nothing like them" if math.isinf(apart) else f"{apart:.1e} from the stored ones"
+    found = "not comparable" if math.isinf(apart) else f"{apart:.1e} from the stored ones"
     checks.append(Check("logits", found, f"within {fingerprint.TOLERANCE:.0e}", apart <= fingerprint.TOLERANCE))
     return checks
 
 
 def is_of_task(folder: Path) -> bool:
-    """Return whether a folder is of a model for a task beyond classification."""
+    """Return whether a folder has a model for a task beyond classification."""
     try:
         return isinstance(read_json(folder / "config.json")["task"], str)
     except (InputError, KeyError, TypeError):
@@ -126,7 +126,7 @@ def _verify_task(folder: Path) -> list[Check]:
     features = model.features.state_dict()
     same = features.keys() == backbone.keys() and all(torch.equal(features[key], backbone[key]) for key in features)
     return [
-        Check(f"SHA-256 of {WEIGHTS}", sha256_of(folder / WEIGHTS), "not said", None),
+        Check(f"SHA-256 of {WEIGHTS}", sha256_of(folder / WEIGHTS), "not recorded", None),
         Check("strict load", f"{len(network)} tensors", every, True),
         _values(network),
         _origin(folder),
@@ -145,10 +145,10 @@ def _values(tensors: dict[str, torch.Tensor]) -> Check:
 
 
 def _card(folder: Path) -> list[Check]:
-    """Check that a folder's README.md is a model card: it begins with metadata, such as the licence.
+    """Check that a folder's README.md is a model card with metadata and a licence.
 
     Returns:
-        What there is to say of it; nothing where it is a card with a licence.
+        A failed or undecided check; empty if everything is there.
     """
     wanted = "README.md with metadata"
     if not (folder / "README.md").exists() and not (folder / "README.md").is_symlink():
@@ -161,10 +161,10 @@ def _card(folder: Path) -> list[Check]:
 
 
 def read_card(folder: Path) -> ModelCard:
-    """Read a model folder's card.
+    """Read a folder's model card.
 
     Raises:
-        InputError: It is missing, or no model card that can be read.
+        InputError: The card is missing or invalid.
     """
     path = folder / "README.md"
     try:
@@ -172,36 +172,39 @@ def read_card(folder: Path) -> ModelCard:
         if not card.data.to_dict():
             raise ValueError("it does not begin with metadata between two lines of ---")
     except Exception as error:
-        # Whatever huggingface_hub's parser of YAML stumbles over.
-        raise InputError(f"{path} is no model card: {one_line(error)}") from error
+        # huggingface_hub may raise various errors for invalid YAML.
+        raise InputError(f"{path} is not a model card: {one_line(error)}") from error
     return card
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, str]:
-    """Return a model folder's config, checked, and the `arch.tag` that it gives itself.
+    """Read and check a model folder's config.
+
+    Returns:
+        The config, and the `arch.tag` in it.
 
     Raises:
-        InputError: The config cannot be loaded, or there are no weights.
+        InputError: The config is invalid, or the weights are missing.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder} is no model folder: there is no such folder")
+        raise InputError(f"{folder} is not a model folder: it does not exist")
     try:
         config = model_config.read(folder / model_config.NAME)
     except InputError as error:
-        raise InputError(f"{folder} is no model folder: {error}") from error
+        raise InputError(f"{folder} is not a model folder: {error}") from error
     if not (folder / WEIGHTS).is_file():
-        raise InputError(f"{folder} has no {WEIGHTS}, so it is no model folder")
+        raise InputError(f"{folder} has no {WEIGHTS}, so it is not a model folder")
     return config, f"{config.architecture}.{config.pretrained_cfg.get('tag')}"
 
 
 def identify(folder: Path) -> Checkpoint | None:
-    """Return which of the catalogue's checkpoints a model folder is, if any.
+    """Return the checkpoint of the catalogue that a model folder contains, None if there is none.
 
-    Its name alone does not tell: what timm saves after fine-tuning keeps the tag. What was
-    converted here says so in its weights, whatever its config says.
+    The name in the config is not sufficient, because timm keeps the tag after fine-tuning. Converted
+    weights are identified by the metadata of their file.
 
     Raises:
-        InputError: It is no model folder.
+        InputError: It is not a model folder.
     """
     if is_of_task(folder):
         return None
@@ -216,7 +219,7 @@ def identify(folder: Path) -> Checkpoint | None:
 
 def _compare(what: str, found: str, expected: str, by: str) -> Check:
     if not expected:
-        return Check(what, found, f"not said by {by}", None)
+        return Check(what, found, f"not recorded in {by}", None)
     return Check(what, found, f"{expected} ({by})", found == expected)
 
 

@@ -1,7 +1,7 @@
-"""Bounds on what the Hub's client waits for: huggingface_hub sends most requests without a time-out.
+"""Time-outs and limits for huggingface_hub's HTTP client, which sends most requests without a time-out.
 
-A server that accepts a connection and stays silent, sends a byte a second, redirects in a circle or asks for a day's
-patience ends in an error instead of holding a program up.
+A server that accepts a connection but does not respond, sends one byte per second, redirects in a loop or asks to wait
+for a day causes an error instead of blocking the program.
 """
 
 import threading
@@ -15,32 +15,32 @@ from huggingface_hub import constants, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import _http, parse_ratelimit_headers
 
-SLOWEST = 1000  # bytes a second, on average over two time-outs
-LONGEST_WAIT = 300  # seconds for which a server may ask in all before it answers; the Hub's windows have 300
+SLOWEST = 1000  # bytes per second, averaged over two time-outs
+LONGEST_WAIT = 300  # seconds in total that a server may ask to wait; the Hub's rate limit windows have 300
 MOST_REDIRECTS = 10
-LARGEST_ANSWER = 64 * 2**20  # bytes of JSON or of an error's text
-SILENT_TIMEOUTS = 3  # time-outs in a row after which a server is not asked again for a minute
+LARGEST_ANSWER = 64 * 2**20  # bytes of JSON or of an error message
+SILENT_TIMEOUTS = 3  # consecutive time-outs after which no requests are sent for `SILENT_SECONDS`
 SILENT_SECONDS = 60
 
 
 class SilentServerError(httpx2.ConnectTimeout):
-    """A server has been silent several times in a row and is not asked again for a while."""
+    """A server has timed out several times in a row; further requests fail immediately for a while."""
 
 
 def install() -> None:
-    """Make huggingface_hub's client keep these bounds, whatever factory makes it; again without effect."""
+    """Apply these limits to huggingface_hub's client, whatever factory creates it. Idempotent."""
     factory = _http._GLOBAL_CLIENT_FACTORY
     if not isinstance(factory, BoundedFactory):
         set_client_factory(BoundedFactory(factory))
 
 
 def read_timeout() -> float:
-    """Return for how many seconds a server may be silent: HF_HUB_DOWNLOAD_TIMEOUT or HF_HUB_ETAG_TIMEOUT, or 10."""
+    """Return the read time-out in seconds: HF_HUB_DOWNLOAD_TIMEOUT, HF_HUB_ETAG_TIMEOUT or 10."""
     return max(constants.HF_HUB_DOWNLOAD_TIMEOUT, constants.HF_HUB_ETAG_TIMEOUT)
 
 
 class BoundedFactory:
-    """Makes the client that another factory makes, with bounds.
+    """Adds limits to the clients of another factory.
 
     Args:
         factory: The other factory.
@@ -65,21 +65,21 @@ class BoundedFactory:
 
 
 class State:
-    """What is known of the servers: which are silent, how often they redirected, for how long they made us wait."""
+    """Counters of consecutive time-outs by host, and of redirects and waiting times by thread."""
 
     def __init__(self) -> None:
-        self.timeouts: dict[str, tuple[int, float]] = {}  # by host: how many in a row, and when the last one was
+        self.timeouts: dict[str, tuple[int, float]] = {}  # by host: number in a row, and time of the last one
         self.threads = threading.local()
 
     def bound_request(self, request: httpx2.Request) -> None:
-        """Give a request time-outs, and refuse it where the server has just been silent.
+        """Set the time-outs of a request.
 
         Raises:
-            SilentServerError: It has.
+            SilentServerError: The server has just timed out several times.
         """
         limit = read_timeout()
         if request.method not in ("GET", "HEAD"):
-            limit *= 6  # the server has work to do before it answers
+            limit *= 6  # the server has to process the data before it responds
         given = request.extensions.get("timeout", {})
         known = {kind: given.get(kind) for kind in ("connect", "read", "write", "pool")}
         timeouts = {kind: limit if seconds is None else min(seconds, limit) for kind, seconds in known.items()}
@@ -88,10 +88,10 @@ class State:
         self.check_silent(request.url.host)
 
     def check_silent(self, host: str) -> None:
-        """Refuse a host that has just been silent.
+        """Check that a host has not just timed out several times.
 
         Raises:
-            SilentServerError: It has.
+            SilentServerError: The host has timed out.
         """
         number, last = self.timeouts.get(host, (0, 0.0))
         if number >= SILENT_TIMEOUTS and time.monotonic() - last < SILENT_SECONDS:
@@ -102,17 +102,17 @@ class State:
         self.timeouts[host] = (self.timeouts.get(host, (0, 0.0))[0] + 1, time.monotonic())
 
     def check_response(self, response: httpx2.Response) -> None:
-        """Check what a server answers before it is read or followed.
+        """Check the headers of a response before its body is read or a redirect is followed.
 
         Raises:
-            TooManyRedirects: It redirects in a circle.
-            HfHubHTTPError: It asks to wait for longer than the limit.
+            TooManyRedirects: The server redirects in a loop.
+            HfHubHTTPError: The server asks to wait for longer than the limit.
         """
         request, now = response.request, self.threads
         if request.method == "HEAD" and response.is_success:
-            self.timeouts.pop(request.url.host, None)  # of others, what comes after the headers may be slow
+            self.timeouts.pop(request.url.host, None)  # other methods have a body, which may still be slow
         now.redirects = getattr(now, "redirects", 0) + 1 if response.is_redirect else 0
-        if now.redirects > MOST_REDIRECTS:  # the client follows those within a server without counting
+        if now.redirects > MOST_REDIRECTS:  # huggingface_hub follows relative redirects without counting them
             now.redirects = 0
             raise httpx2.TooManyRedirects(f"more than {MOST_REDIRECTS} redirects", request=request)
         seconds = asked_to_wait(response)
@@ -120,7 +120,7 @@ class State:
         if now.waited > LONGEST_WAIT:
             now.waited = 0
             raise HfHubHTTPError(
-                f"the server asks to wait {seconds:,} s (Retry-After), beyond the limit of {LONGEST_WAIT} s in all",
+                f"the server asks to wait {seconds:,} s (Retry-After), beyond the limit of {LONGEST_WAIT} s in total",
                 response=response,
             )
         is_json = "json" in response.headers.get("Content-Type", "")
@@ -129,7 +129,7 @@ class State:
 
 
 def asked_to_wait(response: httpx2.Response) -> int:
-    """Return for how many seconds a server asks to be left alone; 0 where it does not."""
+    """Return how many seconds a server asks to wait before a retry; 0 if it does not ask."""
     if response.status_code not in (408, 429) and response.status_code < 500:
         return 0
     info, after = parse_ratelimit_headers(response.headers), response.headers.get("Retry-After", "").strip()
@@ -139,11 +139,11 @@ def asked_to_wait(response: httpx2.Response) -> int:
 
 
 def bound_answer(response: httpx2.Response, whole: Callable[[], object]) -> None:
-    """Have the reading of a response fail once it is larger than an answer of an API may be.
+    """Limit the size of a response that has not been read yet.
 
     Args:
-        response: The response, which is not read yet.
-        whole: Called once it is.
+        response: The response; reading it raises HfHubHTTPError beyond the limit.
+        whole: Called when the response has been read completely.
     """
     read = response.iter_bytes
 
@@ -153,7 +153,7 @@ def bound_answer(response: httpx2.Response, whole: Callable[[], object]) -> None
             size += len(chunk)
             if size > LARGEST_ANSWER:
                 raise HfHubHTTPError(
-                    f"the server's answer is larger than the limit of {LARGEST_ANSWER:,} bytes", response=response
+                    f"the server's response is larger than the limit of {LARGEST_ANSWER:,} bytes", response=response
                 )
             yield chunk
         whole()
@@ -162,11 +162,11 @@ def bound_answer(response: httpx2.Response, whole: Callable[[], object]) -> None
 
 
 class WatchedBackend(httpcore2.NetworkBackend):
-    """Opens connections whose speed is watched.
+    """Opens connections with a minimum speed.
 
     Args:
-        backend: What opens them.
-        state: Where time-outs are counted.
+        backend: The backend that opens connections.
+        state: Counts time-outs.
     """
 
     def __init__(self, backend: httpcore2.NetworkBackend, state: State) -> None:
@@ -181,7 +181,7 @@ class WatchedBackend(httpcore2.NetworkBackend):
             raise
 
     def connect_unix_socket(self, *args: Any, **kwargs: Any) -> httpcore2.NetworkStream:
-        """Open a connection to a socket of this machine."""
+        """Open a connection to a Unix socket."""
         return self.backend.connect_unix_socket(*args, **kwargs)
 
     def sleep(self, seconds: float) -> None:
@@ -190,14 +190,14 @@ class WatchedBackend(httpcore2.NetworkBackend):
 
 
 class WatchedStream(httpcore2.NetworkStream):
-    """A connection that counts as silent once it is slower than `SLOWEST` for two time-outs.
+    """A connection that times out if it is slower than `SLOWEST` for the duration of two time-outs.
 
-    Time-outs alone do not end what comes byte by byte: they count for each byte anew.
+    A normal time-out does not detect a slow connection, because every byte restarts it.
 
     Args:
         stream: The connection.
         host: The server.
-        state: Where time-outs are counted.
+        state: Counts time-outs.
     """
 
     def __init__(self, stream: httpcore2.NetworkStream, host: str, state: State) -> None:
@@ -205,21 +205,21 @@ class WatchedStream(httpcore2.NetworkStream):
         self.waited, self.received = 0.0, 0
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """Read what has come.
+        """Read received data.
 
         Raises:
-            ReadTimeout: Nothing has come, or too little over time.
+            ReadTimeout: Nothing was received, or the connection is too slow.
         """
         start = time.monotonic()
         try:
             data = self.stream.read(max_bytes, timeout)
         except httpcore2.ReadTimeout as error:
             self.state.timed_out(self.host)
-            raise httpcore2.ReadTimeout(f"no answer from {self.host} within {timeout:g} s") from error
+            raise httpcore2.ReadTimeout(f"no response from {self.host} within {timeout:g} s") from error
         self.waited += time.monotonic() - start
         self.received += len(data)
         if self.received >= SLOWEST * self.waited:
-            self.waited, self.received = 0.0, 0  # of a fast part nothing may be saved for a slow one
+            self.waited, self.received = 0.0, 0  # a fast part does not compensate for a slow one
         elif self.waited > (limit := 2 * max(timeout or 0.0, read_timeout())):
             self.state.timed_out(self.host)
             raise httpcore2.ReadTimeout(f"{self.host} sent {self.received:,} bytes in {limit:g} s, which is too slow")
@@ -228,24 +228,24 @@ class WatchedStream(httpcore2.NetworkStream):
         return data
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """Send, which begins a new answer.
+        """Send data, and reset the measured speed.
 
         Raises:
-            WriteTimeout: The server does not take it.
+            WriteTimeout: The server does not accept the data in time.
         """
         self.waited, self.received = 0.0, 0
         try:
             self.stream.write(buffer, timeout)
         except httpcore2.WriteTimeout as error:
             self.state.timed_out(self.host)
-            raise httpcore2.WriteTimeout(f"{self.host} took nothing within {timeout:g} s") from error
+            raise httpcore2.WriteTimeout(f"{self.host} accepted no data within {timeout:g} s") from error
 
     def close(self) -> None:
         """Close the connection."""
         self.stream.close()
 
     def start_tls(self, *args: Any, **kwargs: Any) -> httpcore2.NetworkStream:
-        """Return the connection, encrypted."""
+        """Return the encrypted connection."""
         try:
             return WatchedStream(self.stream.start_tls(*args, **kwargs), self.host, self.state)
         except httpcore2.ConnectTimeout:
@@ -253,5 +253,5 @@ class WatchedStream(httpcore2.NetworkStream):
             raise
 
     def get_extra_info(self, info: str) -> Any:
-        """Return what else is known of the connection."""
+        """Return further information about the connection."""
         return self.stream.get_extra_info(info)

@@ -233,7 +233,7 @@ def test_verify(trained, tmp_path, harm, in_process):
     assert harm == "none" or told[harm] in rows[0]
     if harm != "none":
         line = input_error(in_process("hub/publish.py", folder, "--repo-id", "zoo/unet"))
-        assert "does not verify" in line and "nothing was sent" in line
+        assert "does not verify" in line and "nothing was uploaded" in line
 
 
 def test_a_picture(trained, voc, in_process, tmp_path):
@@ -620,7 +620,7 @@ def test_targets_are_of_tasks_and_models_that_there_are(trained):
         if target.task in tasks.TASKS:
             assert target.head in tasks.task_class(target.task).heads
     assert catalog.load().target("segmentation", "deeplabv3plus", "res2net50_26w_4s", "VOC12").figures == {"mIoU": 79.2}
-    with pytest.raises(InputError, match="nothing is published of unet on res2net_tiny with VOC12"):
+    with pytest.raises(InputError, match="no published result of unet on res2net_tiny with VOC12"):
         catalog.load().target("segmentation", "unet", "res2net_tiny", "VOC12")
 
 

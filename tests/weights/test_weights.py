@@ -87,9 +87,9 @@ def left_over() -> list[str]:
 def test_pretrained_from_the_release_as_any_timm_model(hub, model, original):
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        with pytest.warns(UserWarning, match="could not be checked; the SHA-256 of what came is") as told:
+        with pytest.warns(UserWarning, match="could not be verified; the SHA-256 of the downloaded file is") as told:
             ours = timm.create_model(NAME, pretrained=True).eval()
-        assert sum("could not be checked" in str(w.message) for w in told) == 1
+        assert sum("could not be verified" in str(w.message) for w in told) == 1
         assert torch.equal(ours(x), model(x))
         before = downloads(hub)
         assert before >= 1 and left_over() == ["model.safetensors"]
@@ -112,7 +112,7 @@ def test_another_cache_dir(hub, tmp_path, recwarn):
 def test_a_cut_connection_is_taken_up_again_by_the_next_call(hub, original, recwarn):
     hub.cut("original.pdparams", at_byte=60_000_000, reset=True)
     hub.cut("original.pdparams", at_byte=1_000_000, reset=True, times=TRIES - 1)
-    with pytest.raises(InputError, match=r"cannot download .*; run it again to go on"):
+    with pytest.raises(InputError, match=r"cannot download .*; run it again to continue"):
         timm.create_model(NAME, pretrained=True)
     assert left_over() == ["original.part"] and hub.faults == []
     hub.requests.clear()
@@ -161,7 +161,7 @@ def test_a_secret_in_a_url_is_neither_stored_nor_told(hub, in_process, original,
 @pytest.mark.parametrize("source", ["https://", "http:///x", "/dev/zero", "tests"])
 def test_what_is_no_file(in_process, tmp_path, source):
     args = ["--model", NAME, "--checkpoint", source, "--output", tmp_path / "out"]
-    assert re.search("is no URL|not a regular file|Is a directory", input_error(in_process("hub/convert.py", *args)))
+    assert re.search("is not a URL|not a regular file|Is a directory", input_error(in_process("hub/convert.py", *args)))
 
 
 def test_a_cache_that_cannot_be_written(hub, monkeypatch, in_process, tmp_path):
@@ -204,7 +204,7 @@ def test_a_full_disk(hub, original, size, recwarn):
 
 def test_offline_says_which_command_fetches_it(hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=f"python hub/mirror.py --to DIR --model {NAME}"):
+    with pytest.raises(InputError, match=f"res2net-zoo mirror --to DIR --model {NAME}"):
         timm.create_model(NAME, pretrained=True)
 
 
@@ -261,7 +261,7 @@ def test_save_weights_gives_the_same_bytes_every_time(tmp_path):
 
 
 class TestConvertCommand:
-    """`python hub/convert.py`."""
+    """`res2net-zoo convert`."""
 
     def test_from_a_file_to_a_folder_that_timm_loads_twice_alike(self, in_process, original, model, tmp_path):
         folder = tmp_path / "out" / "model"
@@ -329,7 +329,7 @@ class TestConvertCommand:
         url, out = f"{hub.endpoint}/{FILE}", tmp_path / "out" / "model"
         args = ["--model", NAME, "--checkpoint", url, "--output", out]
         with full_disk(30_000_000):
-            assert "make room and run it again to go on" in input_error(in_process("hub/convert.py", *args))
+            assert "free some space and run it again to continue" in input_error(in_process("hub/convert.py", *args))
         with full_disk(103_155_000):
             line = input_error(in_process("hub/convert.py", *args))
         assert f"cannot write {out}" in line and not list((tmp_path / "out").iterdir())
