@@ -5,7 +5,7 @@ of `fused_norm` and `pointwise`; elsewhere, as in evaluation, they run the same 
 """
 
 from types import NoneType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from timm.models import checkpoint_seq
@@ -27,8 +27,10 @@ from res2net_zoo.models.block import Bottle2neck, Res2NetModule
 from res2net_zoo.models.dla import DlaBottle2neck
 from res2net_zoo.models.res2net import Res2Net
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def accelerate_training(model: nn.Module) -> nn.Module:
+
+def accelerate_training(model: Model) -> Model:
     """Make a model train faster on the CPU, in place. The results differ from PyTorch's by rounding only.
 
     Parameters, state-dict keys and hooks stay as they are, and so does the model in evaluation, on a GPU, or
