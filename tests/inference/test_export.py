@@ -185,6 +185,7 @@ def test_weights_in_half_of_the_bytes(in_process, tmp_path):
     assert (tmp_path / "m.bin").stat().st_size < 2.2 * parameters
 
 
+@pytest.mark.full
 def test_a_model_without_classifier_gives_features(tmp_path):
     model = spread(timm.create_model("res2net_tiny", num_classes=0, in_chans=1, layers=(1, 1, 1, 1))).eval()
     exported = export.export(model, images(1, 33, 1), tmp_path / "f.onnx", "onnx")

@@ -227,6 +227,7 @@ def test_without_a_compiler(env, says, tmp_path):
     assert says in subprocess.run(run, env=env, capture_output=True, text=True).stdout
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("machine", ["haswell", "skylake-avx512"])
 def test_on_other_processors(machine, monkeypatch):
     """This machine runs the code for lesser ones too."""

@@ -60,6 +60,7 @@ def test_fine_tunes_a_folder_of_images_from_given_weights(in_process, tmp_path):
     assert end["fc.weight"].shape[0] == 3
 
 
+@pytest.mark.full
 def test_a_recipes_values_stand_behind_the_command_lines(in_process, tmp_path):
     (tmp_path / "mine.toml").write_text("epochs = 1\nlr = 0.5\nbatch_size = 32\nscale = [0.9, 1.0]\nworkers = 0\n")
     args = ["--recipe", tmp_path / "mine.toml", "--lr", "0.01", "--output", tmp_path / "model"]
@@ -70,6 +71,7 @@ def test_a_recipes_values_stand_behind_the_command_lines(in_process, tmp_path):
         assert re.search(rf"^\| {setting} +\| {re.escape(value)} +\|$", card, re.M), setting
 
 
+@pytest.mark.full
 def test_the_card_has_the_licence_of_the_weights_it_started_from(in_process, tmp_path):
     """Whatever the recipe; only the command line can state another."""
     start = shutil.copytree(SHIPPED_MODEL, tmp_path / "start")
@@ -190,6 +192,7 @@ def test_an_evaluation_split_without_a_readable_image_is_one_line(in_process, tm
     assert not (folder / "config.json").exists()
 
 
+@pytest.mark.full
 def test_a_constant_learning_rate(in_process, tmp_path):
     args = ["--sched", "none", "--lr", "1e-3", "--epochs", 2, "--batch-size", 256, "--workers", 0]
     result = in_process(FINETUNE, *args, "--output", tmp_path / "out")

@@ -183,6 +183,7 @@ class TestFromScratch:
         else:
             check_license(folder)
 
+    @pytest.mark.full
     def test_the_authors_architecture(self, finetune):
         folder = finetune("scratch", "--model", "res2net50_26w_4s")
         assert stated(folder) == {"origin": "random", "trained": True} and not claims(folder)
