@@ -333,7 +333,8 @@ def steps_of(data: TrainingData, step_images: int, wanted: int | None) -> int:
     Raises:
         InputError: There are fewer images, or their number is unknown.
     """
-    images = data.num_images
+    # Images that turn out to be unreadable during training count here, so that a resumed run has the same steps.
+    images = data.train.num_rows if data.indices is None else len(data.indices)
     if images is None:
         if wanted is None:
             raise InputError(f"{data.train.name} does not say how many images it has; --steps-per-epoch makes epochs")
