@@ -1,1 +1,1 @@
-"""What training loops need beside timm's and Accelerate's: data, checkpoints, reports."""
+"""Training of classifiers; its loop, checkpoints and optimization also serve the tasks."""
