@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> int:
     for name in args.model:
         model: Any = create_model(name).eval().to(accelerator.device)
         if not model.num_classes:
-            raise InputError(f"{name} has no classifier, and so sees no classes")
+            raise InputError(f"{name} has no classifier")
         if class_names(model) != class_names(models[0] if models else model):
             raise InputError(f"{name} and {args.model[0]} have other classes; compare models of the same")
         models.append(model)
@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> int:
     wanted = [cam.find_class(word, names) for word in args.classes or ()]
     wanted = wanted * len(paths) if len(wanted) == 1 else wanted
 
-    rows, told = [], []
+    rows, scores = [], []
     for i, path in enumerate(progress_bar(accelerator, paths, desc="cam", unit="image")):
         # What the models are shown; who does not choose the class need not look at it first.
         shown = [cam.load(model, path) for model in models]
@@ -101,8 +101,8 @@ def main(args: argparse.Namespace) -> int:
             score = float(logits.float().softmax(1)[0, index])
             seen.append(cam.Seen(name.rpartition("/")[2], cam.picture(model, image), heat[0], score))
         rows.append((Path(path).name, names[index], seen))
-        told.append((path, names[index], *(f"{100 * one.score:.1f}" for one in seen)))
+        scores.append((path, names[index], *(f"{100 * one.score:.1f}" for one in seen)))
     cam.draw(rows, args.output)
-    print(markdown_table(("image", "class", *(f"{one.model} (percent)" for one in rows[0][2])), told))
+    print(markdown_table(("image", "class", *(f"{one.model} (percent)" for one in rows[0][2])), scores))
     print(f"wrote {args.output}")
     return 0

@@ -44,7 +44,9 @@ def main(args: argparse.Namespace) -> int:
     (checkpoint,) = catalog.choose([args.model])
     source = checkpoint.url if args.checkpoint is None else args.checkpoint
     if not source:
-        raise InputError(f"{checkpoint.name} is no direct download: {checkpoint.notes}; give its file by --checkpoint")
+        raise InputError(
+            f"{checkpoint.name} has no direct download: {checkpoint.notes}; name its file with --checkpoint"
+        )
     if args.checkpoint is not None and "://" not in source and not os.path.exists(source):
         raise InputError(f"cannot read {source}: No such file{similar_path(Path(source))}")
     check_can_make(args.output)

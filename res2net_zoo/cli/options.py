@@ -44,7 +44,7 @@ def mixed_precision(text: str) -> str:
 
 
 def named(text: str) -> tuple[str, object]:
-    """Read NAME=VALUE, an argument type; a value that is no JSON is text."""
+    """Read NAME=VALUE, an argument type; a value that is not JSON is text."""
     name, equals, value = text.partition("=")
     if not (name.isidentifier() and equals):
         raise argparse.ArgumentTypeError(f"{text} is not NAME=VALUE")

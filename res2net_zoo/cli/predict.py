@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
     skipped = 0
     steps = range(-(-len(paths) // (args.batch_size * accelerator.num_processes)))
     with contextlib.ExitStack() as stack:
-        stack.enter_context(told_in_one_line())
+        stack.enter_context(output_errors())
         write = stack.enter_context(writer(args, names)) if accelerator.is_main_process else None
         batches = predict(model, paths, args, accelerator)
         for _ in progress_bar(accelerator, steps, desc="predict", unit="batch"):
@@ -94,7 +94,7 @@ def main(args: argparse.Namespace) -> int:
                     write(path, scores, classes, embedding)
         if skipped == len(paths):
             raise InputError(f"none of the {skipped} images can be decoded")
-    accelerator.wait_for_everyone()  # a process that ends with 1 makes the launcher end the others
+    accelerator.wait_for_everyone()  # the launcher ends the others when a process ends with 1
     accelerator.end_training()
     return 1 if skipped else 0
 
@@ -163,8 +163,8 @@ def predict(
 
 
 @contextlib.contextmanager
-def told_in_one_line() -> Iterator[None]:
-    """Turn a full disk and the like into one line; what cannot be read is told elsewhere."""
+def output_errors() -> Iterator[None]:
+    """Raise InputError where the result cannot be written, as on a full disk."""
     from res2net_zoo.utils.errors import InputError
 
     try:
@@ -203,8 +203,8 @@ def writer(args: argparse.Namespace, names: list[str]) -> Iterator[Callable[...,
                 for rank, (score, index) in enumerate(zip(scores, classes, strict=True), 1):
                     table.writerow((shown(path), rank, index, shown(names[index]), f"{score:.6f}"))
             else:
-                told = [f"{names[i]} {100 * score:.1f}" for score, i in zip(scores, classes, strict=True)]
-                rows.append((path, *told))
+                classified = [f"{names[i]} {100 * score:.1f}" for score, i in zip(scores, classes, strict=True)]
+                rows.append((path, *classified))
 
         yield write
         if args.format == "table" and rows:

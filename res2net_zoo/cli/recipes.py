@@ -17,7 +17,7 @@ RECIPES = shipped("recipes")
 
 LARGEST_RECIPE = 2**20  # bytes
 
-# Options that a recipe does not set: they say what this run is to do with its files.
+# Options that a recipe does not set: they are about this run's files.
 NOT_SETTINGS = {"output", "recipe", "resume", "overwrite", "words"}
 # Settings that a run can go on with other values of. So can it with --batch-size and --accumulate,
 # if the images of a step, over all processes, stay as many.
@@ -83,7 +83,7 @@ def parse_over(
     not_settings: Iterable[str] = (),
     options: Sequence[str] = (),
 ) -> argparse.Namespace:
-    """Parse the command line over the settings of recipes, which stand over the defaults.
+    """Parse the command line over the settings of recipes, which override the defaults.
 
     Args:
         parser: The program's.
@@ -93,7 +93,7 @@ def parse_over(
         options: The words of the command line.
 
     Returns:
-        The arguments. What a recipe says is checked just as options are; the program ends if it is wrong.
+        The arguments. A recipe's values are checked as options are; the program ends if one is wrong.
     """
     settings = sorted({action.dest for action in parser._actions} - {"help", *not_settings})
     words: list[str] = []

@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> int:
     known = [c for c in catalog.load().checkpoints.values() if c.hub_id == args.model]
     checks += verify.verify(folder, known[0] if known else None)
     results = {True: "passed", False: "FAILED", None: "-"}
-    # Sixteen digits of a hash say enough; fingerprint.json and the catalogue have them all.
+    # Sixteen digits identify a hash; fingerprint.json and the catalogue hold all of them.
     short = [[re.sub(r"\b([0-9a-f]{16})[0-9a-f]{24,}", r"\1...", text) for text in check[:3]] for check in checks]
     short = [[printable(text) for text in texts] for texts in short]
     rows = [(*texts, results[check.passed]) for texts, check in zip(short, checks, strict=True)]
