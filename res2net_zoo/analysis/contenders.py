@@ -31,6 +31,7 @@ from res2net_zoo.inference import backends
 from res2net_zoo.inference.export import INPUT, import_openvino, openvino_core, openvino_settings, require, run_onnx
 from res2net_zoo.kernels.training import accelerate_training
 from res2net_zoo.utils.errors import InputError, first_line
+from res2net_zoo.utils.private_apis import fail_at_recompile_limit
 from res2net_zoo.weights.pretrained import create_model
 
 OURS, TIMM, PLAIN, RESNET50, PRODUCT = "ours", "timm", "plain", "resnet50", "matrix product"
@@ -255,7 +256,7 @@ def _eager(model: nn.Module, images: torch.Tensor, precision: Any, variant: str,
 
 def _inductor(model: Any, images: torch.Tensor, precision: str, variant: str, file: Path) -> Call:
     # At its limit Dynamo would quietly run what it should compile.
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    fail_at_recompile_limit()
     dtype = getattr(torch, precision)
     compiled = backends.compile_frozen(model.to(dtype=dtype, memory_format=torch.channels_last), images.device)
 

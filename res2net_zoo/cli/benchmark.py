@@ -201,7 +201,7 @@ def measure(setting: "Setting", args: argparse.Namespace, folder: Path) -> "list
                 except LeftOut as error:
                     bar.write(printable(f"{setting}: no memory: {error}"), file=sys.stderr)
             results.append(result)
-    torch._dynamo.reset()  # it keeps what it compiled, and compiles a function a few times only
+    torch.compiler.reset()  # it keeps what it compiled, and compiles a function a few times only
     return results
 
 

@@ -350,6 +350,7 @@ def data_sha256(source: "Source") -> str | None:
     import datasets
 
     from res2net_zoo.data.sources import labels_of
+    from res2net_zoo.utils.private_apis import fingerprint_of
 
     if not isinstance(source.rows, datasets.Dataset):
         return None
@@ -362,7 +363,7 @@ def data_sha256(source: "Source") -> str | None:
             stat = os.stat(image["path"]) if image and os.path.exists(image["path"]) else None
             digest.update(f"{image} {stat.st_size} {stat.st_mtime_ns}".encode() if stat else b"-")
     else:
-        digest.update(source.rows._fingerprint.encode())
+        digest.update(fingerprint_of(source.rows).encode())
     return digest.hexdigest()
 
 

@@ -48,6 +48,7 @@ from res2net_zoo.utils.card_metadata import LOADER, check_yaml
 from res2net_zoo.utils.console import printable
 from res2net_zoo.utils.errors import InputError, one_line
 from res2net_zoo.utils.files import LARGEST_TEXT, check_writable, open_regular, read_json, read_text
+from res2net_zoo.utils.private_apis import row_indices
 
 # Common names of splits, and the names that `datasets` uses for them.
 SPLITS = {
@@ -170,8 +171,8 @@ def labels_of(source: Source) -> np.ndarray:
     """
     labels = source.rows.data.column("label") if isinstance(source.rows, datasets.Dataset) else None
     assert labels is not None
-    if source.rows._indices is not None:  # a selection of the rows
-        labels = labels.take(source.rows._indices.column(0).combine_chunks())
+    if (indices := row_indices(source.rows)) is not None:  # some of the rows
+        labels = labels.take(indices.column(0).combine_chunks())
     bounds = pc.min_max(labels).as_py()
     if labels.null_count < len(labels) and (bounds["min"] < -1 or bounds["max"] >= MOST_CLASSES):
         values = enumerate(labels.to_pylist())

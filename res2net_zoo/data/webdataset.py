@@ -10,9 +10,9 @@ from itertools import islice
 from typing import Any
 
 import datasets
-from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plus_ext
 
 from res2net_zoo.data.images import is_hidden, is_image
+from res2net_zoo.utils.private_apis import WebDataset, base_plus_ext
 
 # Extensions in order of preference, for samples with several images.
 FIRST = ("image", "img", "jpg", "jpeg", "png", "webp")

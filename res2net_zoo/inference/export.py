@@ -11,7 +11,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import sys
 import threading
 import xml.etree.ElementTree
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from torch import nn
 from res2net_zoo.data.preprocessing import color_mode, data_config, evaluation_samples
 from res2net_zoo.utils.errors import InputError, first_line
 from res2net_zoo.utils.files import is_temporary, locked, make_readable, temporary_file, temporary_folder
+from res2net_zoo.utils.private_apis import hidden
 from res2net_zoo.weights.provenance import UNKNOWN, Provenance, shown
 
 if TYPE_CHECKING:
@@ -108,13 +108,8 @@ def import_openvino() -> Any:
         InputError: It is not installed.
     """
     require("openvino")
-    if (reporter := "openvino_telemetry") not in sys.modules:
-        sys.modules[reporter] = None  # type: ignore[assignment]  # to Python, a package that is not there
-    try:
+    with hidden("openvino_telemetry"):
         import openvino
-    finally:
-        if sys.modules[reporter] is None:
-            del sys.modules[reporter]
     return openvino
 
 

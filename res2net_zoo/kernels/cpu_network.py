@@ -209,8 +209,8 @@ class _Lowering(fx.Interpreter):
         raise Unsupported(f"there is no step for {type(module).__name__} ({target})")
 
     def pool(self, name: str, x: _Value, module: Any) -> _Value:
-        pair = nn.modules.utils._pair
-        k, s, p = map(pair, (module.kernel_size, module.stride, module.padding))
+        sizes = (module.kernel_size, module.stride, module.padding)
+        k, s, p = (size if isinstance(size, tuple) else (size, size) for size in sizes)
         # The shape by torch itself, whose rule for ceil_mode has corners.
         meta = torch.empty(x.n, x.c, x.h, x.w, device="meta")
         shape = F.max_pool2d if name == "max_pool" else F.avg_pool2d

@@ -18,9 +18,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd import forward_ad
 
 from res2net_zoo.kernels.compiler import CannotCompile, compile_library
+from res2net_zoo.utils.private_apis import (
+    _are_functorch_transforms_active,
+    _get_current_graph_task_keep_graph,
+    _has_any_global_hook,
+    has_hooks,
+    is_forward_ad_active,
+)
 
 SOURCE = Path(__file__).with_name("fused_norm.cpp")
 FUNCTIONS = {
@@ -59,8 +65,8 @@ def fits(x: Any) -> bool:
         and x.is_contiguous(memory_format=torch.channels_last)
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+        and not _are_functorch_transforms_active()
+        and not is_forward_ad_active()
         and not (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16)
         and is_loaded()
     )
@@ -68,7 +74,7 @@ def fits(x: Any) -> bool:
 
 def is_plain(modules: Sequence[nn.Module]) -> bool:
     """Whether modules are but convolutions, BatchNorms in training, ReLUs and chains, and nobody listens to them."""
-    return not nn.modules.module._has_any_global_hook() and all(
+    return not _has_any_global_hook() and all(
         (
             type(module) in (nn.Conv2d, nn.ReLU, nn.Sequential)
             or (
@@ -80,8 +86,7 @@ def is_plain(modules: Sequence[nn.Module]) -> bool:
                 and module.weight.dtype == torch.float32
             )
         )
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
+        and not has_hooks(module)
         for module in modules
     )
 
@@ -271,7 +276,7 @@ class _NormAct(torch.autograd.Function):
 
 def _keeps_graph() -> bool:
     """Whether the backward pass that runs may be run again."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
+    return _get_current_graph_task_keep_graph()
 
 
 def _differentiable(ctx: Any, x: Any, w: Any, b: Any, add: Any, grads: Sequence[Any]):

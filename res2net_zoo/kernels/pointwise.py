@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from res2net_zoo.utils.private_apis import has_bfloat16_convolutions
+
 LEAST_CHANNELS = 128  # of input and output, from which on a matrix product gives the weight's gradient faster
 
 
@@ -39,7 +41,7 @@ def pointwise_and_shortcut(conv: nn.Conv2d, x: torch.Tensor) -> tuple[torch.Tens
 
 def _pays(conv: nn.Conv2d, x: torch.Tensor) -> bool:
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    return dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.bfloat16 and has_bfloat16_convolutions()
 
 
 def _cast(conv: nn.Conv2d, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

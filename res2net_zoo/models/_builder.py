@@ -6,8 +6,7 @@ from typing import Any
 
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as WEIGHTS
 from timm.layers import DropPath
-from timm.models import build_model_with_cfg, get_pretrained_cfg
-from timm.models._builder import resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, get_pretrained_cfg, resolve_pretrained_cfg
 from torch import nn
 
 from res2net_zoo import catalog

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from timm.models import checkpoint_seq
-from timm.models._features import feature_take_indices
 from torch import nn
 
 from res2net_zoo.models.block import Res2NetModule
+from res2net_zoo.utils.private_apis import feature_take_indices
 
 
 class ChainedFeatures:

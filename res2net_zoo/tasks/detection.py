@@ -26,7 +26,6 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
-from torchvision.ops.poolers import initLevelMapper
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
@@ -35,6 +34,7 @@ from res2net_zoo.tasks.drawing import draw_labels, run_lengths
 from res2net_zoo.tasks.instances import Instances
 from res2net_zoo.tasks.segmentation import voc_colour
 from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.private_apis import initLevelMapper
 
 ASPECTS = (0.5, 1.0, 2.0)  # of anchors
 LONGER = 1333 / 800  # the longest side of an image by its shorter one, `img_size`, as the papers limit it

@@ -13,7 +13,9 @@ import httpcore2
 import httpx2
 from huggingface_hub import constants, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import _http, parse_ratelimit_headers
+from huggingface_hub.utils import parse_ratelimit_headers
+
+from res2net_zoo.utils.private_apis import hub_client_factory, wrap_network
 
 SLOWEST = 1000  # bytes per second, averaged over two time-outs
 LONGEST_WAIT = 300  # seconds in total that a server may ask to wait; the Hub's rate limit windows have 300
@@ -29,7 +31,7 @@ class SilentServerError(httpx2.ConnectTimeout):
 
 def install() -> None:
     """Apply these limits to huggingface_hub's client, whatever factory creates it. Idempotent."""
-    factory = _http._GLOBAL_CLIENT_FACTORY
+    factory = hub_client_factory()
     if not isinstance(factory, BoundedFactory):
         set_client_factory(BoundedFactory(factory))
 
@@ -57,10 +59,7 @@ class BoundedFactory:
         hooks["response"] = [self.state.check_response, *hooks["response"]]
         client.event_hooks = hooks
         client.max_redirects = MOST_REDIRECTS
-        for transport in [client._transport, *client._mounts.values()]:
-            pool: Any = getattr(transport, "_pool", None)
-            if isinstance(getattr(pool, "_network_backend", None), httpcore2.NetworkBackend):
-                pool._network_backend = WatchedBackend(pool._network_backend, self.state)
+        wrap_network(client, lambda backend: WatchedBackend(backend, self.state))
         return client
 
 

@@ -22,13 +22,13 @@ from safetensors import SafetensorError, safe_open
 from timm.data import create_transform, resolve_data_config
 from timm.data.transforms import str_to_interp_mode
 from timm.models import PretrainedCfg, build_model_with_cfg
-from timm.models._hub import load_model_config_from_path
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from res2net_zoo.utils.console import nearest, printable
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import open_regular, read_json
+from res2net_zoo.utils.private_apis import load_model_config_from_path
 
 NAME = "config.json"
 

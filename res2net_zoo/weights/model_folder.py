@@ -12,12 +12,12 @@ import torch
 from huggingface_hub import EvalResultEntry, ModelCard, eval_result_entries_to_yaml
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as WEIGHTS
 from huggingface_hub.utils import yaml_dump
-from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from res2net_zoo.catalog import Checkpoint
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import finish_replacing, is_temporary, make_readable, temporary_folder
+from res2net_zoo.utils.private_apis import save_config_for_hf
 from res2net_zoo.weights import card as cards
 from res2net_zoo.weights import fingerprint
 from res2net_zoo.weights.originals import is_released, save_weights

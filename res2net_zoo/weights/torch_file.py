@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from timm.models import _helpers, _hub
 
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import open_regular
+from res2net_zoo.utils.private_apis import wrap_timm_torch_load
 from res2net_zoo.weights.pickles import STEPS, Buildable, FormatError, PlainUnpickler, ordered_dict
 
 MAGIC = 0x1950A86A20F9469CFC6C  # of torch's format before version 1.6
@@ -253,5 +253,4 @@ def _check_first(torch_load: Callable[..., Any]) -> Callable[..., Any]:
     return load_checked
 
 
-# timm has no hook for this; both modules call this function for every file that is not safetensors.
-_helpers._torch_load = _hub._torch_load = _check_first(_helpers._torch_load)
+wrap_timm_torch_load(_check_first)

@@ -86,7 +86,7 @@ def test_what_comes_out(trained, people, in_process, tmp_path):
     assert done.returncode == 0, done.stderr
     assert {Image.open(path).size for path in (tmp_path / "seen").glob("*.png")} == {(160, 120)}
     records = [json.loads(path.read_text()) for path in (tmp_path / "seen").glob("*.json")]
-    assert all([joint["label"] for joint in record["objects"][0]["keypoints"]] == JOINTS for record in records)
+    assert all([joint["label"] for joint in record["objects"][0]["keypoints"]] == [*JOINTS] for record in records)
     assert all({"x", "y", "score"} <= joint.keys() for joint in records[0]["objects"][0]["keypoints"])
 
 

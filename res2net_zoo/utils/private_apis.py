@@ -1,0 +1,213 @@
+"""What the zoo uses of other libraries that these do not document: all of it, in this one file.
+
+`tests/utils/test_private_apis.py` fails where an entry has moved or does something else. Nothing is imported before it is
+used: `from res2net_zoo.utils.private_apis import NAME` imports what NAME needs.
+"""
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import datasets
+    import httpx2
+    from torch import nn
+
+
+class PrivateApi(NamedTuple):
+    """A name that a library may move without notice.
+
+    Attributes:
+        module: The library's module.
+        name: Its name there.
+        checked_with: The library's version that the zoo is tested with.
+        reason: Why no documented name does the same.
+    """
+
+    module: str
+    name: str
+    checked_with: str
+    reason: str
+
+
+TIMM, TORCH, TORCHVISION = "timm 1.0.31", "torch 2.14.1", "torchvision 0.29.1"
+DATASETS, HUB = "datasets 5.2.0", "huggingface_hub 2.4.0"
+    "timm 1.0.31",
+    "torch 2.14.1",
+    "torchvision 0.29.1",
+    "datasets 5.2.0",
+    "huggingface_hub 2.4.0",
+)
+PRIVATE_APIS = [
+    PrivateApi(
+        "timm.models._features",
+        "feature_take_indices",
+        TIMM,
+        "resolves `indices` of `forward_intermediates` as every timm model does; timm.models does not export it",
+    ),
+    PrivateApi(
+        "timm.models._hub",
+        "save_config_for_hf",
+        TIMM,
+        "writes config.json alone; the exported `save_for_hf` writes the weights as well, without metadata",
+    ),
+    PrivateApi(
+        "timm.models._hub",
+        "load_model_config_from_path",
+        TIMM,
+        "reads config.json of a `local-dir:`; the exported `load_model_config_from_hf` reads the Hub's only",
+    ),
+    PrivateApi(
+        "torch._C",
+        "_are_functorch_transforms_active",
+        TORCH,
+        "custom kernels must not run under `torch.func` transforms; `torch.func` has no query",
+    ),
+    PrivateApi(
+        "torch._C._autograd",
+        "_get_current_graph_task_keep_graph",
+        TORCH,
+        "whether `backward` was called with `retain_graph`; a custom Function is not passed it",
+    ),
+    PrivateApi(
+        "torch.nn.modules.module",
+        "_has_any_global_hook",
+        TORCH,
+        "global hooks would be skipped by fused modules; there are only functions that register them",
+    ),
+    PrivateApi(
+        "torchvision.ops.poolers",
+        "initLevelMapper",
+        TORCHVISION,
+        "`MultiScaleRoIAlign` guesses its levels from the first image, which small images mislead",
+    ),
+    PrivateApi(
+        "datasets.packaged_modules.webdataset.webdataset",
+        "WebDataset",
+        DATASETS,
+        "its subclass reads one column of images, whatever their formats; `load_dataset` takes no builder class",
+    ),
+    PrivateApi(
+        "datasets.packaged_modules.webdataset.webdataset",
+        "base_plus_ext",
+        DATASETS,
+        "splits the names of a tar's members as that builder does",
+    ),
+]
+_BY_NAME = {api.name: api for api in PRIVATE_APIS}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _BY_NAME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_BY_NAME[name].module), name)
+
+
+def wrap_timm_torch_load(wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace the function by which timm reads every weight file but safetensors, `_torch_load`, by a wrapped one.
+
+    timm has no hook that sees a pickle before it is read. Checked with timm 1.0.31, two of whose modules import the
+    function by its name.
+    """
+    from timm.models import _helpers, _hub
+
+    _helpers._torch_load = _hub._torch_load = wrapper(_helpers._torch_load)
+
+
+def is_forward_ad_active() -> bool:
+    """Return whether forward-mode differentiation is active, which `torch.autograd.forward_ad` does not report.
+
+    Checked with torch 2.15: the level is -1 outside of `dual_level`.
+    """
+    from torch.autograd import forward_ad
+
+    return forward_ad._current_level >= 0
+
+
+def has_hooks(module: "nn.Module") -> bool:
+    """Return whether hooks are attached to a module; torch has only methods that attach them.
+
+    Checked with torch 2.15.
+    """
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def has_bfloat16_convolutions() -> bool:
+    """Return whether oneDNN convolves in bfloat16 on this CPU; `torch.backends.mkldnn` only has whether it is built in.
+
+    Checked with torch 2.15.
+    """
+    import torch
+
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def fail_at_recompile_limit() -> None:
+    """Make `torch.compile` fail where it would run uncompiled code because it has compiled a function too often.
+
+    `torch.compiler` has no such setting: `fullgraph=True` also refuses graph breaks. Checked with torch 2.15.
+    """
+    import torch
+
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
+def row_indices(rows: "datasets.Dataset") -> Any:
+    """Return the rows of its table that a dataset selects, as a table of one column, or None for all.
+
+    Columns of a selection are read through Python otherwise, in seconds a million rows. Checked with datasets 5.2.
+    """
+    return rows._indices
+
+
+def fingerprint_of(rows: "datasets.Dataset") -> str:
+    """Return the hash by which `datasets` caches a dataset; it has no documented one.
+
+    Checked with datasets 5.2.
+    """
+    return rows._fingerprint
+
+
+def hub_client_factory() -> Callable[[], "httpx2.Client"]:
+    """Return what makes huggingface_hub's client now; `set_client_factory` has no counterpart.
+
+    Checked with huggingface_hub 2.4.
+    """
+    from huggingface_hub.utils import _http
+
+    return _http._GLOBAL_CLIENT_FACTORY
+
+
+def wrap_network(client: "httpx2.Client", wrapper: Callable[[Any], Any]) -> None:
+    """Replace the network below a client's connections by a wrapped one, where its transports have one.
+
+    A client takes transports and a transport's pool takes a network, but a client that another factory has made
+    cannot be asked for them. Checked with httpx2 and httpcore2 as huggingface_hub 2.4 requires them.
+    """
+    import httpcore2
+
+    for transport in [client._transport, *client._mounts.values()]:
+        pool: Any = getattr(transport, "_pool", None)
+        if isinstance(getattr(pool, "_network_backend", None), httpcore2.NetworkBackend):
+            pool._network_backend = wrapper(pool._network_backend)
+
+
+@contextlib.contextmanager
+def hidden(module: str) -> Iterator[None]:
+    """Make a module that is not imported yet impossible to import in the block.
+
+    OpenVINO reports each import to its makers through `openvino_telemetry` unless that is missing; what it takes as
+    a refusal is a file in the user's home. Checked with OpenVINO 2026.4.
+    """
+    is_new = module not in sys.modules
+    if is_new:
+        sys.modules[module] = None  # type: ignore[assignment]  # Python's import then raises ImportError
+    try:
+        yield
+    finally:
+        if is_new:
+            del sys.modules[module]
