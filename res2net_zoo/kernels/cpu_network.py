@@ -18,6 +18,7 @@ import ctypes
 import mmap
 import operator
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -287,113 +288,146 @@ def _cut(source: _Value, calls: list[_Call], result: _Value) -> tuple[int, _Valu
 
 
 def _fuse(source: _Value, calls: list[_Call], result: _Value) -> list[_Node]:
-    """Turn calls into nodes: fewer of them, that write where their readers want it."""
-    uses: dict[_Value, int] = {result: 1}
-    for call in calls:
-        for value in call.inputs:
-            uses[value] = uses.get(value, 0) + 1
-    nodes: list[_Node] = []
-    maker: dict[_Value, _Node] = {}  # of values that one node alone writes, whole
-    made: dict[_Value, int] = {}  # after how many nodes a value is there
-    slices: dict[_Value, int] = {}  # of values whose only readers are slices: how many there are
-    untouched: set[_Value] = set()  # slices of such values that are still what their node wrote
+    """Turn calls into nodes: fewer of them, which write where their readers want it."""
+    return _Fusion(source, calls, result).nodes
 
-    def add_node(kind: int, src: _Value, dst: _Value, **kwargs) -> None:
-        nodes.append(_Node(kind, src, dst, **kwargs))
-        maker[dst] = nodes[-1]
-        made[dst] = len(nodes)
 
-    def rename(node: _Node, dst: _Value) -> None:
-        """Let a node write what was computed from its result."""
-        del maker[node.dst]
-        made[dst] = made.pop(node.dst)
-        node.dst = dst
-        maker[dst] = node
+class _Fusion:
+    """The nodes of a list of calls, in their order.
 
-    made[source] = 0
-    for call in calls:
-        if call.name == "slice":
-            slices[call.inputs[0]] = slices.get(call.inputs[0], 0) + 1
-    for call in calls:
+    Attributes:
+        nodes: The nodes so far.
+        uses: How often a value is read.
+        slices: How many slices read a value.
+        maker: The node that wrote a value, where one node alone wrote all of it.
+        made: The number of nodes after which a value is complete.
+        untouched: Slices that still hold what their node wrote, of values that only slices read.
+    """
+
+    def __init__(self, source: _Value, calls: list[_Call], result: _Value) -> None:
+        self.nodes: list[_Node] = []
+        self.uses = Counter([result, *(value for call in calls for value in call.inputs)])
+        self.slices = Counter(call.inputs[0] for call in calls if call.name == "slice")
+        self.maker: dict[_Value, _Node] = {}
+        self.made: dict[_Value, int] = {source: 0}
+        self.untouched: set[_Value] = set()
+        for call in calls:
+            self.take(call)
+
+    def take(self, call: _Call) -> None:
+        """Fuse a call into the nodes so far, or append a node for it."""
         out, x = call.out, call.inputs[0]
         match call.name:
             case "conv":
-                add_node(CONV, x, out, conv=call.detail)
-            case "relu" | "sigmoid":
-                act, kinds = (RELU, (CONV, POINTWISE)) if call.name == "relu" else (SIGMOID, (POINTWISE,))
-                node = maker.get(x)
-                if node and uses[x] == 1 and node.kind in kinds and node.act == NONE and not node.also:
-                    node.act = act
-                    rename(node, out)
-                else:
-                    add_node(POINTWISE, x, out, act=act)
+                self.append(CONV, x, out, conv=call.detail)
+            case "relu":
+                self.activate(x, out, RELU, (CONV, POINTWISE))
+            case "sigmoid":
+                self.activate(x, out, SIGMOID, (POINTWISE,))
             case "mul":
-                add_node(POINTWISE, x, out, gate=call.inputs[1])
+                self.append(POINTWISE, x, out, gate=call.inputs[1])
             case "add":
-                # The later of the two, if nobody else wants it without the sum.
-                free = [
-                    (made[value], value, other)
-                    for value, other in (call.inputs, call.inputs[::-1])
-                    if uses[value] == 1
-                    and (node := maker.get(value))
-                    and (node.kind, node.act, node.add) in ((CONV, NONE, None), (POINTWISE, NONE, None))
-                ]
-                when, value, other = max(free, key=lambda entry: entry[0], default=(0, x, x))
-                if free and made[other] < when:
-                    maker[value].add = other
-                    rename(maker[value], out)
-                    continue
-                for value, target in (call.inputs, call.inputs[::-1]):
-                    node = maker.get(value)
-                    if node and node.kind == CONV and not node.also and target in untouched and uses[target] == 1:
-                        if made[target] >= made[value]:
-                            continue
-                        node.also = target
-                        untouched.remove(target)
-                        out.base = target
-                        made[out] = made[value]
-                        break
-                else:
-                    add_node(POINTWISE, x, out, add=call.inputs[1])
+                if not self.add_before_writing(call) and not self.add_onto_a_slice(call):
+                    self.append(POINTWISE, x, out, add=call.inputs[1])
             case "slice":
                 out.base, out.first = x, call.detail
-                made[out] = made[x]
-                if uses[x] == slices[x] and x in maker:
-                    untouched.add(out)
+                self.made[out] = self.made[x]
+                if self.uses[x] == self.slices[x] and x in self.maker:
+                    self.untouched.add(out)
             case "cat":
-                first = 0
-                for value in call.inputs:
-                    origin = value.base if value in untouched and uses[value] == 1 else None
-                    node = maker.get(origin) if origin else None
-                    if value in maker and value.base is None:
-                        value.base, value.first = out, first
-                    elif origin and node and node.kind == CONV and not node.also:
-                        # The convolution writes this slice to where it is wanted, not where it was.
-                        begin, end = value.first, value.first + value.c
-                        whole = node.parts or [(0, origin.c, origin)]
-                        node.parts = [
-                            part
-                            for low, high, where in whole
-                            for part in (
-                                (low, min(high, begin), where),
-                                (max(low, begin), min(high, end), value),
-                                (max(low, end), high, where),
-                            )
-                            if part[0] < part[1]
-                        ]
-                        value.base, value.first = out, first
-                        untouched.remove(value)
-                    else:
-                        add_node(POINTWISE, value, _Value(*value.shape, base=out, first=first))
-                    first += value.c
-                made[out] = len(nodes)
+                self.concatenate(call.inputs, out)
             case "max_pool" | "avg_pool":
-                add_node(MAX_POOL if call.name == "max_pool" else AVG_POOL, x, out, window=call.detail)
+                self.append(MAX_POOL if call.name == "max_pool" else AVG_POOL, x, out, window=call.detail)
             case "mean":
-                add_node(MEAN, x, out)
+                self.append(MEAN, x, out)
             case "resize":
-                add_node(RESIZE, x, out)
-    return nodes
+                self.append(RESIZE, x, out)
+
+    def append(self, kind: int, src: _Value, dst: _Value, **kwargs) -> None:
+        """Append a node."""
+        self.nodes.append(_Node(kind, src, dst, **kwargs))
+        self.maker[dst] = self.nodes[-1]
+        self.made[dst] = len(self.nodes)
+
+    def rename(self, node: _Node, dst: _Value) -> None:
+        """Make a node write what was computed from its result."""
+        del self.maker[node.dst]
+        self.made[dst] = self.made.pop(node.dst)
+        node.dst = dst
+        self.maker[dst] = node
+
+    def activate(self, x: _Value, out: _Value, act: int, kinds: tuple[int, ...]) -> None:
+        """Apply an activation in the node that made its input, if that is of one of some kinds, or in a new one."""
+        node = self.maker.get(x)
+        if node and self.uses[x] == 1 and node.kind in kinds and node.act == NONE and not node.also:
+            node.act = act
+            self.rename(node, out)
+        else:
+            self.append(POINTWISE, x, out, act=act)
+
+    def add_before_writing(self, call: _Call) -> bool:
+        """Add in the node that made the later of two values, if nothing else reads that, and return whether it can."""
+        free = [
+            (self.made[value], value, other)
+            for value, other in (call.inputs, call.inputs[::-1])
+            if self.uses[value] == 1
+            and (node := self.maker.get(value))
+            and (node.kind, node.act, node.add) in ((CONV, NONE, None), (POINTWISE, NONE, None))
+        ]
+        if not free:
+            return False
+        when, value, other = max(free, key=lambda entry: entry[0])
+        if self.made[other] >= when:
+            return False
+        self.maker[value].add = other
+        self.rename(self.maker[value], call.out)
+        return True
+
+    def add_onto_a_slice(self, call: _Call) -> bool:
+        """Add a convolution's output onto a slice that nothing else reads, and return whether that can be."""
+        for value, target in (call.inputs, call.inputs[::-1]):
+            node = self.maker.get(value)
+            if not (node and node.kind == CONV and not node.also):
+                continue
+            if target in self.untouched and self.uses[target] == 1 and self.made[target] < self.made[value]:
+                node.also = target
+                self.untouched.remove(target)
+                call.out.base = target
+                self.made[call.out] = self.made[value]
+                return True
+        return False
+
+    def concatenate(self, values: tuple[_Value, ...], out: _Value) -> None:
+        """Place values in their concatenation, where their nodes then write them, and copy those that cannot be."""
+        first = 0
+        for value in values:
+            origin = value.base if value in self.untouched and self.uses[value] == 1 else None
+            node = self.maker.get(origin) if origin else None
+            if value in self.maker and value.base is None:
+                value.base, value.first = out, first
+            elif origin and node and node.kind == CONV and not node.also:
+                node.parts = _redirected(node.parts or [(0, origin.c, origin)], value)
+                value.base, value.first = out, first
+                self.untouched.remove(value)
+            else:
+                self.append(POINTWISE, value, _Value(*value.shape, base=out, first=first))
+            first += value.c
+        self.made[out] = len(self.nodes)
+
+
+def _redirected(parts: list[tuple[int, int, _Value]], value: _Value) -> list[tuple[int, int, _Value]]:
+    """Return what a convolution writes where, with one slice in a place of its own."""
+    begin, end = value.first, value.first + value.c
+    return [
+        part
+        for low, high, where in parts
+        for part in (
+            (low, min(high, begin), where),
+            (max(low, begin), min(high, end), value),
+            (max(low, end), high, where),
+        )
+        if part[0] < part[1]
+    ]
 
 
 class _Arena:
