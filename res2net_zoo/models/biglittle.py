@@ -6,6 +6,7 @@ addition, and one more block fuses them and takes the stage's stride. No publish
 here; the structure is the one of the paper that has its published complexity.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -135,6 +136,73 @@ def make_blocks(
     return nn.Sequential(*blocks)
 
 
+def make_stage(
+    blocks: Callable[..., nn.Sequential],
+    in_chs: int,
+    planes: int,
+    depth: int,
+    *,
+    alpha: int,
+    beta: int,
+    dilation: int,
+    act_layer: Any,
+    norm_layer: Any,
+    dd: dict[str, Any],
+) -> BigLittleStage:
+    """Make both branches of a stage.
+
+    Args:
+        blocks: `make_blocks`, with the arguments that are the same in all stages.
+        in_chs: Channels of the input; the output has four times `planes`.
+        planes: Base width.
+        depth: Number of blocks, with the one that fuses the branches.
+        alpha: Divides the little branch's width.
+        beta: Divides the little branch's depth.
+        dilation: Dilation of the blocks.
+        act_layer: Activation of the sum, called with `inplace=True`.
+        norm_layer: Normalization, called with the number of channels.
+        dd: Device and type of the parameters.
+    """
+    out_chs = planes * Bottle2neck.expansion
+    big = blocks(in_chs, planes, depth - 1, 2, dilation, dilation, last_act=False)
+    little = nn.Sequential(
+        blocks(in_chs, planes // alpha, max(1, depth // beta - 1), 1, dilation, dilation),
+        ConvNorm(out_chs // alpha, out_chs, 1, 1, norm_layer, None, dd),
+    )
+    return BigLittleStage(big, little, act_layer(inplace=True))
+
+
+def check_stages(layers: tuple[int, ...], channels: tuple[int, ...], alpha: int) -> None:
+    """Check the arguments that set the stages of a `BigLittleNet`.
+
+    Raises:
+        ValueError: There are not four stages, one is too short for two branches, or alpha does not divide its width.
+    """
+    if not len(layers) == len(channels) == 4 or min(layers[:3]) < 2:
+        raise ValueError(f"layers are {layers}; there are four stages, of which the first three have 2 blocks or more")
+    if any(planes % alpha for planes in channels[:3]):
+        raise ValueError(f"alpha is {alpha}; it must divide the channels of the first three stages, {channels[:3]}")
+
+
+def plan_strides(output_stride: int) -> list[tuple[int, int, int]]:
+    """Return for each stage its last block's stride, that block's dilation, and the dilation of the blocks before it.
+
+    Raises:
+        ValueError: An unsupported output stride.
+    """
+    if output_stride not in (8, 16, 32):
+        raise ValueError(f"output_stride is {output_stride}; Big-Little Net has 8, 16 and 32")
+    strides = []
+    reduction, dilation = 4, 1
+    for stride in (2, 2, 1, 2):
+        first_dilation = dilation
+        if reduction * stride > output_stride:
+            stride, dilation = 1, dilation * stride
+        reduction *= stride
+        strides.append((stride, dilation, first_dilation))
+    return strides
+
+
 class BigLittleNet(ChainedFeatures, nn.Module):
     """Big-Little Net of Res2Net blocks; with scale 1 they are plain bottlenecks.
 
@@ -188,14 +256,8 @@ class BigLittleNet(ChainedFeatures, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if output_stride not in (8, 16, 32):
-            raise ValueError(f"output_stride is {output_stride}; Big-Little Net has 8, 16 and 32")
-        if not len(layers) == len(channels) == 4 or min(layers[:3]) < 2:
-            raise ValueError(
-                f"layers are {layers}; there are four stages, of which the first three have 2 blocks or more"
-            )
-        if any(planes % alpha for planes in channels[:3]):
-            raise ValueError(f"alpha is {alpha}; it must divide the channels of the first three stages, {channels[:3]}")
+        strides = plan_strides(output_stride)
+        check_stages(layers, channels, alpha)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         act: Any = get_act_layer(act_layer)
         norm: Any = get_norm_layer(norm_layer)
@@ -211,44 +273,19 @@ class BigLittleNet(ChainedFeatures, nn.Module):
         self.stem = BigLittleStem(stem_chs, alpha, norm, act, dd)
         self.feature_info = [dict(num_chs=stem_chs, reduction=2, module="act1")]
 
-        # Of each stage's last block, which takes its stride: that, its dilation, and that of what stands before it.
-        plan = []
-        reduction, dilation = 4, 1
-        for stride in (2, 2, 1, 2):
-            first_dilation = dilation
-            if reduction * stride > output_stride:
-                stride, dilation = 1, dilation * stride
-            reduction *= stride
-            plan.append((stride, dilation, first_dilation))
-
-        blocks: Any = partial(
-            make_blocks,
-            cardinality=cardinality,
-            base_width=base_width,
-            act_layer=act,
-            norm_layer=norm,
-            dd=dd,
-            **(block_args or {}),
-        )
+        block_args = dict(cardinality=cardinality, base_width=base_width, **(block_args or {}))
+        blocks: Any = partial(make_blocks, act_layer=act, norm_layer=norm, dd=dd, **block_args)
+        stage = partial(make_stage, blocks, alpha=alpha, beta=beta, act_layer=act, norm_layer=norm, dd=dd)
         chs = [stem_chs, *(planes * Bottle2neck.expansion for planes in channels)]
-
-        def stage(i: int) -> tuple[BigLittleStage, nn.Sequential]:
-            """Make the branches of stage i and the block that fuses them."""
-            planes, depth, before = channels[i], layers[i], plan[i][2]
-            big = blocks(chs[i], planes, depth - 1, 2, before, before, last_act=False)
-            little = nn.Sequential(
-                blocks(chs[i], planes // alpha, max(1, depth // beta - 1), 1, before, before),
-                ConvNorm(chs[i + 1] // alpha, chs[i + 1], 1, 1, norm, None, dd),
-            )
-            return BigLittleStage(big, little, act(inplace=True)), blocks(chs[i + 1], planes, 1, *plan[i])
-
-        self.layer1, self.fuse1 = stage(0)
-        self.layer2, self.fuse2 = stage(1)
-        self.layer3, self.fuse3 = stage(2)
-        self.layer4 = blocks(chs[3], channels[3], layers[3], *plan[3])
-        for name, num_chs, reduction in zip(
-            ("layer1", "layer2", "fuse3", "layer4"), chs[1:], (4, 8, 16, 32), strict=True
-        ):
+        self.layer1 = stage(chs[0], channels[0], layers[0], dilation=strides[0][2])
+        self.fuse1 = blocks(chs[1], channels[0], 1, *strides[0])
+        self.layer2 = stage(chs[1], channels[1], layers[1], dilation=strides[1][2])
+        self.fuse2 = blocks(chs[2], channels[1], 1, *strides[1])
+        self.layer3 = stage(chs[2], channels[2], layers[2], dilation=strides[2][2])
+        self.fuse3 = blocks(chs[3], channels[2], 1, *strides[2])
+        self.layer4 = blocks(chs[3], channels[3], layers[3], *strides[3])
+        names, reductions = ("layer1", "layer2", "fuse3", "layer4"), (4, 8, 16, 32)
+        for name, num_chs, reduction in zip(names, chs[1:], reductions, strict=True):
             self.feature_info.append(dict(num_chs=num_chs, reduction=min(reduction, output_stride), module=name))
         self.num_features = chs[-1]
 
