@@ -30,6 +30,8 @@ PADDED = 16  # channels that a GPU's matrix units take at a time in half precisi
 TOLERANCE = 1e-4  # of float32 logits, relative to the largest
 ROUNDS = 5  # how often each backend is timed
 PAUSE = 0.02  # seconds before each of them, for the threads of the last one to come to rest
+CANNOT_RUN = "the backend {name} cannot run this model here ({error}); another is taken"
+CANNOT_RUN_NOW = "{name}, the fastest before, cannot run this model now ({error})"
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,35 @@ def optimize(
         ValueError: An unknown precision or backend, images that are not (N, C, H, W) floats, a model that
             gives them NaN or infinite logits, or one that no backend can run.
     """
+    _check_request(example_input, precision, backend)
+    device, example = example_input.device, example_input.detach().float()
+    model = copy.deepcopy(model).eval().to(device).requires_grad_(False)
+    expected = _logits_of(model, example)
+    folded = fold_batch_norm(model)
+    make = partial(_make, model=model, folded=folded, example=example, expected=expected, precision=precision)
+    ready = candidates(device)
+    if backend != "auto":
+        if call := _make_or_warn(make, backend, CANNOT_RUN):
+            return Optimized(call, backend, precision, {}, expected.shape[1])
+        ready = [name for name in ready if name != backend]
+
+    key = _key(folded, example, precision, ready)
+    chosen = _read_choice(key, cache_dir, ready)
+    if chosen and (call := _make_or_warn(make, chosen, CANNOT_RUN_NOW)):
+        return Optimized(call, chosen, precision, {}, expected.shape[1])
+    calls = _make_all(make, ready, precision)
+    milliseconds = dict(zip(calls, time_by_turns(list(calls.values()), example), strict=True))
+    fastest = min(calls, key=lambda name: milliseconds[name])
+    _keep_choice(key, cache_dir, {"backend": fastest, "milliseconds": milliseconds})
+    return Optimized(calls[fastest], fastest, precision, milliseconds, expected.shape[1])
+
+
+def _check_request(example_input: torch.Tensor, precision: str, backend: str) -> None:
+    """Check the arguments of `optimize`.
+
+    Raises:
+        ValueError: One is wrong.
+    """
     if precision not in get_args(Precision):
         raise ValueError(f"precision is {precision!r}; there are {', '.join(get_args(Precision))}")
     if backend not in (*get_args(Backend), "auto"):
@@ -113,11 +144,16 @@ def optimize(
         raise ValueError(
             f"example_input is {tuple(example_input.shape)}, {example_input.dtype}; give images as (N, C, H, W) floats"
         )
-    device = example_input.device
-    if precision == "float16" and device.type == "cpu":
+    if precision == "float16" and example_input.device.type == "cpu":
         raise ValueError("float16 is for GPUs; on the CPU there are float32 and bfloat16")
-    example = example_input.detach().float()
-    model = copy.deepcopy(model).eval().to(device).requires_grad_(False)
+
+
+def _logits_of(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
+    """Return the logits of a model, to which those of each backend are compared.
+
+    Raises:
+        ValueError: It returns something else, or logits that are NaN or infinite.
+    """
     with torch.no_grad():
         expected = model(example)
     if expected.ndim != 2:
@@ -126,35 +162,48 @@ def optimize(
         )
     if not expected.isfinite().all():
         raise ValueError(_why_not_finite(model, example))
-    folded = fold_batch_norm(model)
+    return expected
 
-    def make(name: Backend) -> Call:
-        """Make the model with one backend, and see that it computes what it should."""
-        try:
-            padded = name == "inductor-padded"
-            call = BACKENDS[name](fold_batch_norm(model, PADDED) if padded else folded, example, precision)
-            with torch.no_grad():
-                check(call(example).float(), expected, precision)
-            return call
-        except Exception as error:  # a compiler can fail in any way; the next backend does not
-            known = isinstance(error, (Unavailable, Unsupported, InputError))
-            raise Unavailable(f"{'' if known else type(error).__name__ + ': '}{one_line(error)}") from error
 
-    ready = candidates(device)
-    if backend != "auto":
-        try:
-            return Optimized(make(backend), backend, precision, {}, expected.shape[1])
-        except Unavailable as error:
-            warnings.warn(f"the backend {backend} cannot run this model here ({error}); another is taken", stacklevel=2)
-            ready = [name for name in ready if name != backend]
+def _make(
+    name: Backend,
+    model: nn.Module,
+    folded: nn.Module,
+    example: torch.Tensor,
+    expected: torch.Tensor,
+    precision: Precision,
+) -> Call:
+    """Make a model with one backend, and check its logits.
 
-    key = _key(folded, example, precision, ready)
-    chosen = _read_choice(key, cache_dir, ready)
-    if chosen:
-        try:
-            return Optimized(make(chosen), chosen, precision, {}, expected.shape[1])
-        except Unavailable as error:
-            warnings.warn(f"{chosen}, the fastest before, cannot run this model now ({error})", stacklevel=2)
+    Raises:
+        Unavailable: The backend fails or computes something else.
+    """
+    try:
+        padded = name == "inductor-padded"
+        call = BACKENDS[name](fold_batch_norm(model, PADDED) if padded else folded, example, precision)
+        with torch.no_grad():
+            check(call(example).float(), expected, precision)
+        return call
+    except Exception as error:  # a compiler can fail in any way; the next backend does not
+        known = isinstance(error, (Unavailable, Unsupported, InputError))
+        raise Unavailable(f"{'' if known else type(error).__name__ + ': '}{one_line(error)}") from error
+
+
+def _make_or_warn(make: Callable[[Backend], Call], name: Backend, warning: str) -> Call | None:
+    """Make a model with one backend; where it is unavailable, warn the caller of `optimize` and return None."""
+    try:
+        return make(name)
+    except Unavailable as error:
+        warnings.warn(warning.format(name=name, error=error), stacklevel=3)
+        return None
+
+
+def _make_all(make: Callable[[Backend], Call], ready: list[Backend], precision: Precision) -> dict[Backend, Call]:
+    """Make a model with each backend that can run it.
+
+    Raises:
+        ValueError: None can.
+    """
     calls: dict[Backend, Call] = {}
     reasons = []
     for name in ready:
@@ -162,17 +211,11 @@ def optimize(
             calls[name] = make(name)
         except Unavailable as error:
             reasons.append(f"{name}: {error}")
-            # Only what would have been expected to run is missed.
-            if name == "native":
-                warnings.warn(
-                    f"the backend {name} cannot run this model here ({error}); another is taken", stacklevel=2
-                )
+            if name == "native":  # the only one that is expected to run everywhere
+                warnings.warn(CANNOT_RUN.format(name=name, error=error), stacklevel=3)
     if not calls:
         raise ValueError(f"no backend can run this model here in {precision}: {'; '.join(reasons)}")
-    milliseconds = dict(zip(calls, time_by_turns(list(calls.values()), example), strict=True))
-    fastest = min(calls, key=lambda name: milliseconds[name])
-    _keep_choice(key, cache_dir, {"backend": fastest, "milliseconds": milliseconds})
-    return Optimized(calls[fastest], fastest, precision, milliseconds, expected.shape[1])
+    return calls
 
 
 def _why_not_finite(model: nn.Module, example: torch.Tensor) -> str:
