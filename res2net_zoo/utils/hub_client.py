@@ -220,7 +220,7 @@ def readable_errors(repo_id: str) -> Iterator[None]:
         raise HubUnavailableError(f"HF_HUB_OFFLINE is set, so {repo_id} cannot be reached; unset it") from error
     except HTTPError as error:
         reasons = {
-            401: "not logged in; use `hf auth login` or set HF_TOKEN",
+            401: "you are not logged in; log in with `hf auth login`, or set HF_TOKEN",
             403: "your token lacks the permission; log in with another one (`hf auth login`)",
             429: "too many requests; run it again in some minutes",
         }

@@ -238,7 +238,7 @@ class TestPublish:
             ([], "name a model folder"),
             (["x", "--repo-id", "zoo/x", "--org", "zoo"], "go with --all"),
             (["--all"], "--all takes --org"),
-            (["no/such/folder", "--repo-id", "zoo/x"], "there is not a model folder"),
+            (["no/such/folder", "--repo-id", "zoo/x"], "there is no model folder"),
             ([SHIPPED_MODEL, "--repo-id", "a b/c"], "is not a repository id"),
             (["--all", "--org", "zoo", "--model", "nothing"], "no checkpoint nothing"),
             ([SHIPPED_MODEL, "--repo-id", "zoo/x", "--create-pr", "--revision", "v2"], "leave --revision out"),
@@ -581,8 +581,8 @@ class TestVerify:
         ("target", "words"),
         [
             ("zoo/nothing", "no model zoo/nothing on the Hub"),
-            ("no/such/folder", "there is not a model folder"),
-            ("a b/c", "there is not a model folder a b/c"),
+            ("no/such/folder", "there is no model folder"),
+            ("a b/c", "there is no model folder a b/c"),
             ("tests", "is not a model folder"),
         ],
     )

@@ -231,10 +231,10 @@ def test_processes_that_start_at_once_download_once(hub, tmp_path):
     script = tmp_path / "load.py"
     script.write_text(
         "import sys, warnings; warnings.simplefilter('ignore')\n"
-        "from res2net_zoo import catalog, weights\n"
+        "from res2net_zoo import catalog; from res2net_zoo.weights import originals\n"
         f"checkpoint = catalog.load().checkpoints['{NAME}']\n"
         f"object.__setattr__(checkpoint, 'url', '{hub.endpoint}/{FILE}')\n"
-        f"print(weights.sha256_of(weights.converted(checkpoint, '{tmp_path / 'cache'}')))\n"
+        f"print(originals.sha256_of(originals.converted(checkpoint, '{tmp_path / 'cache'}')))\n"
     )
     env = {**os.environ, "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
     runs = [subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=env) for _ in range(4)]
