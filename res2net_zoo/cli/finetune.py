@@ -20,7 +20,7 @@ Exit codes: 0 done; 2 bad input; 130 and 143 stopped by Ctrl-C or SIGTERM. `acce
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from res2net_zoo.cli.command import command, parser_of
 from res2net_zoo.cli.options import MODEL, add_batch_size, add_machine, add_optimizer, add_run_folder, frozen_stages
@@ -31,9 +31,19 @@ from res2net_zoo.utils.command_line import Parser, within
 
 def build_parser() -> Parser:
     parser = parser_of(__doc__)
-    flag = argparse.BooleanOptionalAction
+    add_data(parser.add_argument_group("what to train, and on what").add_argument)
+    add_files(parser.add_argument_group("files").add_argument)
+    add_length(parser.add_argument_group("how long, and how much at once").add_argument)
+    add_optimization(parser.add_argument_group("optimizer and schedule, by timm's names").add_argument)
+    add_model(parser.add_argument_group("the model in training").add_argument)
+    add_loss(parser.add_argument_group("loss").add_argument)
+    add_augmentation(parser.add_argument_group("augmentation, by timm's names").add_argument)
+    return parser
 
-    add = parser.add_argument_group("what to train, and on what").add_argument
+
+def add_data(add: Callable[..., object]) -> None:
+    """Add what to train, and on what."""
+    flag = argparse.BooleanOptionalAction
     add("--model", default="res2net_tiny", help=MODEL)
     add("--pretrained", action=flag, default=False, help="start from the model's published weights")
     add("--data", metavar="SRC", default=shipped_data(), help="labelled images, as for validate (default: %(default)s)")
@@ -66,11 +76,16 @@ def build_parser() -> Parser:
         help="licence of the result, for its card (default: that of the pretrained weights)",
     )
 
-    add = parser.add_argument_group("files").add_argument
+
+def add_files(add: Callable[..., object]) -> None:
+    """Add where the run writes."""
     add_run_folder(add, "outputs/finetune")
     add("--tracker", nargs="+", help="Accelerate's trackers, or none (default: tensorboard where it is installed)")
 
-    add = parser.add_argument_group("how long, and how much at once").add_argument
+
+def add_length(add: Callable[..., object]) -> None:
+    """Add how long to train, and how much at once."""
+    flag = argparse.BooleanOptionalAction
     add("--epochs", type=within(int, 1), default=20, help="passes through the images (default: %(default)s)")
     add("--patience", type=within(int, 0), help="stop after so many epochs without a better top-1; 0 for never")
     add_batch_size(add, 64)
@@ -83,7 +98,10 @@ def build_parser() -> Parser:
     add("--grad-checkpointing", action=flag, default=False, help="trade time for memory")
     add("--sync-bn", action=flag, default=False, help="synchronize BatchNorm over all processes, on GPUs")
 
-    add = parser.add_argument_group("optimizer and schedule, by timm's names").add_argument
+
+def add_optimization(add: Callable[..., object]) -> None:
+    """Add optimizer and schedule."""
+    flag = argparse.BooleanOptionalAction
     add_optimizer(add, weight_decay=0.05, warmup_epochs=1)
     add("--lr-base-size", type=within(int, 1), help="images a step that --lr is for; it is scaled to the actual number")
     add("--decay-all", action=flag, default=False, help="apply weight decay to biases and BatchNorm as well")
@@ -93,7 +111,10 @@ def build_parser() -> Parser:
         help="factor of the learning rate from each layer to the previous one",
     )
 
-    add = parser.add_argument_group("the model in training").add_argument
+
+def add_model(add: Callable[..., object]) -> None:
+    """Add what training changes of the model."""
+    flag = argparse.BooleanOptionalAction
     add(
         "--freeze",
         type=frozen_stages,
@@ -107,7 +128,9 @@ def build_parser() -> Parser:
     add("--ema", type=within(float, 0, 1), help="decay of a moving average of the weights, such as 0.9998; 0 for none")
     add("--img-size", type=within(int, 8), help="height and width of the images in pixels (default: the model's own)")
 
-    add = parser.add_argument_group("loss").add_argument
+
+def add_loss(add: Callable[..., object]) -> None:
+    """Add the loss."""
     add(
         "--loss",
         choices=("ce", "bce"),
@@ -131,7 +154,9 @@ def build_parser() -> Parser:
     )
     add("--temperature", type=within(float, 0.01), default=1.0, help="of the distillation (default: %(default)s)")
 
-    add = parser.add_argument_group("augmentation, by timm's names").add_argument
+
+def add_augmentation(add: Callable[..., object]) -> None:
+    """Add the augmentation."""
     area = within(float, 0.01, 1)
     add(
         "--scale",
@@ -171,7 +196,6 @@ def build_parser() -> Parser:
         default=1.0,
         help="probability of mixup or CutMix of a batch (default: %(default)s)",
     )
-    return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

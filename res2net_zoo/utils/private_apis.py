@@ -34,12 +34,6 @@ class PrivateApi(NamedTuple):
 
 TIMM, TORCH, TORCHVISION = "timm 1.0.31", "torch 2.14.1", "torchvision 0.29.1"
 DATASETS, HUB = "datasets 5.2.0", "huggingface_hub 2.4.0"
-    "timm 1.0.31",
-    "torch 2.14.1",
-    "torchvision 0.29.1",
-    "datasets 5.2.0",
-    "huggingface_hub 2.4.0",
-)
 PRIVATE_APIS = [
     PrivateApi(
         "timm.models._features",
