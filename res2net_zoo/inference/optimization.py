@@ -6,6 +6,7 @@ import json
 import platform
 import statistics
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version

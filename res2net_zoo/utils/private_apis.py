@@ -1,7 +1,7 @@
 """What the zoo uses of other libraries that these do not document: all of it, in this one file.
 
-`tests/utils/test_private_apis.py` fails where an entry has moved or does something else. Nothing is imported before it is
-used: `from res2net_zoo.utils.private_apis import NAME` imports what NAME needs.
+`tests/utils/test_private_apis.py` fails where an entry has moved or does something else. Nothing is imported before it
+is used: `from res2net_zoo.utils.private_apis import NAME` imports what NAME needs.
 """
 
 import contextlib
