@@ -74,11 +74,11 @@ def train(args: argparse.Namespace, run: Path, recipe: dict[str, Any], command: 
             start_run(run, recipe)
     objective = Task(args, data, valid, state, plan, recipe, facts, accelerator)
     stopped = Loop(objective, state, settings, checkpoints, accelerator).run()
-    if not stopped and is_main:
+    if not stopped:
         best = objective.best_epoch()
         value = state.metrics[best - 1][model.best]
-        print(f"best in epoch {best}: {model.best} {value:.3f}; the model is in {args.output}")
-    accelerator.wait_for_everyone()
+        accelerator.print(f"best in epoch {best}: {model.best} {value:.3f}; the model is in {args.output}")
+        accelerator.wait_for_everyone()
     return stopped
 
 

@@ -113,8 +113,6 @@ def train(args: argparse.Namespace, run: Path, recipe: dict[str, Any], command: 
     stopped = Loop(objective, state, settings, checkpoints, accelerator).run()
     if not stopped:
         finish(objective)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
     return stopped
 
 
@@ -344,6 +342,8 @@ def finish(objective: Classification) -> None:
             f"the model is in {args.output}"
         )
         print(f"measure it again: {report.check}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 def load_everywhere(model: nn.Module, folder: Path, accelerator: Accelerator) -> None:

@@ -229,6 +229,9 @@ class Loop:
                         "go on with --resume",
                         flush=True,
                     )
+                    # While signals are still caught: launchers send them once more.
+                    self.accelerator.wait_for_everyone()
+                    self.accelerator.end_training()
                     return 128 + number
                 images = (state.done - first) * settings.step_images
                 self.finish_epoch(epoch, images / (time.perf_counter() - started) if images else None, progress)
