@@ -323,8 +323,8 @@ class Report:
     def check(self) -> str:
         """The command that measures the model again."""
         words = [
-            "python",
-            "scripts/validate.py",
+            "res2net-zoo",
+            "validate",
             "--model",
             f"local-dir:{self.folder}",
             "--data",

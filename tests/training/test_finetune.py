@@ -324,8 +324,8 @@ def test_a_new_users_folder_of_pictures(in_process, tmp_path):
     card = (folder / "README.md").read_text()
     assert "4 classes: `cross`, `ring`, `star`, `triangle`" in card and "| right class" in card
     assert "Input: 3 x 48 x 48" in card and "![Mistakes](mistakes.png)" in card
-    command = result.stdout.splitlines()[-1].removeprefix("measure it again: python ")
-    checked = in_process(*shlex.split(command))
+    command = result.stdout.splitlines()[-1].removeprefix("measure it again: res2net-zoo ")
+    checked = in_process("res2net_zoo/__main__.py", *shlex.split(command))
     assert "passed" in checked.stdout, (checked.stdout, checked.stderr)
     with Image.open(folder / "mistakes.png") as picture:
         assert picture.width > 200
