@@ -274,6 +274,7 @@ def test_layers_near_the_image_change_less_with_layer_decay(in_process, tmp_path
     assert 0 < near < far / 20, (near, far)
 
 
+@pytest.mark.full
 def test_a_student_learns_from_its_teacher_alone(in_process, tmp_path):
     """Its labels are shuffled, so that whatever it knows of digits it knows from the teacher."""
     data = tmp_path / "data"

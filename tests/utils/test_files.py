@@ -198,6 +198,7 @@ with locked(Path(sys.argv[1])):
         os.kill(child, signal.SIGKILL)
 
 
+@pytest.mark.full
 def test_killed_between_the_two_renames_the_new_folder_takes_its_place(tmp_path):
     folder = tmp_path / "model"
     code = """

@@ -243,6 +243,7 @@ def test_processes_that_start_at_once_download_once(hub, tmp_path):
     assert sum(request.startswith("GET") and request.endswith(FILE) for request in hub.requests) == 1
 
 
+@pytest.mark.full
 def test_save_weights_gives_the_same_bytes_every_time(tmp_path):
     script = (
         "import sys, torch; from res2net_zoo.weights.originals import *; path = Path(sys.argv[1])\n"
