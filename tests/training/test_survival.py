@@ -171,7 +171,7 @@ def test_two_processes_that_diverge_say_so_once_and_save_nothing_of_it(tmp_path)
 def test_a_signal_saves_and_ends_a_single_process(tmp_path, number):
     folder = tmp_path / "model"
     running = Running(folder, *SHORT, "--epochs", 100)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (folder / "config.json").is_file():  # the first epoch is done
         assert time.monotonic() < deadline and running.process.poll() is None
         time.sleep(0.1)
