@@ -33,10 +33,10 @@ rs: &rs {repeated(1000, "*r")}
 model-index: {repeated(1000, "{name: x, results: *rs}")}"""
 
 BOMBS = {
-    "results": (METRICS, "262,144 values"),
-    "lists": (nested("[x]", "{}"), "262,144 values"),
-    "merges": (nested("{x: 1}", "{{<<: {}}}"), "262,144 values"),
-    "itself": ("configs: &a [*a]", "refers to a"),
+    "results": (METRICS, "limit of 262,144"),
+    "lists": (nested("[x]", "{}"), "limit of 262,144"),
+    "merges": (nested("{x: 1}", "{{<<: {}}}"), "limit of 262,144"),
+    "itself": ("configs: &a [*a]", "refers to the anchor a,"),
     "deep": (f"x: {'[' * 60}{']' * 60}", "nested more than 50 deep"),
     "number": (f"x: {'59:' * 100_000}59", "number of more than 100 characters"),
 }
