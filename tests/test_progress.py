@@ -37,12 +37,17 @@ sys.exit(console.run(main))
 """
 
 
+def environment() -> dict[str, str]:
+    """Return the environment without what programs that other tests run in this process have set."""
+    return {name: value for name, value in os.environ.items() if not name.endswith("_DISABLE_PROGRESS_BARS")}
+
+
 def control_characters(text: str) -> set[str]:
     return {c for c in text if unicodedata.category(c) in ("Cc", "Cf") and c != "\n"}
 
 
 def test_plain_lines_in_a_pipe():
-    done = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, capture_output=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, env=environment(), capture_output=True, timeout=120)
     text = done.stderr.decode()
     assert done.returncode == 0 and not control_characters(text), text
     assert done.stdout.decode() == "True True\n"
@@ -55,7 +60,9 @@ def test_plain_lines_in_a_pipe():
 def test_a_bar_on_a_terminal():
     main, end = pty.openpty()
     termios.tcsetwinsize(end, (24, 80))
-    process = subprocess.Popen([sys.executable, "-c", CODE], cwd=ROOT, stdout=subprocess.PIPE, stderr=end)
+    process = subprocess.Popen(
+        [sys.executable, "-c", CODE], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=end
+    )
     os.close(end)
     shown = b""
     while True:
