@@ -232,7 +232,7 @@ def _why_not_finite(model: nn.Module, example: torch.Tensor) -> str:
 def fold_batch_norm(model: nn.Module, multiple: int = 1) -> nn.Module:
     """Return a copy of a model with each BatchNorm in the convolution before it, for inference.
 
-    Blocks are folded by timm's convention, a method `reparameterize`; what stands outside of them, in
+    Blocks are folded by timm's convention, a method `reparameterize`; what is outside of them, in
     stems and shortcuts, by tracing the model.
 
     Args:

@@ -44,7 +44,7 @@ MAP_ELEMENTS = 2**18  # of one image's map, from which on images go one by one: 
 
 
 class Unsupported(Exception):
-    """The network does something that there is no step for, or the machine cannot compile the steps."""
+    """The network has an unsupported operation, or the machine cannot compile the steps."""
 
 
 class _View(ctypes.Structure):
@@ -505,7 +505,7 @@ class _Plan:
         self.logits = self.buffers[logits].as_strided((logits.n, logits.c), (logits.pitch, 1))
 
     def buffer(self, root: _Value) -> torch.Tensor:
-        """Make a value's buffer: zeros for the border, which nobody writes.
+        """Make a value's buffer: zeros for the border, which no step writes.
 
         A few more elements are for taps that read in pairs, of which the last has no second.
         """

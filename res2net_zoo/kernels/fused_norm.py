@@ -52,7 +52,7 @@ def is_loaded() -> bool:
 
 
 def fits(x: Any) -> bool:
-    """Whether what a convolution makes of a tensor (N, C, H, W) may be normalized here, in training.
+    """Whether the output of a convolution of a tensor (N, C, H, W) can be normalized here, in training.
 
     Tracers, compilers and transforms see PyTorch's own operations.
     """
@@ -73,7 +73,7 @@ def fits(x: Any) -> bool:
 
 
 def is_plain(modules: Sequence[nn.Module]) -> bool:
-    """Whether modules are but convolutions, BatchNorms in training, ReLUs and chains, and nobody listens to them."""
+    """Whether modules are only convolutions, training BatchNorms, ReLUs and `Sequential`s, with no hooks attached."""
     return not _has_any_global_hook() and all(
         (
             type(module) in (nn.Conv2d, nn.ReLU, nn.Sequential)
@@ -135,8 +135,8 @@ def norm_act_split(
 def slots(group: torch.Tensor, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Make room for the concatenation of so many groups of channels.
 
-    To autograd the groups are no views: each is written by whoever computes it, and `concatenated` says
-    what they make.
+    Autograd does not see the groups as views: the step that computes a group writes it, and `concatenated`
+    joins them in the graph.
 
     Args:
         group: A tensor like each of them, (N, C, H, W).
@@ -260,12 +260,12 @@ class _NormAct(torch.autograd.Function):
         if torch.is_grad_enabled():
             ctx.gives_x_up = False  # these steps read it again
             return _differentiable(ctx, x, w, b, add, grads)
-        if any(grad is None for grad in grads):  # what nobody reads
+        if any(grad is None for grad in grads):  # an unused output
             zero = torch.zeros((), dtype=x.dtype).expand(len(x), size, *x.shape[2:])
             grads = tuple(zero if grad is None else grad for grad in grads)
         dense: list[Any] = [_dense(grad) for grad in grads]
         dsum = dense.pop() if ctx.has_sum else None
-        # Nobody else reads x, which a convolution has written, and we will not again.
+        # Only this step reads x, the output of a convolution, and this is the last time.
         dx = x if ctx.gives_x_up and not _keeps_graph() else _like(x, x.shape[1])
         dadd = None if add is None else _like(x, size)
         dw, db = torch.empty_like(w), torch.empty_like(b)

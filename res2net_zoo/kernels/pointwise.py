@@ -34,7 +34,7 @@ def pointwise(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
 def pointwise_and_shortcut(conv: nn.Conv2d, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the same, and return with it x for the block's shortcut.
 
-    Whoever reads the shortcut must leave the memory of its gradient: the convolution adds its own there.
+    The step that reads the shortcut must not reuse the memory of its gradient: the convolution adds its own there.
     """
     return _Pointwise.apply(*_cast(conv, x), True) if _pays(conv, x) else (conv(x), x)
 

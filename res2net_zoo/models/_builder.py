@@ -60,7 +60,7 @@ def build_model(model_cls: Any, variant: str, pretrained: bool, **kwargs) -> Any
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
         name = f"{variant}.{cfg.tag}" if cfg.tag else variant
         checkpoint = catalog.load().checkpoint(name)
-        # Somebody may name another weight, by a repository, a folder or a cfg of their own: that is timm's to load.
+        # Weights from another repository, folder or cfg of the caller are left to timm.
         ours = not (cfg.source or cfg.file or cfg.state_dict or overlay.keys() & {"url", "hf_hub_id"})
         if ours and checkpoint:
             registered = get_pretrained_cfg(checkpoint.name)
@@ -81,7 +81,7 @@ def build_model(model_cls: Any, variant: str, pretrained: bool, **kwargs) -> Any
             from res2net_zoo.utils.hub_client import check_cached
 
             check_cached(hub_id, filename, kwargs.get("cache_dir"), known)
-            # Where a repository has none, timm takes this one.
+            # timm falls back to this file where a repository lacks the other.
             check_cached(hub_id, "pytorch_model.bin", kwargs.get("cache_dir"))
 
 

@@ -24,10 +24,10 @@ Wiring = Literal["official", "paddle"]
 
 
 class Res2NetModule(nn.Module):
-    """The Res2Net block, whatever its shortcut is.
+    """The Res2Net block, for any shortcut.
 
-    A backbone subclasses it and gives `forward_residual` its own shortcut in `forward`, so that the parameters stand
-    under the names that every released checkpoint uses: `conv1 bn1 convs.i bns.i conv3 bn3 se`.
+    A backbone subclasses it and gives `forward_residual` its own shortcut in `forward`, so that the parameters have
+    the names that every released checkpoint uses: `conv1 bn1 convs.i bns.i conv3 bn3 se`.
 
     Two wirings are in circulation; they have the same parameters and compute different things.
     They differ in how a block that changes the size or number of channels treats the hierarchy:
@@ -57,7 +57,7 @@ class Res2NetModule(nn.Module):
         act_layer: Activation, called with `inplace=True`.
         norm_layer: Normalization, called with the number of channels.
         attn_layer: Channel attention on the branch's output, right before the residual addition
-            (Section 3.3: squeeze-and-excitation stands there), or None. Anything that timm's
+            (Section 3.3 places squeeze-and-excitation there), or None. Anything that timm's
             `create_attn` takes.
         aa_layer: Anti-aliased downsampling after the 3x3 convolutions, which then keep stride 1,
             or None. Used only where the block downsamples.
@@ -138,7 +138,7 @@ class Res2NetModule(nn.Module):
         self.bn3 = norm_layer(out_chs, **dd)
         self.se = create_attn(attn_layer, out_chs, **dd) if attn_layer else None
         self.drop_path = drop_path
-        self.relu = act_layer(inplace=True)  # timm's name, under which an activation's parameters stand
+        self.relu = act_layer(inplace=True)  # timm's name, which prefixes an activation's parameters
 
     def zero_init_last(self) -> None:
         """Make the block start as its shortcut alone, where the last norm has a weight."""

@@ -128,7 +128,7 @@ def cifar_res2next(
         cardinality: Groups of each 3x3 convolution, c.
         width: Channels of each group of the convolution in the first stage, w.
         scale: Number of groups of the hierarchy, s; with 1 the model is a ResNeXt.
-        se: Whether squeeze-and-excitation stands on each block's output.
+        se: Whether squeeze-and-excitation follows each block's branch.
         **kwargs: As for `timm.create_model`.
 
     Returns:

@@ -148,7 +148,7 @@ class DLA(ChainedFeatures, timm_dla.DLA):
             (N, num_features, H / 32, W / 32).
 
         Raises:
-            AssertionError: H or W is no multiple of 32.
+            AssertionError: H or W is not a multiple of 32.
         """
         check_size(x, 32)
         if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -166,7 +166,7 @@ def drop_unread(state_dict: dict[str, torch.Tensor], model: nn.Module | None = N
     """Leave out what the authors' weights have and nothing reads: the projections of trees of trees.
 
     Args:
-        state_dict: The authors' state dict, or timm's, which has none of them.
+        state_dict: The authors' state dict, or timm's, which lacks them.
         model: Unused; timm gives it to such a filter.
     """
     return {name: tensor for name, tensor in state_dict.items() if not name.startswith(UNREAD_BY_DLA)}
