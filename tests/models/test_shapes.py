@@ -34,6 +34,7 @@ def test_dla_names_the_multiple_that_an_image_must_be_of(size):
             torch.export.export(model, (images(*size),))
 
 
+@pytest.mark.full
 def test_dla_exported_with_dynamic_sizes_keeps_to_the_multiple():
     model = spread(timm.create_model("dla60_res2next", num_classes=2)).eval()
     dims = {0: torch.export.Dim("n"), 2: 32 * torch.export.Dim("h"), 3: 32 * torch.export.Dim("w")}

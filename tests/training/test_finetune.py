@@ -239,6 +239,7 @@ def test_every_recipe_trains_and_is_stored(in_process, tmp_path, recipe):
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
+@pytest.mark.full
 def test_the_learning_rate_follows_the_images_a_step(in_process, tmp_path):
     args = [*QUICK, "--steps-per-epoch", 1, "--no-check", "--lr", 0.1, "--lr-base-size", 64, "--accumulate", 2]
     for opt, rate in (("sgd", "0.05"), ("adamw", "0.0707")):

@@ -149,6 +149,7 @@ with locked(path), temporary_file(path) as temporary:
 """
 
 
+@pytest.mark.full
 def test_a_lock_and_what_is_half_written_last_as_long_as_their_process(tmp_path):
     path = tmp_path / "file.txt"
     (tmp_path / ".notes-new-mine").mkdir()  # a user's own
