@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from res2net_zoo.catalog import Accuracy
+from res2net_zoo.data.preprocessing import color_mode
 from res2net_zoo.training.data import TrainingData
 from res2net_zoo.training.metrics import best_of
 from res2net_zoo.utils.command_line import printable
@@ -97,7 +98,7 @@ def facts_of_run(report: "Report") -> dict[str, Any]:
     return dict(
         architecture=report.config["architecture"],
         input_size=" x ".join(map(str, size)),
-        mode="L" if size[0] == 1 else "RGB",
+        mode=color_mode(report.config),
         start="pretrained" if origin.start else "random",
         origin=markdown(str(origin)) if origin.start or origin.teacher else "",
         command=printable(report.command),
