@@ -315,7 +315,7 @@ class TestConvertCommand:
         ("args", "words"),
         [
             (["--model", "res2net50_vd_26w_4s.ssld"], "did you mean res2net50_vd_26w_4s.ssld_in1k"),
-            (["--model", "res2net152d.in1k"], "give its file by --checkpoint"),
+            (["--model", "res2net152d.in1k"], "name its file with --checkpoint"),
             (["--model", NAME, "--checkpoint", "no/such/file"], "cannot read no/such/file: No such file"),
             (["--model", NAME, "--checkpoint", "README.md"], "README.md"),
             (["--model", "res2net50_26w_4s.in1k", "--checkpoint", "README.md"], "is not the released"),
