@@ -585,7 +585,7 @@ def test_another_run_is_not_replaced(trained, voc, in_process):
     assert "was started with --head unet, not fpn" in input_error(in_process(TRAIN, *resumed, "--head", "fpn"))
     line = input_error(in_process(TRAIN, *resumed, "--batch-size", 4))
     assert "was started with images a step 8, and has now 4" in line
-    assert "has done 2 epochs" in input_error(in_process(TRAIN, *resumed, "--epochs", 2))
+    assert "has done 1 epochs; --epochs 1 is no more" in input_error(in_process(TRAIN, *resumed, "--epochs", 1))
 
 
 def test_a_model_of_other_classes(trained, tmp_path, in_process):
