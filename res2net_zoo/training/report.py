@@ -315,7 +315,7 @@ class Report:
             pictures = ["learning_curve.png", "learning_rate.png"]
             pictures += ["mistakes.png"] * draw_mistakes(self.folder, mistakes, self.data.names)
         else:
-            print("no pictures: they take matplotlib, pip install -e '.[train]'", file=sys.stderr)
+            print("no pictures: they need matplotlib; pip install 'res2net-zoo[train]'", file=sys.stderr)
         card = training_card(self, self.folder, ("", "ema_"), mistakes, pictures)
         write_atomically(self.folder / "README.md", card.save)
 
