@@ -832,8 +832,8 @@ class TestMirror:
 def house(tmp_path) -> Path:
     """A copy of the programs and the package, whose catalogue may be written to."""
     shutil.copytree(ROOT / "res2net_zoo", tmp_path / "house" / "res2net_zoo")
-    for folder in ("hub", "scripts"):
-        shutil.copytree(ROOT / folder, tmp_path / "house" / folder)
+    shutil.copytree(ROOT / "hub", tmp_path / "house" / "hub")
+    shutil.copy(ROOT / "res2net_zoo_cli.py", tmp_path / "house")
     return tmp_path / "house"
 
 

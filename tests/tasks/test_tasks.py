@@ -543,7 +543,7 @@ def test_an_image_that_would_fill_the_memory(voc, trained, tmp_path, in_process,
         (["--model", "convnext_atto", "--head", "unet"], "convnext_atto cannot be the backbone of a task: timm's"),
         (["--freeze", "some", "--head", "unet"], "some is no number of stages, nor all"),
         (["--opt", "sgdd", "--head", "unet"], "timm makes no optimizer sgdd"),
-        (["--sched", "polly", "--head", "unet"], "with schedule polly"),
+        (["--sched", "polly", "--head", "unet"], "no schedule polly; did you mean poly?"),
         (["--output", "docs"], "docs holds other things than a model; name another folder"),
         (
             ["--head-kwargs", "decoder_chanels=8"],
