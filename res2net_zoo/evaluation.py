@@ -153,8 +153,8 @@ def corrupt_places(bad: Iterable[Sample], skip_corrupt: bool) -> list[str]:
         if sample.fatal is not None:
             raise InputError(f"{sample.place}: {sample.fatal}")
         if not skip_corrupt:
-            hint = "remove it, or skip it with --skip-corrupt"
-            raise InputError(f"{sample.place} is corrupt ({sample.corrupt}); {hint}")
+            hint = "remove it, or skip corrupt images"
+            raise InputError(f"{sample.place} is corrupt ({sample.corrupt}); {hint}", "skip_corrupt")
         places.append(sample.place)
     return places
 
@@ -174,7 +174,7 @@ def count_batch(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
     answers = logits.float().topk(min(TOPK, logits.shape[1]), dim=1)
     if not answers.values.isfinite().all():
-        raise InputError(f"{NOT_FINITE}; try another --mixed-precision")
+        raise InputError(f"{NOT_FINITE}; try another precision", "mixed_precision")
     right = (answers.indices.unsqueeze(2) == targets.unsqueeze(1)).any(2)
     counted = (targets >= 0).any(1)
     return torch.stack([counted.sum(), right[:, 0].sum(), right.any(1).sum()])

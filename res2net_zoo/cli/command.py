@@ -36,7 +36,7 @@ def command(
                 run_package()
                 return program(args)
 
-            return run(start)
+            return run(start, options={name: f"--{name.replace('_', '-')}" for name in vars(args)})
 
         main.__doc__ = program.__doc__
         return main

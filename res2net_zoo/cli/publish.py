@@ -121,7 +121,7 @@ def table(plan: "publish.Plan") -> str:
 def show_plan(args: argparse.Namespace, folder: Path, repo_id: str) -> "publish.Plan":
     """Show what publishing would send, and what it would refuse; the Hub is only asked what it has."""
     from res2net_zoo.hub import publish
-    from res2net_zoo.utils.console import warn
+    from res2net_zoo.utils.console import warn, with_options
 
     plan, unreachable = publish.make_plan_or_guess(folder, repo_id, args.revision, args.private)
     print(table(plan))
@@ -129,7 +129,7 @@ def show_plan(args: argparse.Namespace, folder: Path, repo_id: str) -> "publish.
         try:
             publish.check_license(folder)
         except publish.LicenseError as error:
-            print(f"would be refused: {error}")
+            print(f"would be refused: {with_options(error)}")
     if unreachable:
         warn(f"not compared with {repo_id}: {unreachable}")
         print(f"would send those of {len(plan.uploads)} files that {repo_id} does not have yet")
@@ -153,7 +153,7 @@ def publish_all(args: argparse.Namespace) -> None:
     from res2net_zoo import catalog
     from res2net_zoo.hub.mirror import locked, mirror
     from res2net_zoo.hub.publish import LicenseError
-    from res2net_zoo.utils.console import report
+    from res2net_zoo.utils.console import report, with_options
     from res2net_zoo.utils.errors import InputError
     from res2net_zoo.utils.files import check_writable, sha256_of
     from res2net_zoo.utils.hub_client import assets
@@ -184,9 +184,9 @@ def publish_all(args: argparse.Namespace) -> None:
                     catalog.record(name, hub_id=repo_id, hub_sha256=sha256_of(folder / WEIGHTS))
                     recorded += 1
             except LicenseError as error:
-                print(f"{name}: left out; {error}")
+                print(f"{name}: left out; {with_options(error)}")
             except InputError as error:
-                report(f"{name}: {error}")
+                report(f"{name}: {with_options(error)}")
                 failed.append(name)
     if recorded:
         print(f"recorded in {catalog.path()}; `python -m res2net_zoo list --update docs/models.md` updates the docs")

@@ -249,9 +249,9 @@ def check_published(
 
     hint = trained_on(accuracies, source)
     if args.check and find_published(accuracies, benchmark, source) is None:
-        raise InputError(nothing_published(name) + (f"; {hint}" if hint else ""))
+        raise InputError(nothing_published(name) + (f"; {hint}" if hint else ""), *["split"] * bool(hint))
     if hint and accelerator.is_main_process:
-        warn(f"{name}: {hint}")
+        warn(f"{name}: {hint}", "split")
 
 
 def identity_of(model: Any, source: "Source") -> dict:

@@ -119,7 +119,7 @@ def open_source(
     """
     if held := held_out_of(split):
         if streaming:
-            raise InputError(f"nothing can be held out of a stream; read {src} without --streaming")
+            raise InputError(f"nothing can be held out of a stream; read {src} without streaming", "streaming")
         return hold_out(open_source(src, held[0], label_column=label_column), *held[1:])[1]
     src = src if Path(src).exists() else os.path.expanduser(src)
     try:
@@ -211,7 +211,8 @@ def hold_out(source: Source, fraction: float, seed: int) -> tuple[Source, Source
             name = source.class_names[label] if source.class_names else label
             raise InputError(
                 f"{source.name} has {len(members)} image{'s' * (len(members) != 1)} of class {name}, too few to hold "
-                f"{fraction:g} of them out for validation; add some, or name a split with --eval-split"
+                f"{fraction:g} of them out for validation; add some, or name another split to evaluate on",
+                "eval_split",
             )
         held.append(members[:number])
     chosen = np.sort(np.concatenate(held))
@@ -564,7 +565,7 @@ def _choose_split(src: str, splits: list[str], wanted: str | None) -> str:
                 return name
         if len(splits) == 1:
             return splits[0]
-        raise InputError(f"{src} has several splits; choose one with --split: {', '.join(splits)}")
+        raise InputError(f"{src} has several splits; choose one: {', '.join(splits)}", "split")
     for name in (wanted, SPLITS.get(wanted, wanted)):
         if name in splits:
             return name
@@ -575,7 +576,7 @@ def _describe(src: str, split: str, loaded: Rows, label_column: str | None, labe
     rows, num_rows, read, skipped = loaded
     features = rows.features
     if features is None:
-        raise InputError(f"{src} does not define its columns; read it without --streaming")
+        raise InputError(f"{src} does not define its columns; read it without streaming", "streaming")
     images = [name for name in IMAGE_COLUMNS if name in features and _may_be_images(features[name])]
     images += [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if not images:
@@ -585,11 +586,11 @@ def _describe(src: str, split: str, loaded: Rows, label_column: str | None, labe
     labels = [label_column] if label_column else [name for name in LABEL_COLUMNS if name in features]
     labels += [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     if not labels and labelled:
-        raise InputError(f"{src} has no column of labels; name one with --label-column: {', '.join(features)}")
+        raise InputError(f"{src} has no column of labels; name one: {', '.join(features)}", "label_column")
     label = features[labels[0]] if labels else None
     kind = "int64" if label is None else getattr(label, "dtype", "")  # a ClassLabel's is int64, too
     if not re.fullmatch(r"u?int\d+", kind):
-        raise InputError(f"column {labels[0]} of {src} is not of class numbers; name another with --label-column")
+        raise InputError(f"column {labels[0]} of {src} is not of class numbers; name another", "label_column")
     # Disable decoding: `datasets` would apply the EXIF orientation, which timm does not, and one
     # corrupt image would end a stream. This comes first, because streams decode rows when columns
     # are renamed.

@@ -45,8 +45,8 @@ def mirror(checkpoint: Checkpoint, root: Path) -> str:
             return _from_hub(checkpoint, root)
         if not checkpoint.url:
             raise InputError(
-                f"{checkpoint.name} has no direct download: {checkpoint.notes}; convert a local copy: "
-                f"`res2net-zoo convert --model {checkpoint.name} --checkpoint FILE --output {folder}`"
+                f"{checkpoint.name} has no direct download: {checkpoint.notes}; convert a local copy into {folder} by "
+                "`res2net-zoo convert`"
             )
         with originals.original(checkpoint.url) as path:
             state, metadata = originals.read_original(path, checkpoint, checkpoint.url)

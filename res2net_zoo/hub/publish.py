@@ -161,36 +161,43 @@ def check_license(folder: Path) -> None:
         LicenseError: The licence is missing or unknown, forbids redistribution, may not cover the weights, or
             contradicts the folder's provenance or the licence of the weights that these derive from.
     """
-    advice = "publish it with --private, or with --despite-license if you have permission"
+    advice = "publish it to a private repository, or despite its licence if you have permission"
+    ways = ("private", "despite_license")
     checkpoint, license, origin = verify.identify(folder), license_of(folder), of_folder(folder)
     if checkpoint and checkpoint.license_note:
         raise LicenseError(
             f"the licence of {checkpoint.name} may not cover its weights ({checkpoint.license}: "
-            f"{checkpoint.license_note}); {advice}"
+            f"{checkpoint.license_note}); {advice}",
+            *ways,
         )
     if not license:
-        raise LicenseError(f"the card of {folder} states no licence; add `license:` to its metadata, or {advice}")
+        raise LicenseError(
+            f"the card of {folder} states no licence; add `license:` to its metadata, or {advice}", *ways
+        )
     if checkpoint and license != checkpoint.license.lower():
         raise LicenseError(
-            f"the card of {folder} states {license}, the release {checkpoint.license}; correct it, or {advice}"
+            f"the card of {folder} states {license}, the release {checkpoint.license}; correct it, or {advice}", *ways
         )
     if not re.fullmatch(REDISTRIBUTABLE, license):
-        raise LicenseError(f"the licence {license} of {folder} forbids redistribution, or is unknown; {advice}")
+        raise LicenseError(f"the licence {license} of {folder} forbids redistribution, or is unknown; {advice}", *ways)
     if origin.license and license != origin.license.lower():
         raise LicenseError(
             f"the card of {folder} states the licence {license}, its config.json {origin.license}; correct one, "
-            f"or {advice}"
+            f"or {advice}",
+            *ways,
         )
     if (parent := catalog.load().checkpoints.get(origin.checkpoint or "")) and parent.license_note:
         raise LicenseError(
             f"{folder} derives from {parent.name}, whose licence may not cover its weights "
-            f"({parent.license}: {parent.license_note}); {advice}"
+            f"({parent.license}: {parent.license_note}); {advice}",
+            *ways,
         )
     inherited = (origin.inherited_license or license).lower()
     if license != inherited and not re.fullmatch(PERMISSIVE, inherited):
         raise LicenseError(
             f"the card of {folder} states the licence {license}, but the weights that it derives from have "
-            f"{inherited}, which may not permit this; {advice}"
+            f"{inherited}, which may not permit this; {advice}",
+            *ways,
         )
 
 
@@ -258,7 +265,8 @@ def check_weights(plan: Plan, force: bool) -> None:
     ):
         raise InputError(
             f"{plan.repo_id} has a different {WEIGHTS} at {plan.revision}, which would be overwritten; "
-            "publish to another repository, or use --create-pr or --force"
+            "publish to another repository, as a pull request, or by force",
+            *("repo_id", "create_pr", "force"),
         )
 
 

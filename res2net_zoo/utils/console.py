@@ -7,8 +7,10 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from res2net_zoo.utils.command_line import closest, did_you_mean, printable
@@ -20,9 +22,28 @@ if TYPE_CHECKING:
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # errors of a disk, or of its owner's share, that is full
 LINE_INTERVAL = 30  # seconds from one line of progress to the next, where stderr is not a terminal
+NO_OPTIONS: Mapping[str, str] = MappingProxyType({})
+_options: ContextVar[Mapping[str, str]] = ContextVar("options", default=NO_OPTIONS)
 
 
-def run(main: Callable[[], int]) -> int:
+def run(main: Callable[[], int], options: Mapping[str, str] = NO_OPTIONS) -> int:
+    """Run a program as `run_main`, with the names of its options.
+
+    Args:
+        main: The program.
+        options: The option that sets a parameter, for each parameter; messages end with it.
+
+    Returns:
+        The exit code.
+    """
+    token = _options.set(options)
+    try:
+        return run_main(main)
+    finally:
+        _options.reset(token)
+
+
+def run_main(main: Callable[[], int]) -> int:
     """Run a program, turning bad input into one line on stderr and exit code 2.
 
     Args:
@@ -57,7 +78,8 @@ def run(main: Callable[[], int]) -> int:
         if "DataLoader worker" not in str(error):
             raise
         # Torch raises it wherever the program happens to be.
-        report(f"a loader process has died ({error}), for want of memory perhaps; try again with fewer --workers")
+        problem = f"a loader process has died ({error}), for want of memory perhaps; try again with fewer"
+        report(with_options(problem, "workers"))
         return 1
     except KeyboardInterrupt:
         report("interrupted")
@@ -104,6 +126,20 @@ def close_full_stdout() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def with_options(message: object, *parameters: str) -> str:
+    """Return a message and, in parentheses, those options of the running program that set these parameters.
+
+    Args:
+        message: Text, or an `InputError` with parameters of its own.
+        *parameters: Names of parameters of the library.
+    """
+    if isinstance(message, InputError):
+        parameters = message.parameters
+    known = _options.get()
+    options = [known[name] for name in parameters if name in known]
+    return f"{message} ({', '.join(options)})" if options else str(message)
+
+
 def report(error: object) -> None:
     """Write one line about an error to stderr, once for all processes.
 
@@ -115,17 +151,18 @@ def report(error: object) -> None:
         # the main process is well and goes on is there anything left to say.
         time.sleep(10)
     with contextlib.suppress(OSError):  # on a full disk
-        print(f"error: {printable(error)}", file=sys.stderr, flush=True)
+        print(f"error: {printable(with_options(error))}", file=sys.stderr, flush=True)
 
 
-def warn(message: object) -> None:
+def warn(message: object, *parameters: str) -> None:
     """Write one line with a warning to stderr, in the main process only.
 
     Args:
         message: What is doubtful; its text is put on one line.
+        *parameters: Names of the parameters to change, of which the line names the program's options.
     """
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
+        print(f"warning: {printable(with_options(message, *parameters))}", file=sys.stderr, flush=True)
 
 
 def progress_bar(accelerator: "Accelerator | None", iterable: Iterable | None = None, **kwargs: Any) -> "tqdm":

@@ -6,7 +6,19 @@ LONGEST = 300  # characters that a message quotes of another one
 
 
 class InputError(Exception):
-    """Bad input: the message is one line that says what is wrong and what to do."""
+    """Bad input: the message is one line that says what is wrong and what to do.
+
+    Args:
+        message: The line. It is complete without the names of options, which programs add.
+        *parameters: Names of the parameters to change, as the library's functions and settings have them.
+
+    Attributes:
+        parameters: Those names.
+    """
+
+    def __init__(self, message: str = "", *parameters: str) -> None:
+        super().__init__(message)
+        self.parameters = parameters
 
 
 def one_line(error: BaseException, limit: int = LONGEST) -> str:

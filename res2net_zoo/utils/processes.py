@@ -38,14 +38,19 @@ def all_or_none(work: Callable[[], T]) -> T:
         result = work()
     except Exception as error:
         problem = error
-    told = None if problem is None else (isinstance(problem, InputError), str(problem) or type(problem).__name__)
-    everyone: list[tuple[bool, str] | None] = gather_object([told])
+    failure = None
+    if problem is not None:
+        parameters = problem.parameters if isinstance(problem, InputError) else None
+        failure = (str(problem) or type(problem).__name__, parameters)
+    everyone: list[tuple[str, tuple[str, ...] | None] | None] = gather_object([failure])
     if problem is not None:
         raise problem
     for rank, other in enumerate(everyone):
         if other is not None:
-            is_input, message = other
-            raise InputError(message) if is_input else RuntimeError(f"process {rank}: {message}")
+            message, parameters = other
+            if parameters is None:
+                raise RuntimeError(f"process {rank}: {message}")
+            raise InputError(message, *parameters)
     return result
 
 

@@ -168,14 +168,13 @@ def converted(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> Pa
         return file
     if not checkpoint.url:
         raise InputError(
-            f"{checkpoint.name} has no direct download ({checkpoint.notes}); `res2net-zoo convert --model "
-            f"{checkpoint.name} --checkpoint FILE --output DIR` converts a local copy, to load as local-dir:DIR"
+            f"{checkpoint.name} has no direct download ({checkpoint.notes}); convert a local copy by "
+            "`res2net-zoo convert`, and load it as local-dir:DIR"
         )
     if constants.HF_HUB_OFFLINE:
         raise InputError(
             f"{checkpoint.name} is not in the cache and HF_HUB_OFFLINE is set; on a machine with a network, "
-            f"`res2net-zoo mirror --to DIR --model {checkpoint.name}` downloads it, to use here with "
-            "RES2NET_ZOO_MIRROR=DIR"
+            "`res2net-zoo mirror` downloads it, to use here with RES2NET_ZOO_MIRROR=DIR"
         )
     with WeakFileLock(folder / ".lock"):
         if not file.exists():

@@ -95,6 +95,6 @@ def trained_on(accuracies: Sequence[Accuracy], source: Source) -> str | None:
             if whole == (held[0] if held else "train"):
                 return (
                     f"it was trained on images of {source.split} of {source.name}, on which it does better than on new "
-                    f"ones; its card's figures are of --split {accuracy.split}"
+                    f"ones; its card's figures are of the split {accuracy.split}"
                 )
     return None

@@ -222,9 +222,9 @@ def test_images_that_the_model_was_trained_on_are_named(in_process, tmp_path):
     args = ["--model", f"local-dir:{folder}", "--data", images]
     result = in_process(VALIDATE, *args)
     assert result.returncode == 0 and "it was trained on images of train of digits" in result.stderr
-    assert "of --split train/held-out-0.5-0" in result.stderr
+    assert "of the split train/held-out-0.5-0 (--split)" in result.stderr
     line = input_error(in_process(VALIDATE, *args, "--check"))
-    assert "nothing is published" in line and "of --split train/held-out-0.5-0" in line
+    assert "nothing is published" in line and "of the split train/held-out-0.5-0 (--split)" in line
     assert "trained on" not in in_process(VALIDATE, *args, "--split", "train/held-out-0.5-0").stderr
 
 

@@ -1,6 +1,14 @@
-"""What messages quote of the errors of others."""
+"""What messages quote of the errors of others, and the options that programs add to messages."""
 
-from res2net_zoo.utils.errors import clipped, first_line, one_line
+import pickle
+
+import pytest
+
+from res2net_zoo.utils.console import run, warn, with_options
+from res2net_zoo.utils.errors import InputError, clipped, first_line, one_line
+from res2net_zoo.utils.processes import all_or_none
+
+OPTIONS = {"eval_split": "--eval-split", "train_split": "--train-split"}
 
 
 def test_one_line_without_credentials_and_queries():
@@ -20,3 +28,43 @@ def test_long_texts_are_clipped():
 
 def test_the_first_line_alone():
     assert first_line(RuntimeError("\nno kernel\nC++ frames:\n" + "frame\n" * 100)) == "no kernel"
+
+
+def test_a_program_adds_its_options_to_an_error(capsys):
+    def main():
+        raise InputError("no such split; name another", "split", "train_split", "eval_split")
+
+    assert run(main, OPTIONS) == 2
+    assert capsys.readouterr().err == "error: no such split; name another (--train-split, --eval-split)\n"
+    assert run(main) == 2
+    assert capsys.readouterr().err == "error: no such split; name another\n"
+
+
+def test_a_program_adds_its_options_to_warnings_and_texts(capsys):
+    def main():
+        warn("both are one split", "eval_split")
+        print(with_options("name another", "train_split"))
+        return 0
+
+    assert run(main, OPTIONS) == 0
+    written = capsys.readouterr()
+    assert (written.err, written.out) == (
+        "warning: both are one split (--eval-split)\n",
+        "name another (--train-split)\n",
+    )
+    assert with_options("name another", "train_split") == "name another"
+
+
+def test_an_error_of_another_process_keeps_its_parameters(monkeypatch):
+    sent = []
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: sent.append(pickle.dumps(mine)) or mine)
+
+    def work():
+        raise InputError("name another split", "eval_split")
+
+    with pytest.raises(InputError):
+        all_or_none(work)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: [*mine, *pickle.loads(sent[0])])
+    with pytest.raises(InputError, match=r"^name another split$") as caught:
+        all_or_none(lambda: None)
+    assert caught.value.parameters == ("eval_split",)
