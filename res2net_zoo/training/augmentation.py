@@ -42,8 +42,10 @@ def training_samples(
         )
     except (AssertionError, KeyError, ValueError) as error:
         policy = augmentation.get("auto_augment")
-        what = f"--auto-augment {policy}: not a policy of timm's, such as rand-m9-mstd0.5, augmix-m3, original or 3a"
-        raise InputError(what if policy else f"timm cannot make this augmentation: {error}") from error
+        if policy:
+            examples = "rand-m9-mstd0.5, augmix-m3, original or 3a"
+            raise InputError(f"{policy} is not a policy of timm's, such as {examples}", "auto_augment") from error
+        raise InputError(f"timm cannot make this augmentation: {error}") from error
     if crop_padding:
         size = config["input_size"][1:]
         transform.transforms[0:1] = [transforms.Resize(size), transforms.RandomCrop(size, padding=crop_padding)]

@@ -60,15 +60,17 @@ class Checkpoints:
         if resume:
             if not self.paths():
                 if (output / "config.json").is_file():
-                    raise InputError(f"{output} holds a model, but no run that could go on; name another --output")
+                    raise InputError(
+                        f"{output} holds a model, but no run that could go on; name another folder", "output"
+                    )
                 warn(f"there is no checkpoint in {self.folder} to resume from; the run starts from the beginning")
             return
         if overwrite:
             self.clear()
         elif self.paths() or (output / "config.json").is_file():
             raise InputError(
-                f"--output {output} holds another run; name another folder, or --resume to go on with it, "
-                "or --overwrite to replace it"
+                f"{output} holds another run; name another folder, resume that run, or overwrite it",
+                *("output", "resume", "overwrite"),
             )
 
     def paths(self) -> list[Path]:
@@ -95,7 +97,7 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
             reason = getattr(error, "strerror", None) or first_line(error)
             raise InputError(
-                f"cannot write the checkpoint {path}: {reason}; make room, then go on with --resume"
+                f"cannot write the checkpoint {path}: {reason}; make room, then resume the run", "resume"
             ) from error
         for old in self.paths()[: -self.keep]:
             old.unlink()
@@ -117,8 +119,10 @@ class Checkpoints:
         except InputError:
             raise
         except Exception as error:  # torch raises many kinds for a damaged file
-            others = f"; delete it, and --resume goes on from {paths[-2].name}" if len(paths) > 1 else ""
-            raise InputError(f"{paths[-1]} is not a valid checkpoint ({one_line(error, 200)}){others}") from error
+            problem = f"{paths[-1]} is not a valid checkpoint ({one_line(error, 200)})"
+            if len(paths) == 1:
+                raise InputError(problem) from error
+            raise InputError(f"{problem}; delete it, then resume from {paths[-2].name}", "resume") from error
 
     def sweep(self) -> None:
         """Delete incomplete files of killed processes, as earlier versions named them."""
@@ -173,7 +177,7 @@ def restoring(path: Path) -> Iterator[None]:
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = one_line(error, 200)
         raise InputError(
-            f"{path} is not a checkpoint of this run: {reason}; delete it, or name another --output"
+            f"{path} is not a checkpoint of this run: {reason}; delete it, or name another folder", "output"
         ) from error
 
 
@@ -193,7 +197,8 @@ def check_state(state: Any, path: Path, fields: Mapping[str, Fits]) -> dict[str,
     """
 
     def refuse(reason: str) -> InputError:
-        return InputError(f"{path} is not a checkpoint of this run: {reason}; delete it, or name another --output")
+        message = f"{path} is not a checkpoint of this run: {reason}; delete it, or name another folder"
+        return InputError(message, "output")
 
     if not isinstance(state, dict):
         raise refuse(f"it holds a {type(state).__name__}, not a dictionary")
@@ -224,7 +229,8 @@ def check_progress(path: Path, done: int, metrics: Sequence[Any], steps: int) ->
     if not 0 <= done - len(metrics) * steps <= steps:
         raise InputError(
             f"{path} is not a checkpoint of this run: {done} steps and {len(metrics)} epochs of {steps} steps do not "
-            "fit together; delete it, or name another --output"
+            "fit together; delete it, or name another folder",
+            "output",
         )
 
 

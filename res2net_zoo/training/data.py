@@ -136,7 +136,8 @@ def open_splits(
         if whole_split(valid) == whole_split(train):
             raise InputError(
                 f"training and evaluation would both be on {whole_split(train)} of {src}; "
-                "name another split with --train-split or --eval-split"
+                "name another split for one of them",
+                *("train_split", "eval_split"),
             )
         return train, valid
     with contextlib.suppress(InputError):  # several splits, but no validation or test
@@ -165,11 +166,13 @@ def class_names(train: Source, num_classes: int | None = None) -> list[str]:
     """
     names = train.class_names
     if names is not None and num_classes not in (None, len(names)):
-        raise InputError(f"{train.name} has {len(names)} classes and not {num_classes}; leave --num-classes out")
+        raise InputError(
+            f"{train.name} has {len(names)} classes and not {num_classes}; leave their number out", "num_classes"
+        )
     if names is None:
         if num_classes is None:
             if not isinstance(train.rows, datasets.Dataset):
-                raise InputError(f"{train.name} does not say how many classes it has; --num-classes does")
+                raise InputError(f"{train.name} does not say how many classes it has; give their number", "num_classes")
             num_classes = int(labels_of(train).max(initial=-1)) + 1
         names = [str(i) for i in range(num_classes)]
     if len(names) < 2:
@@ -315,7 +318,8 @@ def corrupt_images(data: TrainingData, accelerator: Accelerator, workers: int, s
             few = "; ".join(list(found.values())[:5]) + "; ..." * (len(found) > 5)
             raise InputError(
                 f"{len(found)} image{'s' * (len(found) > 1)} of {source.split} cannot be decoded: {few}; "
-                "take them out, or leave them out with --skip-corrupt"
+                "remove them, or skip corrupt images",
+                "skip_corrupt",
             )
         if found and accelerator.is_main_process:
             warn(f"{len(found)} images of {source.split} cannot be decoded and are left out")
@@ -337,7 +341,9 @@ def steps_of(data: TrainingData, step_images: int, wanted: int | None) -> int:
     images = data.train.num_rows if data.indices is None else len(data.indices)
     if images is None:
         if wanted is None:
-            raise InputError(f"{data.train.name} does not say how many images it has; --steps-per-epoch makes epochs")
+            raise InputError(
+                f"{data.train.name} does not say how many images it has; give the steps of an epoch", "steps_per_epoch"
+            )
         return wanted
     # A stream starts over; other data has each image at most once in an epoch.
     if images < step_images * (wanted if wanted and data.indices is not None else 1):

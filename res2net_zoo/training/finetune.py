@@ -51,7 +51,7 @@ def start(args: argparse.Namespace, run: Path) -> Accelerator:
         if name not in available:
             known = name in [str(tracker) for tracker in LoggerType]
             what = "is not installed" if known else "is none that Accelerate knows"
-            raise InputError(f"--tracker {name} {what}; there are: {', '.join([*available, 'none'])}")
+            raise InputError(f"the tracker {name} {what}; there are: {', '.join([*available, 'none'])}", "tracker")
     accelerator = start_processes(
         args.threads,
         args.mixed_precision,
@@ -274,8 +274,9 @@ def check_plan(
         InputError: It cannot.
     """
 
-    def differ(what: str, then: object, found: object, hint: str = "") -> InputError:
-        return InputError(f"the run in {args.output} was started with {what} {then}, and has now {found}{hint}")
+    def differ(what: str, then: object, found: object, hint: str = "", *parameters: str) -> InputError:
+        message = f"the run in {args.output} was started with {what} {then}, and has now {found}{hint}"
+        return InputError(message, *parameters)
 
     if before["model"] != now["model"]:
         raise differ("the model", before["model"], now["model"])
@@ -290,7 +291,8 @@ def check_plan(
         raise differ("a number of images of", before["images"], now["images"])
     if (then := before["images a step"]) != now["images a step"]:
         size = then / accelerator.num_processes / args.accumulate
-        raise differ("images a step:", then, now["images a step"], f"; --batch-size {size:g} makes them as many")
+        hint = f"; batches of {size:g} make them as many"
+        raise differ("images a step:", then, now["images a step"], hint, "batch_size")
     if before != now and accelerator.is_main_process:
         warn(
             "with other processes, workers or batches than before, the rest of this epoch's stream comes in another "

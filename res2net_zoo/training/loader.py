@@ -266,9 +266,11 @@ def batches(
         except StopIteration:
             return
         for sample in bad:
-            if sample.fatal is not None or not skip_corrupt:
-                hint = f"corrupt ({sample.corrupt}); take it out, or leave it out with --skip-corrupt"
-                raise InputError(f"{sample.place}: {sample.fatal or hint}")
+            if sample.fatal is not None:
+                raise InputError(f"{sample.place}: {sample.fatal}")
+            if not skip_corrupt:
+                hint = "remove it, or skip corrupt images"
+                raise InputError(f"{sample.place}: corrupt ({sample.corrupt}); {hint}", "skip_corrupt")
             if left_out is not None:
                 left_out.add(sample.place if sample.index is None else sample.index)
         if images is None:

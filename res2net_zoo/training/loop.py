@@ -39,7 +39,7 @@ from res2net_zoo.training.checkpoints import (
     restoring,
 )
 from res2net_zoo.training.optimization import highest_rate
-from res2net_zoo.utils.console import progress_bar
+from res2net_zoo.utils.console import progress_bar, with_options
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.shutdown import Stop
 
@@ -224,11 +224,9 @@ class Loop:
                 first, started = state.done, time.perf_counter()
                 if number := self.train(epoch, stop, progress):
                     progress.close()
-                    self.accelerator.print(
-                        f"stopped by {signal.Signals(number).name} after step {state.done} of {settings.total}; "
-                        "go on with --resume",
-                        flush=True,
-                    )
+                    name = signal.Signals(number).name
+                    message = f"stopped by {name} after step {state.done} of {settings.total}; resume it to go on"
+                    self.accelerator.print(with_options(message, "resume"), flush=True)
                     # While signals are still caught: launchers send them once more.
                     self.accelerator.wait_for_everyone()
                     self.accelerator.end_training()
@@ -354,10 +352,12 @@ class Loop:
         if not bad_step:
             return
         paths = self.checkpoints.paths()
-        good = f"--resume goes on from the last good checkpoint, {paths[-1]}" if paths else "there is no checkpoint yet"
+        good = f"resume from the last good checkpoint, {paths[-1]}" if paths else "there is no checkpoint yet"
         raise InputError(
             f"the training has diverged: a loss or an output is NaN or infinite, in step {bad_step} of "
-            f"{self.settings.total}; {good}; a lower --lr or --clip-grad 1 may help"
+            f"{self.settings.total}; {good}; a lower learning rate or gradients clipped to norm 1 may help",
+            *["resume"] * bool(paths),
+            *("lr", "clip_grad"),
         )
 
 
@@ -406,9 +406,11 @@ def resume(
     state.done, state.metrics, state.rates = saved["done"], saved["metrics"], saved["rates"]
     check_progress(path, state.done, state.metrics, settings.steps)
     if state.metrics and accelerator.is_main_process and not (output / WEIGHTS).is_file():
-        raise InputError(f"the best model so far is missing from {output}; begin again, in another --output")
+        raise InputError(f"the best model so far is missing from {output}; begin again, in another folder", "output")
     if (epochs := len(state.metrics)) >= settings.epochs:
-        raise InputError(f"the run in {output} has done {epochs} epochs; --epochs {settings.epochs} is no more")
+        raise InputError(
+            f"the run in {output} has done {epochs} of {settings.epochs} epochs; raise their number", "epochs"
+        )
     if state.scheduler is not None:
         state.scheduler.step_update(state.done)  # a function of the step
     if accelerator.is_main_process:

@@ -36,7 +36,9 @@ def freeze(model: Any, stages: str, batch_norm: bool = False) -> list[nn.Module]
     last = max(groups)  # the classifier
     number = last if stages == "all" else int(stages)
     if number > last:
-        raise InputError(f"--freeze {stages}: this model has {last} stages with its stem; `all` freezes them")
+        raise InputError(
+            f"cannot freeze {stages} stages: this model has {last} with its stem; `all` freezes them", "freeze"
+        )
     frozen = {name for group in range(number) for name in groups[group]}
     for name, parameter in model.named_parameters():
         if name in frozen:

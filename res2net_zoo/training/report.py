@@ -211,7 +211,7 @@ def start_run(run: Path, settings: Mapping[str, Any]) -> None:
 
 def write_recipe(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write settings as recipe.toml."""
-    text = f"# Every setting of a run; --recipe takes this file.\n{tomlkit.dumps(settings)}"
+    text = f"# Every setting of a run, as a recipe.\n{tomlkit.dumps(settings)}"
     write_atomically(folder / "recipe.toml", lambda path: path.write_text(text))
 
 
@@ -226,7 +226,9 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = error.filename or folder
-        raise InputError(f"cannot write {where}: {error.strerror or error}; --resume goes on once it can") from error
+        raise InputError(
+            f"cannot write {where}: {error.strerror or error}; resume the run once this is possible", "resume"
+        ) from error
 
 
 def _writing(write: Callable[..., None]) -> Callable[..., None]:

@@ -152,7 +152,7 @@ def test_names_of_models(monkeypatch, name, says):
         ("lr = ", "is not TOML"),
         (f"x = {'[' * 5000}", "is nested too deeply"),
         ('tracker = ["none", "--overwrite"]', "must be a list of values"),
-        ('tracker = "--overwrite"', "--tracker --overwrite is none that"),
+        ('tracker = "--overwrite"', "the tracker --overwrite is none that"),
         (b"\xff\xfe", "is not TOML"),
     ],
     ids=lambda value: str(value)[:30],

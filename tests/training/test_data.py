@@ -247,8 +247,9 @@ def test_batches_larger_than_the_data(accelerator):
     with pytest.raises(InputError, match="less than 4 steps of 33"):
         steps_of(data, 33, 4)
     source.num_rows = data.indices = None
-    with pytest.raises(InputError, match="--steps-per-epoch makes epochs"):
+    with pytest.raises(InputError, match="give the steps of an epoch") as error:
         steps_of(data, 33, None)
+    assert error.value.parameters == ("steps_per_epoch",)
     assert steps_of(data, 33, 4) == 4
 
 

@@ -116,7 +116,8 @@ def test_bad_input(in_process, tmp_path):
     assert "no recipe finetun; did you mean finetune?" in refused("--recipe", "finetun")
     assert "did you mean" in refused("--model", "res2net_tinny")
     assert "no split holdout" in refused("--eval-split", "holdout")
-    assert "would both be on train" in refused("--eval-split", "train")
+    line = refused("--eval-split", "train")
+    assert "would both be on train" in line and "(--train-split, --eval-split)" in line
     assert "less than a batch of 5000" in refused("--batch-size", "5000")
     assert "timm makes no optimizer nonsense" in refused("--opt", "nonsense")
     for option, value in (
@@ -128,7 +129,8 @@ def test_bad_input(in_process, tmp_path):
         ("--lr", "nan"),
     ):
         assert f"argument {option}: {value} is not" in refused(option, value)
-    assert "--auto-augment nonsense" in refused("--auto-augment", "nonsense")
+    line = refused("--auto-augment", "nonsense")
+    assert "nonsense is not a policy of timm's" in line and "(--auto-augment)" in line
     assert "this learns from a larger model" in refused("--recipe", "distill")
     assert "this learns from a larger model" in refused("--task-weight", 0.1)
     assert "would both be on train" in refused("--eval-split", "training")
@@ -260,7 +262,7 @@ def test_frozen_stages_do_not_move_and_a_linear_probe_moves_the_classifier_only(
             assert moved or name.split(".")[0] not in moving or name.endswith("num_batches_tracked"), name
             assert not moved or name.split(".")[0] in moving, name
     line = input_error(in_process(FINETUNE, *QUICK, "--freeze", 9, "--output", tmp_path / "nine"))
-    assert "--freeze 9: this model has 5 stages" in line
+    assert "cannot freeze 9 stages: this model has 5 with its stem; `all` freezes them (--freeze)" in line
 
 
 @pytest.mark.full
@@ -370,7 +372,7 @@ def test_trackers_and_early_stopping(in_process, tmp_path):
     content = events.read_bytes()
     assert b"top1" in content and b"loss" in content
     line = input_error(in_process(FINETUNE, *args, "--overwrite", "--tracker", "wandb"))
-    assert "--tracker wandb is not installed; there are: tensorboard, none" in line
+    assert "the tracker wandb is not installed; there are: tensorboard, none (--tracker)" in line
     assert "is none that Accelerate knows" in input_error(in_process(FINETUNE, *args, "--overwrite", "--tracker", "x"))
 
 

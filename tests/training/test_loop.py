@@ -102,7 +102,7 @@ def test_interrupted_and_resumed_it_ends_with_the_same_bits(accelerator, tmp_pat
     code = Loop(objective, state, settings, checkpoints, accelerator).run()
     if step <= settings.total:
         assert code == 128 + signal.SIGTERM and state.done == step
-        assert f"stopped by SIGTERM after step {step} of 12; go on with --resume" in capsys.readouterr().out
+        assert f"stopped by SIGTERM after step {step} of 12; resume it to go on\n" in capsys.readouterr().out
     (tmp_path / "model.safetensors").touch()
     state = start(accelerator, settings)
     saved, path = checkpoints.load(), checkpoints.paths()[-1]
@@ -144,8 +144,9 @@ def test_a_loss_that_is_nan_ends_it_at_once(accelerator, tmp_path):
     state = start(accelerator, settings)
     objective = Toy(state)
     objective.nan_at = 6
-    with pytest.raises(InputError, match=r"in step 6 of 8; --resume goes on .*step-000000004\.pt"):
+    with pytest.raises(InputError, match=r"in step 6 of 8; resume from .*step-000000004\.pt") as error:
         Loop(objective, state, settings, Checkpoints(tmp_path), accelerator).run()
+    assert error.value.parameters == ("resume", "lr", "clip_grad")
     assert [path.name for path in Checkpoints(tmp_path).paths()] == ["step-000000004.pt"]
 
 

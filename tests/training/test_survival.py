@@ -236,10 +236,8 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_last_good_checkpoint(in
     state["model"]["fc.weight"].fill_(3e38)
     torch.save(state, last_but_one)
     line = input_error(in_process(FINETUNE, "--resume", "--output", later))
-    assert (
-        f"is NaN or infinite, in step 178 of 178; --resume goes on from the last good checkpoint, {last_but_one}"
-        in line
-    )
+    assert f"is NaN or infinite, in step 178 of 178; resume from the last good checkpoint, {last_but_one}" in line
+    assert line.endswith("(--resume, --lr, --clip-grad)")
 
 
 @pytest.mark.full
@@ -254,12 +252,14 @@ def test_what_a_run_does_not_go_on_with(in_process, tmp_path):
         assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
         return line
 
-    assert "holds another run; name another folder, or --resume" in refused(*args)
+    line = refused(*args)
+    assert "holds another run; name another folder, resume that run, or overwrite it" in line
+    assert "(--output, --resume, --overwrite)" in line
     assert "was started with --model res2net_tiny, not res2next50; leave --model out" in refused(
         "--resume", "--model", "res2next50"
     )
     assert "--lr 0.002, not 0.1" in refused("--resume", "--lr", 0.1)
-    assert "images a step: 128, and has now 64; --batch-size 128 makes them as many" in refused(
+    assert "images a step: 128, and has now 64; batches of 128 make them as many (--batch-size)" in refused(
         "--resume", "--batch-size", 64
     )
     assert "choose one" in refused("--resume", "--overwrite")
@@ -268,7 +268,7 @@ def test_what_a_run_does_not_go_on_with(in_process, tmp_path):
     assert result.returncode == 0 and "goes on after step 11 of 22" in result.stdout
     assert len(measured(folder)) == 2
     result = in_process(FINETUNE, "--resume", "--epochs", 1, "--output", folder)
-    assert "has done 1 epochs; --epochs 1 is no more" in input_error(result)
+    assert "has done 1 of 1 epochs; raise their number (--epochs)" in input_error(result)
     # Replaced, all is new.
     assert in_process(FINETUNE, *args, "--overwrite", "--output", folder).returncode == 0
     assert len(measured(folder)) == 1 and steps_in(folder) == [11]
@@ -399,8 +399,9 @@ def test_checkpoints_are_whole_few_and_never_unpickled(tmp_path, monkeypatch):
     assert checkpoints.load()["step"] == 3
     whole = checkpoints.paths()[-1].read_bytes()
     checkpoints.paths()[-1].write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"not a valid checkpoint .* --resume goes on from step-000000002.pt"):
+    with pytest.raises(InputError, match=r"not a valid checkpoint .* resume from step-000000002.pt") as error:
         checkpoints.load()
+    assert error.value.parameters == ("resume",)
     torch.save({"model": Payload()}, checkpoints.paths()[-1])
     with pytest.raises(InputError, match="not a valid checkpoint"):
         checkpoints.load()
