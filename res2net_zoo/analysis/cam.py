@@ -174,7 +174,7 @@ def find_class(word: str, names: Sequence[str]) -> int:
         hint = f"did you mean {' or '.join(close[:5])}? " if close and wanted else ""
         listed = f"{', '.join(names)}, by name or by number from 0"
         if len(names) > LISTED:
-            listed = f"0 ({names[0]}) to {len(names) - 1} ({names[-1]}); predict.py --topk {len(names)} lists them"
+            listed = f"0 ({names[0]}) to {len(names) - 1} ({names[-1]})"
         raise InputError(f"there is no class {word}; {hint}there are {len(names)}: {listed}")
     return found[0]
 

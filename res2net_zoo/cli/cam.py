@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> int:
             raise InputError(f"{name} and {args.model[0]} have other classes; compare models of the same")
         models.append(model)
     names = class_names(models[0])
-    wanted = [cam.find_class(word, names) for word in args.classes or ()]
+    wanted = classes_of(args.classes or (), names)
     wanted = wanted * len(paths) if len(wanted) == 1 else wanted
 
     rows, scores = [], []
@@ -106,3 +106,16 @@ def main(args: argparse.Namespace) -> int:
     print(markdown_table(("image", "class", *(f"{one.model} (percent)" for one in rows[0][2])), scores))
     print(f"wrote {args.output}")
     return 0
+
+
+def classes_of(words: Sequence[str], names: Sequence[str]) -> list[int]:
+    """Return the classes that words name; of many, an error names the command that lists them."""
+    from res2net_zoo.analysis import cam
+    from res2net_zoo.utils.errors import InputError
+
+    try:
+        return [cam.find_class(word, names) for word in words]
+    except InputError as error:
+        if len(names) <= cam.LISTED:
+            raise
+        raise InputError(f"{error}; `res2net-zoo predict --topk {len(names)}` lists them") from error

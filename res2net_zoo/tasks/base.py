@@ -184,10 +184,11 @@ class TaskModel(nn.Module, ABC):
             self.network = self.build(features, **self.settings["head_kwargs"])
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             given = " ".join(f"{name}={value}" for name, value in self.settings["head_kwargs"].items())
-            hint = f" with --head-kwargs {given}; correct these" if given else ""
+            hint = f" with {given}; correct these" if given else ""
             # The messages of the other types are Python's own and do not help a user.
             reason = f": {error}" if type(error) in (RuntimeError, ValueError) else ""
-            raise InputError(f"{head} cannot be built on {model}{hint}{reason}") from error
+            message = f"{head} cannot be built on {model}{hint}{reason}"
+            raise InputError(message, *["head_kwargs"] * bool(given)) from error
 
     @classmethod
     def check_installed(cls) -> None:
@@ -206,7 +207,7 @@ class TaskModel(nn.Module, ABC):
         """Open annotated images.
 
         Args:
-            data: What --data names.
+            data: Where they are, in the format of the task.
             split: Which of its splits.
             head: The model's; some need to know more of an image than others.
             classes: What the classes must be, where a model is given; else those of the data.
@@ -221,13 +222,13 @@ class TaskModel(nn.Module, ABC):
 
         Args:
             data: What it is to be trained on.
-            flip_pairs: Joints that exchange their names in a mirror, as --flip-pairs has them.
+            flip_pairs: Joints that exchange their names in a mirror, as ONE:OTHER, or `none` alone.
 
         Raises:
             InputError: The task has no joints, or these are unclear.
         """
         if flip_pairs is not None:
-            raise InputError(f"--flip-pairs is for keypoints, not for {cls.task}")
+            raise InputError(f"pairs of joints are for keypoints, not for {cls.task}", "flip_pairs")
         return {}
 
     def about(self) -> dict[str, str]:

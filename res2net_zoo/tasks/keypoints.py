@@ -54,7 +54,7 @@ COLOURS = {"left": (40, 120, 255), "right": (255, 120, 20)}  # and what is in th
 MIDDLE = (60, 210, 90)
 SIDES = {"left": "left", "l": "left", "right": "right", "r": "right"}
 WORDS = r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[A-Z]|\d+|[^\W\d_A-Za-z]+"  # of a joint's name: RShoulder are R and Shoulder
-HOW_TO_PAIR = "name the pairs, --flip-pairs ONE:OTHER ..., or --flip-pairs none to mirror no images"
+HOW_TO_PAIR = "name the pairs as ONE:OTHER, or none to mirror no images"
 FAR = 1e15  # from where on coordinates are all alike: out of any image
 MARGIN = 1.25  # a crop is larger than its box by this factor
 SURE = 0.5  # the least score of a box in which the joints of a person are drawn
@@ -347,11 +347,13 @@ def partners_by_name(names: Sequence[str]) -> list[list[str]]:
     sides: dict[tuple[str, str], str] = {}
     for name in names:
         if (key := side_of(name)) is not None and sides.setdefault(key, name) != name:
-            raise InputError(f"the joints {sides[key]} and {name} are both {' '.join(key)}; {HOW_TO_PAIR}")
+            raise InputError(
+                f"the joints {sides[key]} and {name} are both {' '.join(key)}; {HOW_TO_PAIR}", "flip_pairs"
+            )
     other = {"left": "right", "right": "left"}
     for (side, rest), name in sides.items():
         if (other[side], rest) not in sides:
-            raise InputError(f"the joint {name} has no partner on the {other[side]}; {HOW_TO_PAIR}")
+            raise InputError(f"the joint {name} has no partner on the {other[side]}; {HOW_TO_PAIR}", "flip_pairs")
     pairs = [[name, sides["right", rest]] for (side, rest), name in sides.items() if side == "left"]
     # Such as leye and reye, or lefteye and righteye, which only both together are sides.
     bare = {name.lower(): name for name in names if side_of(name) is None}
@@ -378,7 +380,9 @@ def flip_pairs(names: Sequence[str], given: Sequence[str] | None) -> list[list[s
         pairs = partners_by_name(names)
         if not pairs:
             some = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
-            raise InputError(f"no two of the joints {some} are a left and a right one by their names; {HOW_TO_PAIR}")
+            raise InputError(
+                f"no two of the joints {some} are a left and a right one by their names; {HOW_TO_PAIR}", "flip_pairs"
+            )
         return pairs
     if list(given) == ["none"]:
         return []

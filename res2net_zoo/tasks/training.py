@@ -137,7 +137,8 @@ class Task(Objective):
                     raise
                 raise InputError(
                     f"{self.model.settings['head']} takes no batch of {self.args.batch_size} of this size: {error}; "
-                    "raise --batch-size or --img-size"
+                    "raise the number of images or their size",
+                    *("batch_size", "img_size"),
                 ) from error
         loss: Any = sum(losses.values())
         return loss
@@ -193,12 +194,13 @@ def build_model(
     )
     if args.scales is not None:
         if model.scales is None:
-            raise InputError(f"{task.task} does not scale its images at random; leave --scales out")
+            raise InputError(f"{task.task} does not scale its images at random; leave the scales out", "scales")
         low, high = sorted(args.scales)
         model.scales = (low, high)
     model.freeze(args.freeze, args.freeze_bn)
     if args.freeze_bn and not args.pretrained and accelerator.is_main_process:
-        warn("--freeze-bn fixes what --pretrained would load; random weights hardly learn so")
+        message = "BatchNorm is frozen without pretrained weights; random weights hardly learn so"
+        warn(message, "freeze_bn", "pretrained")
     before = model.origin
     model.origin = all_or_none(lambda: before.after_training(start_of(args), args.license))
     if accelerator.is_main_process:
@@ -255,7 +257,8 @@ def settings_for(args: argparse.Namespace, data: Annotated, accelerator: Acceler
     step_images = args.batch_size * accelerator.num_processes
     if len(data) < step_images:
         raise InputError(
-            f"there are {len(data)} {data.samples} to train on, and a step takes {step_images}; lower --batch-size"
+            f"there are {len(data)} {data.samples} to train on, and a step takes {step_images}; make batches smaller",
+            "batch_size",
         )
     return Settings(
         epochs=args.epochs,
@@ -283,7 +286,7 @@ def check_readable(data: Annotated) -> None:
         InputError: There are none, or it cannot.
     """
     if not len(data):
-        raise InputError(f"there are no {data.samples} to measure the model on; name another --eval-split")
+        raise InputError(f"there are no {data.samples} to measure the model on; name another split", "eval_split")
     try:
         data[0]
     except NO_IMAGE as error:
@@ -328,7 +331,8 @@ def resume_if_saved(
         if saved["plan"][key] != value:
             raise InputError(
                 f"the run in {args.output} was started with {key} {saved['plan'][key]}, and has now {value}; "
-                "go on with the same, or --overwrite it"
+                "go on with the same, or overwrite it",
+                "overwrite",
             )
     resume(state, saved, path, args.output, settings, accelerator)
     accelerator.print(f"goes on after step {state.done} of {settings.total}", flush=True)

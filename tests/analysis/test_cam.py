@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from res2net_zoo.analysis import cam
+from res2net_zoo.cli.cam import classes_of
 from res2net_zoo.utils.errors import InputError
 from tests.conftest import ROOT, SHIPPED_DATA, SHIPPED_MODEL, SMALL, full_disk, input_error, spread
 
@@ -124,6 +125,14 @@ def test_finding_a_class():
     for word, says in {"crane": "classes 1, 4", "goldfisch": "did you mean goldfish", "9": "there are 5"}.items():
         with pytest.raises(InputError, match=says):
             cam.find_class(word, names)
+
+
+def test_an_unknown_class_of_many_names_the_command_that_lists_them():
+    names = [f"kind {i}" for i in range(100)]
+    with pytest.raises(
+        InputError, match=r"0 \(kind 0\) to 99 \(kind 99\); `res2net-zoo predict --topk 100` lists them$"
+    ):
+        classes_of(["otter"], names)
 
 
 @pytest.mark.parametrize(

@@ -327,13 +327,13 @@ def test_another_spelling_trains_the_same(trained, people, tmp_path, in_process)
 @pytest.mark.parametrize(
     ("names", "given", "told"),
     [
-        (["left_ear", "nose"], None, "the joint left_ear has no partner on the right; name the pairs, --flip-pairs"),
+        (["left_ear", "nose"], None, "the joint left_ear has no partner on the right; name the pairs as ONE:OTHER"),
         (["L1", "L2", "left_a", "right_a"], None, "the joint L1 has no partner"),
         (["left_ear", "ear_left", "L_ear"], None, "the joints left_ear and L_ear are both left / ear"),
         (
             ["kpt-0", "kpt-1"],
             None,
-            r"no two of the joints kpt-0, kpt-1 are a left and a right one .* --flip-pairs none",
+            r"no two of the joints kpt-0, kpt-1 are a left and a right one .* or none to mirror no images",
         ),
         (["LShoulder left", "a"], None, "no two of the joints"),
         (["a", "b"], ["a:c"], "a:c is not a pair of joints ONE:OTHER; there are a, b"),
@@ -342,8 +342,9 @@ def test_another_spelling_trains_the_same(trained, people, tmp_path, in_process)
     ],
 )
 def test_no_partners(names, given, told):
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=told) as error:
         keypoints.flip_pairs(names, given)
+    assert error.value.parameters == (("flip_pairs",) if given is None else ())
 
 
 def test_named_partners(people, tmp_path, in_process):
@@ -386,7 +387,7 @@ def test_named_partners(people, tmp_path, in_process):
 def test_only_keypoints_have_pairs(people, tmp_path, in_process):
     data = save_saliency(tmp_path / "data", train=1, val=1)
     args = ["--task", "saliency", "--data", data, "--output", tmp_path / "out", "--flip-pairs", "a:b"]
-    assert "--flip-pairs is for keypoints, not for saliency" in input_error(in_process(TRAIN, *args))
+    assert "pairs of joints are for keypoints, not for saliency (--flip-pairs)" in input_error(in_process(TRAIN, *args))
 
 
 def test_losses_by_hand():

@@ -538,8 +538,11 @@ def test_an_image_that_would_fill_the_memory(voc, trained, tmp_path, in_process,
         (["--model", "dla60_res2net"], "DLA has 32 alone"),
         (["--recipe", "segmentation_vok"], "did you mean segmentation_voc"),
         (["--model", "res2net50_26w"], "did you mean"),
-        (["--freeze", "9", "--head", "unet"], "has 5 stages"),
-        (["--batch-size", 1], "raise --batch-size or --img-size"),
+        (
+            ["--freeze", "9", "--head", "unet"],
+            "cannot freeze 9 stages: this model has 5 with its stem; `all` freezes them (--freeze)",
+        ),
+        (["--batch-size", 1], "raise the number of images or their size (--batch-size, --img-size)"),
         (["--model", "convnext_atto", "--head", "unet"], "convnext_atto cannot be the backbone of a task: timm's"),
         (["--freeze", "some", "--head", "unet"], "some is no number of stages, nor all"),
         (["--opt", "sgdd", "--head", "unet"], "timm makes no optimizer sgdd"),
@@ -550,7 +553,7 @@ def test_an_image_that_would_fill_the_memory(voc, trained, tmp_path, in_process,
             "DeepLabV3Plus has no option decoder_chanels; did you mean decoder_ch",
         ),
         (["--head-kwargs", "decoder_channels=many"], "decoder_channels is a number, such as 256, not many"),
-        (["--head-kwargs", "classes=3"], "cannot be built on res2net_tiny with --head-kwargs classes=3; correct these"),
+        (["--head-kwargs", "classes=3"], "cannot be built on res2net_tiny with classes=3; correct these"),
         (["--head-kwargs", "decoder_channels"], "decoder_channels is not NAME=VALUE"),
     ],
 )
@@ -566,7 +569,8 @@ def test_options_of_the_network(voc, tmp_path, in_process):
     args = [*SMALL, "--data", voc, "--recipe", recipe, "--epochs", 1, "--sched", "none", "--clip-grad", 0]
     done = in_process(TRAIN, *args, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert "warning: --freeze-bn fixes what --pretrained would load" in done.stderr
+    assert "warning: BatchNorm is frozen without pretrained weights" in done.stderr
+    assert "(--freeze-bn, --pretrained)" in done.stderr
     done = in_process(TRAIN, "--resume", "--epochs", 2, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "out/metrics.csv").open()))
@@ -585,7 +589,8 @@ def test_another_run_is_not_replaced(trained, voc, in_process):
     assert "was started with --head unet, not fpn" in input_error(in_process(TRAIN, *resumed, "--head", "fpn"))
     line = input_error(in_process(TRAIN, *resumed, "--batch-size", 4))
     assert "was started with images a step 8, and has now 4" in line
-    assert "has done 1 epochs; --epochs 1 is no more" in input_error(in_process(TRAIN, *resumed, "--epochs", 1))
+    line = input_error(in_process(TRAIN, *resumed, "--epochs", 1))
+    assert "has done 1 of 1 epochs; raise their number (--epochs)" in line
 
 
 def test_a_model_of_other_classes(trained, tmp_path, in_process):
