@@ -1,10 +1,9 @@
 """What scale, width, cardinality and depth cost and bring: the paper's Tables 3 and 4 and Figure 5.
 
-`python -m res2net_zoo ablate` builds every model of them from its numbers, counts its parameters and
-multiply-accumulates, works out its receptive field and measures its latency on this machine.
+Every model of them is built from its numbers, its parameters and multiply-accumulates are counted, its receptive
+field is computed and its latency measured on this machine.
 """
 
-import argparse
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,6 @@ from typing import Any
 from res2net_zoo import catalog
 from res2net_zoo.utils.console import progress_bar
 from res2net_zoo.utils.errors import InputError, first_line
-from res2net_zoo.utils.files import check_writable_file, write_atomically
 from res2net_zoo.utils.markdown import markdown_table
 
 # Table 3's first row, of a model that is not in the catalogue.
@@ -75,80 +73,6 @@ class Point:
     latency_ms: float | None = None
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `ablate`."""
-    whole = partial(_integer, least=1)
-    whole.__name__ = "whole number"  # type: ignore[attr-defined]  # which argparse calls it by
-    parser.add_argument("--only", nargs="+", choices=PAPER, help="not all of the paper's")
-    parser.add_argument("--frame", choices=("cifar", "imagenet"), help="of a grid of your own; cifar by default")
-    parser.add_argument("--depth", nargs="+", type=whole, metavar="L", help="a grid of your own: layers")
-    parser.add_argument("--cardinality", nargs="+", type=whole, metavar="C", help="groups of each 3x3 convolution")
-    parser.add_argument("--width", nargs="+", type=whole, metavar="W", help="channels of each of them")
-    parser.add_argument("--scale", nargs="+", type=whole, metavar="S", help="groups of the hierarchy")
-    parser.add_argument(
-        "--rounds", type=partial(_integer, least=0), default=5, metavar="N", help="timings of each; 0 for none"
-    )
-    parser.add_argument("--batch-size", type=whole, default=1, metavar="N", help="images a timing")
-    parser.add_argument("--device", default="cpu", help="where to time, such as cuda")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw a picture (needs matplotlib)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="all figures as JSON")
-
-
-def _integer(text: str, least: int) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
-    return int(text)
-
-
-def main(args: argparse.Namespace) -> int:
-    """Run the ablation; return its exit code."""
-    grid = {key: getattr(args, key) for key in BASE if getattr(args, key)}
-    if args.frame and not grid:
-        raise InputError("--frame is of a grid of your own; give one, such as --scale 2 4")
-    if grid and args.only:
-        raise InputError(f"--only names the paper's own points; leave it out, or --{next(iter(grid))}")
-    picture: Path | None = args.figure
-    if picture:
-        check_picture(picture)
-    if picture and args.output and picture.resolve() == args.output.resolve():
-        raise InputError(f"--figure and --output are both {args.output}; name two files")
-    for path in filter(None, (picture, args.output)):
-        check_writable_file(path)
-    device = find_device(args.device)
-
-    # Of a grid, a line of the figure runs along the dimension with the most values.
-    along = max(reversed(list(grid)), key=lambda name: len(grid[name])) if grid else ""
-    sections = {"grid": list(of_grid(grid, along, args.frame or "cifar"))} if grid else paper(args.only or PAPER)
-    points = [point for section in sections.values() for point in section]
-    size_up(points)
-    for section in sections.values() if args.rounds else ():
-        measure_latency(section, args.rounds, args.batch_size, device)
-
-    for name, section in sections.items():
-        print(f"{SECTIONS[name]}\n\n{table(section, args.batch_size)}\n")
-    key = f"along {along}" if grid else ""
-    if "figure5" in sections:
-        points = sections["figure5"]
-        key = "varied alone, from\n" + ",\n".join(f"{name} {value}" for name, value in BASE.items())
-    unwritten = []
-    if args.output:
-        try:
-            write_atomically(args.output, lambda path: path.write_text(as_json(sections, args) + "\n"))
-            print(f"as JSON: {args.output}")
-        except OSError as error:
-            unwritten.append(f"cannot write {args.output}: {error.strerror or error}")
-    if picture:
-        try:
-            write_atomically(picture, lambda path: draw(points, path, args.batch_size, key))
-        except OSError as error:
-            unwritten.append(f"cannot write {picture}: {error.strerror or error}")
-    if unwritten:
-        raise InputError(f"{'; '.join(unwritten)}; the figures are printed above")
-    if picture:
-        print(f"figure: {picture}")
-    return 0
-
-
 def check_picture(picture: Path) -> None:
     """Check that a picture can be drawn to a file of this name, before minutes of measuring.
 
@@ -161,7 +85,7 @@ def check_picture(picture: Path) -> None:
         raise InputError(NEEDS_MATPLOTLIB) from error
     formats = Figure().canvas.get_supported_filetypes()
     if picture.suffix.removeprefix(".") not in formats:
-        raise InputError(f"--figure {picture}: a picture's name ends in .{', .'.join(sorted(formats))}")
+        raise InputError(f"{picture}: a picture's name ends in .{', .'.join(sorted(formats))}", "figure")
 
 
 def paper(sections: Sequence[str]) -> dict[str, list[Point]]:
@@ -195,6 +119,11 @@ def of_figure5() -> Iterator[Point]:
     for series, values in FIGURE5.items():
         for value in values:
             yield of_numbers("cifar", {**BASE, series: value}, series)
+
+
+def longest(grid: dict[str, list[int]]) -> str:
+    """Return the dimension with the most values, which a line of the figure runs along."""
+    return max(reversed(list(grid)), key=lambda name: len(grid[name]))
 
 
 def of_grid(grid: dict[str, list[int]], along: str, frame: str) -> Iterator[Point]:
@@ -236,11 +165,12 @@ def of_numbers(frame: str, numbers: dict[str, int], series: str) -> Point:
         try:
             cifar_layers(depth)
         except ValueError as error:
-            raise InputError(f"--depth: {error}") from error
+            raise InputError(str(error), "depth") from error
         build = partial(cifar_res2next, depth, cardinality, width, scale)
         return Point(cifar_name(depth, cardinality, width, scale), build, 32, series)
     if depth not in IMAGENET_LAYERS:
-        raise InputError(f"--depth {depth}: the ImageNet frame has {', '.join(map(str, IMAGENET_LAYERS))} layers")
+        layers = ", ".join(map(str, IMAGENET_LAYERS))
+        raise InputError(f"the ImageNet frame has {layers} layers, not {depth}", "depth")
     args: dict[str, Any] = dict(block=Bottle2neck, block_args=dict(scale=scale))
     args |= dict(layers=IMAGENET_LAYERS[depth], cardinality=cardinality, base_width=width)
     name = cifar_name(depth, cardinality, width, scale)
@@ -284,7 +214,7 @@ def find_device(name: str) -> Any:
         if not torch.ones(1, device=device).item():  # not on the device "meta", which computes nothing
             raise RuntimeError("it gives wrong results")
     except (RuntimeError, AssertionError, NotImplementedError, AttributeError, ImportError) as error:
-        raise InputError(f"--device {name}: {first_line(error).partition('. ')[0]}") from error
+        raise InputError(f"device {name}: {first_line(error).partition('. ')[0]}", "device") from error
     return device
 
 
@@ -317,8 +247,14 @@ def table(points: Sequence[Point], batch_size: int) -> str:
     return markdown_table([*header, *(f"paper: {key}" for key in columns)], rows)
 
 
-def as_json(sections: dict[str, list[Point]], args: argparse.Namespace) -> str:
-    """Return all points as JSON."""
+def as_json(sections: dict[str, list[Point]], batch_size: int, device: str) -> str:
+    """Return all points as JSON.
+
+    Args:
+        sections: The points, by table or figure.
+        batch_size: Images a timing.
+        device: Where they were timed.
+    """
     import torch
 
     rows: list[dict[str, Any]] = [
@@ -326,7 +262,7 @@ def as_json(sections: dict[str, list[Point]], args: argparse.Namespace) -> str:
         for name, section in sections.items()
         for point in section
     ]
-    machine = {"batch_size": args.batch_size, "device": args.device, "torch": torch.__version__}
+    machine = {"batch_size": batch_size, "device": device, "torch": torch.__version__}
     return json.dumps([{**row, **machine} for row in rows], indent=2)
 
 

@@ -15,17 +15,100 @@ Exit codes: 0 done; 2 bad input.
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from res2net_zoo.analysis import ablate
+from res2net_zoo.analysis.ablate import BASE, PAPER
 from res2net_zoo.cli.command import command, parser_of
+from res2net_zoo.utils.command_line import within
+
+if TYPE_CHECKING:
+    from res2net_zoo.analysis.ablate import Point
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
-    ablate.add_arguments(parser)
+    add, whole = parser.add_argument, within(int, 1)
+    add("--only", nargs="+", choices=PAPER, help="not all of the paper's")
+    add("--frame", choices=("cifar", "imagenet"), help="of a grid of your own; cifar by default")
+    add("--depth", nargs="+", type=whole, metavar="L", help="a grid of your own: layers")
+    add("--cardinality", nargs="+", type=whole, metavar="C", help="groups of each 3x3 convolution")
+    add("--width", nargs="+", type=whole, metavar="W", help="channels of each of them")
+    add("--scale", nargs="+", type=whole, metavar="S", help="groups of the hierarchy")
+    add("--rounds", type=within(int, 0), default=5, metavar="N", help="timings of each; 0 for none")
+    add("--batch-size", type=whole, default=1, metavar="N", help="images a timing")
+    add("--device", default="cpu", help="where to time, such as cuda")
+    add("--figure", type=Path, metavar="FILE", help="draw a picture (needs matplotlib)")
+    add("--output", type=Path, metavar="FILE", help="all figures as JSON")
     return parser.parse_args(argv)
 
 
 @command(parse_args)
 def main(args: argparse.Namespace) -> int:
-    return ablate.main(args)
+    from res2net_zoo.analysis import ablate
+
+    grid = {key: getattr(args, key) for key in BASE if getattr(args, key)}
+    check(args, grid)
+    device = ablate.find_device(args.device)
+
+    along = ablate.longest(grid) if grid else ""
+    if grid:
+        sections = {"grid": list(ablate.of_grid(grid, along, args.frame or "cifar"))}
+    else:
+        sections = ablate.paper(args.only or PAPER)
+    ablate.size_up([point for section in sections.values() for point in section])
+    for section in sections.values() if args.rounds else ():
+        ablate.measure_latency(section, args.rounds, args.batch_size, device)
+
+    for name, section in sections.items():
+        print(f"{ablate.SECTIONS[name]}\n\n{ablate.table(section, args.batch_size)}\n")
+    write(args, sections, along)
+    return 0
+
+
+def check(args: argparse.Namespace, grid: dict[str, list[int]]) -> None:
+    """Refuse options that exclude each other and files that cannot be written, before minutes of measuring."""
+    from res2net_zoo.analysis.ablate import check_picture
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.utils.files import check_writable_file
+
+    if args.frame and not grid:
+        raise InputError("--frame is of a grid of your own; give one, such as --scale 2 4")
+    if grid and args.only:
+        raise InputError(f"--only names the paper's own points; leave it out, or --{next(iter(grid))}")
+    if args.figure:
+        check_picture(args.figure)
+    if args.figure and args.output and args.figure.resolve() == args.output.resolve():
+        raise InputError(f"--figure and --output are both {args.output}; name two files")
+    for path in filter(None, (args.figure, args.output)):
+        check_writable_file(path)
+
+
+def write(args: argparse.Namespace, sections: "dict[str, list[Point]]", along: str) -> None:
+    """Write the JSON file and the picture that were asked for."""
+    from res2net_zoo.analysis import ablate
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.utils.files import write_atomically
+
+    points = [point for section in sections.values() for point in section]
+    key = f"along {along}" if along else ""
+    if "figure5" in sections:
+        points = sections["figure5"]
+        key = "varied alone, from\n" + ",\n".join(f"{name} {value}" for name, value in BASE.items())
+    unwritten = []
+    if args.output:
+        text = ablate.as_json(sections, args.batch_size, args.device) + "\n"
+        try:
+            write_atomically(args.output, lambda path: path.write_text(text))
+            print(f"as JSON: {args.output}")
+        except OSError as error:
+            unwritten.append(f"cannot write {args.output}: {error.strerror or error}")
+    if args.figure:
+        try:
+            write_atomically(args.figure, lambda path: ablate.draw(points, path, args.batch_size, key))
+        except OSError as error:
+            unwritten.append(f"cannot write {args.figure}: {error.strerror or error}")
+    if unwritten:
+        raise InputError(f"{'; '.join(unwritten)}; the figures are printed above")
+    if args.figure:
+        print(f"figure: {args.figure}")
