@@ -20,7 +20,9 @@ Exit codes: 0 done; 2 bad input; 130 and 143 stopped by Ctrl-C or SIGTERM. `acce
 """
 
 import argparse
+import shlex
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from res2net_zoo.cli.command import command, parser_of
 from res2net_zoo.cli.options import MODEL, add_batch_size, add_machine, add_optimizer, add_run_folder, frozen_stages
@@ -227,4 +229,12 @@ def main(args: argparse.Namespace) -> int:
     accelerator = finetune.start(args, run)
     started_by = command_of("finetune", args, accelerator.num_processes, accelerator.device.type)
     with locked_by_main(args.output, accelerator):
-        return finetune.train(args, run, settings_of(args), started_by, accelerator)
+        return finetune.train(args, run, settings_of(args), started_by, partial(check_command, args), accelerator)
+
+
+def check_command(args: argparse.Namespace, split: str) -> str:
+    """Return the command that measures the trained model again on a split of the data."""
+    words = ["res2net-zoo", "validate", "--model", f"local-dir:{args.output}", "--data", args.data, "--split", split]
+    words += ["--label-column", args.label_column] if args.label_column is not None else []
+    words += [f"--{name.replace('_', '-')}" for name in ("streaming", "skip_corrupt") if getattr(args, name)]
+    return shlex.join([*words, "--check"])

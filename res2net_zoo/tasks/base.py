@@ -370,7 +370,9 @@ def find_folder(name: str) -> Path:
         if not Path(identifier).is_dir():
             finish_replacing(Path(identifier))
         if not (Path(identifier) / "config.json").is_file():
-            raise InputError(f"{identifier} is not a model folder, for it has no config.json; train_task.py writes one")
+            raise InputError(
+                f"{identifier} is not a model folder, for it has no config.json; training on a task writes one"
+            )
         return Path(identifier)
     repository, _, revision = identifier.partition("@")
     try:

@@ -1,7 +1,7 @@
 """Training of a classifier: settings, data, model, loop, folder."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,14 @@ def start(args: argparse.Namespace, run: Path) -> Accelerator:
     return accelerator
 
 
-def train(args: argparse.Namespace, run: Path, recipe: dict[str, Any], command: str, accelerator: Accelerator) -> int:
+def train(
+    args: argparse.Namespace,
+    run: Path,
+    recipe: dict[str, Any],
+    command: str,
+    check: Callable[[str], str],
+    accelerator: Accelerator,
+) -> int:
     """Train a classifier, and write the best one as a model folder.
 
     Args:
@@ -76,6 +83,7 @@ def train(args: argparse.Namespace, run: Path, recipe: dict[str, Any], command: 
         run: Folder of the run's checkpoints and trackers.
         recipe: The settings that have a value, as recipe.toml has them.
         command: The command that makes the same run, for the card.
+        check: Returns the command that measures the model on a split of the data again, to be printed.
         accelerator: The processes.
 
     Returns:
@@ -112,7 +120,7 @@ def train(args: argparse.Namespace, run: Path, recipe: dict[str, Any], command: 
     announce(objective, settings)
     stopped = Loop(objective, state, settings, checkpoints, accelerator).run()
     if not stopped:
-        finish(objective)
+        finish(objective, check)
     return stopped
 
 
@@ -327,8 +335,13 @@ def announce(objective: Classification, settings: Settings) -> None:
     )
 
 
-def finish(objective: Classification) -> None:
-    """Evaluate the best model once more, as others will load it, in float32; write its pictures and its card."""
+def finish(objective: Classification, check: Callable[[str], str]) -> None:
+    """Evaluate the best model once more, as others will load it, in float32; write its pictures and its card.
+
+    Args:
+        objective: What was trained.
+        check: Returns the command that measures the model on a split again.
+    """
     args, report, accelerator = objective.args, objective.report, objective.accelerator
     best = build_model(args, objective.data.names, pretrained=False)
     best = best.to(accelerator.device, memory_format=torch.channels_last)
@@ -343,7 +356,7 @@ def finish(objective: Classification) -> None:
             f"best in epoch {epoch}{', by EMA' if kind else ''}: top-1 {counts.percent(counts.top1):.3f}; "
             f"the model is in {args.output}"
         )
-        print(f"measure it again: {report.check}")
+        print(f"measure it again: {check(report.data.valid.split)}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -7,7 +7,6 @@ import heapq
 import importlib.util
 import os
 import platform
-import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -320,20 +319,3 @@ class Report:
             print("no pictures: they need matplotlib; pip install 'res2net-zoo[train]'", file=sys.stderr)
         card = training_card(self, self.folder, ("", "ema_"), mistakes, pictures)
         write_atomically(self.folder / "README.md", card.save)
-
-    @property
-    def check(self) -> str:
-        """The command that measures the model again."""
-        words = [
-            "res2net-zoo",
-            "validate",
-            "--model",
-            f"local-dir:{self.folder}",
-            "--data",
-            self.settings["data"],
-        ]
-        words += ["--split", self.data.valid.split]
-        if "label_column" in self.settings:
-            words += ["--label-column", self.settings["label_column"]]
-        words += [f"--{key.replace('_', '-')}" for key in ("streaming", "skip_corrupt") if self.settings[key]]
-        return shlex.join([*words, "--check"])

@@ -1,15 +1,20 @@
 """What programs print where something is wrong: one line that names the culprit and what may have been meant."""
 
+import ast
 import csv
 import json
+import re
 import sys
 import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from PIL import Image
 
+from res2net_zoo import cli
 from res2net_zoo.cli import main
 from res2net_zoo.utils.command_line import closest
 from res2net_zoo.utils.console import run
@@ -32,6 +37,8 @@ PROGRAMS = {
     "scripts/predict_task.py": ("model", "a.jpg"),
     "hub/convert.py": ("--model", "res2net50d.in1k"),
 }
+PACKAGE = Path(cli.__file__).parents[1]
+TAKE_PARAMETERS = {"InputError", "LicenseError", "warn", "with_options"}  # a message, then parameters
 HOSTILE = "a\x1b[31m|b\u202e\udcff<i>"
 
 
@@ -275,3 +282,47 @@ def test_the_closest_names_come_first():
     assert closest("--ouput", ["--opt", "--output", "--drop"]) == ["--output"]
     assert closest("zzz", ["abc"]) == []
     assert closest("a" * 100_000, ["abc"]) == []
+
+
+def messages(path: Path) -> Iterator[str]:
+    """Yield the string literals of a module that are not docstrings."""
+    tree = ast.parse(path.read_text())
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.value
+
+
+def test_the_library_names_no_option_of_the_programs():
+    """It names the parameters to change, of which the running program adds its options."""
+    found = {
+        (path.relative_to(PACKAGE).as_posix(), text)
+        for path in library()
+        for text in messages(path)
+        if re.search(r"(?<![\w-])--[a-z]", text)
+    }
+    assert found == {
+        ("utils/command_line.py", "--help lists what there is"),  # of every parser
+        ("weights/pretrained.py", " --revision "),  # of `hf download`
+    }
+
+
+def test_every_parameter_that_a_message_names_is_an_option():
+    options = {text for path in (PACKAGE / "cli").glob("*.py") for text in messages(path) if text.startswith("--")}
+    named = {name for path in library() for name in parameters_of(path)}
+    assert {"eval_split", "skip_corrupt", "resume", "freeze_bn", "workers"} <= named
+    assert [name for name in named if f"--{name.replace('_', '-')}" not in options] == []
+
+
+def library() -> list[Path]:
+    """Return the modules of the package outside cli/."""
+    return [path for path in PACKAGE.rglob("*.py") if PACKAGE / "cli" not in path.parents]
+
+
+def parameters_of(path: Path) -> Iterator[str]:
+    """Yield the names that calls pass after a message."""
+    for call in ast.walk(ast.parse(path.read_text())):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in TAKE_PARAMETERS:
+            for node in (node for argument in call.args[1:] for node in ast.walk(argument)):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield node.value
