@@ -312,7 +312,7 @@ def all_cases() -> dict[str, tuple[str, Callable[[Path], object], str]]:
             cases[case] = (
                 "checkpoint",
                 lambda path, write=write, content=content: checkpoints(path, write, content),
-                f"({words}).*--resume goes on from step-000000001.pt",
+                f"({words}).*; delete it, then resume from step-000000001.pt",
             )
     return cases
 
