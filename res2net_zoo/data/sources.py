@@ -212,7 +212,7 @@ def hold_out(source: Source, fraction: float, seed: int) -> tuple[Source, Source
             raise InputError(
                 f"{source.name} has {len(members)} image{'s' * (len(members) != 1)} of class {name}, too few to hold "
                 f"{fraction:g} of them out for validation; add some, or name another split to evaluate on",
-                "eval_split",
+                *("eval_split", "split"),
             )
         held.append(members[:number])
     chosen = np.sort(np.concatenate(held))

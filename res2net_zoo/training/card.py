@@ -47,7 +47,7 @@ def training_card(
         top1, top5 = report.final.percent(report.final.top1), report.final.percent(report.final.top5)
     name = folder.resolve().name
     accuracy = Accuracy(
-        dataset=data.valid.name, split=data.valid.split, top1=top1, top5=top5, source="scripts/finetune.py"
+        dataset=data.valid.name, split=data.valid.split, top1=top1, top5=top5, source="res2net-zoo finetune"
     )
     from_hub = data.train.name == settings["data"] and not Path(data.train.name).exists()
     precision = settings.get("mixed_precision", "no")

@@ -293,13 +293,13 @@ def messages(path: Path) -> Iterator[str]:
             yield node.value
 
 
-def test_the_library_names_no_option_of_the_programs():
-    """It names the parameters to change, of which the running program adds its options."""
+def test_the_library_names_no_option_and_no_script():
+    """It names the parameters to change, of which the running program adds its options; only a clone has scripts."""
     found = {
         (path.relative_to(PACKAGE).as_posix(), text)
         for path in library()
         for text in messages(path)
-        if re.search(r"(?<![\w-])--[a-z]", text)
+        if re.search(r"(?<![\w-])--[a-z]|\b\w+\.py\b", text)
     }
     assert found == {
         ("utils/command_line.py", "--help lists what there is"),  # of every parser

@@ -205,9 +205,10 @@ def test_a_held_out_part_is_found_again_by_its_name(accelerator, tmp_path):
     assert labels_of(open_source(str(pictures), part.valid.split)).tolist() == [0, 1]
     with pytest.raises(InputError, match="would both be on train"):
         open_training_data(str(pictures), accelerator, "train/held-out-0.5-0", "train")
-    with pytest.raises(InputError, match=r"too few to hold 0\.9 of them out"):
+    with pytest.raises(InputError, match=r"too few to hold 0\.9 of them out") as error:
         save_images(tmp_path / "few", ["a", "b"], 1)
         open_training_data(str(tmp_path / "few"), accelerator, fraction=0.9)
+    assert error.value.parameters == ("eval_split", "split")
 
 
 def test_data_that_cannot_be_trained_on(accelerator, tmp_path, shards):
