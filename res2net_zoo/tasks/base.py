@@ -1,4 +1,4 @@
-"""A model for a task: a backbone of the zoo and a head, as a folder that goes to the Hub and comes back."""
+"""A model for a task: a backbone of the zoo and a head, saved as a folder and loaded from it or from the Hub."""
 
 import importlib.util
 import json
@@ -35,28 +35,28 @@ from res2net_zoo.weights.provenance import KEY, Provenance, of_folder, of_model
 
 Figures = dict[str, float]
 
-# What is raised of a file that cannot be read, of a damaged image, or of one that would fill the memory.
+# Raised for an unreadable file, a damaged image, or an image too large for memory.
 NO_IMAGE = (InputError, OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
 
 def reason(error: BaseException, path: Path) -> str:
-    """Return why a file cannot be read, without its name, for a message that has it already."""
+    """Return why a file cannot be read, without the file's name, for a message that already names it."""
     return str(error).removeprefix(f"cannot read {path}: ") or type(error).__name__
 
 
 class Annotated(Dataset, ABC):
-    """Images and what is known of them. Opening one checks all annotations; images are read one by one.
+    """Annotated images. Construction checks all annotations; images are read one by one.
 
     Attributes:
         classes: Name of each class.
-        samples: What its samples are.
+        samples: What a sample is, in the plural, for messages.
     """
 
     classes: list[str]
     samples: ClassVar[str] = "images"
 
     def remarks(self) -> dict[str, str]:
-        """Return what the figures of these data must be read with, for the card and the results, by a short name."""
+        """Return notes on the metrics of this data for the card and the results, by a short name."""
         return {}
 
     @abstractmethod
@@ -65,75 +65,75 @@ class Annotated(Dataset, ABC):
 
     @abstractmethod
     def __getitem__(self, i: int) -> tuple[Image.Image, dict[str, Any]]:
-        """Return an image in RGB, upright, and what is known of it."""
+        """Return an image in RGB, upright, and its annotations."""
 
     @abstractmethod
     def path(self, i: int) -> Path:
-        """Return an image's file."""
+        """Return the path of an image."""
 
 
 class Score(ABC):
-    """The figures of an evaluation, exact on any number of processes.
+    """The metrics of an evaluation, exact on any number of processes.
 
-    Each process tells of its own images; `compute` is called by all of them and returns the same in all.
+    Each process updates with its own images; all processes call `compute`, which returns the same in each.
     """
 
     @abstractmethod
     def update(self, i: int, target: dict[str, Any], prediction: Any) -> None:
-        """Take note of what a model said of image `i`."""
+        """Add the prediction for image `i`."""
 
     @abstractmethod
     def compute(self, accelerator: Accelerator) -> Figures:
-        """Return the figures, by the names that the paper's tables use."""
+        """Return the metrics by name, as in the paper's tables."""
 
     def details(self) -> dict[str, Any]:
-        """Return what else the results tell beside the figures; after `compute`."""
+        """Return further results in addition to the metrics; call it after `compute`."""
         return {}
 
     def results(self) -> list[dict[str, Any]]:
-        """Return what was found in the images of all processes, in COCO's format of results; after `compute`.
+        """Return the predictions of all processes in COCO's results format; call it after `compute`.
 
         Raises:
-            InputError: The format has nothing for this task.
+            InputError: COCO's results format does not cover this task.
         """
-        raise InputError("COCO's format of results is for detection and keypoints")
+        raise InputError("COCO's results format covers detection and keypoints only")
 
 
 class TaskModel(nn.Module, ABC):
     """A backbone of the zoo with a task's head.
 
     Args:
-        model: What `timm.create_model` takes: the backbone.
-        classes: Name of each class that is told apart.
-        head: One of the task's `heads`; default the first.
-        img_size: Length of an image's side in training and evaluation, in pixels; default the task's.
-        output_stride: Of the backbone, where the head can have another than 32.
-        mean: Of the images' channels, from 0 to 1; default the backbone's. So with `std`.
-        std: Their standard deviation.
-        head_kwargs: More for the network that `build` makes, by its library's names.
+        model: Name of the backbone, as for `timm.create_model`.
+        classes: Name of each class.
+        head: One of the task's `heads`; defaults to the first.
+        img_size: Image size in training and evaluation, in pixels; defaults to the task's.
+        output_stride: Output stride of the backbone, for heads that support others than 32.
+        mean: Mean of the image channels, from 0 to 1; defaults to the backbone's.
+        std: Standard deviation of the image channels; defaults to the backbone's.
+        head_kwargs: Further arguments of the network that `build` creates.
         pretrained: Whether to load the backbone's weights.
 
     Attributes:
-        settings: All of these, by which the model is built again; `model` is the architecture.
+        settings: All arguments above, which rebuild the model; `model` is the architecture.
         network: Backbone and head.
-        origin: Where its weights come from.
-        scales: From which to which factor images are scaled for training; None where the task does not.
+        origin: Provenance of the weights.
+        scales: Range of the random scale factor in training; None if the task does not scale images.
 
     Raises:
-        InputError: No such head, or no such backbone or `head_kwargs` for it.
+        InputError: The head, the backbone or one of `head_kwargs` is unknown or unsupported.
     """
 
     task: ClassVar[str]
-    hub_task: ClassVar[str]  # the Hub's name
+    hub_task: ClassVar[str]  # the Hub's name of the task
     heads: ClassVar[tuple[str, ...]]
     img_size: ClassVar[int]  # the default
     scales: tuple[float, float] | None = None
-    best: ClassVar[str]  # the figure by which the best epoch is chosen, of which more is better
-    requires: ClassVar[dict[str, str]] = {}  # package by module
-    extra: ClassVar[str] = "tasks"  # of ours, which has them
-    less_is_better: ClassVar[frozenset[str]] = frozenset()  # figures that are errors
-    threshold: ClassVar[float | None] = None  # lowest score of what is drawn; None where predictions have no scores
-    tolerance: ClassVar[float] = 0.05  # half of the last digit that the paper prints of its figures
+    best: ClassVar[str]  # metric that selects the best epoch; higher is better
+    requires: ClassVar[dict[str, str]] = {}  # module to package
+    extra: ClassVar[str] = "tasks"  # the extra of res2net-zoo that installs them
+    less_is_better: ClassVar[frozenset[str]] = frozenset()  # metrics that are errors
+    threshold: ClassVar[float | None] = None  # lowest score that is drawn; None if predictions have no scores
+    tolerance: ClassVar[float] = 0.05  # half of the last digit that the paper prints
     mean: torch.Tensor
     std: torch.Tensor
 
@@ -153,7 +153,7 @@ class TaskModel(nn.Module, ABC):
         self.check_installed()
         head = self.heads[0] if head is None else head
         if head not in self.heads:
-            raise InputError(f"{self.task} has no head {head}; there are {', '.join(self.heads)}")
+            raise InputError(f"{self.task} does not support the head {head}; supported: {', '.join(self.heads)}")
         options: dict[str, Any] = {} if output_stride is None else {"output_stride": output_stride}
         features: Any = create_model(model, pretrained, features_only=True, **options)
         config = features.pretrained_cfg
@@ -172,30 +172,30 @@ class TaskModel(nn.Module, ABC):
             whole: Any = create_model(self.settings["model"], False, num_classes=0)
         if missing := whole.state_dict().keys() - features.state_dict().keys():
             raise InputError(
-                f"{model} cannot be the backbone of a task: timm's features of it are without {min(missing)}, "
-                "so that what is trained would fit no such model"
+                f"{model} is unsupported as the backbone of a task: its features_only model in timm lacks "
+                f"{min(missing)}, so the trained weights could not be loaded into {model}"
             )
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(self.settings[key]).view(-1, 1, 1), persistent=False)
         if len(self.mean) != 3:
-            raise InputError(f"{model} takes images of {len(self.mean)} channels; the tasks are on RGB")
-        self._stay: list[nn.Module] = []
+            raise InputError(f"{model} takes images of {len(self.mean)} channels; tasks need RGB")
+        self._frozen_norms: list[nn.Module] = []
         try:
             self.network = self.build(features, **self.settings["head_kwargs"])
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             given = " ".join(f"{name}={value}" for name, value in self.settings["head_kwargs"].items())
             hint = f" with {given}; correct these" if given else ""
-            # The messages of the other types are Python's own and do not help a user.
+            # Messages of the other types come from Python itself and do not help a user.
             reason = f": {error}" if type(error) in (RuntimeError, ValueError) else ""
             message = f"{head} cannot be built on {model}{hint}{reason}"
             raise InputError(message, *["head_kwargs"] * bool(given)) from error
 
     @classmethod
     def check_installed(cls) -> None:
-        """Check that what the task needs is installed.
+        """Check that the task's optional dependencies are installed.
 
         Raises:
-            InputError: It is not.
+            InputError: One is missing.
         """
         missing = [package for module, package in cls.requires.items() if importlib.util.find_spec(module) is None]
         if missing:
@@ -207,95 +207,95 @@ class TaskModel(nn.Module, ABC):
         """Open annotated images.
 
         Args:
-            data: Where they are, in the format of the task.
-            split: Which of its splits.
-            head: The model's; some need to know more of an image than others.
-            classes: What the classes must be, where a model is given; else those of the data.
+            data: Path of the data.
+            split: Name of the split.
+            head: Head of the model; some heads need more annotations than others.
+            classes: Classes of the model, which the data must match; defaults to those of the data.
 
         Raises:
-            InputError: No such data, or annotations that cannot be right.
+            InputError: The data are missing, or an annotation is invalid.
         """
 
     @classmethod
     def options(cls, data: Annotated, flip_pairs: Sequence[str] | None) -> dict[str, Any]:
-        """Return what a model for these data needs beside their classes.
+        """Return the arguments of a model for this data in addition to its classes.
 
         Args:
-            data: What it is to be trained on.
-            flip_pairs: Joints that exchange their names in a mirror, as ONE:OTHER, or `none` alone.
+            data: The training data.
+            flip_pairs: Pairs of joints to swap in mirrored images, as ONE:OTHER, or `none` alone.
 
         Raises:
-            InputError: The task has no joints, or these are unclear.
+            InputError: The task does not use joints, or the pairs are invalid.
         """
         if flip_pairs is not None:
             raise InputError(f"pairs of joints are for keypoints, not for {cls.task}", "flip_pairs")
         return {}
 
     def about(self) -> dict[str, str]:
-        """Return what a reader should know of the model beside its settings, by a short name."""
+        """Return facts about the model for its card, in addition to its settings, by a short name."""
         return {}
 
     @abstractmethod
     def build(self, features: Any, **kwargs: Any) -> nn.Module:
-        """Build the network on a backbone, which is timm's `features_only` model."""
+        """Build the network on a backbone, a `features_only` model of timm."""
 
     @property
     @abstractmethod
     def features(self) -> nn.Module:
-        """The backbone in the network."""
+        """The backbone of the network."""
 
     @abstractmethod
     def transform(self, image: Image.Image, target: dict[str, Any], train: bool) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Turn an image and what is known of it into what `forward` takes; augmented if for training.
+        """Convert an image and its annotations to the input of `forward`, with augmentation in training.
 
-        What is random follows from the global random states of torch, numpy and Python. Loader processes call it,
-        so it must not touch the model's tensors, which may be on a GPU.
+        Randomness comes from the global random states of torch, NumPy and Python. Loader processes call this
+        method, so it must not use the model's tensors, which may be on a GPU.
 
         Returns:
             The image (3, H, W) from 0 to 1, and its target.
         """
 
     def collate(self, samples: list[tuple[torch.Tensor, dict[str, Any]]]) -> tuple[Any, list[dict[str, Any]]]:
-        """Make a batch of what `transform` returned; images stay apart, for in evaluation each has its own size."""
+        """Make a batch of results of `transform`; images are not stacked, because their sizes differ in evaluation."""
         return [image for image, _ in samples], [target for _, target in samples]
 
     @abstractmethod
     def forward(self, images: Any, targets: list[dict[str, Any]] | None = None) -> Any:
-        """Return the losses by name in training; in evaluation, where no targets come, a prediction for each image."""
+        """Return the losses by name in training, and a prediction per image in evaluation, without targets."""
 
     @abstractmethod
     def score(self, data: Annotated) -> Score:
-        """Return what collects the figures of an evaluation on `data`."""
+        """Return an object that computes the metrics of an evaluation on `data`."""
 
     @abstractmethod
     def draw(self, image: Image.Image, prediction: Any, threshold: float | None = None) -> Image.Image:
         """Return the image with a prediction drawn on it.
 
         Args:
-            image: The image, which stays as it is.
-            prediction: What `forward` returned for it.
-            threshold: Lowest score of what is drawn; None for the task's default.
+            image: The image; it is not modified.
+            prediction: The output of `forward` for the image.
+            threshold: Lowest score that is drawn; None for the task's default.
         """
 
     @abstractmethod
-    def describe(self, prediction: Any, threshold: float | None = None) -> list[dict[str, Any]]:
-        """Return the objects of a prediction for JSON; coordinates are pixels of the image, boxes as COCO has them.
+    def to_records(self, prediction: Any, threshold: float | None = None) -> list[dict[str, Any]]:
+        """Return the objects of a prediction for JSON, with pixel coordinates and boxes in COCO's format.
 
         Args:
-            prediction: What `forward` returned for an image.
+            prediction: The output of `forward` for an image.
             threshold: Lowest score of an object; None for the task's default.
         """
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        """Return images (..., 3, H, W) from 0 to 1 as the backbone takes them."""
+        """Return images (..., 3, H, W) from 0 to 1, normalized for the backbone."""
         return (images - self.mean) / self.std
 
     def freeze(self, stages: str, batch_norm: bool) -> None:
         """Freeze the backbone's first stages.
 
         Args:
-            stages: How many, the stem being the first, or `all`.
-            batch_norm: Whether every BatchNorm of the backbone stays what it is, statistics and all.
+            stages: Number of stages, of which the stem is the first, or `all`.
+            batch_norm: Whether to freeze every BatchNorm of the backbone, including its statistics.
 
         Raises:
             InputError: The backbone has fewer stages.
@@ -310,24 +310,24 @@ class TaskModel(nn.Module, ABC):
             if name in frozen or (batch_norm and norm):
                 parameter.requires_grad_(False)
                 if norm:
-                    self._stay.append(owner)
+                    self._frozen_norms.append(owner)
 
     def train(self, mode: bool = True) -> "TaskModel":
-        """Set training or evaluation; what is frozen stays in evaluation."""
+        """Set training or evaluation mode; frozen BatchNorm layers stay in evaluation mode."""
         super().train(mode)
-        for module in self._stay:
+        for module in self._frozen_norms:
             module.eval()
         return self
 
     def save(self, folder: Path, card: ModelCard) -> None:
-        """Write the model as a folder, which `load` and the Hub read.
+        """Save the model as a folder, which `load` reads and which can be uploaded to the Hub.
 
-        The folder is at any moment the old one or the new one, whole. In it `backbone` is a folder of its
-        own, which timm reads as `local-dir:FOLDER/backbone`: a start for any other task.
+        An existing folder is replaced atomically. Its subfolder `backbone` is a model that timm reads as
+        `local-dir:FOLDER/backbone`, for example to start the training of another task.
 
         Args:
-            folder: Where to write it.
-            card: Its card.
+            folder: Path of the folder.
+            card: Model card.
         """
         with replaced_folder(folder) as new:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
@@ -342,10 +342,10 @@ class TaskModel(nn.Module, ABC):
 
 
 def check_options(network: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Check options for a network by its parameters: many a library's takes unknown names without a word.
+    """Check options against a network's parameters, because some networks silently ignore unknown names.
 
     Raises:
-        InputError: It has none of that name, or it is a number there and none here.
+        InputError: A name is unknown, or a value is not a number where the parameter is one.
     """
     known = {
         name: option for name, option in signature(network).parameters.items() if option.kind != option.VAR_KEYWORD
@@ -353,17 +353,20 @@ def check_options(network: Callable[..., Any], options: Mapping[str, Any]) -> No
     for name, value in options.items():
         if name not in known:
             close = get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(known)}"
-            raise InputError(f"{network.__name__} has no option {name}; {hint}")
+            hint = f"did you mean {close[0]}?" if close else f"known options: {', '.join(known)}"
+            raise InputError(f"{network.__name__} does not know the option {name}; {hint}")
         if isinstance(known[name].default, int | float) and not isinstance(value, int | float):
-            raise InputError(f"{network.__name__}'s {name} is a number, such as {known[name].default}, not {value}")
+            raise InputError(f"{network.__name__}'s {name} must be a number, such as {known[name].default}: {value}")
 
 
 def find_folder(name: str) -> Path:
-    """Return the folder of a task's model: a path, `local-dir:DIR`, or `hf-hub:ORG/NAME`, which is downloaded.
+    """Return the local folder of a task's model, downloaded if it is on the Hub.
+
+    Args:
+        name: A path, `local-dir:DIR`, or `hf-hub:ORG/NAME`.
 
     Raises:
-        InputError: There is none.
+        InputError: The folder is missing or cannot be downloaded.
     """
     source, identifier = parse_name(name if ":" in name else f"local-dir:{name}")
     if source == "local-dir":
@@ -379,7 +382,7 @@ def find_folder(name: str) -> Path:
         files = ["config.json", WEIGHTS, "README.md"]
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
     except LocalEntryNotFoundError as error:
-        raise InputError(f"the Hub is out of reach and {repository} is not in its cache") from error
+        raise InputError(f"cannot reach the Hub, and {repository} is not in the local cache") from error
     except (HfHubHTTPError, HFValidationError) as error:
         raise InputError(f"cannot read {repository} from the Hub: {error}") from error
 
@@ -388,19 +391,19 @@ def load_settings(folder: Path) -> tuple[str, dict[str, Any]]:
     """Return the task of a model folder and the settings that build its model.
 
     Raises:
-        InputError: It is no such folder.
+        InputError: It is not a folder of a task's model.
     """
     from res2net_zoo.tasks import TASKS
 
     try:
         config = model_config.read_task(folder / "config.json")
     except InputError as error:
-        raise InputError(f"{folder} is no folder of a task's model: {error}") from error
+        raise InputError(f"{folder} is not a folder of a task's model: {error}") from error
     task = config.pop("task")
     for key in ("library_name", KEY):
         config.pop(key, None)
     if task not in TASKS:
-        raise InputError(f"{folder} is of the task {task}, which is not known here; there are {', '.join(TASKS)}")
+        raise InputError(f"{folder} has the unknown task {task}; known: {', '.join(TASKS)}")
     return task, config
 
 
@@ -411,17 +414,17 @@ def load(name: str) -> TaskModel:
         name: A folder's path, `local-dir:DIR`, or `hf-hub:ORG/NAME`.
 
     Raises:
-        InputError: There is none, or it is damaged.
+        InputError: The model is missing or damaged.
     """
     from res2net_zoo.tasks import task_class
 
     folder = find_folder(name)
     task, settings = load_settings(folder)
     if not (folder / WEIGHTS).exists():
-        raise InputError(f"{folder} has no {WEIGHTS}; fetch or make it again")
+        raise InputError(f"{folder} has no {WEIGHTS}; download or create it again")
     header = model_config.read_header(folder / WEIGHTS)
     try:
-        # What no weights fit is not built: the meta device takes no memory.
+        # Compare shapes on the meta device first, which allocates no memory.
         with torch.device("meta"), model_config.at_most(model_config.MOST_MODULES):
             state = task_class(task)(**settings).state_dict()
         model_config.compare(header, state, folder / "config.json")
@@ -432,8 +435,8 @@ def load(name: str) -> TaskModel:
         raise InputError(f"{folder}/config.json does not build a model: {error}") from error
     except SafetensorError as error:
         raise InputError(
-            f"{folder / WEIGHTS} is no whole safetensors file ({error}); fetch or make it again"
+            f"{folder / WEIGHTS} is not a complete safetensors file ({error}); download or create it again"
         ) from error
     except RuntimeError as error:
-        raise InputError(f"the weights in {folder} are not those of its config.json: {explain(error)}") from error
+        raise InputError(f"the weights in {folder} do not match its config.json: {explain(error)}") from error
     return model.eval()

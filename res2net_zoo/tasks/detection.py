@@ -2,7 +2,7 @@
 
 Networks are torchvision's Faster R-CNN (Ren et al., arXiv 1506.01497), RetinaNet (Lin et al., arXiv
 1708.02002) and Mask R-CNN (He et al., arXiv 1703.06870), all on a feature pyramid (Lin et al., arXiv
-1612.03144). What they read is in `instances`.
+1612.03144). The data are read by `instances`.
 
 Boxes are left, top, right and bottom, from the upper left corner of the first pixel; COCO's annotations
 have width and height instead of the last two.
@@ -37,7 +37,7 @@ from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.private_apis import initLevelMapper
 
 ASPECTS = (0.5, 1.0, 2.0)  # of anchors
-LONGER = 1333 / 800  # the longest side of an image by its shorter one, `img_size`, as the papers limit it
+LONGER = 1333 / 800  # maximum of an image's longer side relative to `img_size`, its shorter side, as in the papers
 FIGURES = (
     *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
     *("AR1", "AR10", "AR", "AR_small", "AR_medium", "AR_large"),
@@ -47,20 +47,20 @@ VOC07 = "VOC07 AP"
 
 
 class COCOFigures(Score):
-    """COCO's average precision and recall, by faster_coco_eval, in percent.
+    """COCO's average precision and recall in percent, computed by faster_coco_eval.
 
-    With masks the figures are of these, and those of the boxes are called `box AP` and so on. A figure of
-    which the data have nothing, such as that of large objects, is left out. Of data in VOC's layout there is also
-    VOC07's own.
+    If the data have masks, the metrics are those of the masks, and those of the boxes are named `box AP` and so on.
+    Metrics without any object in the data, such as those of large objects, are omitted. Data in VOC's layout also
+    have VOC07's average precision.
     """
 
     def __init__(self, data: Instances) -> None:
         self.data = data
-        self.said: list[tuple[int, list[dict[str, Any]]]] = []
+        self.predictions: list[tuple[int, list[dict[str, Any]]]] = []
         self.found: list[dict[str, Any]] = []
 
     def update(self, i: int, target: dict[str, Any], prediction: dict[str, torch.Tensor]) -> None:
-        """Take note of the objects that were found in image `i`."""
+        """Add the objects that were detected in image `i`."""
         from faster_coco_eval.core import mask
 
         boxes = prediction["boxes"].double()
@@ -70,11 +70,11 @@ class COCOFigures(Score):
         if self.data.masks:
             for one, pixels in zip(found, prediction["masks"], strict=True):
                 one["segmentation"] = mask.encode(np.asfortranarray(pixels.numpy(), dtype=np.uint8))
-        self.said.append((i, found))
+        self.predictions.append((i, found))
 
     def compute(self, accelerator: Accelerator) -> Figures:
-        """Return AP, AP50, AP75 and AR, AP and AR of small, medium and large objects, and of VOC's layout its AP."""
-        self.found = [one for _, image in sorted(gather_object(self.said), key=lambda x: x[0]) for one in image]
+        """Return AP, AP50, AP75 and AR, AP and AR by object size, and VOC07's AP for VOC's layout."""
+        self.found = [one for _, image in sorted(gather_object(self.predictions), key=lambda x: x[0]) for one in image]
         found = self.found
         if not self.data.masks:
             return self._figures("bbox", found)
@@ -84,9 +84,9 @@ class COCOFigures(Score):
         return {**self._figures("segm", shapes), **of_boxes}
 
     def results(self) -> list[dict[str, Any]]:
-        """Return the objects, as COCO's format of results has them, with the numbers that the data use.
+        """Return the objects in COCO's results format, with the ids of the data.
 
-        Of a class that the data do not know there are none.
+        Objects of a class that is not in the data are omitted.
         """
         results = []
         for one in self.found:
@@ -109,7 +109,7 @@ class COCOFigures(Score):
             for instance in instances:
                 about: dict[str, Any] = {} if instance.rle is None else {"segmentation": instance.rle}
                 about |= {"category_id": instance.label, "bbox": instance.bbox, "area": instance.area}
-                # COCO's code takes an id of 0 for no annotation.
+                # COCO's code treats the id 0 as a missing annotation.
                 about |= {"id": len(annotations) + 1, "image_id": i, "iscrowd": int(instance.crowd)}
                 annotations.append(about)
         truth = COCO(
@@ -119,7 +119,7 @@ class COCOFigures(Score):
                 "annotations": annotations,
             }
         )
-        # It writes into what it is given.
+        # loadRes modifies its argument.
         measured = COCOeval_faster(truth, truth.loadRes([dict(one) for one in found]), kind)
         measured.evaluate()
         measured.accumulate()
@@ -134,12 +134,13 @@ class COCOFigures(Score):
 def voc07_ap(data: Instances, found: list[dict[str, Any]]) -> float:
     """Return the mean over the classes of VOC07's average precision (Everingham et al., IJCV 2010, Section 4.2).
 
-    An object counts for that of its class which it overlaps most, at an IoU of 0.5 or more: for nothing if that is
-    difficult, as wrong if a surer one was there before. In this, and in the 11 recalls, it differs from COCO's.
+    A detection is matched with the object of its class that it overlaps most, at an IoU of at least 0.5. It is ignored
+    if that object is difficult, and a false positive if a detection of a higher score has matched the object. This, and
+    the interpolation at 11 recalls, differ from COCO's metric.
 
     Args:
-        data: What there is.
-        found: As COCO's format of results has it, images and classes by their numbers here.
+        data: The annotated data.
+        found: Detections in COCO's results format, with indices of images and classes instead of ids.
     """
     from faster_coco_eval.core import mask
 
@@ -165,43 +166,43 @@ def voc07_ap(data: Instances, found: list[dict[str, Any]]) -> float:
 
 
 class Pyramid(nn.Module):
-    """A backbone with a feature pyramid on its last levels, the finest of which is called "0".
+    """A backbone with a feature pyramid on its last levels, the finest of which is named "0".
 
     Args:
         backbone: timm's `features_only` model.
-        finest: How many of its levels; fewer if it has not as many.
-        extended: Whether two coarser levels follow, as in RetinaNet, or one for anchors only.
+        finest: Maximum number of the backbone's levels to use.
+        extended: Whether to add two coarser levels, as in RetinaNet, or one for anchors only.
 
     Attributes:
-        strides: Of all levels, in pixels.
-        out_channels: Of each level: 256, or less for a narrow backbone.
+        strides: Strides of all levels, in pixels.
+        out_channels: Channels of each level: 256, or fewer for a narrow backbone.
     """
 
     def __init__(self, backbone: Any, finest: int, extended: bool) -> None:
         super().__init__()
         self.backbone = backbone
-        last = {stride: i for i, stride in enumerate(backbone.feature_info.reduction())}  # of each stride
+        last = {stride: i for i, stride in enumerate(backbone.feature_info.reduction())}  # last level of each stride
         self.strides = sorted(last)[-finest:]
         self.levels = [last[stride] for stride in self.strides]
         channels = [backbone.feature_info.channels()[i] for i in self.levels]
         self.out_channels = min(256, channels[-1] // 4)
         more = LastLevelP6P7(self.out_channels, self.out_channels) if extended else LastLevelMaxPool()
         self.pyramid = FeaturePyramidNetwork(channels, self.out_channels, more)
-        self.names = [str(level) for level in range(len(self.levels))]  # of those that boxes are cut from
+        self.names = [str(level) for level in range(len(self.levels))]  # levels that boxes are pooled from
         for _ in range(2 if extended else 1):
             self.strides.append(2 * self.strides[-1])
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the levels of images (N, 3, H, W), each (N, out_channels, H / stride, W / stride)."""
+        """Return the levels for images (N, 3, H, W), each (N, out_channels, H / stride, W / stride)."""
         features = self.backbone(images.contiguous(memory_format=torch.channels_last))
         chosen = OrderedDict((name, features[i]) for name, i in zip(self.names, self.levels, strict=True))
         return self.pyramid(chosen)
 
 
 def region_align(backbone: Pyramid, size: int) -> MultiScaleRoIAlign:
-    """Return what cuts regions of `size` cells a side from the pyramid's levels.
+    """Return a RoIAlign that pools regions of `size` x `size` cells from the pyramid's levels.
 
-    torchvision's guesses the levels' scales, by the first image that it sees, and small ones mislead it.
+    By default torchvision infers the levels' scales from the first image, which fails for small images.
     """
     pool = MultiScaleRoIAlign(backbone.names, size, 2)
     strides = backbone.strides[: len(backbone.names)]
@@ -211,7 +212,7 @@ def region_align(backbone: Pyramid, size: int) -> MultiScaleRoIAlign:
 
 
 def full_precision(module: nn.Module, inputs: Any, outputs: Any) -> Any:
-    """Turn a module's outputs into float32, by which torchvision makes anchors and boxes, in place of bfloat16."""
+    """Convert a module's outputs to float32, because torchvision's anchors and boxes take their dtype from them."""
     if isinstance(outputs, torch.Tensor):
         return outputs.float()
     if isinstance(outputs, dict):
@@ -220,7 +221,7 @@ def full_precision(module: nn.Module, inputs: Any, outputs: Any) -> Any:
 
 
 class Detection(TaskModel):
-    """Object detection, and with `maskrcnn` instance segmentation; `img_size` is an image's shorter side."""
+    """Object detection, and instance segmentation with `maskrcnn`; `img_size` is an image's shorter side."""
 
     task = "detection"
     hub_task = "object-detection"
@@ -236,13 +237,13 @@ class Detection(TaskModel):
         return Instances(Path(data), split, head == "maskrcnn", classes)
 
     def build(self, features: Any, **kwargs: Any) -> nn.Module:
-        """Build torchvision's network, with `kwargs` for it.
+        """Build torchvision's network with `kwargs`.
 
-        The papers' anchors have a side of 8 strides, with RetinaNet of 4 to 6.3.
+        As in the papers, anchors have a side of 8 strides, or 4 to 6.3 strides in RetinaNet.
         """
         settings, number = self.settings, len(self.settings["classes"]) + 1
         if (stride := settings["output_stride"]) not in (None, 32):
-            raise InputError(f"detection takes features of stride 32, not {stride}")
+            raise InputError(f"detection needs features of stride 32, not {stride}")
         kinds = {"retinanet": detection.RetinaNet, "maskrcnn": detection.MaskRCNN, "fasterrcnn": detection.FasterRCNN}
         kind: Any = kinds[settings["head"]]
         check_options(kind, kwargs)
@@ -252,7 +253,7 @@ class Detection(TaskModel):
             backbone = Pyramid(features, 3, extended=True)
             sizes = [tuple(int(4 * stride * 2 ** (k / 3)) for k in range(3)) for stride in backbone.strides]
             options["anchor_generator"] = AnchorGenerator(tuple(sizes), (ASPECTS,) * len(sizes))
-            options["num_classes"] = number  # the others' predictors, below, have theirs
+            options["num_classes"] = number  # the other networks get theirs by the predictors below
         else:
             backbone = Pyramid(features, 4, extended=False)
             width = backbone.out_channels
@@ -286,7 +287,7 @@ class Detection(TaskModel):
         return network.backbone.backbone
 
     def transform(self, image: Image.Image, target: dict[str, Any], train: bool) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Mirror half of the images for training; torchvision's networks resize and normalize them."""
+        """Mirror half of the images in training; torchvision's networks resize and normalize them."""
         pixels = TF.to_dtype(TF.pil_to_tensor(image), scale=True)
         if train and torch.rand(()) < 0.5:
             pixels, boxes = pixels.flip(2), target["boxes"].clone()
@@ -297,20 +298,20 @@ class Detection(TaskModel):
         return pixels, target
 
     def forward(self, images: list[torch.Tensor], targets: list[dict[str, Any]] | None = None) -> Any:
-        """Return the losses, or for each image its objects, the surest first, on the CPU.
+        """Return the losses, or the objects of each image on the CPU, sorted by descending score.
 
-        They are `boxes` (N, 4) in pixels of the image, `labels` (N,) from 1, `scores` (N,) and with Mask R-CNN
-        `masks` (N, H, W) of bool.
+        Objects are `boxes` (N, 4) in pixels of the image, `labels` (N,) from 1, `scores` (N,) and, with Mask R-CNN,
+        boolean `masks` (N, H, W).
 
         Raises:
-            InputError: An image is so narrow that it has no pixels when its longer side fits.
+            InputError: An image is so narrow that it would be resized to less than a pixel.
         """
         for height, width in (image.shape[1:] for image in images):
             if LONGER * self.settings["img_size"] * min(height, width) < max(height, width):
-                raise InputError(f"an image of {width} x {height} is too narrow: scaled, nothing of it is left")
+                raise InputError(f"an image of {width} x {height} is too narrow: resizing leaves less than a pixel")
         if targets is not None and self.training:
             return self.network(images, targets)
-        # One after the other: padded to the largest, an image would be told otherwise in other company.
+        # One image at a time: batch padding would change the result.
         return [self._found(image) for image in images]
 
     def _found(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -320,40 +321,40 @@ class Detection(TaskModel):
         return {name: value.cpu() for name, value in found.items()}
 
     def score(self, data: Any) -> COCOFigures:
-        """Return COCO's figures."""
+        """Return COCO's metrics."""
         return COCOFigures(data)
 
     def draw(self, image: Image.Image, prediction: Any, threshold: float | None = None) -> Image.Image:
         """Draw boxes with classes and scores, and masks, in VOC's colours, the highest scores on top."""
-        shown = self.confident(prediction, threshold)
-        numbers = shown["labels"].tolist()
+        kept = self.confident(prediction, threshold)
+        numbers = kept["labels"].tolist()
         if not numbers:
             return image.copy()
         labels = [
             f"{self.settings['classes'][number - 1]} {score:.2f}"
-            for number, score in zip(numbers, shown["scores"].tolist(), strict=True)
+            for number, score in zip(numbers, kept["scores"].tolist(), strict=True)
         ]
         colours = [voc_colour(number) for number in numbers]
         drawn = TF.pil_to_tensor(image)
-        if "masks" in shown:
-            masks = shown["masks"] & (shown["masks"].cumsum(0) == 1)  # torchvision blackens where masks overlap
+        if "masks" in kept:
+            masks = kept["masks"] & (kept["masks"].cumsum(0) == 1)  # torchvision draws overlaps of masks in black
             drawn = draw_segmentation_masks(drawn, masks, alpha=0.5, colors=list(colours))
-        picture = TF.to_pil_image(draw_bounding_boxes(drawn, shown["boxes"].flip(0), width=2, colors=colours[::-1]))
-        draw_labels(picture, shown["boxes"].tolist(), labels, colours)
+        picture = TF.to_pil_image(draw_bounding_boxes(drawn, kept["boxes"].flip(0), width=2, colors=colours[::-1]))
+        draw_labels(picture, kept["boxes"].tolist(), labels, colours)
         return picture
 
-    def describe(self, prediction: Any, threshold: float | None = None) -> list[dict[str, Any]]:
-        """Return each object's `label`, `score`, `bbox` (left, top, width, height) and, of masks, `segmentation`."""
-        shown = self.confident(prediction, threshold)
+    def to_records(self, prediction: Any, threshold: float | None = None) -> list[dict[str, Any]]:
+        """Return each object's `label`, `score`, `bbox` (left, top, width, height) and, with masks, `segmentation`."""
+        kept = self.confident(prediction, threshold)
         objects: list[dict[str, Any]] = []
-        for i, (left, top, right, bottom) in enumerate(shown["boxes"].tolist()):
-            label, score = self.settings["classes"][int(shown["labels"][i]) - 1], float(shown["scores"][i])
+        for i, (left, top, right, bottom) in enumerate(kept["boxes"].tolist()):
+            label, score = self.settings["classes"][int(kept["labels"][i]) - 1], float(kept["scores"][i])
             objects.append({"label": label, "score": score, "bbox": [left, top, right - left, bottom - top]})
-            if "masks" in shown:
-                objects[-1]["segmentation"] = run_lengths(shown["masks"][i])
+            if "masks" in kept:
+                objects[-1]["segmentation"] = run_lengths(kept["masks"][i])
         return objects
 
     def confident(self, prediction: dict[str, torch.Tensor], threshold: float | None) -> dict[str, torch.Tensor]:
-        """Return the objects of a prediction whose scores reach the threshold, by default the task's."""
+        """Return the objects of a prediction with scores of at least the threshold, by default the task's."""
         least = self.threshold if threshold is None else threshold
         return {name: value[prediction["scores"] >= least] for name, value in prediction.items()}

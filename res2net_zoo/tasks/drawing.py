@@ -1,4 +1,4 @@
-"""How predictions are drawn and written: labels that can be read side by side, masks as run lengths."""
+"""Drawing and writing of predictions: labels that do not overlap, and masks as run lengths."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,13 +14,13 @@ Colour = tuple[int, int, int]
 def draw_labels(
     image: Image.Image, boxes: Sequence[Sequence[float]], labels: Sequence[str], colours: Sequence[Colour]
 ) -> list[Box]:
-    """Write a label at each box, where it covers no other label if there is room; earlier ones choose first.
+    """Draw a label at each box, placed greedily so that labels overlap as little as possible.
 
     Args:
-        image: What to draw on.
-        boxes: Left, top, right and bottom of each, in pixels.
-        labels: A text for each.
-        colours: A background for each.
+        image: Image to draw on.
+        boxes: Left, top, right and bottom of each box, in pixels.
+        labels: Text of each label.
+        colours: Background colour of each label.
 
     Returns:
         Left, top, right and bottom of the labels.
@@ -31,7 +31,7 @@ def draw_labels(
     for box, label, colour in zip(boxes, labels, colours, strict=True):
         left, top, right, bottom = draw.textbbox((0, 0), label, font)
         width, height = right - left + 4, bottom - top + 4
-        # Of several places that cover as little, the first.
+        # The first of the places with the least overlap.
         place = min(places(box, width, height, image.size), key=lambda at: covered(at, taken))
         taken.append(place)
         draw.rectangle(place, colour)
@@ -41,13 +41,13 @@ def draw_labels(
 
 
 def places(box: Sequence[float], width: float, height: float, size: tuple[int, int]) -> Iterator[Box]:
-    """Yield where a label of a box may be, the best place first: over, in, and under the box, then further away.
+    """Yield candidate places of a box's label, best first: above, inside and below the box, then further away.
 
     Args:
         box: Left, top, right and bottom of the box.
-        width: Of the label.
-        height: Of the label.
-        size: Width and height of the image, out of which no label reaches if it fits.
+        width: Width of the label.
+        height: Height of the label.
+        size: Width and height of the image, in which labels are kept if they fit.
     """
     left, top, right, bottom = box
     for away in range(4):
@@ -59,7 +59,7 @@ def places(box: Sequence[float], width: float, height: float, size: tuple[int, i
 
 
 def covered(box: Box, taken: Sequence[Box]) -> float:
-    """Return how much of a box is covered by others, in square pixels."""
+    """Return the area of a box that other boxes cover, in square pixels."""
     return sum(
         max(0.0, min(box[2], other[2]) - max(box[0], other[0]))
         * max(0.0, min(box[3], other[3]) - max(box[1], other[1]))
@@ -68,9 +68,9 @@ def covered(box: Box, taken: Sequence[Box]) -> float:
 
 
 def run_lengths(mask: torch.Tensor) -> dict[str, Any]:
-    """Return a mask (H, W) of bool as COCO's uncompressed run lengths.
+    """Return a boolean mask (H, W) as COCO's uncompressed run lengths.
 
-    `pycocotools.mask.frPyObjects(rle, *rle["size"])` reads them, and so does `faster_coco_eval.core.mask`.
+    `pycocotools.mask.frPyObjects(rle, *rle["size"])` and `faster_coco_eval.core.mask` read them.
     """
     pixels = mask.numpy().flatten(order="F")  # column by column
     ends = np.flatnonzero(np.diff(pixels)) + 1

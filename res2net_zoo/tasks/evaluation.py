@@ -21,7 +21,7 @@ from res2net_zoo.utils.shutdown import spare_worker
 
 
 class Prepared(Dataset):
-    """Images as the input of a model, with their numbers. Randomness follows from (seed, epoch, image)."""
+    """Images as inputs of a model, with their indices. Augmentation is seeded by (seed, epoch, image)."""
 
     def __init__(self, data: Annotated, model: TaskModel, train: bool, seed: int = 0, epoch: int = 0) -> None:
         self.data, self.model, self.train, self.seed, self.epoch = data, model, train, seed, epoch
@@ -33,21 +33,21 @@ class Prepared(Dataset):
         try:
             image, target = self.data[i]
         except NO_IMAGE as error:
-            # An exception of a loader process would have that process's traceback in its message.
+            # Raised in a loader process, the exception's message would include a traceback.
             return i, reason(error, self.data.path(i))
         if self.train:
             set_seed(seed_of(self.seed, 1, self.epoch, i))
         return i, self.model.transform(image, target, self.train)
 
     def collate(self, samples: list[tuple[int, Any]]) -> tuple[list[int], Any, Any]:
-        """Make a batch: numbers, images, targets; or the number of an image that cannot be decoded, and the reason."""
+        """Make a batch of indices, images and targets, or of the index of an undecodable image and the reason."""
         for i, sample in samples:
             if isinstance(sample, str):
                 return [i], sample, None
         return [i for i, _ in samples], *self.model.collate([sample for _, sample in samples])
 
     def batches(self, batches: Sequence[Sequence[int]], workers: int) -> Iterator[tuple[list[int], Any, Any]]:
-        """Read batches of images, by their numbers.
+        """Read batches of images by their indices.
 
         Raises:
             InputError: An image cannot be decoded.
@@ -73,18 +73,18 @@ def evaluate(
     workers: int,
     score: Score | None = None,
 ) -> Figures:
-    """Evaluate a model on annotated images, each of which counts once on any number of processes.
+    """Evaluate a model on annotated images, counting each image once on any number of processes.
 
     Args:
         model: The model, on its device.
         data: The images.
-        accelerator: The processes.
+        accelerator: The accelerator.
         batch_size: Images per batch and process.
-        workers: Loader processes of each process.
-        score: Collects the figures; default `model.score(data)`. Pass it to read more of it afterwards.
+        workers: Number of loader processes of each process.
+        score: Computes the metrics; defaults to `model.score(data)`. Pass one to read its details afterwards.
 
     Returns:
-        The figures, the same in all processes.
+        The metrics, the same in all processes.
     """
     was_training = model.training
     model.eval()
@@ -105,17 +105,17 @@ def evaluate(
 def expected_figures(
     model: TaskModel, folder: Path, data: str, split: str, published: str | None
 ) -> tuple[Figures, str]:
-    """Return the figures that a model must reach, and their source.
+    """Return the metrics that a model must reach, and their source.
 
     Args:
         model: The model.
-        folder: Its folder.
+        folder: The model's folder.
         data: The data it is evaluated on.
-        split: The split of it.
-        published: Data set of the paper's tables, to compare with them; None to compare with the model's card.
+        split: The split of the data.
+        published: Data set in the paper's tables to compare with; None to compare with the model's card.
 
     Raises:
-        InputError: There are no such figures.
+        InputError: There are no metrics to compare with.
     """
     if published is not None:
         target = catalog.load().target(model.task, model.settings["head"], model.settings["model"], published)
@@ -129,22 +129,22 @@ def expected_figures(
             for result in results
             if (result.dataset_type, result.dataset_split) == (Path(data).resolve().name, split)
         }
-    except Exception as error:  # missing, or whatever huggingface_hub's parser of YAML fails at
+    except Exception as error:  # missing, or any error of huggingface_hub's YAML parser
         raise InputError(f"cannot compare with the card {card}: {reason(error, card)}") from error
     if not figures:
         there = sorted({f"{result.dataset_type}, {result.dataset_split}" for result in results})
         raise InputError(
-            f"the card in {folder} has no figures of data called {Path(data).resolve().name}, {split}; "
-            f"it has some of {'; '.join(there) or 'nothing'}"
+            f"the card in {folder} has no metrics for the data {Path(data).resolve().name}, {split}; "
+            f"it has metrics for {'; '.join(there) or 'no data'}"
         )
     return figures, f"model card in {folder}"
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
-    """Write JSON, whole or not at all.
+    """Write JSON atomically.
 
     Raises:
-        InputError: It cannot be written.
+        InputError: The file cannot be written.
     """
     try:
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=indent) + "\n"))

@@ -1,10 +1,10 @@
-"""Images with objects, their boxes and masks: what detection reads.
+"""Images annotated with objects, as boxes and masks: the data of detection.
 
 Data are in one of two layouts:
 
 - COCO's: annotations/instances_SPLIT.json, and images in SPLIT;
 - PASCAL VOC's, for boxes: JPEGImages, Annotations, ImageSets/Main/SPLIT.txt, and, for classes other than
-  VOC's, a classes.txt with a name a line.
+  VOC's, a classes.txt with one name per line.
 """
 
 import math
@@ -22,12 +22,12 @@ from PIL import Image
 from res2net_zoo.tasks import annotations as checked
 from res2net_zoo.tasks.base import Annotated, reason
 from res2net_zoo.tasks.segmentation import VOC
-from res2net_zoo.tasks.upright import BACK, Frames, Turn, moved_box, read_rgb
+from res2net_zoo.tasks.upright import BACK, Frames, Turn, read_rgb, transpose_box
 from res2net_zoo.utils.console import progress_bar
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import LARGEST_TEXT, read_bytes
 
-LEAST = 0.01  # a side of a box that is trained on, in pixels: of less, float32 may leave nothing
+LEAST = 0.01  # minimum side of a training box in pixels; smaller ones may become empty in float32
 
 
 @dataclass(slots=True)
@@ -37,9 +37,9 @@ class Instance:
     Attributes:
         label: Number of its class, from 1; 0 is the background.
         bbox: Left, top, width and height, as annotated.
-        area: In pixels, by which COCO tells small from large; infinite for one that counts for nothing.
-        crowd: Whether it is of many objects together, in which any number may be found.
-        rle: Its mask, run-length encoded as COCO has it.
+        area: Area in pixels, which defines COCO's size classes; infinite for an ignored object.
+        crowd: Whether it is a group of objects, in which any number of detections is accepted.
+        rle: Its mask in COCO's run-length encoding.
     """
 
     label: int
@@ -50,7 +50,7 @@ class Instance:
 
     @property
     def trained_on(self) -> bool:
-        """Whether it is one object, that counts, with an area: two boxes of COCO's train2017 have no height."""
+        """Whether it is a single, not ignored object with an area; two boxes of COCO's train2017 have height 0."""
         return not self.crowd and math.isfinite(self.area) and min(self.bbox[2:]) > 0
 
 
@@ -58,21 +58,21 @@ class Instances(Annotated):
     """Images with objects, in COCO's or VOC's layout.
 
     Args:
-        folder: The data's folder.
-        split: Such as train2017, for which `train` will do.
-        masks: Whether the objects' masks are needed.
-        classes: What the classes must be; default those of the data.
+        folder: The data folder.
+        split: Name of the split, such as train2017 or, for short, train.
+        masks: Whether to read the objects' masks.
+        classes: The classes to use; defaults to those of the data.
 
     Attributes:
         images: File, width and height of each image.
         voc: Whether the layout is VOC's.
         instances: The objects of each image.
-        image_ids: COCO's number of each image; of VOC's its name.
-        category_ids: COCO's number of each class, None where the data do not know it; of VOC's from 1.
-        turns: What turned the annotations of an image, which are for its stored pixels, upright.
+        image_ids: COCO's id of each image; in VOC's layout its name.
+        category_ids: COCO's id of each class, None if it is not in the data; in VOC's layout from 1.
+        turns: Transpositions that made annotations for stored pixels upright, by image.
 
     Raises:
-        InputError: Annotations that cannot be right, or an image that is missing.
+        InputError: An annotation is invalid, or an image is missing.
     """
 
     def __init__(self, folder: Path, split: str, masks: bool, classes: Sequence[str] | None = None) -> None:
@@ -86,12 +86,12 @@ class Instances(Annotated):
         read = self._read_voc if self.voc else self._read_coco
         source = read(folder, split, classes)
         if not any(instance.trained_on for instances in self.instances for instance in instances):
-            raise InputError(f"{source} has no objects that count")
+            raise InputError(f"{source} has no objects to train on or evaluate: all are crowds, difficult or empty")
         for i, turn in self.turns.items():
             self._turn(i, turn)
 
     def _check_images(self, source: Path) -> None:
-        """Check that the images are there and of their annotations' size, before anything of that size is made."""
+        """Check that the images exist and match their annotations' sizes, before allocating masks of that size."""
         frames = Frames()
         for i, (file, width, height) in enumerate(
             progress_bar(None, self.images, desc="check the images", unit="image")
@@ -102,18 +102,18 @@ class Instances(Annotated):
         frames.warn()
 
     def _turn(self, i: int, turn: Turn) -> None:
-        """Turn an image's annotations upright, as the image is."""
+        """Make an image's annotations upright."""
         file, width, height = self.images[i]
         self.images[i] = (file, height, width)
         for instance in self.instances[i]:
-            instance.bbox = moved_box(instance.bbox, turn, width, height)
-            instance.rle = None if instance.rle is None else turned(instance.rle, turn)
+            instance.bbox = transpose_box(instance.bbox, turn, width, height)
+            instance.rle = None if instance.rle is None else transpose_mask(instance.rle, turn)
 
     def as_annotated(self, i: int, bbox: list[float], rle: Any) -> tuple[list[float], Any]:
-        """Return a box and a mask as the data's annotations of their image have it, if these are not upright."""
+        """Transpose a box and a mask back to the stored pixels of their image, which the annotations refer to."""
         _, width, height = self.images[i]
         back = BACK.get(self.turns[i], self.turns[i])
-        return moved_box(bbox, back, width, height), None if rle is None else turned(rle, back)
+        return transpose_box(bbox, back, width, height), None if rle is None else transpose_mask(rle, back)
 
     def _read_coco(self, folder: Path, split: str, classes: Sequence[str] | None) -> Path:
         names = (split, f"{split}2017")
@@ -123,8 +123,8 @@ class Instances(Annotated):
         if path is None:
             there = ", ".join(sorted(file.name for file in (folder / "annotations").glob("*.json"))) or "nothing"
             raise InputError(
-                f"{folder} has no annotations/instances_{split}.json of COCO's layout (there is {there}), "
-                "and no ImageSets/Main of VOC's"
+                f"{folder} has no annotations/instances_{split}.json, as in COCO's layout (found: {there}), "
+                "and no ImageSets/Main, as in VOC's"
             )
         content = checked.read_coco(path, "categories", "images", "annotations")
         known = self._categories(path, content["categories"], classes)
@@ -132,7 +132,7 @@ class Instances(Annotated):
         roots = [*(folder / name for name in names), folder / "images" / split, folder / "images", folder]
         first = next((name for name, *_ in images.values()), "")
         root = next((root for root in roots if first and checked.is_file(folder, root, first, path)), roots[0])
-        self.images = [(checked.inside(folder, root, name, path), w, h) for name, w, h in images.values()]
+        self.images = [(checked.path_inside(folder, root, name, path), w, h) for name, w, h in images.values()]
         self.image_ids = list(images)
         self._check_images(path)
         numbers = {number: i for i, number in enumerate(images)}
@@ -144,45 +144,48 @@ class Instances(Annotated):
                 label = checked.find_by_id(known, record, "category_id", "category")
                 self.instances[i].append(self._instance(record, label, *self.images[i][1:]))
             except ValueError as error:
-                raise InputError(f"{path}, {checked.named(record, place)}: {error}") from error
+                raise InputError(f"{path}, {checked.annotation_name(record, place)}: {error}") from error
         return path
 
     def _categories(self, path: Path, records: list[Any], classes: Sequence[str] | None) -> dict[Any, int]:
-        """Read the categories, and return each one's number here by its own."""
+        """Read the categories, and return the class index of each by its id."""
         ids: dict[str, Any] = {}
         for place, record in enumerate(records, 1):
             try:
-                number, name = checked.identifier(checked.member(record, "id"), "id"), checked.member(record, "name")
+                number, name = (
+                    checked.identifier(checked.require_field(record, "id"), "id"),
+                    checked.require_field(record, "name"),
+                )
                 if type(name) not in (str, int):
-                    raise ValueError(f"its name {checked.shown(name)} must be a text")
+                    raise ValueError(f"its name {checked.format_value(name)} must be a string")
                 if str(name) in ids or number in ids.values():
-                    raise ValueError(f"its id {checked.shown(number)} or its name {name} is that of another category")
+                    raise ValueError(f"another category has the same id {checked.format_value(number)} or name {name}")
             except ValueError as error:
                 raise InputError(f"{path}, category {place}: {error}") from error
             ids[str(name)] = number
         self.classes = list(ids) if classes is None else list(classes)
         for name, number in ids.items():
             if name not in self.classes:
-                raise InputError(f"{path} has the category {name} (id {number}), which the model does not know")
+                raise InputError(f"{path} has the category {name} (id {number}), which is not a class of the model")
         self.category_ids = [ids.get(name) for name in self.classes]
         return {number: self.classes.index(name) + 1 for name, number in ids.items()}
 
     def _instance(self, record: dict[str, Any], label: int, width: int, height: int) -> Instance:
-        bbox = checked.numbers(checked.member(record, "bbox"), "bbox", 4)
+        bbox = checked.numbers(checked.require_field(record, "bbox"), "bbox", 4)
         check_box(bbox, width, height)
         area = checked.number(record.get("area", bbox[2] * bbox[3]), "area")
         if area < 0:
             raise ValueError(f"its area {area} is negative")
-        rle = encoded(checked.member(record, "segmentation"), width, height) if self.masks else None
-        return Instance(label, bbox, area, checked.flag(record.get("iscrowd", 0), "iscrowd"), rle)
+        rle = encoded(checked.require_field(record, "segmentation"), width, height) if self.masks else None
+        return Instance(label, bbox, area, checked.boolean(record.get("iscrowd", 0), "iscrowd"), rle)
 
     def _read_voc(self, folder: Path, split: str, classes: Sequence[str] | None) -> Path:
         if self.masks:
-            raise InputError(f"{folder} is in VOC's layout, which has boxes only; maskrcnn takes COCO's, with masks")
+            raise InputError(f"{folder} is in VOC's layout, which has no masks; maskrcnn needs COCO's layout")
         path = folder / "ImageSets" / "Main" / f"{split}.txt"
         if not path.is_file():
             there = ", ".join(sorted(file.stem for file in path.parent.glob("*.txt"))) or "none"
-            raise InputError(f"there is no {path} of VOC's layout; lists there: {there}")
+            raise InputError(f"{path}, as in VOC's layout, is missing; available lists: {there}")
         named = folder / "classes.txt"
         own = [name for name in (checked.read_classes(named) if named.is_file() else VOC) if name != "background"]
         self.classes = own if classes is None else list(classes)
@@ -191,11 +194,11 @@ class Instances(Annotated):
             try:
                 root = parse_xml(read_bytes(about, LARGEST_TEXT))
                 width, height = (
-                    checked.whole(checked.number_in(root.findtext(f"size/{side}"), side), side)
+                    checked.positive_integer(checked.number_from_text(root.findtext(f"size/{side}"), side), side)
                     for side in ("width", "height")
                 )
             except (InputError, ValueError, SyntaxError, expat.ExpatError) as error:
-                raise InputError(f"{about} is not an annotation of VOC's: {reason(error, about)}") from error
+                raise InputError(f"{about} is not a VOC annotation: {reason(error, about)}") from error
             self.images.append((image, width, height))
             self.instances.append([])
             for number, element in enumerate(root.iterfind("object"), 1):
@@ -214,18 +217,18 @@ class Instances(Annotated):
         label = (element.findtext("name") or "").strip()
         if label not in self.classes:
             raise ValueError(
-                f"its class {label} is unknown; there are {', '.join(self.classes[:20])}"
+                f"its class {label} is unknown; known: {', '.join(self.classes[:20])}"
                 if label
                 else "its name is missing"
             )
         left, top, right, bottom = (
-            checked.number_in(element.findtext(f"bndbox/{x}"), x) for x in ("xmin", "ymin", "xmax", "ymax")
+            checked.number_from_text(element.findtext(f"bndbox/{x}"), x) for x in ("xmin", "ymin", "xmax", "ymax")
         )
-        # VOC counts pixels from 1, and the last one is in the box.
+        # VOC counts pixels from 1, and a box includes its last pixel.
         bbox = [left - 1, top - 1, right - left + 1, bottom - top + 1]
         check_box(bbox, width, height)
-        difficult = checked.flag(element.findtext("difficult", "0"), "difficult")
-        # COCO's code does not count what is of another size than it is asked for.
+        difficult = checked.boolean(element.findtext("difficult", "0"), "difficult")
+        # COCO's code ignores objects outside the requested range of areas.
         area = math.inf if difficult else bbox[2] * bbox[3]
         return Instance(self.classes.index(label) + 1, bbox, area)
 
@@ -233,7 +236,7 @@ class Instances(Annotated):
         return len(self.images)
 
     def path(self, i: int) -> Path:
-        """Return an image's file."""
+        """Return the path of an image."""
         return self.images[i][0]
 
     def __getitem__(self, i: int) -> tuple[Image.Image, dict[str, Any]]:
@@ -256,7 +259,7 @@ class Instances(Annotated):
 
 
 def list_voc(folder: Path, path: Path) -> list[checked.Pair]:
-    """Return the images and annotations that a list of VOC's names, of which lines may end with a flag of a class."""
+    """Return the images and annotations in a list of VOC's layout, whose lines may end with a class's flag."""
     images, abouts = folder / "JPEGImages", folder / "Annotations"
 
     def single(line: str) -> checked.Pair | None:
@@ -279,32 +282,32 @@ def list_voc(folder: Path, path: Path) -> list[checked.Pair]:
 
 
 def parse_xml(content: bytes) -> ElementTree.Element:
-    """Parse XML without a document type: in one, entities of a few bytes can be declared that fill the memory.
+    """Parse XML, and reject a document type, whose entity declarations can exhaust the memory.
 
     Raises:
-        ValueError: It has one, or its encoding is unknown.
-        ExpatError: It is no XML.
+        ValueError: It declares a document type, or its encoding is unknown.
+        ExpatError: It is not XML.
     """
 
     def refuse(*_: Any) -> None:
-        raise ValueError("it declares a document type, which VOC's files do not")
+        raise ValueError("it declares a document type, which is unsupported")
 
     parser = expat.ParserCreate()
     parser.StartDoctypeDeclHandler = refuse
     try:
         parser.Parse(content, True)
         return ElementTree.fromstring(content)
-    except LookupError as error:  # Python's, of the encoding that the file declares
+    except LookupError as error:  # raised for an unknown encoding
         raise ValueError(str(error)) from error
 
 
 def check_box(bbox: Sequence[float], width: int, height: int) -> None:
-    """Check that a box, as left, top, width and height, is within its image but for a pixel of rounding.
+    """Check that a box (left, top, width, height) is within its image, with a tolerance of one pixel.
 
-    A box may be flat, as two of COCO's are, but no point.
+    A box may have width or height 0, as two of COCO's do, but not both.
 
     Raises:
-        ValueError: It is not.
+        ValueError: It is outside the image, or empty.
     """
     x, y, w, h = bbox
     if not (x >= -1 and y >= -1 and x + w <= width + 1 and y + h <= height + 1):
@@ -315,61 +318,63 @@ def check_box(bbox: Sequence[float], width: int, height: int) -> None:
 
 
 def encoded(segmentation: Any, width: int, height: int) -> dict[str, Any]:
-    """Return a mask, run lengths or polygons as COCO has them, as compressed run lengths.
+    """Convert a mask, COCO's run lengths or polygons, to compressed run lengths.
 
     Args:
-        segmentation: What the annotation has.
-        width: Of the image, as the file has it: what is made here is of that size.
-        height: So.
+        segmentation: The annotation's segmentation.
+        width: Width of the image.
+        height: Height of the image.
 
     Raises:
-        ValueError: It is not a mask of an image of this size.
+        ValueError: It is not a mask for an image of this size.
     """
     from faster_coco_eval.core import mask
 
     if isinstance(segmentation, dict):
         size, counts = (
-            checked.numbers(checked.member(segmentation, "size"), "mask's size", 2),
-            checked.member(segmentation, "counts"),
+            checked.numbers(checked.require_field(segmentation, "size"), "mask's size", 2),
+            checked.require_field(segmentation, "counts"),
         )
         if size != [height, width]:
-            raise ValueError(f"its mask is {size[1]:g} x {size[0]:g}, and its image {width} x {height}")
+            raise ValueError(f"its mask is {size[1]:g} x {size[0]:g}, but its image is {width} x {height}")
         try:
             if isinstance(counts, list):
                 if not set(map(type, counts)) <= {int} or min(counts, default=0) < 0 or sum(counts) != width * height:
                     raise ValueError("they must be whole numbers whose sum is the number of pixels")
                 return mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
             if not isinstance(counts, str):
-                raise ValueError("they must be a list or a text")
+                raise ValueError("they must be a list or a string")
             rle = {"size": [height, width], "counts": counts}
             mask.decode(rle)
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"its mask has no run lengths of its size: {error}") from error
+            raise ValueError(f"the run lengths of its mask are invalid: {error}") from error
         return rle
     if not isinstance(segmentation, list) or not all(isinstance(polygon, list) for polygon in segmentation):
-        raise ValueError(f"its segmentation {checked.shown(segmentation)} must be a list of polygons or run lengths")
+        raise ValueError(
+            f"its segmentation {checked.format_value(segmentation)} must be a list of polygons, or run lengths"
+        )
     if not all(set(map(type, polygon)) <= {int, float} for polygon in segmentation):
-        raise ValueError("its polygon is not of numbers")
+        raise ValueError("its polygon must contain only numbers")
     polygons = [polygon for polygon in segmentation if len(polygon) >= 6 and len(polygon) % 2 == 0]
     if not polygons:
-        raise ValueError("its mask is no polygon of three points or more")
+        raise ValueError("its mask must have a polygon of at least three points")
     for polygon in polygons:
         low, right, bottom = min(polygon), max(polygon[::2]), max(polygon[1::2])
-        # As `all` of comparisons each of which NaN fails; `min` and `max` can pass over one.
+        # `sum` propagates NaN, which `min` and `max` can miss.
         if not (low >= -1 and right <= width + 1 and bottom <= height + 1 and math.isfinite(sum(polygon))):
             raise ValueError(f"its polygon is not within its image, {width} x {height}")
     return mask.merge(mask.frPyObjects([list(map(float, polygon)) for polygon in polygons], height, width))
 
 
 def decoded(rle: Any) -> torch.Tensor:
-    """Return a mask (H, W) of 0 and 1."""
+    """Decode run lengths to a mask (H, W) of 0 and 1."""
     from faster_coco_eval.core import mask
 
     return torch.from_numpy(mask.decode(rle))
 
 
-def turned(rle: Any, turn: Turn) -> dict[str, Any]:
-    """Return a mask turned, as run lengths."""
+def transpose_mask(rle: Any, turn: Turn) -> dict[str, Any]:
+    """Transpose a mask that is given as run lengths."""
     from faster_coco_eval.core import mask
 
     return mask.encode(np.asfortranarray(Image.fromarray(mask.decode(rle)).transpose(turn)))

@@ -1,12 +1,12 @@
-"""Keypoint estimation (paper, Table 10): where the joints of a person are.
+"""Keypoint estimation (paper, Table 10): the positions of a person's joints.
 
 The network is SimpleBaseline (Xiao, Wu and Wei, "Simple Baselines for Human Pose Estimation and Tracking",
 ECCV 2018, arXiv 1804.06208). Data are in COCO's layout: annotations/person_keypoints_SPLIT.json, and images
-in SPLIT. A sample is one person, in the annotated box; in evaluation a detector's boxes can take its place,
-as they do in Table 10, where they have 56.4 AP of persons on val: figures are lower then.
+in SPLIT. A sample is one person in the annotated box. Evaluation can use a detector's boxes instead, which lowers
+the metrics; those of Table 10 have 56.4 AP of persons on val.
 
-Places in an image, in a crop of it and in heatmaps are (x, y) from the upper left corner, so that the centre
-of the first pixel is at (0.5, 0.5). COCO has (0, 0) there, and so have predictions.
+Positions in an image, in a crop and in heatmaps are (x, y) from the upper left corner, so the centre of the first
+pixel is (0.5, 0.5). In COCO's annotations and in predictions it is (0, 0).
 """
 
 import contextlib
@@ -28,12 +28,12 @@ from torchvision.transforms.v2 import functional as TF
 
 from res2net_zoo.tasks import annotations as checked
 from res2net_zoo.tasks.base import Annotated, Figures, Score, TaskModel, check_options
-from res2net_zoo.tasks.upright import BACK, Frames, Turn, moved, moved_box, read_rgb
+from res2net_zoo.tasks.upright import BACK, Frames, Turn, read_rgb, transpose_box, transpose_points
 from res2net_zoo.utils.console import progress_bar
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import read_json
 
-# How far apart people put a joint, of COCO's joints: the sigma of its OKS. Of any other joint it is SIGMA.
+# The sigma of each of COCO's joints in OKS, which is the deviation of human annotators; other joints have SIGMA.
 COCO = {
     **{"nose": 0.026, "left_eye": 0.025, "right_eye": 0.025, "left_ear": 0.035, "right_ear": 0.035},
     **{"left_shoulder": 0.079, "right_shoulder": 0.079, "left_elbow": 0.072, "right_elbow": 0.072},
@@ -50,30 +50,30 @@ BONES = [
     *((f"left_{name}", f"right_{name}") for name in ("shoulder", "hip", "eye")),
     *(("nose", "left_eye"), ("nose", "right_eye")),
 ]
-COLOURS = {"left": (40, 120, 255), "right": (255, 120, 20)}  # and what is in the middle:
+COLOURS = {"left": (40, 120, 255), "right": (255, 120, 20)}  # other joints have MIDDLE
 MIDDLE = (60, 210, 90)
 SIDES = {"left": "left", "l": "left", "right": "right", "r": "right"}
-WORDS = r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[A-Z]|\d+|[^\W\d_A-Za-z]+"  # of a joint's name: RShoulder are R and Shoulder
+WORDS = r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[A-Z]|\d+|[^\W\d_A-Za-z]+"  # of a joint's name: R and Shoulder of RShoulder
 HOW_TO_PAIR = "name the pairs as ONE:OTHER, or none to mirror no images"
-FAR = 1e15  # from where on coordinates are all alike: out of any image
+FAR = 1e15  # coordinates are clamped to this, which is outside any image
 MARGIN = 1.25  # a crop is larger than its box by this factor
-SURE = 0.5  # the least score of a box in which the joints of a person are drawn
-ALIKE = 0.9  # object keypoint similarity above which the less sure of two found persons is left out
-SEEN = 0.2  # a joint that peaks below counts for nothing in its person's score, as with SimpleBaseline; it is not drawn
+SURE = 0.5  # minimum score of a detected person whose joints are drawn
+ALIKE = 0.9  # OKS above which the detected person of lower score is a duplicate
+SEEN = 0.2  # minimum score of a joint that is drawn and counts for its person's score, as in SimpleBaseline
 
 
 @dataclass(slots=True)
 class Person:
-    """An annotation.
+    """An annotated person.
 
     Attributes:
-        image: Number of the image.
-        joints: Of each x, y and 0, 1 or 2: not labelled, hidden, visible; (J, 3), as COCO has them.
-        labelled: How many are labelled.
+        image: Index of the image.
+        joints: (J, 3) as in COCO: x, y and 0 (not labelled), 1 (hidden) or 2 (visible).
+        labelled: Number of labelled joints.
         bbox: Left, top, width and height.
-        area: Of the person, in pixels, by which COCO measures distances.
-        crowd: Whether it is of many people together.
-        score: How sure a detector is of the box; 1 of an annotated one.
+        area: Area of the person in pixels, which normalizes distances in COCO's metric.
+        crowd: Whether it is a group of people.
+        score: Detection score of the box; 1 for an annotated box.
     """
 
     image: int
@@ -86,23 +86,23 @@ class Person:
 
 
 class COCOPersons(Annotated):
-    """Persons with joints, in COCO's layout: those that are no crowd and have any joint labelled.
+    """Persons with joints, in COCO's layout, except for crowds and persons without a labelled joint.
 
     Args:
-        folder: The folder of `annotations` and of images in a folder for each split.
-        split: Such as train2017.
+        folder: The folder that contains `annotations` and one image folder per split.
+        split: Name of the split, such as train2017.
 
     Attributes:
         images: File, width and height of each image.
-        annotations: All of them, as COCO's evaluation needs crowds and people without joints too.
+        annotations: All annotations; COCO's evaluation also needs crowds and persons without joints.
         persons: The samples.
-        found: Whether these are a detector's boxes.
-        image_ids: COCO's number of each image.
-        category_id: COCO's number of the persons.
-        turns: What turned the annotations of an image, which are for its stored pixels, upright.
+        found: Whether the samples are a detector's boxes.
+        image_ids: COCO's id of each image.
+        category_id: COCO's id of the category of persons.
+        turns: Transpositions that made annotations for stored pixels upright, by image.
 
     Raises:
-        InputError: Annotations that cannot be right, or an image that is missing.
+        InputError: An annotation is invalid, or an image is missing.
     """
 
     samples = "persons"
@@ -112,11 +112,13 @@ class COCOPersons(Annotated):
         if not path.is_file():
             files = sorted(path.parent.glob("person_keypoints_*.json"))
             there = ", ".join(file.stem.removeprefix("person_keypoints_") for file in files) or "none"
-            raise InputError(f"there is no {path}, as COCO's layout has it; splits there: {there}")
+            raise InputError(f"{path}, as in COCO's layout, is missing; available splits: {there}")
         content = checked.read_coco(path, "categories", "images", "annotations")
         self.category_id, self.classes = category_of_joints(path, content["categories"])
         images = checked.coco_images(path, content["images"])
-        self.images = [(checked.inside(folder, folder / split, name, path), w, h) for name, w, h in images.values()]
+        self.images = [
+            (checked.path_inside(folder, folder / split, name, path), w, h) for name, w, h in images.values()
+        ]
         self.image_ids = list(images)
         self.turns: dict[int, Turn] = {}
         self._seen: set[int] = set()
@@ -127,7 +129,7 @@ class COCOPersons(Annotated):
             try:
                 self.annotations.append(self._person(record, numbers))
             except ValueError as error:
-                raise InputError(f"{path}, {checked.named(record, place)}: {error}") from error
+                raise InputError(f"{path}, {checked.annotation_name(record, place)}: {error}") from error
         self.found = False
         self.persons = [person for person in self.annotations if person.labelled and not person.crowd]
         if not self.persons:
@@ -135,20 +137,22 @@ class COCOPersons(Annotated):
         self._check_images(path)
 
     def take_boxes(self, path: Path) -> None:
-        """Have samples be what a detector has found: a list of image_id, category_id, bbox, score, as COCO's results.
+        """Replace the samples by a detector's boxes in COCO's results format (image_id, category_id, bbox, score).
 
-        What is of other categories or images is left out, and what is left of a box in its image is taken.
+        Boxes of other categories or images are skipped, and boxes are clipped to their image.
 
         Raises:
-            InputError: No such list, or a box that cannot be one.
+            InputError: The file is not such a list, or a box is invalid.
         """
         records = read_json(path, checked.LARGEST_JSON)
         if not isinstance(records, list):
-            raise InputError(f"cannot read boxes from {path}: it must be a JSON list, as COCO's results are")
+            raise InputError(f"cannot read boxes from {path}: it must be a JSON list in COCO's results format")
         numbers, self.persons, self.found = {number: i for i, number in enumerate(self.image_ids)}, [], True
         for place, record in enumerate(records, 1):
             try:
-                ids = [checked.identifier(checked.member(record, key), key) for key in ("category_id", "image_id")]
+                ids = [
+                    checked.identifier(checked.require_field(record, key), key) for key in ("category_id", "image_id")
+                ]
                 if ids[0] == self.category_id and ids[1] in numbers:
                     self.persons.append(self._box(record, numbers[ids[1]]))
             except ValueError as error:
@@ -158,24 +162,24 @@ class COCOPersons(Annotated):
         self._check_images(path)
 
     def _box(self, record: dict[str, Any], i: int) -> Person:
-        """Read a detector's box; what is wrong with it is raised as ValueError."""
+        """Read a detector's box; raises ValueError if it is invalid."""
         _, width, height = self.images[i]
         if i in self.turns:
-            width, height = height, width  # of the annotations
-        x, y, w, h = checked.numbers(checked.member(record, "bbox"), "bbox", 4)
+            width, height = height, width  # size of the stored pixels
+        x, y, w, h = checked.numbers(checked.require_field(record, "bbox"), "bbox", 4)
         left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
         if not (right > left and bottom > top):
             raise ValueError(f"the box {record['bbox']} is empty or not within its image, {width} x {height}")
-        score = checked.number(checked.member(record, "score"), "score")
+        score = checked.number(checked.require_field(record, "score"), "score")
         if not 0 <= score <= 1:
             raise ValueError(f"its score {score} is not from 0 to 1")
         box, joints = [left, top, right - left, bottom - top], np.zeros((len(self.classes), 3))
         if i in self.turns:
-            box = moved_box(box, self.turns[i], width, height)
+            box = transpose_box(box, self.turns[i], width, height)
         return Person(i, joints, 0, box, box[2] * box[3], crowd=False, score=score)
 
     def _check_images(self, path: Path) -> None:
-        """Check the persons' images, and turn annotations upright that are for the stored pixels."""
+        """Check the persons' images, and make annotations for stored pixels upright."""
         frames = Frames()
         new = sorted({person.image for person in self.persons} - self._seen)
         turns = {}
@@ -186,42 +190,42 @@ class COCOPersons(Annotated):
             if turn is not None:
                 turns[i] = turn
         frames.warn()
-        everybody = self.annotations + self.persons if self.found else self.annotations
-        for person in everybody if turns else ():
+        every = self.annotations + self.persons if self.found else self.annotations
+        for person in every if turns else ():
             if (turn := turns.get(person.image)) is not None:
                 _, width, height = self.images[person.image]
-                person.bbox = moved_box(person.bbox, turn, width, height)
-                person.joints = moved_joints(person.joints, turn, width, height)
+                person.bbox = transpose_box(person.bbox, turn, width, height)
+                person.joints = transpose_joints(person.joints, turn, width, height)
         for i in turns:
             file, width, height = self.images[i]
             self.images[i] = (file, height, width)
         self.turns |= turns
 
     def as_annotated(self, i: int, joints: list[float]) -> list[float]:
-        """Return joints as the data's annotations of their image have them, which may be for the stored pixels."""
+        """Transpose joints back to the stored pixels if the annotations of their image refer to them."""
         if (turn := self.turns.get(i)) is None:
             return joints
         _, width, height = self.images[i]
         places = np.asarray(joints).reshape(-1, 3)
-        return moved_joints(places, BACK.get(turn, turn), width, height).flatten().tolist()
+        return transpose_joints(places, BACK.get(turn, turn), width, height).flatten().tolist()
 
     def _person(self, record: dict[str, Any], numbers: dict[Any, int]) -> Person:
-        """Read an annotation; what is wrong with it is raised as ValueError."""
-        category = checked.identifier(checked.member(record, "category_id"), "category_id")
+        """Read an annotation; raises ValueError if it is invalid."""
+        category = checked.identifier(checked.require_field(record, "category_id"), "category_id")
         if category != self.category_id:
-            one, other = checked.shown(category), checked.shown(self.category_id)
-            raise ValueError(f"its category {one} is not that of the joints, {other}")
+            one, other = checked.format_value(category), checked.format_value(self.category_id)
+            raise ValueError(f"its category is {one}, but that of the joints is {other}")
         i = checked.find_by_id(numbers, record, "image_id", "image")
-        values = checked.member(record, "keypoints")
+        values = checked.require_field(record, "keypoints")
         if not isinstance(values, list) or len(values) != 3 * len(self.classes):
-            size = len(values) if isinstance(values, list) else "no list of"
+            size = len(values) if isinstance(values, list) else "no"
             raise ValueError(f"it has {size} numbers for {len(self.classes)} joints, not 3 for each")
         if not set(map(type, values)) <= {int, float}:
             raise ValueError("its keypoints must be numbers")
         joints = np.array([min(max(value, -FAR), FAR) for value in values], dtype=np.float64).reshape(-1, 3)
-        bbox = checked.numbers(checked.member(record, "bbox"), "bbox", 4)
-        area = checked.number(checked.member(record, "area"), "area")
-        labelled, crowd = joints[:, 2] > 0, checked.flag(record.get("iscrowd", 0), "iscrowd")
+        bbox = checked.numbers(checked.require_field(record, "bbox"), "bbox", 4)
+        area = checked.number(checked.require_field(record, "area"), "area")
+        labelled, crowd = joints[:, 2] > 0, checked.boolean(record.get("iscrowd", 0), "iscrowd")
         person = Person(i, joints, int(labelled.sum()), bbox, area, crowd)
         if not np.isin(joints[:, 2], (0, 1, 2)).all():
             raise ValueError("a joint's visibility is not 0, 1 or 2")
@@ -235,7 +239,7 @@ class COCOPersons(Annotated):
         return len(self.persons)
 
     def path(self, i: int) -> Path:
-        """Return the file of a person's image."""
+        """Return the path of a person's image."""
         return self.images[self.persons[i].image][0]
 
     def __getitem__(self, i: int) -> tuple[Image.Image, dict[str, Any]]:
@@ -249,14 +253,14 @@ class COCOPersons(Annotated):
 
 
 def category_of_joints(path: Path, records: list[Any]) -> tuple[Any, list[str]]:
-    """Return the id of the one category of a file of COCO's that has joints, and their names.
+    """Return the id and the joint names of the only category with joints in a COCO annotation file.
 
     Raises:
-        InputError: There is none, or there are several, or the joints cannot be told apart.
+        InputError: There is not exactly one such category, or joint names are invalid or repeated.
     """
     found = [record for record in records if isinstance(record, dict) and record.get("keypoints")]
     if len(found) != 1:
-        raise InputError(f"{path} must have one category with keypoints, and has {len(found)}")
+        raise InputError(f"{path} must have exactly one category with keypoints, not {len(found)}")
     try:
         names = found[0]["keypoints"]
         if not isinstance(names, list) or not all(type(name) in (str, int) for name in names):
@@ -264,13 +268,13 @@ def category_of_joints(path: Path, records: list[Any]) -> tuple[Any, list[str]]:
         classes = [str(name) for name in names]
         if twice := sorted({name for name in classes if classes.count(name) > 1}):
             raise ValueError(f"two of its keypoints have the name {twice[0]}")
-        return checked.identifier(checked.member(found[0], "id"), "id"), classes
+        return checked.identifier(checked.require_field(found[0], "id"), "id"), classes
     except ValueError as error:
         raise InputError(f"{path}, category of the joints: {error}") from error
 
 
 def check_person(person: Person, width: int, height: int) -> None:
-    """Check that a person and the labelled joints are where the image is.
+    """Check that a person's box and labelled joints are within or near the image.
 
     Raises:
         ValueError: They are not.
@@ -280,31 +284,31 @@ def check_person(person: Person, width: int, height: int) -> None:
         raise ValueError(f"its box {person.bbox} is not within its image, {width} x {height}")
     if not (min(x + w, width) > max(x, 0) and min(y + h, height) > max(y, 0) and person.area > 0):
         raise ValueError(f"its box {person.bbox} or its area {person.area} is empty")
-    # Some data have joints that the image's edge cuts off, but not as far away as wrong coordinates are.
+    # Some data have joints slightly outside the image; wrong coordinates are further away.
     far, places = max(width, height) / 4, person.joints[person.joints[:, 2] > 0, :2]
     if not ((places >= -far) & (places <= np.array([width, height]) + far)).all():
-        raise ValueError(f"a joint is far out of its image, {width} x {height}")
+        raise ValueError(f"a joint is far outside its image, {width} x {height}")
 
 
-def moved_joints(joints: np.ndarray, turn: Turn, width: int, height: int) -> np.ndarray:
-    """Return joints (J, 3), as COCO has them, in an image of this size when that is turned."""
-    places = moved(joints[:, :2] + 0.5, turn, width, height) - 0.5
+def transpose_joints(joints: np.ndarray, turn: Turn, width: int, height: int) -> np.ndarray:
+    """Return joints (J, 3), in COCO's format, in an image of this size after the image's transposition."""
+    places = transpose_points(joints[:, :2] + 0.5, turn, width, height) - 0.5
     return np.concatenate([places, joints[:, 2:]], 1)
 
 
 def boxes_of(detector: Any, image: Image.Image) -> list[list[float]]:
-    """Return the boxes of the persons in an image: left, top, width and height.
+    """Detect the persons in an image, and return their boxes (left, top, width, height).
 
     Args:
-        detector: A model for detection, with a class `person` or with one class alone.
+        detector: A detection model with a class `person` or with a single class.
         image: The image.
 
     Raises:
-        InputError: It finds something else.
+        InputError: The model does not detect persons.
     """
     classes = detector.settings["classes"]
     if detector.task != "detection" or (len(classes) > 1 and "person" not in classes):
-        raise InputError(f"a {detector.task} of {', '.join(classes)} finds no boxes of persons")
+        raise InputError(f"a {detector.task} model of {', '.join(classes)} does not detect persons")
     label = 1 + (classes.index("person") if "person" in classes else 0)
     pixels, _ = detector.transform(image, {}, False)
     with torch.inference_mode():
@@ -315,9 +319,9 @@ def boxes_of(detector: Any, image: Image.Image) -> list[list[float]]:
 
 
 def side_of(name: str) -> tuple[str, str] | None:
-    """Return the side that a joint's name has, `left` or `right`, and the name without it; None where it has none.
+    """Return the side in a joint's name, `left` or `right`, and the rest of the name; None if it names no side.
 
-    The side is a word or a letter of the name, at any place and in any case: left_eye, L_Eye, eye.r, RightEye, LEye.
+    The side is a word or a letter of the name, in any position and case: left_eye, L_Eye, eye.r, RightEye, LEye.
     """
     words = [word.lower() for word in re.findall(WORDS, name)]
     places = [i for i, word in enumerate(words) if word in SIDES]
@@ -328,7 +332,7 @@ def side_of(name: str) -> tuple[str, str] | None:
 
 
 def sigma_of(name: str) -> float:
-    """Return the sigma of a joint's OKS: that of COCO's joint of this name, in any of the usual spellings."""
+    """Return the OKS sigma of COCO's joint of this name, in any of the usual spellings; SIGMA for other joints."""
     return {plain(joint): sigma for joint, sigma in COCO.items()}.get(plain(name), SIGMA)
 
 
@@ -339,10 +343,10 @@ def plain(name: str) -> str:
 
 
 def partners_by_name(names: Sequence[str]) -> list[list[str]]:
-    """Return the pairs of joints, left and right, that exchange their names in a mirror, by the usual spellings.
+    """Return the pairs of left and right joints that mirroring swaps, by the usual spellings of their names.
 
     Raises:
-        InputError: A joint of a side is without its partner, or has several.
+        InputError: The partner of a left or right joint is missing or ambiguous.
     """
     sides: dict[tuple[str, str], str] = {}
     for name in names:
@@ -355,7 +359,7 @@ def partners_by_name(names: Sequence[str]) -> list[list[str]]:
         if (other[side], rest) not in sides:
             raise InputError(f"the joint {name} has no partner on the {other[side]}; {HOW_TO_PAIR}", "flip_pairs")
     pairs = [[name, sides["right", rest]] for (side, rest), name in sides.items() if side == "left"]
-    # Such as leye and reye, or lefteye and righteye, which only both together are sides.
+    # Names such as leye and reye, or lefteye and righteye, whose sides only the pair reveals.
     bare = {name.lower(): name for name in names if side_of(name) is None}
     for low, name in bare.items():
         mirrored = [low.replace("left", "right", 1)] + [f"r{low[1:]}"] * (low[:1] == "l" and len(low) > 2)
@@ -364,17 +368,17 @@ def partners_by_name(names: Sequence[str]) -> list[list[str]]:
 
 
 def flip_pairs(names: Sequence[str], given: Sequence[str] | None) -> list[list[str]]:
-    """Return the pairs of joints that exchange their names in a mirror.
+    """Return the pairs of joints that mirroring swaps.
 
     Args:
         names: The joints.
-        given: Pairs as ONE:OTHER, or `none` alone, to mirror no images; None to go by the names.
+        given: Pairs in the format ONE:OTHER, or only `none` to mirror no images; None to infer pairs from names.
 
     Returns:
-        The pairs; none where images are not to be mirrored.
+        The pairs; empty if images must not be mirrored.
 
     Raises:
-        InputError: The names show no pairs, or what is given are none of these joints.
+        InputError: The names contain no pairs, or `given` contains unknown joints.
     """
     if given is None:
         pairs = partners_by_name(names)
@@ -391,7 +395,7 @@ def flip_pairs(names: Sequence[str], given: Sequence[str] | None) -> list[list[s
         splits = [(text[:i], text[i + 1 :]) for i, c in enumerate(text) if c == ":"]
         pair = next(([one, other] for one, other in splits if one in names and other in names), None)
         if pair is None or pair[0] == pair[1]:
-            raise InputError(f"{text} is not a pair of joints ONE:OTHER; there are {', '.join(names)}")
+            raise InputError(f"{text} is not a pair of joints ONE:OTHER; joints: {', '.join(names)}")
         pairs.append(pair)
     check_pairs(names, pairs)
     return pairs
@@ -401,25 +405,25 @@ def check_pairs(names: Sequence[str], pairs: Any) -> None:
     """Check pairs of joints.
 
     Raises:
-        InputError: They are not pairs of these joints, each of which is in one at most.
+        InputError: They are not pairs of these joints, or a joint is in more than one pair.
     """
     whole = isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
     joints = [joint for pair in pairs for joint in pair] if whole else []
     if not whole or any(joint not in names for joint in joints) or len(set(joints)) < len(joints):
-        raise InputError(f"flip_pairs {checked.shown(pairs)} must be pairs of the joints, each in one pair at most")
+        raise InputError(f"flip_pairs {checked.format_value(pairs)} must be pairs of joints, each joint in at most one")
 
 
 def crop_matrix(
     box: Sequence[float], size: Sequence[int], scale: float = 1, turn: float = 0, mirror: bool = False
 ) -> torch.Tensor:
-    """Return the affine map (2, 3) from places in a person's crop to places in the image.
+    """Return the affine map (2, 3) from positions in a person's crop to positions in the image.
 
     Args:
         box: Left, top, width and height.
-        size: Width and height of the crop; the box is widened to its aspect ratio, and by `MARGIN`.
-        scale: By which the crop takes in more.
-        turn: Of the crop, in radians.
-        mirror: Whether left becomes right.
+        size: Width and height of the crop; the box is enlarged to its aspect ratio, and by `MARGIN`.
+        scale: Further factor by which the box is enlarged.
+        turn: Rotation of the crop in radians.
+        mirror: Whether to mirror the crop.
     """
     x, y, w, h = box
     unit = scale * MARGIN * max(w / size[0], h / size[1])
@@ -430,20 +434,20 @@ def crop_matrix(
 
 
 def to_image(places: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Return where places (..., 2) in a crop are in the image."""
-    # No matrix product, which autocast would make of bfloat16's three digits.
+    """Map positions (..., 2) in a crop to the image."""
+    # Not a matrix product, which autocast would compute in bfloat16.
     return (places[..., None, :] * matrix[:, :2]).sum(-1) + matrix[:, 2]
 
 
 def to_crop(places: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Return where places (..., 2) in an image are in the crop."""
+    """Map positions (..., 2) in an image to the crop."""
     return (places - matrix[:, 2]) @ torch.linalg.inv(matrix[:, :2]).T
 
 
 def encode(places: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Return heatmaps (..., h, w) with a Gaussian at each place (..., 2), counted in cells.
+    """Return heatmaps (..., h, w) with a Gaussian at each position (..., 2), in cells.
 
-    Its sigma is 2 cells where a heatmap is 64 high, as in SimpleBaseline's configuration, and grows with it.
+    Sigma is 2 cells for a heatmap of height 64, as in SimpleBaseline's configuration, and proportional to the height.
     """
     h, w = size
     centres = torch.arange(max(h, w), device=places.device) + 0.5
@@ -452,14 +456,14 @@ def encode(places: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 
 
 def decode(heatmaps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return where heatmaps (J, h, w) peak (J, 2), in cells, and how high (J,).
+    """Return the positions (J, 2) and heights (J,) of the peaks of heatmaps (J, h, w), in cells.
 
-    From the centre of the highest cell it is a quarter of a cell to the higher of its neighbours, in x and in y.
+    A position is the centre of the highest cell, shifted by a quarter cell to its higher neighbour in x and in y.
     """
     joints, _, w = heatmaps.shape
     scores, best = heatmaps.flatten(1).max(1)
     x, y, j = best % w, best // w, torch.arange(joints, device=best.device)
-    # Reflected, both neighbours of a cell at the edge are the same, and it is its centre.
+    # With reflection, both neighbours of a cell at the edge are equal, and the position is not shifted.
     around = F.pad(heatmaps[None], (1, 1, 1, 1), mode="reflect")[0]
     dx = around[j, y + 1, x + 2] - around[j, y + 1, x]
     dy = around[j, y + 2, x + 1] - around[j, y, x + 1]
@@ -467,26 +471,26 @@ def decode(heatmaps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class OKSAP(Score):
-    """Average precision and recall by object keypoint similarity, as COCO has it, by faster_coco_eval, in percent.
+    """COCO's average precision and recall by object keypoint similarity in percent, by faster_coco_eval.
 
-    A person's score is the mean of the heights of its joints' peaks, of those above `SEEN`, times the box's. Of
-    persons in a detector's boxes those that are like a surer one are left out, as with SimpleBaseline. A figure of
-    which the data have nothing, such as that of large persons, is left out.
+    A person's score is the mean height of the joints' peaks above `SEEN`, times the score of the box. With a
+    detector's boxes, persons similar to one of higher score are removed, as in SimpleBaseline (OKS-NMS). Metrics
+    without any person in the data, such as those of large persons, are omitted.
     """
 
     def __init__(self, data: COCOPersons) -> None:
         self.data = data
-        self.said: list[tuple[int, list[float], float]] = []
+        self.predictions: list[tuple[int, list[float], float]] = []
         self.gathered: list[tuple[int, list[float], float]] = []
         self.sigmas: Any = [sigma_of(name) for name in data.classes]
 
     def update(self, i: int, target: dict[str, Any], prediction: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Take note of a person's joints."""
+        """Add the joints of a person."""
         places, scores = (tensor.double().cpu() for tensor in prediction)
         seen = scores[scores > SEEN]
         joints = torch.cat([places, torch.ones_like(scores)[:, None]], 1)
         score = seen.mean().item() * self.data.persons[i].score if len(seen) else 0.0
-        self.said.append((i, joints.flatten().tolist(), score))
+        self.predictions.append((i, joints.flatten().tolist(), score))
 
     def compute(self, accelerator: Accelerator) -> Figures:
         """Return AP, AP50, AP75, AP_medium, AP_large and AR."""
@@ -494,9 +498,9 @@ class OKSAP(Score):
         from faster_coco_eval import COCOeval_faster
 
         data = self.data
-        self.gathered = sorted(gather_object(self.said))
+        self.gathered = sorted(gather_object(self.predictions))
         if data.found:
-            self.gathered = self._unlike(self.gathered)
+            self.gathered = self._without_duplicates(self.gathered)
         truth = Persons(
             {
                 "images": [{"id": i, "width": w, "height": h} for i, (_, w, h) in enumerate(data.images)],
@@ -507,7 +511,7 @@ class OKSAP(Score):
                         **{"area": person.area, "iscrowd": int(person.crowd), "num_keypoints": person.labelled},
                         "keypoints": person.joints.flatten().tolist(),
                     }
-                    for i, person in enumerate(data.annotations, 1)  # COCO's code takes 0 for no annotation
+                    for i, person in enumerate(data.annotations, 1)  # COCO's code treats 0 as missing
                 ],
             }
         )
@@ -523,7 +527,7 @@ class OKSAP(Score):
         return {name: 100 * float(x) for name, x in zip(names, measured.all_stats, strict=False) if x >= 0}
 
     def results(self) -> list[dict[str, Any]]:
-        """Return the persons, as COCO's format of results has them."""
+        """Return the persons in COCO's results format."""
         found = []
         for i, joints, score in self.gathered:
             image = self.data.persons[i].image
@@ -531,19 +535,21 @@ class OKSAP(Score):
             found.append({**about, "keypoints": self.data.as_annotated(image, joints), "score": score})
         return found
 
-    def _unlike(self, said: list[tuple[int, list[float], float]]) -> list[tuple[int, list[float], float]]:
-        """Leave out those that are like a surer one in their image."""
+    def _without_duplicates(
+        self, predictions: list[tuple[int, list[float], float]]
+    ) -> list[tuple[int, list[float], float]]:
+        """Remove persons that are similar to one of higher score in the same image."""
         kept: dict[int, list[tuple[int, np.ndarray, float]]] = {}
-        for i, joints, _ in sorted(said, key=lambda person: -person[2]):
+        for i, joints, _ in sorted(predictions, key=lambda person: -person[2]):
             person = self.data.persons[i]
-            # The area of the crop, of 3/4, by which SimpleBaseline measures the distances here.
+            # SimpleBaseline normalizes distances by the area of the crop, whose aspect ratio is 3/4.
             area = MARGIN**2 * max(person.bbox[2], 0.75 * person.bbox[3]) ** 2 / 0.75
             places = np.asarray(joints).reshape(-1, 3)[:, :2]
             surer = kept.setdefault(person.image, [])
             if all(self._similarity(places, other, (area + size) / 2) <= ALIKE for _, other, size in surer):
                 surer.append((i, places, area))
         chosen = {i for persons in kept.values() for i, _, _ in persons}
-        return [person for person in said if person[0] in chosen]
+        return [person for person in predictions if person[0] in chosen]
 
     def _similarity(self, one: np.ndarray, other: np.ndarray, area: float) -> float:
         distances = np.square(one - other).sum(1) / (2 * area * np.square(2 * np.asarray(self.sigmas)))
@@ -551,14 +557,14 @@ class OKSAP(Score):
 
 
 class SimpleBaseline(nn.Module):
-    """Three deconvolutions on a backbone's last feature, and a heatmap for each joint (Xiao et al., Section 2).
+    """Three deconvolutions on a backbone's last features, and one heatmap per joint (Xiao et al., Section 2).
 
     Args:
         backbone: timm's `features_only` model.
-        joints: How many.
+        joints: Number of joints.
 
     Attributes:
-        stride: Pixels of a heatmap's cell: 4 where the last feature's stride is 32.
+        stride: Pixels per heatmap cell: 4 for a backbone of stride 32.
     """
 
     def __init__(self, backbone: Any, joints: int) -> None:
@@ -577,12 +583,12 @@ class SimpleBaseline(nn.Module):
         self.head = nn.Sequential(*layers)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return heatmaps (N, J, H / stride, W / stride) of images (N, 3, H, W)."""
+        """Return heatmaps (N, J, H / stride, W / stride) for images (N, 3, H, W)."""
         return self.head(self.backbone(images)[-1])
 
 
 class Keypoints(TaskModel):
-    """Keypoint estimation: `classes` are the joints, and `img_size` is a crop's height; its width is 3/4 of it."""
+    """Keypoint estimation: `classes` are the joints; `img_size` is the height of a crop, and its width is 3/4 of it."""
 
     task = "keypoints"
     threshold = SEEN
@@ -599,20 +605,20 @@ class Keypoints(TaskModel):
         found = COCOPersons(Path(data), split)
         if classes is not None and list(classes) != found.classes:
             raise InputError(
-                f"{data} has other joints ({', '.join(found.classes)}) than the model ({', '.join(classes)})"
+                f"the joints of {data} ({', '.join(found.classes)}) differ from the model's ({', '.join(classes)})"
             )
         return found
 
     def __init__(
         self, model: str, classes: Sequence[str], *args: Any, flip_pairs: list[list[str]] | None = None, **kwargs: Any
     ) -> None:
-        """Build the model; `flip_pairs` are the joints that exchange their names in a mirror, default by their names.
+        """Build the model; `flip_pairs` are the pairs of joints that mirroring swaps, by default inferred from names.
 
-        No pairs at all, an empty list, are for joints of unknown sides: no image is mirrored.
+        An empty list means that the sides of joints are unknown: no image is mirrored.
         """
         names = list(classes)
         if flip_pairs is None:
-            # Models of before, and those that are not trained here, may have names that show none.
+            # Joint names of models from earlier versions or other sources may contain no pairs.
             with contextlib.suppress(InputError):
                 flip_pairs = partners_by_name(names) or None
         else:
@@ -629,7 +635,7 @@ class Keypoints(TaskModel):
         return {"flip_pairs": flip_pairs(data.classes, given)}
 
     def about(self) -> dict[str, str]:
-        """Return the pairs of joints, and those that are their own mirror image."""
+        """Return the pairs of joints that mirroring swaps, and the joints without a pair."""
         if not self.mirrors:
             return {"mirrored": "no"}
         pairs = self.settings["flip_pairs"] or []
@@ -639,11 +645,11 @@ class Keypoints(TaskModel):
         return shown | ({"without a pair": ", ".join(alone)} if alone else {})
 
     def build(self, features: Any, **kwargs: Any) -> nn.Module:
-        """Put the deconvolutions on the backbone."""
+        """Build SimpleBaseline on the backbone."""
         height, stride = self.settings["img_size"], features.feature_info.reduction()[-1]
         if height % (4 * stride):
             raise InputError(
-                f"keypoints with features of stride {stride} take an image size that is a multiple of {4 * stride}, "
+                f"keypoints with features of stride {stride} need an image size that is a multiple of {4 * stride}, "
                 f"not {height}: the width is 3/4 of it"
             )
         self.size = (3 * height // 4, height)
@@ -658,12 +664,12 @@ class Keypoints(TaskModel):
 
     @property
     def stride(self) -> float:
-        """Pixels of a crop that a heatmap's cell covers."""
+        """Pixels of a crop per heatmap cell."""
         network: Any = self.network
         return network.stride
 
     def transform(self, image: Image.Image, target: dict[str, Any], train: bool) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Cut out the person, or the whole image where no box is known; turned, scaled and mirrored for training."""
+        """Crop the person, or the whole image without a box; rotate, scale and mirror at random in training."""
         scale, turn, mirror = 1.0, 0.0, False
         if train:
             scale = float(torch.empty(()).uniform_(*self.scales))
@@ -680,15 +686,15 @@ class Keypoints(TaskModel):
         return pixels, {"matrix": matrix, "places": places, "visible": target["visible"][order]}
 
     def collate(self, samples: list[tuple[torch.Tensor, dict[str, Any]]]) -> tuple[Any, list[dict[str, Any]]]:
-        """Put with the crops how the way back from each into its image is."""
+        """Stack the crops and the affine maps from each crop to its image."""
         targets = [target for _, target in samples]
         matrices = torch.stack([target["matrix"] for target in targets])
         return {"crops": torch.stack([crop for crop, _ in samples]), "matrices": matrices}, targets
 
     def forward(self, images: dict[str, torch.Tensor], targets: list[dict[str, Any]] | None = None) -> Any:
-        """Return the mean squared error of the heatmaps, or for each person its joints (J, 2) and scores (J,).
+        """Return the mean squared error of the heatmaps, or joints (J, 2) and scores (J,) per person.
 
-        Joints are in pixels of the person's image. A joint that is not labelled, or not in the crop, has no error.
+        Joints are in pixels of the person's image. Joints that are not labelled, or outside the crop, are ignored.
         """
         if targets is not None and self.training:
             heatmaps = self.heatmaps(images["crops"])
@@ -697,11 +703,11 @@ class Keypoints(TaskModel):
             inside = ((places >= 0) & (places < places.new_tensor([w, h]))).all(-1)
             errors = (heatmaps - encode(places, (h, w))).square().mean((2, 3))
             return {"loss": (errors * (visible & inside)).mean()}
-        # One after the other, so that a joint, to the last bit, does not depend on its company.
+        # One person at a time, so that a joint does not depend, to the last bit, on the rest of the batch.
         return [self._joints(*person) for person in zip(images["crops"], images["matrices"], strict=True)]
 
     def heatmaps(self, crops: torch.Tensor) -> torch.Tensor:
-        """Return the joints' heatmaps (N, J, h, w) of crops (N, 3, H, W)."""
+        """Return the joints' heatmaps (N, J, h, w) for crops (N, 3, H, W)."""
         return self.network(self.normalize(crops).contiguous(memory_format=torch.channels_last)).float()
 
     def _joints(self, crop: torch.Tensor, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -717,7 +723,7 @@ class Keypoints(TaskModel):
         return OKSAP(data)
 
     def draw(self, image: Image.Image, prediction: Any, threshold: float | None = None) -> Image.Image:
-        """Draw joints, and bones between those that have COCO's names; left in blue, right in orange."""
+        """Draw joints, and bones between joints with COCO's names; left in blue, right in orange."""
         least = self.threshold if threshold is None else threshold
         drawn = image.copy()
         draw, radius = ImageDraw.Draw(drawn), max(2, round(max(image.size) / 120))
@@ -733,7 +739,7 @@ class Keypoints(TaskModel):
             draw.ellipse(around, COLOURS.get(sides[name], MIDDLE), (255, 255, 255))
         return drawn
 
-    def describe(self, prediction: Any, threshold: float | None = None) -> list[dict[str, Any]]:
+    def to_records(self, prediction: Any, threshold: float | None = None) -> list[dict[str, Any]]:
         """Return a person's `keypoints`: each one's `label`, `x`, `y` and `score`, whatever the threshold."""
         places, scores = prediction
         rows = zip(self.settings["classes"], places.tolist(), scores.tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""What a task's model predicts for image files: a picture and a JSON record for each."""
+"""Prediction of a task's model for image files: a picture and a JSON record per image."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,21 +23,21 @@ def predict(
     threshold: float | None = None,
     boxes: Callable[[Image.Image], Sequence[Sequence[float]]] | None = None,
 ) -> Iterator[tuple[Image.Image, dict[str, Any]]]:
-    """Yield a picture of what a model predicts for each image, and a record of it.
+    """Yield a picture and a record of a model's prediction for each image.
 
     Args:
         model: The model.
-        paths: The images.
-        accelerator: The process.
-        threshold: Lowest score of what is drawn, from 0 to 1; None for the task's default.
-        boxes: Finds left, top, width and height of the objects that the model takes one by one.
+        paths: Paths of the images.
+        accelerator: The accelerator.
+        threshold: Lowest score that is drawn, from 0 to 1; None for the task's default.
+        boxes: Returns left, top, width and height of each object, for models that process one object at a time.
 
     Yields:
-        The picture, and a dict for JSON: `image` (path), `width`, `height`, `task`, `classes`, `threshold` (where
-        predictions have scores) and `objects`, as `TaskModel.describe` returns them.
+        The picture, and a dict for JSON: `image` (path), `width`, `height`, `task`, `classes`, `threshold` (if
+        predictions have scores) and `objects`, as `TaskModel.to_records` returns them.
 
     Raises:
-        InputError: An image cannot be decoded, or the model does not take it.
+        InputError: An image cannot be decoded, or the model does not support it.
     """
     threshold = model.threshold if threshold is None else threshold
     for path in progress_bar(accelerator, paths, desc="predict", unit="image"):
@@ -53,7 +53,7 @@ def predict(
                 with torch.inference_mode(), accelerator.autocast():
                     (prediction,) = model(send_to_device(images, accelerator.device))
                 drawn = model.draw(drawn, prediction, threshold)
-                found = model.describe(prediction, threshold)
+                found = model.to_records(prediction, threshold)
                 objects += [{**one, "bbox": list(target["box"])} if target else one for one in found]
         except InputError as error:
             raise InputError(f"{path}: {error}") from error

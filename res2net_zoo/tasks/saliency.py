@@ -1,8 +1,8 @@
-"""Salient object detection (paper, Table 9): how much each pixel belongs to what stands out.
+"""Salient object detection (paper, Table 9): the saliency of each pixel.
 
 The network is DSS (Hou et al., "Deeply Supervised Salient Object Detection with Short Connections", CVPR
-2017 and TPAMI 2019, arXiv 1611.04849, Section 3), without the conditional random field that its authors can
-put behind it. Data are folders of images and of grey masks, in any of the layouts of `Masks`.
+2017 and TPAMI 2019, arXiv 1611.04849, Section 3), without the optional conditional random field. Data are
+folders of images and of grey masks, in any of the layouts of `Masks`.
 """
 
 import os
@@ -28,14 +28,14 @@ from res2net_zoo.tasks.upright import Frames, Turn, read_rgb
 from res2net_zoo.utils.console import progress_bar
 from res2net_zoo.utils.errors import InputError
 
-IMAGE_FOLDERS = ("images", "image", "imgs", "img")  # in any case
+IMAGE_FOLDERS = ("images", "image", "imgs", "img")  # case-insensitive
 MASK_FOLDERS = ("masks", "mask", "ground_truth_mask", "gt")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
-ALIKE = 0.9  # IoU of what colours and alpha channel of a mask show, which may differ at smooth edges
+ALIKE = 0.9  # minimum IoU of a mask's colours and alpha channel, which may differ at smooth edges
 
 
 def by_name(root: Path, folders: Sequence[str]) -> dict[str, Path]:
-    """Return image files by name without suffix, in order, of the folder in `root` that has one of these names."""
+    """Return the image files, by stem and sorted, of the folder in `root` that has one of these names."""
     there = [path for path in sorted(root.iterdir()) if path.is_dir() and path.name.lower() in folders]
     if not there:
         raise InputError(f"{root} has no folder {folders[0]} (or {', '.join(folders[1:])})")
@@ -43,22 +43,22 @@ def by_name(root: Path, folders: Sequence[str]) -> dict[str, Path]:
     for path in sorted(there[0].iterdir()):
         if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
             if path.stem in found:
-                raise InputError(f"{path} has the name of {found[path.stem].name}; leave one of them")
+                raise InputError(f"{path} has the same name as {found[path.stem].name}; remove one of them")
             found[path.stem] = path
     return found
 
 
 class Masks(Annotated):
-    """Images with a mask each, in which a salient pixel is over half of white.
+    """Images with one mask each, in which values over 128 are salient.
 
     Args:
-        folder: It holds SPLIT/images/NAME.jpg and SPLIT/masks/NAME.png, or images and masks themselves with
-            a list SPLIT.txt, a line of which names an image, or an image and its mask. Folders may have the names
-            that the benchmarks give them, such as ECSSD's ground_truth_mask or HKU-IS's imgs and gt.
+        folder: Contains SPLIT/images/NAME.jpg and SPLIT/masks/NAME.png; or images/ and masks/ and a list
+            SPLIT.txt, each line of which names an image, or an image and its mask. The folders' names in the
+            benchmarks are supported, such as ECSSD's ground_truth_mask or HKU-IS's imgs and gt.
         split: Name of the folder or of the list.
 
     Raises:
-        InputError: No images, or a mask that is missing, that cannot be read or that is not one of its image.
+        InputError: There are no images, or a mask is missing, unreadable or of a different size than its image.
     """
 
     def __init__(self, folder: Path, split: str) -> None:
@@ -69,17 +69,17 @@ class Masks(Annotated):
         elif listed.is_file():
             source, self.pairs = listed, list_pairs(folder, listed)
         else:
-            raise InputError(f"{folder} has neither a folder {split} nor a list {split}.txt")
+            raise InputError(f"{folder} must have a folder {split} or a list {split}.txt")
         self.turns: dict[int, Turn] = {}
         frames, shares = Frames(), []
         for i in progress_bar(None, range(len(self)), desc="check the masks", unit="mask"):
             shares.append(self._check(i, source, frames))
         frames.warn()
-        # One mask may be without an object or all over it, but if all are, something else marks the objects.
+        # A single mask may be empty or full; if all are, the masks encode objects in another way.
         if max(shares) == 0:
-            raise InputError(f"no mask like {self.pairs[0][1]} has a salient pixel: a value over 128")
+            raise InputError(f"all masks, such as {self.pairs[0][1]}, are empty: no value is over 128")
         if min(shares) == 1:
-            raise InputError(f"all masks like {self.pairs[0][1]} are salient all over: no value is 128 or less")
+            raise InputError(f"all masks, such as {self.pairs[0][1]}, are full: no value is 128 or less")
 
     def _check(self, i: int, source: Path, frames: Frames) -> float:
         path, mask_path = self.pairs[i]
@@ -96,7 +96,7 @@ class Masks(Annotated):
         return len(self.pairs)
 
     def path(self, i: int) -> Path:
-        """Return an image's file."""
+        """Return the path of an image."""
         return self.pairs[i][0]
 
     def __getitem__(self, i: int) -> tuple[Image.Image, dict[str, Any]]:
@@ -108,10 +108,10 @@ class Masks(Annotated):
 
 
 def pairs_by_name(root: Path) -> list[checked.Pair]:
-    """Return the images of a folder, each with the mask of its name.
+    """Return the images of a folder, each with the mask of the same name.
 
     Raises:
-        InputError: There are none, or one is without a mask.
+        InputError: There are no images, or a mask is missing.
     """
     images, masks = by_name(root, IMAGE_FOLDERS), by_name(root, MASK_FOLDERS)
     if not images:
@@ -120,13 +120,13 @@ def pairs_by_name(root: Path) -> list[checked.Pair]:
 
 
 def mask_of(image: Path, masks: dict[str, Path]) -> Path:
-    """Return the mask that has an image's name.
+    """Return the mask with the same name as an image.
 
     Raises:
-        InputError: There is none.
+        InputError: The mask is missing.
     """
     if image.stem not in masks:
-        raise InputError(f"there is no mask for {image}")
+        raise InputError(f"the mask for {image} is missing")
     return masks[image.stem]
 
 
@@ -140,7 +140,7 @@ def list_pairs(folder: Path, path: Path) -> list[checked.Pair]:
     def find(name: str, kind: int) -> Path | None:
         file = checked.find_file(folder, folder, name, (), path)
         if file is None:
-            checked.inside(folder, folder, name.lstrip("/"), path)
+            checked.path_inside(folder, folder, name.lstrip("/"), path)
             stem, suffix = os.path.splitext(os.path.basename(name))
             file = files()[kind].get(stem if suffix.lower() in SUFFIXES else stem + suffix)
         return file
@@ -159,12 +159,12 @@ def list_pairs(folder: Path, path: Path) -> list[checked.Pair]:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Return where a mask (H, W) is salient: over half of white, as pysodmetrics has it.
+    """Return the salient pixels of a mask as a boolean array (H, W): values over 128, as in pysodmetrics.
 
-    Of a mask with an alpha channel it is that where the colour does not vary, as of an object cut out of its image.
+    If a mask has an alpha channel and a constant colour, as a cut-out object has, the alpha channel is used.
 
     Raises:
-        OSError: Colour and alpha channel show other objects.
+        OSError: Colour and alpha channel show different objects.
     """
     with open_image(path) as mask:
         if not mask.has_transparency_data or mask.mode.startswith("I"):
@@ -182,10 +182,10 @@ def read_mask(path: Path) -> np.ndarray:
 
 
 class MaxFAndMAE(Score):
-    """Maximal F-measure (beta^2 = 0.3) and mean absolute error, of maps of 8 bits, by pysodmetrics.
+    """Maximal F-measure (beta^2 = 0.3) and mean absolute error of 8-bit maps, computed by pysodmetrics.
 
-    The F-measure is the mean over the images at the best of 256 thresholds, which is the same for all of
-    them, and each map is stretched to 0 to 1 first. An image without an object counts with F-measure 0.
+    The F-measure is the mean over all images at the best of 256 thresholds, after normalizing each map to
+    0 to 1. An image without an object has F-measure 0.
     """
 
     def __init__(self) -> None:
@@ -196,13 +196,13 @@ class MaxFAndMAE(Score):
         self.counts, self.mae = FmeasureV2({"F": self.f}), MAE()
 
     def update(self, i: int, target: dict[str, Any], prediction: torch.Tensor) -> None:
-        """Take note of an image's F-measure at each threshold, and of its error."""
+        """Add an image's F-measure at each threshold, and its error."""
         for measure in (self.counts, self.mae):
             measure.step(eight_bits(prediction), target["mask"].numpy().astype(np.uint8) * 255)
         self.images.append(i)
 
     def compute(self, accelerator: Accelerator) -> Figures:
-        """Return both figures, from 0 to 1."""
+        """Return both metrics, from 0 to 1."""
         rows = gather_object(list(zip(self.images, self.f.dynamic_results, self.mae.maes, strict=True)))
         _, curves, errors = zip(*sorted(rows, key=lambda row: row[0]), strict=True)
         return {"F-measure": float(np.mean(curves, axis=0).max()), "MAE": float(np.mean(errors))}
@@ -214,24 +214,24 @@ def resize(images: torch.Tensor, size: Sequence[int], antialias: bool = False) -
 
 
 def weighted_sum(maps: int) -> nn.Conv2d:
-    """Return a learned weighting of maps, which begins with their mean."""
+    """Return a learned weighted sum of maps, initialized to their mean."""
     conv = nn.Conv2d(maps, 1, 1, bias=False)
     nn.init.constant_(conv.weight, 1 / maps)
     return conv
 
 
 class DSS(nn.Module):
-    """Side outputs at each of a backbone's features, with short connections from the deeper to the shallower.
+    """Side outputs at each of a backbone's features, with short connections from deeper to shallower ones.
 
-    Side output m is R(m) = A(m) + the sum over i > m of r(m, i) R(i), where A(m) is of its own branch and the
-    r are learned. The paper has this without some of the pairs. The branches here are those of the same stride
-    there (its Table 1, of VGG; resnet/train_resnet.prototxt of its code), but no wider than their features.
+    Side output m is R(m) = A(m) + the sum over i > m of r(m, i) R(i), where A(m) is the output of branch m and the
+    r are learned. The paper omits some of the pairs. Each branch is that of the same stride in the paper (Table 1,
+    for VGG; resnet/train_resnet.prototxt in its code), but at most as wide as its features.
 
     Args:
         backbone: timm's `features_only` model.
     """
 
-    # Of both convolutions in a branch, by the stride of its features: channels and kernel.
+    # Channels and kernel size of both convolutions in a branch, by the stride of its features.
     BRANCHES: ClassVar = {1: (128, 3), 2: (128, 3), 4: (256, 5), 8: (256, 5), 16: (512, 5), 32: (512, 7)}
 
     def __init__(self, backbone: Any) -> None:
@@ -254,7 +254,7 @@ class DSS(nn.Module):
         return nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), nn.Conv2d(width, 1, 1))
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Return the logits (N, 1, H, W) of the side outputs of images (N, 3, H, W), and the fused ones last."""
+        """Return the logits (N, 1, H, W) of each side output for images (N, 3, H, W), followed by the fused ones."""
         sides: list[torch.Tensor] = []
         features = self.backbone(images)
         for m in reversed(range(len(features))):
@@ -272,7 +272,7 @@ class Saliency(TaskModel):
     task = "saliency"
     hub_task = "image-segmentation"
     heads = ("dss",)
-    img_size = 352  # usual in the field, and as many pixels as an image of MSRA-B has
+    img_size = 352  # usual in the field, and about the number of pixels of an MSRA-B image
     best = "F-measure"
     less_is_better: ClassVar = frozenset({"MAE"})
     tolerance = 0.0005
@@ -286,21 +286,21 @@ class Saliency(TaskModel):
         return Masks(Path(data), split)
 
     def build(self, features: Any, **kwargs: Any) -> DSS:
-        """Put DSS on the backbone."""
+        """Build DSS on the backbone."""
         if (stride := self.settings["output_stride"]) not in (None, 32):
-            raise InputError(f"dss takes features of stride 32, not {stride}")
+            raise InputError(f"dss needs features of stride 32, not {stride}")
         if (size := self.settings["img_size"]) % 32:
-            raise InputError(f"dss takes an image size that is a multiple of 32, not {size}")
+            raise InputError(f"dss needs an image size that is a multiple of 32, not {size}")
         check_options(DSS, kwargs)
         return DSS(features, **kwargs)
 
     @property
     def features(self) -> nn.Module:
-        """The backbone in DSS."""
+        """The backbone of DSS."""
         return self.network.backbone
 
     def transform(self, image: Image.Image, target: dict[str, Any], train: bool) -> tuple[torch.Tensor, dict[str, Any]]:
-        """For training resize to a square and mirror half of the images; else take the image as it is."""
+        """Resize to a square and mirror half of the images in training; keep the image unchanged in evaluation."""
         pixels = TF.to_dtype(TF.pil_to_tensor(image), scale=True)
         if not train:
             return pixels, target
@@ -312,9 +312,9 @@ class Saliency(TaskModel):
         return pixels, {"mask": mask.float()}
 
     def forward(self, images: list[torch.Tensor], targets: list[dict[str, Any]] | None = None) -> Any:
-        """Return the cross entropy of each side output and of the fused one, or for each image its map (H, W).
+        """Return the cross entropy of each side output and of the fused one, or a map (H, W) per image.
 
-        As in the paper all outputs and pixels weigh the same, with the mean over pixels in place of its sum.
+        All outputs and pixels have equal weights, as in the paper, but the loss is the mean over pixels, not the sum.
         """
         if targets is not None and self.training:
             masks = torch.stack([target["mask"] for target in targets])
@@ -322,7 +322,7 @@ class Saliency(TaskModel):
             names = [*(f"side {m}" for m in range(1, len(outputs))), "fused"]
             losses = (F.binary_cross_entropy_with_logits(output.float(), masks) for output in outputs)
             return dict(zip(names, losses, strict=True))
-        # One after the other, so that a map, to the last bit, does not depend on its company.
+        # One image at a time, so that a map does not depend, to the last bit, on the rest of the batch.
         return [self._map(image) for image in images]
 
     def _outputs(self, images: torch.Tensor) -> list[torch.Tensor]:
@@ -330,7 +330,7 @@ class Saliency(TaskModel):
 
     def _map(self, image: torch.Tensor) -> torch.Tensor:
         *sides, fused = self._outputs(resize(image[None], [self.settings["img_size"]] * 2, antialias=True))
-        # The paper's choice: the fused map and those of VGG's second to fourth side outputs, by their strides.
+        # As in the paper: the fused map and VGG's second to fourth side outputs, selected by stride.
         chosen = [side for side, stride in zip(sides, self.network.strides, strict=True) if stride in (2, 4, 8)]
         saliency = torch.stack([*chosen, fused]).float().sigmoid().mean(0)
         return resize(saliency, image.shape[1:], antialias=True)[0, 0].clamp(0, 1).cpu()
@@ -340,15 +340,15 @@ class Saliency(TaskModel):
         return MaxFAndMAE()
 
     def draw(self, image: Image.Image, prediction: Any, threshold: float | None = None) -> Image.Image:
-        """Return the map itself, as a grey image of 8 bits."""
+        """Return the map as an 8-bit grey image."""
         return Image.fromarray(eight_bits(prediction))
 
-    def describe(self, prediction: Any, threshold: float | None = None) -> list[dict[str, Any]]:
-        """Return one object: its `label`, and the `area` and `segmentation` of what is over half of white."""
+    def to_records(self, prediction: Any, threshold: float | None = None) -> list[dict[str, Any]]:
+        """Return one object: its `label`, and the `area` and `segmentation` of the pixels over 0.5."""
         mask = prediction > 0.5
         return [{"label": self.settings["classes"][0], "area": int(mask.sum()), "segmentation": run_lengths(mask)}]
 
 
 def eight_bits(saliency: torch.Tensor) -> np.ndarray:
-    """Return a map (H, W) from 0 to 1 as the numbers 0 to 255."""
+    """Convert a map (H, W) from 0 to 1 to 8-bit values from 0 to 255."""
     return (saliency * 255).round().byte().numpy()

@@ -1,9 +1,9 @@
-"""Semantic segmentation (paper, Table 7): which class each pixel is of.
+"""Semantic segmentation (paper, Table 7): the class of each pixel.
 
-Networks are segmentation_models_pytorch's: DeepLab v3+ (Chen et al., arXiv 1802.02611) at output stride
-16, as in the paper, U-Net and FPN. Data are in PASCAL VOC's layout: JPEGImages, SegmentationClass with a
-palette's numbers (255 for what counts for nothing), ImageSets/Segmentation/SPLIT.txt, and, for classes
-other than VOC's, a classes.txt with a name a line, the background's first.
+Networks are segmentation_models_pytorch's DeepLab v3+ (Chen et al., arXiv 1802.02611) at output stride
+16, as in the paper, U-Net and FPN. Data are in PASCAL VOC's layout: JPEGImages, SegmentationClass with class
+indices (255 is ignored), ImageSets/Segmentation/SPLIT.txt, and, for classes other than VOC's, a classes.txt
+with one name per line, starting with the background.
 """
 
 from collections.abc import Sequence
@@ -31,19 +31,19 @@ VOC = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
-IGNORED = 255  # VOC's number for a border that counts for nothing
+IGNORED = 255  # VOC's index of ignored pixels, such as borders
 LOSSY = ("JPEG", "MPO", "WEBP", "JPEG2000", "AVIF")
 
 
 class VOCMasks(Annotated):
-    """Images with a mask of class numbers each, in VOC's layout.
+    """Images with one mask of class indices each, in VOC's layout.
 
     Args:
-        folder: The folder of JPEGImages and its neighbours.
-        split: A list in ImageSets/Segmentation.
+        folder: The folder that contains JPEGImages and SegmentationClass.
+        split: Name of a list in ImageSets/Segmentation.
 
     Raises:
-        InputError: A list, image or mask that is missing, or a mask that is not one of its image.
+        InputError: A list, image or mask is missing, or a mask does not match its image or the classes.
     """
 
     def __init__(self, folder: Path, split: str) -> None:
@@ -53,7 +53,7 @@ class VOCMasks(Annotated):
         if not self.list.is_file():
             there = ", ".join(sorted(path.stem for path in lists.glob("*.txt"))) or "none"
             raise InputError(
-                f"{folder} has no ImageSets/Segmentation/{split}.txt of VOC's layout; lists there: {there}"
+                f"{folder} has no ImageSets/Segmentation/{split}.txt, as in VOC's layout; available lists: {there}"
             )
         self.pairs = list_masks(folder, self.list)
         named = folder / "classes.txt"
@@ -65,25 +65,25 @@ class VOCMasks(Annotated):
             self.counts += self._check(i, frames)
         frames.warn()
         if not self.counts[:IGNORED].any():
-            raise InputError(f"no mask like {self.mask_path(0)} has a pixel that counts: all are {IGNORED}")
+            raise InputError(f"all pixels of all masks, such as {self.mask_path(0)}, are {IGNORED}, which is ignored")
 
     @property
     def absent(self) -> list[str]:
-        """Classes without a pixel in any mask."""
+        """Classes that do not occur in any mask."""
         return [name for number, name in enumerate(self.classes) if not self.counts[number]]
 
     def remarks(self) -> dict[str, str]:
-        """Return the classes that no mask has, by which the mean over the classes is not over all of them."""
+        """Return the classes that do not occur in any mask, over which the mean IoU does not extend."""
         return {f"classes without a pixel in {self.split}": ", ".join(self.absent)} if self.absent else {}
 
     def check_classes(self, train: bool) -> None:
-        """Check that the masks have what is to be learned or measured.
+        """Check that all classes occur in the masks.
 
         Args:
-            train: Whether it is to be learned.
+            train: Whether the data are for training.
 
         Raises:
-            InputError: They are of the background alone, or have another class as 255.
+            InputError: The masks contain only the background, or seem to mark a class by 255.
         """
         if not self.absent or len(self.classes) == 1:
             return
@@ -93,14 +93,14 @@ class VOCMasks(Annotated):
         alone = len(self.absent) == len(self.classes) - 1
         if (alone and (train or ignored)) or (train and ignored and self.own_classes):
             number = self.classes.index(self.absent[0])
-            hint = f"{IGNORED} counts for nothing: where it marks a class, write the class's number, such as {number}"
+            hint = f"{IGNORED} is ignored: if it marks a class, replace it by the index of the class, such as {number}"
             raise InputError(f"{what}; {hint if ignored else 'correct the masks or classes.txt'}")
-        warn(f"{what}; {'it cannot be learned' if train else 'figures are of the other classes alone'}")
+        warn(f"{what}; {'the model cannot learn it' if train else 'metrics cover the other classes only'}")
 
     def _check(self, i: int, frames: Frames) -> np.ndarray:
         path, mask_path = self.pairs[i]
         if not mask_path.is_file():
-            raise InputError(f"there is no {mask_path}, the mask of {path}, which {self.list} names")
+            raise InputError(f"{mask_path} is missing, the mask of {path}, which {self.list} names")
         try:
             with open_image(mask_path) as mask:
                 check_numbers(mask)
@@ -113,8 +113,8 @@ class VOCMasks(Annotated):
         wrong = np.flatnonzero(counts[len(self.classes) : IGNORED])
         if len(wrong):
             raise InputError(
-                f"the mask {mask_path} has the number {len(self.classes) + wrong[0]}, and there are "
-                f"{len(self.classes)} classes, from 0"
+                f"the mask {mask_path} contains the class index {len(self.classes) + wrong[0]}, but the "
+                f"{len(self.classes)} classes are numbered from 0"
             )
         return counts
 
@@ -122,11 +122,11 @@ class VOCMasks(Annotated):
         return len(self.pairs)
 
     def path(self, i: int) -> Path:
-        """Return an image's file."""
+        """Return the path of an image."""
         return self.pairs[i][0]
 
     def mask_path(self, i: int) -> Path:
-        """Return the file of its mask."""
+        """Return the path of an image's mask."""
         return self.pairs[i][1]
 
     def __getitem__(self, i: int) -> tuple[Image.Image, dict[str, Any]]:
@@ -137,7 +137,7 @@ class VOCMasks(Annotated):
 
 
 def list_masks(folder: Path, path: Path) -> list[checked.Pair]:
-    """Return the images and masks that a list of VOC's names, or of which it has pairs."""
+    """Return the images and masks in a list of VOC's layout, which names images or pairs of both."""
     images, masks = folder / "JPEGImages", folder / "SegmentationClass"
 
     def single(line: str) -> checked.Pair | None:
@@ -157,26 +157,26 @@ def list_masks(folder: Path, path: Path) -> list[checked.Pair]:
 
 
 def check_numbers(mask: Image.Image) -> None:
-    """Check that an opened mask has a class's number for each pixel.
+    """Check that the pixels of an opened mask are class indices.
 
     Raises:
-        OSError: It has something else.
+        OSError: They are not.
     """
     if mask.mode not in ("P", "L"):
-        raise OSError(f"it is of mode {mask.mode}; class numbers must be 8-bit grey (L) or a palette's (P)")
+        raise OSError(f"its mode is {mask.mode}; class indices must be 8-bit grey (L) or palette indices (P)")
     if mask.format in LOSSY:
-        raise OSError(f"it is a {mask.format}, whose compression changes numbers; store it as PNG")
+        raise OSError(f"its format is {mask.format}, whose lossy compression changes class indices; store it as PNG")
     packed = str(mask.tile[0].args) if isinstance(mask, PngImageFile) and mask.tile else ""
     if packed in ("L;2", "L;4"):
-        # Pillow stretches these to 0 to 255, so that class 1 would become 85 or 17.
-        raise OSError(f"it is grey of {packed[2:]} bits; class numbers must be 8-bit grey (L) or a palette's (P)")
+        # Pillow scales these to 0 to 255, which turns class 1 into 85 or 17.
+        raise OSError(f"it is {packed[2:]}-bit grey; class indices must be 8-bit grey (L) or palette indices (P)")
 
 
 class MeanIoU(Score):
-    """Mean over the classes of intersection over union, counted over all pixels of all images, in percent.
+    """Mean intersection over union of the classes, over all pixels of all images, in percent.
 
     Attributes:
-        by_class: Each class's, after `compute`; None of one that is neither there nor predicted.
+        by_class: IoU of each class, after `compute`; None for a class that is absent from masks and predictions.
     """
 
     def __init__(self, classes: Sequence[str]) -> None:
@@ -185,14 +185,14 @@ class MeanIoU(Score):
         self.by_class: dict[str, float | None] = {}
 
     def update(self, i: int, target: dict[str, Any], prediction: torch.Tensor) -> None:
-        """Count pixels, by what they are and what they were taken for."""
-        right, said = target["mask"].flatten().cpu(), prediction.flatten().cpu()
-        kept = right != IGNORED
-        pairs = right[kept] * len(self.classes) + said[kept]
+        """Count pixels by their true and their predicted class."""
+        true, predicted = target["mask"].flatten().cpu(), prediction.flatten().cpu()
+        kept = true != IGNORED
+        pairs = true[kept] * len(self.classes) + predicted[kept]
         self.confusion += torch.bincount(pairs, minlength=len(self.classes) ** 2).view_as(self.confusion)
 
     def compute(self, accelerator: Accelerator) -> Figures:
-        """Return mIoU and pixel accuracy; a class that is nowhere, neither there nor predicted, does not count."""
+        """Return mIoU and pixel accuracy; mIoU skips classes that are absent from masks and predictions."""
         confusion = accelerator.reduce(self.confusion.to(accelerator.device), "sum").cpu().double()
         both, either = confusion.diag(), confusion.sum(0) + confusion.sum(1) - confusion.diag()
         there = either > 0
@@ -204,7 +204,7 @@ class MeanIoU(Score):
         return {"mIoU": iou.mean().item(), "pixel accuracy": (100 * both.sum() / confusion.sum()).item()}
 
     def details(self) -> dict[str, Any]:
-        """Return each class's IoU, null of one that is neither there nor predicted."""
+        """Return the IoU of each class, None for a class that is absent from masks and predictions."""
         return {"IoU": self.by_class}
 
 
@@ -214,7 +214,7 @@ class Segmentation(TaskModel):
     task = "segmentation"
     hub_task = "image-segmentation"
     heads = ("deeplabv3plus", "unet", "fpn")
-    img_size = 513  # DeepLab's crops of VOC; networks see the next multiple of 32
+    img_size = 513  # DeepLab's crop size for VOC; inputs are padded to a multiple of 32
     scales = (0.5, 2.0)  # DeepLab's
     best = "mIoU"
     requires: ClassVar = {"segmentation_models_pytorch": "segmentation-models-pytorch"}
@@ -238,13 +238,13 @@ class Segmentation(TaskModel):
         found = VOCMasks(Path(data), split)
         if classes is not None and list(classes) != found.classes:
             raise InputError(
-                f"{data} has other classes ({', '.join(found.classes)}) than the model ({', '.join(classes)})"
+                f"the classes of {data} ({', '.join(found.classes)}) differ from the model's ({', '.join(classes)})"
             )
         found.check_classes(train=classes is None)
         return found
 
     def build(self, features: Any, **kwargs: Any) -> nn.Module:
-        """Build smp's network, with `kwargs` for it, and give its encoder the backbone."""
+        """Build the network of segmentation_models_pytorch with `kwargs`, and copy the backbone's weights into it."""
         import segmentation_models_pytorch as smp
 
         network = {"deeplabv3plus": smp.DeepLabV3Plus, "unet": smp.Unet, "fpn": smp.FPN}[self.settings["head"]]
@@ -253,7 +253,7 @@ class Segmentation(TaskModel):
         if network is smp.DeepLabV3Plus:
             kwargs = {"encoder_output_stride": stride, **kwargs}
         elif stride not in (None, 32):
-            raise InputError(f"{self.settings['head']} takes features of stride 32, not {stride}")
+            raise InputError(f"{self.settings['head']} needs features of stride 32, not {stride}")
         name, classes = f"tu-{self.settings['model']}", len(self.settings["classes"])
         built = network(name, encoder_weights=None, classes=classes, **kwargs)
         built.encoder.model.load_state_dict(features.state_dict())
@@ -261,12 +261,12 @@ class Segmentation(TaskModel):
 
     @property
     def features(self) -> nn.Module:
-        """The backbone, which the encoder of smp's network holds."""
+        """The backbone in the network's encoder."""
         network: Any = self.network
         return network.encoder.model
 
     def transform(self, image: Image.Image, target: dict[str, Any], train: bool) -> tuple[torch.Tensor, dict[str, Any]]:
-        """For training scale, crop and mirror, as DeepLab does; else take the whole image."""
+        """Scale, crop and mirror in training, as DeepLab does; keep the whole image in evaluation."""
         pixels = TF.to_dtype(TF.pil_to_tensor(image), scale=True)
         if not train:
             return pixels, target
@@ -277,8 +277,8 @@ class Segmentation(TaskModel):
         pixels = F.interpolate(pixels[None], shape, mode="bilinear", antialias=True)[0]
         mask = F.interpolate(mask[None, None].float(), shape, mode="nearest-exact")[0, 0].long()
         missing = [max(0, size - side) for side in shape]
-        # The mean colour, which becomes 0, and no class.
-        mean = torch.tensor(self.settings["mean"]).view(-1, 1, 1)  # self.mean may be on a GPU, of no use in a loader
+        # Pad with the mean colour, which normalization maps to 0, and the ignored class.
+        mean = torch.tensor(self.settings["mean"]).view(-1, 1, 1)  # self.mean may be on a GPU
         pixels = F.pad(pixels - mean, (0, missing[1], 0, missing[0])) + mean
         mask = F.pad(mask, (0, missing[1], 0, missing[0]), value=IGNORED)
         top, left = (int(torch.randint(0, side - size + 1, ())) for side in mask.shape)
@@ -288,18 +288,18 @@ class Segmentation(TaskModel):
         return pixels, {"mask": mask}
 
     def forward(self, images: list[torch.Tensor], targets: list[dict[str, Any]] | None = None) -> Any:
-        """Return the mean cross entropy of the pixels, or for each image its mask (H, W)."""
+        """Return the mean cross entropy of the pixels, or a mask (H, W) per image."""
         if targets is not None and self.training:
             logits = self.logits(torch.stack(images))
             masks = torch.stack([target["mask"] for target in targets])
             losses = F.cross_entropy(logits.float(), masks, ignore_index=IGNORED, reduction="none").flatten(1)
-            # The mean over images of each one's mean, so that the mean over processes is that over all their images.
+            # The mean over images of their means, so that averaging over processes averages over all images.
             return {"loss": (losses.sum(1) / (masks != IGNORED).flatten(1).sum(1).clamp(min=1)).mean()}
-        # One after the other: padded to the largest, an image would be told otherwise in other company.
+        # One image at a time: batch padding would change the result.
         return [self.logits(image[None])[0].argmax(0).cpu() for image in images]
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the classes' logits (N, classes, H, W) of images (N, 3, H, W) of any size."""
+        """Return the logits (N, classes, H, W) for images (N, 3, H, W) of any size."""
         h, w = images.shape[2:]
         padded = F.pad(self.normalize(images), (0, -w % 32, 0, -h % 32))
         return self.network(padded.contiguous(memory_format=torch.channels_last))[:, :, :h, :w]
@@ -309,7 +309,7 @@ class Segmentation(TaskModel):
         return MeanIoU(data.classes)
 
     def draw(self, image: Image.Image, prediction: Any, threshold: float | None = None) -> Image.Image:
-        """Colour each pixel by its class, in VOC's colours; the background stays."""
+        """Colour each pixel by its class, in VOC's colours; the background is not coloured."""
         from torchvision.utils import draw_segmentation_masks
 
         classes = range(1, len(self.settings["classes"]))
@@ -318,8 +318,8 @@ class Segmentation(TaskModel):
         drawn = draw_segmentation_masks(TF.pil_to_tensor(image), masks, alpha=0.6, colors=colours)
         return TF.to_pil_image(drawn)
 
-    def describe(self, prediction: Any, threshold: float | None = None) -> list[dict[str, Any]]:
-        """Return `label`, `area` in pixels and `segmentation` of each class in the image but the background."""
+    def to_records(self, prediction: Any, threshold: float | None = None) -> list[dict[str, Any]]:
+        """Return `label`, `area` in pixels and `segmentation` of each class in the image except the background."""
         objects = []
         for number, name in enumerate(self.settings["classes"]):
             mask = prediction == number
@@ -329,6 +329,6 @@ class Segmentation(TaskModel):
 
 
 def voc_colour(number: int) -> tuple[int, int, int]:
-    """Return the colour of a class in VOC's palette: its number's bits, dealt out from the highest of each channel."""
+    """Return the colour of a class in VOC's palette, whose channels interleave the bits of the class index."""
     red, green, blue = (sum((number >> (3 * i + channel) & 1) << (7 - i) for i in range(8)) for channel in range(3))
     return red, green, blue

@@ -1,4 +1,4 @@
-"""Training of any task's model: settings, data, model, loop, folder."""
+"""Training of a task's model: settings, data, model, training loop and model folder."""
 
 import argparse
 from collections.abc import Iterator, Mapping
@@ -31,22 +31,22 @@ CARD = Path(__file__).with_name("card.md")  # template of a model's card
 
 
 def train(args: argparse.Namespace, run: Path, recipe: dict[str, Any], command: str, accelerator: Accelerator) -> int:
-    """Train a task's model, and write the best by its task's figure as a folder.
+    """Train a task's model, and save the best one by the task's metric as a folder.
 
     Args:
-        args: The settings, by the names of the options of `train-task`.
-        run: Folder of the run's checkpoints.
-        recipe: The settings that have a value, as recipe.toml has them.
-        command: The command that makes the same run, for the card.
-        accelerator: The processes.
+        args: The settings, named like the options of `train-task`.
+        run: Folder for the checkpoints.
+        recipe: The settings with a value, in the format of recipe.toml.
+        command: The command that reproduces the run, for the card.
+        accelerator: The accelerator.
 
     Returns:
-        0, or 128 + the number of the signal that stopped the training.
+        0, or 128 + the number of the signal that interrupted the training.
 
     Raises:
         InputError: A setting, the data, the model or a checkpoint is wrong, or the training diverged.
     """
-    optimization = Optimization.of(vars(args))  # refuses unknown names before the data is read
+    optimization = Optimization.of(vars(args))  # rejects unknown names before the data are read
     task = task_class(args.task)
     task.check_installed()
     checkpoints = Checkpoints(run / "checkpoints", args.keep)
@@ -83,17 +83,17 @@ def train(args: argparse.Namespace, run: Path, recipe: dict[str, Any], command: 
 
 
 class Task(Objective):
-    """Training a task's model.
+    """Training of a task's model.
 
     Args:
         args: The settings.
-        data: What to train on.
-        valid: What to evaluate on.
-        state: Where training is.
-        plan: What a resumed run must have in common with this one.
-        recipe: The settings that have a value, as recipe.toml has them.
-        facts: What the card states beside the model's settings.
-        accelerator: The processes.
+        data: The training data.
+        valid: The evaluation data.
+        state: The training state.
+        plan: Settings that a resumed run must share with this one.
+        recipe: The settings with a value, in the format of recipe.toml.
+        facts: Entries of the card in addition to the model's settings.
+        accelerator: The accelerator.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Task(Objective):
         self.state.wrapped.train()
 
     def batches(self, epoch: int, first: int) -> Iterator[tuple[list[int], Any, Any]]:
-        """Yield numbers of images, images and targets."""
+        """Yield indices of images, images and targets."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         numbers = batches_of(len(self.data), self.args.batch_size, self.args.seed, epoch, rank, world)
         prepared = Prepared(self.data, self.model, train=True, seed=self.args.seed, epoch=epoch)
@@ -148,12 +148,12 @@ class Task(Objective):
         return {"plan": self.plan}
 
     def evaluate(self, epoch: Epoch) -> dict[str, Any]:
-        """Measure the model on the images to evaluate on."""
+        """Evaluate the model on the evaluation data."""
         figures = evaluate(self.model, self.valid, self.accelerator, self.args.batch_size, self.workers)
         return {"epoch": epoch.number, "lr": epoch.lr, "loss": float(f"{epoch.loss:.5g}"), **figures}
 
     def best_epoch(self) -> int:
-        """Return the number of the epoch with the best figure, the first of several."""
+        """Return the number of the first epoch with the best metric."""
         return max(self.state.metrics, key=lambda row: row[self.figure])["epoch"]
 
     def describe(self, row: Mapping[str, Any]) -> str:
@@ -161,7 +161,7 @@ class Task(Objective):
         return ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
 
     def write(self) -> None:
-        """Write all metrics and, if the last epoch is the best, the model."""
+        """Write all metrics, and the model if the last epoch is the best."""
         metrics, output = self.state.metrics, self.args.output
         with writing(output):
             if self.best_epoch() == len(metrics):
@@ -173,10 +173,10 @@ class Task(Objective):
 def build_model(
     args: argparse.Namespace, task: type[TaskModel], head: str, data: Annotated, accelerator: Accelerator
 ) -> TaskModel:
-    """Build the model that is to be trained, with the same weights in every process.
+    """Build the model for training, with the same weights in every process.
 
     Raises:
-        InputError: It cannot be built or trained with these settings.
+        InputError: The model cannot be built or trained with these settings.
     """
     options = all_or_none(lambda: task.options(data, args.flip_pairs))
     set_seed(args.seed)
@@ -216,7 +216,7 @@ def start_of(args: argparse.Namespace) -> str | None:
 def facts_of(
     args: argparse.Namespace, model: TaskModel, data: Annotated, valid: Annotated, command: str
 ) -> dict[str, Any]:
-    """Return what the card states of a training."""
+    """Return the card's entries about a training run."""
     return {
         "data": Path(args.data).resolve().name,
         "split": args.eval_split,
@@ -236,7 +236,7 @@ def announce(
     remarks: Mapping[str, str],
     accelerator: Accelerator,
 ) -> None:
-    """Print model and data."""
+    """Print a summary of the model and the data."""
     classes = ", ".join(map(printable, data.classes[:5])) + ", ..." * (len(data.classes) > 5)
     parameters = sum(p.numel() for p in model.parameters())
     accelerator.print(
@@ -252,7 +252,7 @@ def settings_for(args: argparse.Namespace, data: Annotated, accelerator: Acceler
     """Return the loop's settings.
 
     Raises:
-        InputError: There are fewer images than a step takes.
+        InputError: There are fewer images than one step needs.
     """
     step_images = args.batch_size * accelerator.num_processes
     if len(data) < step_images:
@@ -270,9 +270,9 @@ def settings_for(args: argparse.Namespace, data: Annotated, accelerator: Acceler
 
 
 def batches_of(images: int, batch_size: int, seed: int, epoch: int, rank: int, world: int) -> list[list[int]]:
-    """Return a process's batches of an epoch: its part of each step's images.
+    """Return the batches of a process in an epoch: its part of each step's images.
 
-    A step has the same images on any number of processes, if their batches have as many images together.
+    A step has the same images on any number of processes, as long as the global batch size is the same.
     """
     order = torch.randperm(images, generator=torch.Generator().manual_seed(seed_of(seed, 2, epoch))).tolist()
     whole = batch_size * world
@@ -280,21 +280,21 @@ def batches_of(images: int, batch_size: int, seed: int, epoch: int, rank: int, w
 
 
 def check_readable(data: Annotated) -> None:
-    """Check before training that there are images to evaluate on, and that the first one can be decoded.
+    """Check before training that the evaluation data are not empty and that the first image can be decoded.
 
     Raises:
-        InputError: There are none, or it cannot.
+        InputError: They are empty, or it cannot be decoded.
     """
     if not len(data):
         raise InputError(f"there are no {data.samples} to measure the model on; name another split", "eval_split")
     try:
         data[0]
     except NO_IMAGE as error:
-        raise InputError(f"cannot decode {data.path(0)}, which the model is measured on: {error}") from error
+        raise InputError(f"cannot decode {data.path(0)}, an evaluation image: {error}") from error
 
 
 def plan_of(model: TaskModel, data: Annotated, settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
-    """Return what a run that is resumed must have in common with this one."""
+    """Return the settings that a resumed run must share with this one."""
     return {
         "settings": model.settings,
         "task": model.task,
@@ -312,16 +312,16 @@ def resume_if_saved(
     settings: Settings,
     accelerator: Accelerator,
 ) -> None:
-    """Bring the state to that of the last checkpoint, if there is one.
+    """Restore the state of the last checkpoint, if there is one.
 
     Raises:
-        InputError: It is not a checkpoint of this run.
+        InputError: The checkpoint is damaged or belongs to a different run.
     """
     saved = all_or_none(checkpoints.load)
     if saved is None:
         return
     path = checkpoints.paths()[-1]
-    if isinstance(saved, dict) and "sums" in saved:  # as earlier versions called it
+    if isinstance(saved, dict) and "sums" in saved:  # the key in earlier versions
         saved |= {"losses": saved.pop("sums"), "rates": [], "ema": None}
     figures = {"lr": is_number, "loss": is_number, state.model.best: lambda x: isinstance(x, float)}
     fields = checkpoint_fields(figures, average=False)
@@ -335,7 +335,7 @@ def resume_if_saved(
                 "overwrite",
             )
     resume(state, saved, path, args.output, settings, accelerator)
-    accelerator.print(f"goes on after step {state.done} of {settings.total}", flush=True)
+    accelerator.print(f"resuming after step {state.done} of {settings.total}", flush=True)
 
 
 def make_card(
@@ -345,13 +345,13 @@ def make_card(
 
     Args:
         model: The model.
-        row: Its epoch's metrics.
-        accelerator: The processes.
-        output: The model's folder, whose name is that of the model.
-        facts: What else the card states: at least `data` and `split`, which the figures are of.
+        row: Metrics of the model's epoch.
+        accelerator: The accelerator.
+        output: The model's folder, which has the name of the model.
+        facts: Further entries of the card: at least `data` and `split`, which the metrics refer to.
     """
     figures = {name: value for name, value in row.items() if name not in ("epoch", "lr", "loss")}
-    res2net = "res2n" in model.settings["model"]  # the name of each of them has it, Res2NeXt's too
+    res2net = "res2n" in model.settings["model"]  # matches Res2NeXt too
     shown: dict[str, Any] = {"task": model.task}
     shown |= {key: value for key, value in model.settings.items() if key not in ("classes", "flip_pairs")}
     shown |= {"classes": len(model.settings["classes"]), **facts, "hardware": hardware(accelerator)}
@@ -379,7 +379,7 @@ def make_card(
 
 
 def results_of(model: TaskModel, figures: Mapping[str, float], data: str, split: str) -> list[EvalResult]:
-    """Return the figures as the metadata of a card has them."""
+    """Return the metrics as evaluation results for a card's metadata."""
     return [
         EvalResult(model.hub_task, data, data, name, round(value, 4), dataset_split=split)
         for name, value in figures.items()

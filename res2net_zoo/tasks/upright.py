@@ -1,7 +1,7 @@
-"""One rule for EXIF orientations: training, evaluation and prediction see an image upright, as its camera was held.
+"""EXIF orientation: training, evaluation and prediction apply it to every image.
 
-Annotations are for the upright image or for the stored pixels; which of them, their width and height show. Those
-for the stored pixels are turned with the image.
+Annotations refer to the upright image or to the stored pixels, which their width and height reveal. Annotations of
+the stored pixels are transposed with the image.
 """
 
 import struct
@@ -25,12 +25,12 @@ SIDEWAYS = (Turn.TRANSPOSE, Turn.ROTATE_270, Turn.TRANSVERSE, Turn.ROTATE_90)
 BACK = {Turn.ROTATE_270: Turn.ROTATE_90, Turn.ROTATE_90: Turn.ROTATE_270}  # the others undo themselves
 
 
-def turn_of(image: Image.Image) -> Turn | None:
-    """Return what turns the stored pixels of an image, which is not decoded yet, upright; None where they are.
+def exif_transposition(image: Image.Image) -> Turn | None:
+    """Return the transposition that makes an opened, not yet decoded image upright; None if it is upright.
 
-    A damaged orientation counts as none, as with other readers.
+    An invalid orientation is ignored, as by other readers.
     """
-    # Pillow itself turns a TIFF. Of a PNG without EXIF data before its pixels it would decode these to look for more.
+    # Pillow transposes a TIFF itself, and decodes a PNG whose EXIF data do not precede the pixels to look for them.
     if image.format == "TIFF" or (image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys()):
         return None
     try:
@@ -41,7 +41,7 @@ def turn_of(image: Image.Image) -> Turn | None:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return an opened image in RGB and upright."""
-    turn = turn_of(image)
+    turn = exif_transposition(image)
     pixels = to_mode(image, "RGB")
     return pixels if turn is None else pixels.transpose(turn)
 
@@ -50,14 +50,14 @@ def read_rgb(path: Path) -> Image.Image:
     """Read an image in RGB and upright.
 
     Raises:
-        Exception: As `open_image`.
+        Exception: See `open_image`.
     """
     with open_image(path) as image:
         return to_rgb(image)
 
 
-def moved(places: np.ndarray, turn: Turn, width: int, height: int) -> np.ndarray:
-    """Return where places (..., 2) in an image of this size, counted from its corner, are when it is turned."""
+def transpose_points(places: np.ndarray, turn: Turn, width: int, height: int) -> np.ndarray:
+    """Return points (..., 2), from the upper left corner of an image of this size, after its transposition."""
     x, y = places[..., 0], places[..., 1]
     across, down = width - x, height - y
     return np.stack(
@@ -70,37 +70,37 @@ def moved(places: np.ndarray, turn: Turn, width: int, height: int) -> np.ndarray
     )
 
 
-def moved_box(box: list[float], turn: Turn, width: int, height: int) -> list[float]:
-    """Return a box, as left, top, width and height, in an image of this size when that is turned."""
+def transpose_box(box: list[float], turn: Turn, width: int, height: int) -> list[float]:
+    """Return a box (left, top, width, height) in an image of this size after the image's transposition."""
     x, y, w, h = box
-    corners = moved(np.array([[x, y], [x + w, y + h]]), turn, width, height)
+    corners = transpose_points(np.array([[x, y], [x + w, y + h]]), turn, width, height)
     (left, top), (right, bottom) = corners.min(0).tolist(), corners.max(0).tolist()
     return [left, top, right - left, bottom - top]
 
 
 class Frames:
-    """Compares the sizes of images with those of their annotations, and warns of what orientations make doubtful."""
+    """Compares image sizes with those of their annotations, and warns of ambiguous orientations."""
 
     def __init__(self) -> None:
         self.stored: list[Path] = []
         self.doubtful: list[Path] = []
 
     def turn(self, path: Path, size: tuple[int, int], source: object, annotations: str) -> Turn | None:
-        """Return what turns the annotations of an image upright; None where they are.
+        """Return the transposition that makes the annotations of an image upright; None if they are upright.
 
         Args:
             path: The image.
-            size: Width and height that its annotations are for.
-            source: What names the image, for a message.
-            annotations: What has that size, for a message: `its annotations are for`.
+            size: Width and height that the annotations refer to.
+            source: The list that names the image, for a message.
+            annotations: Start of the message about that size, such as `its annotations are for`.
 
         Raises:
-            InputError: The image cannot be read, or is of another size.
+            InputError: The image cannot be read, or has a different size.
         """
         try:
             with open_image(path) as image:
                 check_mode(image)
-                turn = turn_of(image)
+                turn = exif_transposition(image)
                 w, h = image.size
         except NO_IMAGE as error:
             raise InputError(f"cannot read {path}, which {source} names: {reason(error, path)}") from error
@@ -116,19 +116,19 @@ class Frames:
         raise InputError(f"{path} is {w} x {h}{turned}; {annotations} {size[0]} x {size[1]}")
 
     def warn(self) -> None:
-        """Warn of the images that have an orientation, once for all of them."""
+        """Print one warning about all images with an EXIF orientation."""
         if self.stored:
             warn(
-                f"{count_of(self.stored)} an EXIF orientation, but annotations of the size of the stored pixels; "
-                "image and annotations are turned upright"
+                f"{count_with_verb(self.stored)} an EXIF orientation, but annotations for the stored pixels; "
+                "image and annotations are rotated upright"
             )
         if self.doubtful:
             warn(
-                f"{count_of(self.doubtful)} an EXIF orientation that leaves the size as it is; the annotations are "
-                "taken for those of the upright image. If they are for the stored pixels, remove the EXIF data"
+                f"{count_with_verb(self.doubtful)} an EXIF orientation that does not change the size; annotations "
+                "are assumed to be for the upright image. If they are for the stored pixels, remove the EXIF data"
             )
 
 
-def count_of(paths: list[Path]) -> str:
-    """Return how many images there are and which is the first, with a verb: `2 images such as a.jpg have`."""
+def count_with_verb(paths: list[Path]) -> str:
+    """Return the number of images and the first one, with a verb: `2 images such as a.jpg have`."""
     return f"{paths[0]} has" if len(paths) == 1 else f"{len(paths)} images such as {paths[0]} have"

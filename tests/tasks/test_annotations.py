@@ -1,4 +1,4 @@
-"""Lists and annotations as people have them: names with spaces, pairs, marks and flags, EXIF orientations."""
+"""Tests of lists and annotations: names with spaces, pairs, byte-order marks, flags and EXIF orientations."""
 
 import json
 import os
@@ -18,11 +18,11 @@ from res2net_zoo.tasks.keypoints import OKSAP, COCOPersons
 from res2net_zoo.tasks.prediction import predict
 from res2net_zoo.tasks.saliency import Masks, read_mask
 from res2net_zoo.tasks.segmentation import Segmentation, VOCMasks
-from res2net_zoo.tasks.upright import TURNS, moved
+from res2net_zoo.tasks.upright import TURNS, transpose_points
 from res2net_zoo.utils.errors import InputError
 from tests.scenes import JOINTS, save_coco, save_keypoints, save_saliency, save_voc, save_voc_boxes
 
-MARK = "\ufeff"  # a byte-order mark, as Windows' editors write it
+MARK = "\ufeff"  # a byte-order mark, as written by Windows editors
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def boxes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
-    """With the images and masks of one list: images/train_00000.jpg, masks/train_00000.png and so on."""
+    """Return a folder for one list, with images/train_00000.jpg, masks/train_00000.png and so on."""
     data = save_saliency(tmp_path_factory.mktemp("data") / "scenes", train=4, val=1)
     return data / "train"
 
@@ -66,7 +66,7 @@ def names_of(data: Any) -> list[str]:
     return [data.path(i).name for i in range(len(data))]
 
 
-# Each layout: its list, where its images and what is annotated of them are, and what opens it.
+# Each layout: list, folders of images and of annotations, and suffix of annotations; and its loader.
 SEGMENTATION = ("ImageSets/Segmentation/train.txt", "JPEGImages", "SegmentationClass", ".png")
 DETECTION = ("ImageSets/Main/train.txt", "JPEGImages", "Annotations", ".xml")
 SALIENCY = ("train.txt", "images", "masks", ".png")
@@ -95,7 +95,7 @@ def listed(data: Path, layout: tuple[str, ...], text: str | bytes) -> list[str]:
 
 
 def test_names_with_spaces(layout):
-    """The file of the first word is there too, and is not what is meant."""
+    """A file named like the first word exists too, but must not be used."""
     data, kind = layout
     for i, name in enumerate(("photo", "photo 1", "photo  -1")):
         rename(data, kind, f"train_0000{i}", name)
@@ -103,7 +103,7 @@ def test_names_with_spaces(layout):
     _, images, abouts, suffix = kind
     pair = f"{images}/photo 1.jpg {abouts}/photo 1{suffix}"
     assert listed(data, kind, f"{pair}\n") == ["photo 1.jpg"]
-    with pytest.raises(InputError, match=r"there is no image photo 3, which .*train.txt names$"):
+    with pytest.raises(InputError, match=r"cannot find the image photo 3, which .*train.txt names$"):
         listed(data, kind, "photo 3\n")
 
 
@@ -126,7 +126,7 @@ def test_lists(layout, text):
     assert listed(data, kind, text) == ["train_00001.jpg", "train_00000.jpg"]
 
 
-def test_a_pair_has_the_mask_that_it_names(voc, scenes, tmp_path):
+def test_pair_uses_the_named_mask(voc, scenes, tmp_path):
     for data, kind, folder in ((voc, SEGMENTATION, "SegmentationClassAug"), (scenes, SALIENCY, "other")):
         data = copied(data, tmp_path)
         _, images, masks, _ = kind
@@ -136,15 +136,15 @@ def test_a_pair_has_the_mask_that_it_names(voc, scenes, tmp_path):
         assert listed(data, kind, f"/{images}/train_00001.jpg /{folder}/one.png") == ["train_00001.jpg"]
         after = OPEN[kind](data)[0][1]["mask"].numpy()
         assert np.array_equal(after, before > 0 if kind == SALIENCY else before)
-        with pytest.raises(InputError, match=r"there is no image .* names, nor both files of a pair"):
+        with pytest.raises(InputError, match=r"cannot find the image .* names, alone or as a pair of files"):
             listed(data, kind, f"/{images}/train_00001.jpg /{folder}/two.png")
 
 
 def test_repeated_lines(layout, capfd):
-    """Each image is taken once, which a line tells."""
+    """Each image is used once, with a warning."""
     data, kind = layout
     assert listed(data, kind, "train_00001\ntrain_00000\ntrain_00001.jpg\n") == ["train_00001.jpg", "train_00000.jpg"]
-    line = f"train.txt has a line that repeats {data}/{kind[1]}/train_00001.jpg; each image is taken once"
+    line = f"train.txt has a line that repeats {data}/{kind[1]}/train_00001.jpg; each image is used once"
     assert capfd.readouterr().err.count(line) == 1
     assert len(listed(data, kind, "train_00000\n" * 3)) == 1
     assert "train.txt has 2 lines that repeat images, such as" in capfd.readouterr().err
@@ -156,44 +156,44 @@ def test_repeated_lines(layout, capfd):
 
 @pytest.mark.first_case
 @pytest.mark.parametrize("kind", [SEGMENTATION, DETECTION], ids=["segmentation", "detection"])
-def test_an_image_of_two_meanings(voc, boxes, tmp_path, kind):
-    """A file has the name that the whole line is, and a pair is there too."""
+def test_ambiguous_line(voc, boxes, tmp_path, kind):
+    """The whole line is a file name, but also a pair of files."""
     data = copied(voc if kind == SEGMENTATION else boxes, tmp_path)
     _, images, abouts, suffix = kind
     shutil.copy(data / images / "train_00000.jpg", data / images / "train_00000.jpg.jpg")
-    with pytest.raises(InputError, match=r"train_00000.jpg, which can be .*; name it with its suffix"):
+    with pytest.raises(InputError, match=r"train_00000.jpg, which matches .*; add the suffix"):
         listed(data, kind, "train_00000.jpg\n")
     (data / f"train_00000.jpg {abouts}").mkdir()
     shutil.copy(data / images / "train_00001.jpg", data / f"train_00000.jpg {abouts}" / f"train_00002{suffix}.jpg")
-    with pytest.raises(InputError, match=r"which can be .* or .*; "):
+    with pytest.raises(InputError, match=r"which matches .* or .*; "):
         listed(data, kind, f"train_00000.jpg {abouts}/train_00002{suffix}\n")
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
-        ("../../etc/passwd", "names ../../etc/passwd, which is not below the data's folder"),
-        ("a\0b", r"names a\\x00b, which is not below|names a.b, which is not below"),
-        ("{images}/../../../x.jpg {abouts}/train_00000{suffix}", "which is not below the data's folder"),
-        ("fifo.jpg", "there is no (image|mask for) .*fifo.jpg"),
-        ("n" * 300, "there is no image nnn"),
+        ("../../etc/passwd", "names ../../etc/passwd, which is outside the data folder"),
+        ("a\0b", r"names a\\x00b, which is outside|names a.b, which is outside"),
+        ("{images}/../../../x.jpg {abouts}/train_00000{suffix}", "which is outside the data folder"),
+        ("fifo.jpg", "(cannot find the image fifo.jpg|the mask for .*fifo.jpg is missing)"),
+        ("n" * 300, "cannot find the image nnn"),
         ("word " * 10_000, "train.txt has a line of more than 8,200 characters"),
         ("", "lists no images"),
         (b"G\xe4nse", "cannot read .*train.txt: it is not UTF-8 text"),
     ],
 )
-def test_bad_lists(layout, text, told):
+def test_invalid_lists(layout, text, expected):
     data, kind = layout
     _, images, abouts, suffix = kind
     os.mkfifo(data / images / "fifo.jpg")
     if isinstance(text, str):
         text = text.format(images=images, abouts=abouts, suffix=suffix)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=expected):
         listed(data, kind, text)
 
 
 def test_flags_of_a_class(boxes, tmp_path):
-    """As VOC's own lists of a class have them."""
+    """VOC's lists of a class have flags."""
     data = copied(boxes, tmp_path)
     assert listed(data, DETECTION, "train_00000 -1\ntrain_00001  1\ntrain_00002  0\n") == [
         f"train_0000{i}.jpg" for i in range(3)
@@ -201,8 +201,8 @@ def test_flags_of_a_class(boxes, tmp_path):
     assert Instances(data, "train", masks=False).image_ids == [f"train_0000{i}" for i in range(3)]
 
 
-def test_marks_and_other_spellings(boxes, tmp_path):
-    """A byte-order mark in classes.txt and in an annotation, a width of 128.0, a truth value in words."""
+def test_byte_order_marks_and_alternative_values(boxes, tmp_path):
+    """A byte-order mark in classes.txt and in an annotation, a width of 128.0, a boolean as a word."""
     data = copied(boxes, tmp_path)
     before = Instances(data, "train", masks=False)
     for path in (data / "classes.txt", data / "Annotations/train_00000.xml"):
@@ -220,7 +220,7 @@ def test_marks_and_other_spellings(boxes, tmp_path):
 @pytest.mark.parametrize(
     ("value", "crowd"), [("0", False), ("1", True), (False, False), (True, True), ("false", False)]
 )
-def test_truth_values(shapes, people, tmp_path, value, crowd):
+def test_booleans(shapes, people, tmp_path, value, crowd):
     for data, name, read in (
         (shapes, "instances", lambda data: [y for x in Instances(data, "val", False).instances for y in x]),
         (people, "person_keypoints", lambda data: COCOPersons(data, "val").annotations),
@@ -232,8 +232,8 @@ def test_truth_values(shapes, people, tmp_path, value, crowd):
         assert [one.crowd for one in read(data)][:2] == [crowd, False]
 
 
-def test_ids_of_any_kind(shapes, tmp_path):
-    """Large ones and text; results have them as the data have them."""
+def test_large_and_string_ids(shapes, tmp_path):
+    """Results use the same ids as the data."""
     data = copied(shapes, tmp_path)
 
     def change(content: Any) -> None:
@@ -250,7 +250,7 @@ def test_ids_of_any_kind(shapes, tmp_path):
     assert found.image_ids[0] == "image 7" and found.category_ids[0] == 2**70 + 2
 
 
-def test_a_link_may_lead_out_of_the_data(shapes, tmp_path):
+def test_symbolic_link_to_another_folder(shapes, tmp_path):
     data = copied(shapes, tmp_path)
     shutil.move(data / "val", tmp_path / "elsewhere")
     (data / "val").symlink_to(tmp_path / "elsewhere")
@@ -259,7 +259,7 @@ def test_a_link_may_lead_out_of_the_data(shapes, tmp_path):
 
 
 def tag(path: Path, orientation: int) -> None:
-    """Store an image so that the orientation turns it to what it was."""
+    """Store an image with an EXIF orientation that restores the original."""
     image = Image.open(path)
     stored = image.transpose({v: k for k, v in BACK.items()}.get(TURNS[orientation], TURNS[orientation]))
     exif = Image.Exif()
@@ -271,12 +271,12 @@ BACK = {TURNS[6]: TURNS[8], TURNS[8]: TURNS[6]}
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
-def test_places_turn_with_the_image(orientation):
+def test_points_follow_transposition(orientation):
     pixels = np.zeros((5, 7), dtype=np.uint8)
     pixels[1, 5] = 255
     turned = np.asarray(Image.fromarray(pixels).transpose(TURNS[orientation]))
     ((y, x),) = np.argwhere(turned)
-    assert moved(np.array([5.5, 1.5]), TURNS[orientation], 7, 5).tolist() == [x + 0.5, y + 0.5]
+    assert transpose_points(np.array([5.5, 1.5]), TURNS[orientation], 7, 5).tolist() == [x + 0.5, y + 0.5]
 
 
 def alike(one: Image.Image, other: Image.Image) -> bool:
@@ -284,21 +284,24 @@ def alike(one: Image.Image, other: Image.Image) -> bool:
 
 
 def stored_frame(content: Any, orientation: int) -> None:
-    """Rewrite annotations for the stored pixels of images that the orientation turns upright."""
+    """Rewrite annotations for the stored pixels of images with this orientation."""
     turn = TURNS[orientation]
     back = BACK.get(turn, turn)
     for record in content["annotations"]:
         x, y, w, h = record["bbox"]
-        (one, other) = moved(np.array([[x, y], [x + w, y + h]]), back, *SIZES[len(record.get("keypoints", ())) > 0])
+        (one, other) = transpose_points(
+            np.array([[x, y], [x + w, y + h]]), back, *SIZES[len(record.get("keypoints", ())) > 0]
+        )
         record["bbox"] = [*np.minimum(one, other).tolist(), *np.abs(one - other).tolist()]
         size = SIZES["keypoints" in record]
         if "keypoints" in record:
             joints = np.array(record["keypoints"], dtype=float).reshape(-1, 3)
-            joints[:, :2] = moved(joints[:, :2] + 0.5, back, *size) - 0.5
+            joints[:, :2] = transpose_points(joints[:, :2] + 0.5, back, *size) - 0.5
             record["keypoints"] = joints.flatten().tolist()
         elif isinstance(record["segmentation"], list):
             record["segmentation"] = [
-                moved(np.array(p).reshape(-1, 2), back, *size).flatten().tolist() for p in record["segmentation"]
+                transpose_points(np.array(p).reshape(-1, 2), back, *size).flatten().tolist()
+                for p in record["segmentation"]
             ]
         else:
             record["segmentation"] = [[0, 0, 9, 0, 9, 9]]
@@ -313,7 +316,7 @@ SIZES = {False: (128, 96), True: (160, 120)}
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
 @pytest.mark.parametrize("stored", [False, True])
 def test_boxes_and_masks_of_turned_images(shapes, tmp_path, capfd, orientation, stored):
-    """Whether they are annotated upright or as stored, which their size tells, images and objects are upright."""
+    """Images and objects are upright, whether annotations are for the upright or for the stored pixels."""
     data, name = copied(shapes, tmp_path), "annotations/instances_val.json"
     only_polygons = lambda x: x.update(annotations=[y for y in x["annotations"] if isinstance(y["segmentation"], list)])  # noqa: E731
     edit(data / name, only_polygons)
@@ -325,17 +328,17 @@ def test_boxes_and_masks_of_turned_images(shapes, tmp_path, capfd, orientation, 
         edit(data / name, lambda content: stored_frame(content, orientation))
     after = Instances(data, "val", masks=True)
     warned = capfd.readouterr().err
-    assert ("4 images such as" in warned and "size of the stored pixels" in warned) == stored
+    assert ("4 images such as" in warned and "annotations for the stored pixels" in warned) == stored
     for i, (image, target) in enumerate(plain):
         seen, found = after[i]
         assert alike(image, seen)
         assert torch.allclose(found["boxes"], target["boxes"]) and torch.equal(found["labels"], target["labels"])
         assert (found["masks"] != target["masks"]).float().mean() < 0.01
-    # What is found is written as the data have it.
+    # Results refer to the same pixels as the annotations.
     score = COCOFigures(after)
     target = after[0][1]
     score.update(0, {}, {**target, "scores": torch.ones(len(target["labels"])), "masks": target["masks"].bool()})
-    score.found = score.said[0][1]
+    score.found = score.predictions[0][1]
     records = [x for x in json.loads((data / name).read_text())["annotations"] if x["image_id"] == 7]
     for result, record in zip(score.results(), records, strict=True):
         assert result["bbox"] == pytest.approx(record["bbox"])
@@ -358,7 +361,7 @@ def test_joints_of_turned_images(people, tmp_path, stored):
         assert torch.allclose(found["joints"][found["visible"]], target["joints"][target["visible"]])
     score, record = OKSAP(after), json.loads((data / name).read_text())["annotations"][0]
     score.update(0, {}, (after[0][1]["joints"] - 0.5, torch.ones(len(JOINTS))))
-    score.gathered = score.said
+    score.gathered = score.predictions
     (result,) = score.results()
     right, there = (np.array(x["keypoints"]).reshape(-1, 3) for x in (record, result))
     assert there[right[:, 2] > 0, :2] == pytest.approx(right[right[:, 2] > 0, :2], abs=1e-3)
@@ -384,19 +387,19 @@ def test_masks_of_turned_images(voc, scenes, tmp_path, turned_mask):
             assert alike(image, seen) and torch.equal(found["mask"], target["mask"])
 
 
-def test_half_a_turn_is_doubtful(shapes, tmp_path, capfd):
-    """Which pixels the annotations are for does not show: they are taken for upright, with a warning."""
+def test_ambiguous_orientation(shapes, tmp_path, capfd):
+    """Half a turn does not change the size: annotations are assumed to be upright, with a warning."""
     data = copied(shapes, tmp_path)
     before = Instances(data, "val", masks=False)[0][0]
     for i in (0, 1):
         tag(data / f"val/val_0000{i}.jpg", 3)
     after = Instances(data, "val", masks=False)[0][0]
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("warning: 2 images such as ") and "orientation that leaves the size as it is" in line
+    assert line.startswith("warning: 2 images such as ") and "orientation that does not change the size" in line
     assert alike(before, after)
 
 
-def test_prediction_sees_what_training_sees(shapes, tmp_path):
+def test_prediction_and_training_decode_images_alike(shapes, tmp_path):
     path = copied(shapes, tmp_path) / "val/val_00000.jpg"
     before = Image.open(path).convert("RGB")
     tag(path, 6)
@@ -419,7 +422,7 @@ def test_prediction_sees_what_training_sees(shapes, tmp_path):
 
 
 def test_sixteen_bits(scenes, tmp_path):
-    """An image of 16 bits keeps its greys, and a mask is over half of its white."""
+    """A 16-bit image is scaled to 8 bits, and a mask is thresholded at half of its range."""
     data = copied(scenes, tmp_path)
     (data / "train.txt").write_text("train_00000")
     path = data / "images/train_00000.jpg"
@@ -470,7 +473,7 @@ def test_masks_in_an_alpha_channel(tmp_path, channels, mode):
     assert np.array_equal(read_mask(path), RIGHT > 0)
 
 
-def test_alpha_channel_and_colours_of_different_objects(tmp_path):
+def test_contradicting_alpha_channel_and_colours(tmp_path):
     path = tmp_path / "mask.png"
     Image.merge("LA", [Image.fromarray(RIGHT), Image.fromarray(RIGHT.T.copy().reshape(RIGHT.shape))]).save(path)
     with pytest.raises(OSError, match=r"its colours and its alpha channel show different objects"):

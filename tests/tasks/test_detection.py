@@ -1,4 +1,4 @@
-"""Detection: COCO's figures, boxes and masks that follow their images, data in two layouts that cannot be right."""
+"""Tests of detection: COCO's metrics, augmentation of boxes and masks, invalid data in both layouts."""
 
 import csv
 import itertools
@@ -37,7 +37,7 @@ VAL = "annotations/instances_val.json"
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """On tiny images two wait for each other."""
+    """Threads cost more than they save on tiny images."""
     torch.set_num_threads(1)
 
 
@@ -53,7 +53,7 @@ def voc(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, shapes) -> Path:
-    """A folder that a short training wrote."""
+    """The folder of a briefly trained model."""
     folder = tmp_path_factory.mktemp("trained") / "masks"
     args = ["--data", shapes, "--head", "maskrcnn", "--epochs", 1, "--batch-size", 2, "--license", "apache-2.0"]
     done = Running(folder, *TINY, *args, script=TRAIN).end()
@@ -69,7 +69,7 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
 
 
 def found_as_true(model: Any, shapes: Path, folder: Path) -> Path:
-    """Copy the data, with annotations of which some are what the model finds, so that even a bad one finds some."""
+    """Copy the data and use some predictions as annotations, so that even a bad model has true positives."""
     data = Path(shutil.copytree(shapes, folder))
     opened, annotations = model.open(str(shapes), "val", "maskrcnn"), []
     numbers = [image["id"] for image in json.loads((data / VAL).read_text())["images"]]
@@ -87,8 +87,8 @@ def found_as_true(model: Any, shapes: Path, folder: Path) -> Path:
     return data
 
 
-def test_what_comes_out(trained, shapes, in_process, tmp_path):
-    """The figures of the training and of validation are the same, and pictures are of their images' size."""
+def test_validation_reproduces_training_metrics(trained, shapes, in_process, tmp_path):
+    """Training and validation have the same metrics, and pictures have the size of their images."""
     (row,) = csv.DictReader((trained / "metrics.csv").open())
     args = ["--threads", 1, "--workers", 0]
     done = in_process(VALIDATE, trained, *args, "--data", shapes, "--check", "--output", tmp_path / "figures.json")
@@ -102,8 +102,8 @@ def test_what_comes_out(trained, shapes, in_process, tmp_path):
 
 
 @pytest.mark.full
-def test_two_processes_measure_the_same(trained, shapes, program, in_process, tmp_path):
-    """And what they write has the same figures by pycocotools."""
+def test_evaluation_on_two_processes(trained, shapes, program, in_process, tmp_path):
+    """The written results also have the same metrics by pycocotools."""
     data, found = found_as_true(tasks.load(str(trained)), shapes, tmp_path / "shapes"), []
     for number, start in ((1, in_process), (2, partial(program, processes=2))):
         output = tmp_path / f"{number}.json"
@@ -118,14 +118,14 @@ def test_two_processes_measure_the_same(trained, shapes, program, in_process, tm
     one, two = (json.loads((tmp_path / f"found{number}.json").read_text()) for number in (1, 2))
     assert one == two and len(one) > 20
     theirs = {f"box {name}": value for name, value in pycocotools_figures(data / VAL, two, "bbox").items()}
-    # Given both, pycocotools takes the boxes for the sizes of the masks.
+    # Given both, pycocotools computes the areas of masks from the boxes.
     masks = [{key: value for key, value in one.items() if key != "bbox"} for one in two]
     theirs |= pycocotools_figures(data / VAL, masks, "segm")
     assert {name: theirs[name] for name in found[0]} == pytest.approx(found[0], abs=1e-9)
 
 
-def test_a_folder_gives_the_same_objects(trained, shapes):
-    """To the last bit also in company of another size."""
+def test_saved_model_predicts_the_same_objects(trained, shapes):
+    """Bit-identical in a batch with another size too."""
     model, again = tasks.load(str(trained)), tasks.load(str(trained))
     data = model.open(str(shapes), "val", "maskrcnn", list(KINDS))
     images = [model.transform(*data[i], False)[0] for i in range(2)]
@@ -139,8 +139,8 @@ def test_a_folder_gives_the_same_objects(trained, shapes):
 
 
 @pytest.mark.full
-def test_published_and_back(trained, shapes, hub, in_process):
-    """A detector goes to the Hub, is what it was there, and its backbone starts another task."""
+def test_publish_verify_and_load(trained, shapes, hub, in_process):
+    """A detector from the Hub has the same metrics, and its backbone initializes other tasks."""
     done = in_process("hub/publish.py", trained, "--repo-id", "zoo/masks")
     assert done.returncode == 0 and "published: " in done.stdout, done.stderr
     done = in_process("hub/verify.py", "zoo/masks")
@@ -164,10 +164,10 @@ def test_published_and_back(trained, shapes, hub, in_process):
 @pytest.mark.first_case
 @pytest.mark.parametrize("head", Detection.heads)
 def test_every_head_trains(head, shapes):
-    """A step changes all weights but those that are fixed; images may have no objects."""
+    """A step changes all weights except for frozen ones; images without objects are supported."""
     torch.manual_seed(0)
     model = Detection("res2net_tiny", KINDS, head, 64)
-    spread(model.features)  # fresh weights have BatchNorms of weight 0, behind which fixed ones let nothing learn
+    spread(model.features)  # initial BatchNorm weights of 0 block gradients if frozen
     data = model.open(str(shapes), "train", head)
     model.freeze("2", batch_norm=True)
     model.train()
@@ -214,8 +214,8 @@ def test_every_family(name, head, monkeypatch):
     assert found["boxes"].shape == (len(found["scores"]), 4)
 
 
-def test_anchors_stay_in_mixed_precision():
-    """In bfloat16 a side of 1000 pixels is off by up to 4."""
+def test_anchors_are_exact_in_mixed_precision():
+    """In bfloat16 a coordinate near 1000 is off by up to 4 pixels."""
     torch.manual_seed(0)
     model: Any = Detection("res2net_tiny", KINDS, "maskrcnn", 64).eval()
     image = torch.rand(3, 64, 90)
@@ -229,7 +229,7 @@ def test_anchors_stay_in_mixed_precision():
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_objects_follow_their_images(shapes):
+def test_objects_are_augmented_like_images(shapes):
     model = Detection("res2net_tiny", KINDS, "maskrcnn", 64)
     data, mirrored = model.open(str(shapes), "train", "maskrcnn"), set()
     image, target = data[0]
@@ -247,7 +247,7 @@ def test_objects_follow_their_images(shapes):
 
 
 def crowd_in(content: dict[str, Any]) -> None:
-    """Change sizes, take an area away, and add a crowd to each image."""
+    """Change areas, remove one, and add a crowd to each image."""
     rng, records = np.random.default_rng(0), content["annotations"]
     for record in records:
         record["area"] *= float(rng.choice([0.2, 1, 30]))
@@ -259,7 +259,7 @@ def crowd_in(content: dict[str, Any]) -> None:
 
 
 def pycocotools_figures(path: Path, found: list[dict[str, Any]], kind: str) -> dict[str, float]:
-    """Return what pycocotools says of objects."""
+    """Return the metrics of objects by pycocotools."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -271,7 +271,7 @@ def pycocotools_figures(path: Path, found: list[dict[str, Any]], kind: str) -> d
     return {name: 100 * value for name, value in zip(FIGURES, measured.stats, strict=True) if value >= 0}
 
 
-def test_figures_are_those_of_pycocotools(shapes, tmp_path):
+def test_metrics_match_pycocotools(shapes, tmp_path):
     data = Path(shutil.copytree(shapes, tmp_path / "shapes"))
     edit(data / VAL, crowd_in)
     content, rng = json.loads((data / VAL).read_text()), np.random.default_rng(1)
@@ -312,8 +312,8 @@ def test_figures_are_those_of_pycocotools(shapes, tmp_path):
             assert figures[best] == pytest.approx(100) if noise == 0 else 0 < figures[best] < 100
 
 
-def test_a_class_that_the_data_do_not_know(shapes):
-    """A model may find it; it counts for nothing, and is no result."""
+def test_class_missing_from_the_data(shapes):
+    """Its predictions do not affect the metrics, and are omitted from the results."""
     data = Instances(shapes, "val", masks=False, classes=["egg", *KINDS])
     score = COCOFigures(data)
     for i, instances in enumerate(data.instances):
@@ -325,7 +325,7 @@ def test_a_class_that_the_data_do_not_know(shapes):
     assert [one["category_id"] for one in score.results()] == [3 * one.label - 4 for x in data.instances for one in x]
 
 
-def test_nothing_found_is_a_figure_too(shapes):
+def test_metrics_without_predictions(shapes):
     for masks in (False, True):
         score = COCOFigures(Instances(shapes, "val", masks))
         nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long), "scores": torch.zeros(0)}
@@ -333,13 +333,13 @@ def test_nothing_found_is_a_figure_too(shapes):
         assert set(score.compute(Accelerator(cpu=True)).values()) == {0}
 
 
-def test_published_figures_have_our_names():
+def test_published_metrics_have_known_names():
     targets = [target for target in catalog.load().targets if target.task == "detection"]
     assert targets and all(set(target.figures) <= {*FIGURES, VOC07} for target in targets)
 
 
-def test_difficult_objects_do_not_count(voc, tmp_path):
-    """Whether they are found or not; nor are they trained on."""
+def test_difficult_objects_are_ignored(voc, tmp_path):
+    """They affect neither metrics nor training."""
     data = Path(shutil.copytree(voc, tmp_path / "voc"))
     for path in (data / "Annotations").iterdir():
         path.write_text(path.read_text().replace("<difficult>1", "<difficult>0"))
@@ -355,14 +355,14 @@ def test_difficult_objects_do_not_count(voc, tmp_path):
             boxes = torch.tensor([one.bbox for one in there]).reshape(-1, 4)
             boxes[:, 2:] += boxes[:, :2]
             labels = torch.tensor([one.label for one in there], dtype=torch.long)
-            # The difficult one is the surest, so that it would hurt.
+            # The difficult object has the highest score, which would affect the metrics most.
             scores = torch.tensor([0.5 if one.trained_on else 0.9 for one in there])
             score.update(k, {}, {"boxes": boxes, "labels": labels, "scores": scores})
         assert score.compute(Accelerator(cpu=True))["AP"] == pytest.approx(100)
 
 
-def test_regions_are_cut_alike_whatever_was_seen_first():
-    """torchvision would guess the levels' scales by the first image, of which this one misleads it."""
+def test_region_pooling_does_not_depend_on_the_first_image():
+    """By default torchvision infers the levels' scales from the first image, which fails for this one."""
     model = spread(Detection("res2net_tiny", KINDS, "maskrcnn", 64)).eval()
     image = torch.rand(3, 64, 64)
     with torch.inference_mode():
@@ -375,8 +375,8 @@ def test_regions_are_cut_alike_whatever_was_seen_first():
     assert model.network.roi_heads.box_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 
 
-def test_a_sliver_is_not_trained_on(shapes, tmp_path):
-    """Of a box that narrow float32 leaves nothing, and torchvision takes none without a side."""
+def test_very_narrow_boxes_are_not_trained_on(shapes, tmp_path):
+    """Such boxes become empty in float32, and torchvision rejects empty boxes."""
     data = Path(shutil.copytree(shapes, tmp_path / "shapes"))
     edit(data / VAL, lambda content: content["annotations"][0].update(bbox=[100, 10, 1e-6, 20]))
     edit(data / VAL, lambda content: content["annotations"][1].update(bbox=[-1, 10, 1.000001, 20]))
@@ -390,7 +390,7 @@ def test_a_sliver_is_not_trained_on(shapes, tmp_path):
 
 
 def voc07(truth: list[tuple[int, int, list[float]]], found: list[tuple[int, int, list[float], float]]) -> float:
-    """Return VOC07's average precision of (image, class, box) and (image, class, box, score), by its definition."""
+    """Return VOC07's average precision of (image, class, box) and (image, class, box, score) by its definition."""
     averages = []
     for label in {label for _, label, _ in truth}:
         left = [(image, box) for image, kind, box in truth if kind == label]
@@ -413,7 +413,7 @@ def voc07(truth: list[tuple[int, int, list[float]]], found: list[tuple[int, int,
 
 
 def overlap(one: list[float], other: list[float]) -> float:
-    """Return intersection over union of two boxes, as left, top, width and height."""
+    """Return the intersection over union of two boxes (left, top, width, height)."""
     sides = [max(0, min(one[i] + one[i + 2], other[i] + other[i + 2]) - max(one[i], other[i])) for i in (0, 1)]
     both = sides[0] * sides[1]
     return both / (one[2] * one[3] + other[2] * other[3] - both)
@@ -441,15 +441,15 @@ def test_average_precision_of_voc07(tmp_path):
         score.update(i, {}, {"boxes": corners, "labels": torch.tensor(labels), "scores": scores})
     figures = score.compute(Accelerator(cpu=True))
     assert figures[VOC07] == pytest.approx(voc07(truth, all_found), abs=1e-6)
-    # VOC's images have names for numbers.
+    # Images in VOC's layout have names as ids.
     (first, *_), result = all_found, score.results()[0]
     assert result["bbox"] == pytest.approx(first[2]) and list(result) == ["image_id", "category_id", "bbox", "score"]
     assert (result["image_id"], result["category_id"], result["score"]) == ("val_00000", first[1], first[3])
     assert 20 < figures[VOC07] < 90 and abs(figures[VOC07] - figures["AP50"]) > 0.1
 
 
-def test_what_is_found_of_a_difficult_object_counts_for_nothing(voc, tmp_path):
-    """However often, in VOC07's; the object beside it is found last."""
+def test_detections_of_difficult_objects_are_ignored(voc, tmp_path):
+    """VOC07's metric ignores any number of them; the other object has the lowest score."""
     data = Path(shutil.copytree(voc, tmp_path / "voc"))
     (name,) = (data / "ImageSets/Main/val.txt").read_text().split()[:1]
     (data / "ImageSets/Main/val.txt").write_text(name)
@@ -481,8 +481,8 @@ def test_it_trains_on_voc(voc, in_process, tmp_path):
     assert float(row["AP50"]) >= float(row["AP"]) >= 0
 
 
-def test_what_is_drawn():
-    """Objects of which the model is sure, in their class's colour, on the image, which stays as it was."""
+def test_drawing():
+    """Objects over the threshold are drawn in the colours of their classes on a copy of the image."""
     model = Detection("res2net_tiny", KINDS, "maskrcnn", 64)
     image = Image.new("RGB", (200, 150))
     masks = torch.zeros(2, 150, 200, dtype=torch.bool)
@@ -495,14 +495,14 @@ def test_what_is_drawn():
     assert model.draw(image, {**both, "scores": torch.tensor([0.9, 0.6])}).getpixel((50, 80)) == (0, 128, 0)
     lit = Image.new("RGB", (200, 150), "white")
     over = model.draw(lit, {**both, "scores": torch.tensor([0.9, 0.6]), "masks": masks | masks.flip(0)})
-    assert over.getpixel((80, 80)) == (127, 191, 127)  # in the first one's colour, where both masks are
+    assert over.getpixel((80, 80)) == (127, 191, 127)  # overlapping masks have the first one's colour
     unsure = model.draw(image, {**found, "scores": torch.tensor([0.1, 0.1]), "masks": masks})
     assert unsure.tobytes() == image.tobytes()
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_labels_of_a_crowded_image_can_be_read(seed):
-    """Twenty boxes over one another: no label covers another, and each is within the image."""
+def test_labels_of_a_crowded_image_do_not_overlap(seed):
+    """Labels of twenty overlapping boxes do not overlap, and are within the image."""
     boxes = (
         torch.rand(20, 4, generator=torch.Generator().manual_seed(seed)) * 200 + torch.tensor([0, 0, 200, 200])
     ).tolist()
@@ -514,8 +514,8 @@ def test_labels_of_a_crowded_image_can_be_read(seed):
     assert (255, 255, 0) in colours and (0, 0, 0) in colours and (255, 255, 255) not in colours  # black on yellow
 
 
-def test_what_is_written(trained, shapes, in_process, tmp_path):
-    """Objects from the threshold on, as COCO's results have them; masks that pycocotools' interface reads."""
+def test_prediction_records(trained, shapes, in_process, tmp_path):
+    """Objects over the threshold are written in COCO's results format, with masks that pycocotools can read."""
     model, found = tasks.load(str(trained)).eval(), {}
     for threshold in (0.0, 0.2, 1.0):
         args = ["--threads", 1, "--threshold", threshold, "--output", tmp_path / "seen"]
@@ -538,24 +538,24 @@ def test_what_is_written(trained, shapes, in_process, tmp_path):
 
 
 def first(**changes: Any) -> Callable[[Path], None]:
-    """Change what is said of the first object; None takes it away."""
+    """Change fields of the first object; None removes a field."""
 
-    def harm(content: dict[str, Any]) -> None:
+    def damage(content: dict[str, Any]) -> None:
         record = content["annotations"][0]
         record.update(changes)
         for name in [name for name, value in changes.items() if value is None]:
             del record[name]
 
-    return lambda data: edit(data / VAL, harm)
+    return lambda data: edit(data / VAL, damage)
 
 
 def content(change: Callable[[Any], None]) -> Callable[[Path], None]:
-    """Change the list of objects."""
+    """Change the content of the annotation file."""
     return lambda data: edit(data / VAL, change)
 
 
 def null(key: str) -> Callable[[Path], None]:
-    """Write null for what is said of the first object."""
+    """Set a field of the first object to null."""
     return content(lambda x: x["annotations"][0].update({key: None}))
 
 
@@ -564,46 +564,52 @@ OBJECT = "val.json, annotation 1: its"
 
 @pytest.mark.first_case
 @pytest.mark.parametrize(
-    ("harm", "told"),
+    ("damage", "message"),
     [
-        (lambda data: (data / VAL).unlink(), r"no annotations/instances_val.json of COCO's layout \(there is .*train"),
+        (
+            lambda data: (data / VAL).unlink(),
+            r"instances_val.json, as in COCO's layout \(found: .*train",
+        ),
         (
             lambda data: (data / VAL).write_text('{"images": ['),
             "cannot read .*val.json: it is not JSON: Expecting value",
         ),
         (lambda data: (data / VAL).write_text("[" * 100_000), "cannot read .*val.json: its JSON is nested too deeply"),
-        (lambda data: (data / VAL).write_text("[]"), "val.json is not a file of COCO's: it must be a JSON object with"),
-        (content(lambda x: x.pop("categories")), "val.json is not a file of COCO's: categories is missing"),
-        (content(lambda x: x.update(images={})), "val.json is not a file of COCO's: images is not a list"),
+        (
+            lambda data: (data / VAL).write_text("[]"),
+            "val.json is not a COCO annotation file: it must be a JSON object with",
+        ),
+        (content(lambda x: x.pop("categories")), "val.json is not a COCO annotation file: categories is missing"),
+        (content(lambda x: x.update(images={})), "val.json is not a COCO annotation file: images is not a list"),
         (content(lambda x: x["images"].append(3)), "val.json, image 6: it must be a JSON object, not 3"),
         (content(lambda x: x["images"][0].pop("width")), "val.json, image 1: its width is missing"),
         (content(lambda x: x["images"][0].update(width="128")), "image 1: its width '128' is not a finite number"),
         (content(lambda x: x["images"][0].update(width=True)), "image 1: its width true is not a finite number"),
         (content(lambda x: x["images"][0].update(width=0.5)), "image 1: its width 0.5 is not a positive whole number"),
         (content(lambda x: x["images"][0].update(width=10**400)), "image 1: its width 10+.* is not a finite number"),
-        (content(lambda x: x["images"][0].update(id=[1])), r"image 1: its id \[1\] must be a whole number or a text"),
-        (content(lambda x: x["images"][0].update(file_name=None)), "image 1: its file_name null must be a text"),
-        (content(lambda x: x["images"][0].update(file_name="/etc/passwd")), "names /etc/passwd, which is not below"),
-        (content(lambda x: x["images"][1].update(file_name="../../a.jpg")), "names ../../a.jpg, which is not below"),
-        (content(lambda x: x["categories"][0].update(name=None)), "category 1: its name null must be a text"),
-        (content(lambda x: x.update(annotations=[])), "val.json has no objects that count"),
-        (content(lambda x: x["images"].append(x["images"][0])), "val.json, image 6: its id 7 is that of another image"),
+        (content(lambda x: x["images"][0].update(id=[1])), r"image 1: its id \[1\] must be a whole number or a string"),
+        (content(lambda x: x["images"][0].update(file_name=None)), "image 1: its file_name null must be a string"),
+        (content(lambda x: x["images"][0].update(file_name="/etc/passwd")), "names /etc/passwd, which is outside"),
+        (content(lambda x: x["images"][1].update(file_name="../../a.jpg")), "names ../../a.jpg, which is outside"),
+        (content(lambda x: x["categories"][0].update(name=None)), "category 1: its name null must be a string"),
+        (content(lambda x: x.update(annotations=[])), "val.json has no objects to train on or evaluate"),
+        (content(lambda x: x["images"].append(x["images"][0])), "val.json, image 6: another image has the same id 7"),
         (
             content(lambda x: x["categories"][1].update(name="egg")),
-            r"the category egg \(id 5\), which the model does not",
+            r"the category egg \(id 5\), which is not a class of the model",
         ),
         (lambda data: (data / "val/val_00002.jpg").unlink(), "cannot read .*val_00002.jpg, which .*val.json names"),
         (lambda data: (data / "val/val_00002.jpg").write_bytes(b"no"), "cannot read .*val_00002.jpg"),
         (content(lambda x: x["images"][3].update(width=130)), "val_00003.jpg is 128 x 96; .* for 130 x 96"),
         (
             content(lambda x: x["categories"].append(x["categories"][0])),
-            "val.json, category 4: its id 2 or its name disc is that of another category",
+            "val.json, category 4: another category has the same id 2 or name disc",
         ),
         (
             first(image_id="7"),
-            f"{OBJECT} image '7' is not in the list: image_id is a text and the id there a number",
+            f"{OBJECT} image '7' is not in the list: image_id is a string and the id there a number",
         ),
-        (first(image_id=True), f"{OBJECT} image_id true must be a whole number or a text"),
+        (first(image_id=True), f"{OBJECT} image_id true must be a whole number or a string"),
         (first(image_id=99), f"{OBJECT} image 99 is not in the list"),
         (first(category_id=1), f"{OBJECT} category 1 is not in the list"),
         (first(bbox=[5, 5, 0, 0]), rf"{OBJECT} box \[5.0, 5.0, 0.0, 0.0\] is empty"),
@@ -620,32 +626,47 @@ OBJECT = "val.json, annotation 1: its"
         (first(iscrowd="no"), f"{OBJECT} iscrowd 'no' must be 0 or 1"),
         (first(iscrowd=2), f"{OBJECT} iscrowd 2 must be 0 or 1"),
         (first(segmentation=None), f"{OBJECT} segmentation is missing"),
-        (first(segmentation="abc"), f"{OBJECT} segmentation 'abc' must be a list of polygons or run lengths"),
-        (first(segmentation=[[1, 2, "3", 4, 5, 6]]), f"{OBJECT} polygon is not of numbers"),
-        (first(segmentation=[[1, 2, True, 4, 5, 6]]), f"{OBJECT} polygon is not of numbers"),
+        (first(segmentation="abc"), f"{OBJECT} segmentation 'abc' must be a list of polygons, or run lengths"),
+        (first(segmentation=[[1, 2, "3", 4, 5, 6]]), f"{OBJECT} polygon must contain only numbers"),
+        (first(segmentation=[[1, 2, True, 4, 5, 6]]), f"{OBJECT} polygon must contain only numbers"),
         (
             first(segmentation={"size": [96, 128], "counts": [2**40, 96 * 128]}),
-            f"{OBJECT} mask has no run lengths of its size: they must be whole numbers whose sum",
+            "val.json, annotation 1: the run lengths of its mask are invalid: they must be whole numbers whose sum",
         ),
-        (first(segmentation={"size": [96, 128], "counts": 5}), f"{OBJECT} mask has no run lengths of its size"),
+        (
+            first(segmentation={"size": [96, 128], "counts": 5}),
+            "val.json, annotation 1: the run lengths of its mask are invalid",
+        ),
         (first(segmentation={"size": 96, "counts": [9]}), f"{OBJECT} mask's size 96 must be 2 numbers"),
-        (first(segmentation=[]), f"{OBJECT} mask is no polygon of three points or more"),
-        (first(segmentation=[[1, 2, 3]]), f"{OBJECT} mask is no polygon of three points or more"),
+        (first(segmentation=[]), f"{OBJECT} mask must have a polygon of at least three points"),
+        (first(segmentation=[[1, 2, 3]]), f"{OBJECT} mask must have a polygon of at least three points"),
         (first(segmentation=[[1, 2, 300, 4, 5, 6]]), f"{OBJECT} polygon is not within its image, 128 x 96"),
         (first(segmentation=[[1, 2, float("nan"), 4, 5, 6]]), f"{OBJECT} polygon is not within its image"),
-        (first(segmentation={"size": [128, 96], "counts": [9]}), f"{OBJECT} mask is 96 x 128, and its image 128 x 96"),
-        (first(segmentation={"size": [96, 128], "counts": [9]}), f"{OBJECT} mask has no run lengths of its size"),
-        (first(segmentation={"size": [96, 128], "counts": [-9, 3]}), f"{OBJECT} mask has no run lengths of its size"),
-        (first(segmentation={"size": [96, 128], "counts": "abc"}), f"{OBJECT} mask has no run lengths of its size"),
+        (
+            first(segmentation={"size": [128, 96], "counts": [9]}),
+            f"{OBJECT} mask is 96 x 128, but its image is 128 x 96",
+        ),
+        (
+            first(segmentation={"size": [96, 128], "counts": [9]}),
+            "val.json, annotation 1: the run lengths of its mask are invalid",
+        ),
+        (
+            first(segmentation={"size": [96, 128], "counts": [-9, 3]}),
+            "val.json, annotation 1: the run lengths of its mask are invalid",
+        ),
+        (
+            first(segmentation={"size": [96, 128], "counts": "abc"}),
+            "val.json, annotation 1: the run lengths of its mask are invalid",
+        ),
         (first(segmentation={"size": [96, 128]}), f"{OBJECT} counts is missing"),
     ],
 )
-def test_bad_data(shapes, tmp_path, harm, told):
+def test_invalid_data(shapes, tmp_path, damage, message):
     data = Path(shutil.copytree(shapes, tmp_path / "shapes"))
-    harm(data)
+    damage(data)
     with pytest.raises(InputError) as error:
         Instances(data, "val", masks=True, classes=KINDS)
-    assert re.search(told, str(error.value)), error.value
+    assert re.search(message, str(error.value)), error.value
 
 
 BOMB = '<!DOCTYPE a [<!ENTITY b "bbbbbbbbbb"><!ENTITY c "&b;&b;&b;&b;&b;&b;">]><annotation>&c;</annotation>'
@@ -653,37 +674,37 @@ BOMB = '<!DOCTYPE a [<!ENTITY b "bbbbbbbbbb"><!ENTITY c "&b;&b;&b;&b;&b;&b;">]><
 
 @pytest.mark.first_case
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "message"),
     [
-        ("<annotation>", "<annotation", "val_00000.xml is not an annotation of VOC's: "),
-        ("<width>128", "<width>wide", "val_00000.xml is not an annotation of VOC's: its width 'wide' is not a finite"),
-        ("<width>128", "<width>0", "val_00000.xml is not an annotation of VOC's: its width 0.0 is not a positive"),
-        ("<width>128</width>", "", "val_00000.xml is not an annotation of VOC's: its width is missing"),
+        ("<annotation>", "<annotation", "val_00000.xml is not a VOC annotation: "),
+        ("<width>128", "<width>wide", "val_00000.xml is not a VOC annotation: its width 'wide' is not a finite"),
+        ("<width>128", "<width>0", "val_00000.xml is not a VOC annotation: its width 0.0 is not a positive"),
+        ("<width>128</width>", "", "val_00000.xml is not a VOC annotation: its width is missing"),
         ("<xmin>", "<xmin>-100", "val_00000.xml, object 1: its box .* is not within its image, 128 x 96"),
         ("<xmax>", "<xmax>.", "val_00000.xml, object 1: its box .* is empty"),
         ("<ymax>", "<ymax>n", "val_00000.xml, object 1: its ymax 'n[0-9]+' is not a finite number"),
-        ("<name>", "<name>egg", "val_00000.xml, object 1: its class egg.* is unknown; there are disc, square"),
+        ("<name>", "<name>egg", "val_00000.xml, object 1: its class egg.* is unknown; known: disc, square"),
         ("<name>square", "<name>", "val_00000.xml, object 1: its name is missing"),
         ("<difficult>", "<difficult>x", "val_00000.xml, object 1: its difficult 'x[01]' must be 0 or 1"),
         ("<difficult>0", "<difficult>", "val_00000.xml, object 1: its difficult '' must be 0 or 1"),
-        (None, BOMB, "val_00000.xml is not an annotation of VOC's: it declares a document type"),
-        (None, '<?xml version="1.0" encoding="bogus"?><annotation/>', "annotation of VOC's: unknown encoding: bogus"),
-        (None, "<a>" * 9_000_000, "val_00000.xml is not an annotation of VOC's: it is larger than the limit"),
-        (None, BOMB.encode("utf-16"), "val_00000.xml is not an annotation of VOC's: it declares a document type"),
+        (None, BOMB, "val_00000.xml is not a VOC annotation: it declares a document type"),
+        (None, '<?xml version="1.0" encoding="bogus"?><annotation/>', "a VOC annotation: unknown encoding: bogus"),
+        (None, "<a>" * 9_000_000, "val_00000.xml is not a VOC annotation: it is larger than the limit"),
+        (None, BOMB.encode("utf-16"), "val_00000.xml is not a VOC annotation: it declares a document type"),
     ],
 )
-def test_bad_voc(voc, tmp_path, old, new, told):
+def test_invalid_voc(voc, tmp_path, old, new, message):
     data = Path(shutil.copytree(voc, tmp_path / "voc"))
     path = data / "Annotations/val_00000.xml"
     text = new if old is None else path.read_text().replace(old, new, 1)
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError) as error:
         Instances(data, "val", masks=False)
-    assert re.search(told, str(error.value)), error.value
+    assert re.search(message, str(error.value)), error.value
 
 
-def test_rounding_is_cut_off(shapes, tmp_path):
-    """A pixel that a box or polygon has too much; a flat box, of which COCO has two, is not trained on."""
+def test_boxes_are_clipped_after_rounding(shapes, tmp_path):
+    """Boxes and polygons can exceed the image by a pixel; flat boxes, of which COCO has two, are not trained on."""
     data = Path(shutil.copytree(shapes, tmp_path / "shapes"))
     first(bbox=[-1, 0, 130, 96.5], segmentation=[[-1, 0, 129, 0, 129, 96.5, -1, 96.5]])(data)
     before = len(Instances(data, "val", masks=True)[0][1]["boxes"])
@@ -694,7 +715,7 @@ def test_rounding_is_cut_off(shapes, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["train2017", "images/train2017", "images", "."])
-def test_folders_as_people_have_them(shapes, tmp_path, layout):
+def test_image_folders(shapes, tmp_path, layout):
     (tmp_path / layout).mkdir(parents=True, exist_ok=True)
     for path in (shapes / "train").iterdir():
         shutil.copy(path, tmp_path / layout)
@@ -703,10 +724,10 @@ def test_folders_as_people_have_them(shapes, tmp_path, layout):
     assert len(instances) == 4 and instances[3][1]["boxes"].shape[1] == 4
 
 
-def test_bad_commands(trained, shapes, voc, tmp_path, in_process):
+def test_invalid_commands(trained, shapes, voc, tmp_path, in_process):
     out = ["--output", tmp_path / "out"]
     line = input_error(in_process(TRAIN, *TINY, "--data", voc, "--head", "maskrcnn", *out))
-    assert "VOC's layout, which has boxes only" in line
+    assert "VOC's layout, which has no masks" in line
     line = input_error(in_process(TRAIN, *TINY, "--data", shapes, "--output-stride", 16, *out))
     assert "stride 32, not 16" in line
     line = input_error(in_process(VALIDATE, trained, "--data", shapes, "--boxes", tmp_path / "boxes.json"))
@@ -717,7 +738,7 @@ def test_bad_commands(trained, shapes, voc, tmp_path, in_process):
     line = input_error(in_process(PREDICT, trained, tmp_path / "narrow.png", *out))
     assert "narrow.png: an image of 900 x 3 is too narrow" in line
     line = input_error(in_process(TRAIN, *TINY, "--data", shapes, "--head", "yolo", *out))
-    assert "has no head yolo; there are fasterrcnn, retinanet, maskrcnn" in line
+    assert "does not support the head yolo; supported: fasterrcnn, retinanet, maskrcnn" in line
 
 
 FEW = ["--epochs", 12, "--lr", 1e-3, "--head-kwargs", "box_batch_size_per_image=64"]
@@ -728,8 +749,8 @@ FEW = ["--epochs", 12, "--lr", 1e-3, "--head-kwargs", "box_batch_size_per_image=
     ("head", "how"),
     [("fasterrcnn", FEW), ("maskrcnn", FEW), ("retinanet", ["--epochs", 24, "--lr", 2e-3, "--clip-grad", 5])],
 )
-def test_it_learns(tmp_path, head, how):
-    """Six to ten minutes each on a core: 400 scenes of shapes."""
+def test_training_reaches_high_ap(tmp_path, head, how):
+    """Six to ten minutes each on one core: 400 scenes of shapes."""
     data = save_coco(tmp_path / "shapes", train=400, val=40)
     common = ["--img-size", 128, "--batch-size", 4, "--warmup-epochs", 1]
     done = Running(tmp_path / "out", *TINY, "--data", data, "--head", head, *common, *how, script=TRAIN).end(3600)

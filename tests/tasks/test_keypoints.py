@@ -1,4 +1,4 @@
-"""Keypoints: places that go to a crop, to heatmaps and back, COCO's figures, data that cannot be right."""
+"""Tests of keypoint estimation: crops, heatmaps, COCO's metrics, and invalid data."""
 
 import csv
 import json
@@ -42,7 +42,7 @@ def people(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, people) -> Path:
-    """A folder that a short training wrote."""
+    """The folder of a briefly trained model."""
     folder = tmp_path_factory.mktemp("trained") / "joints"
     args = ["--data", people, "--epochs", 1, "--batch-size", 2, "--threads", 1]
     done = Running(folder, *TINY, *args, script=TRAIN).end()
@@ -52,7 +52,7 @@ def trained(tmp_path_factory, people) -> Path:
 
 @pytest.fixture(scope="module")
 def wild(tmp_path_factory) -> Path:
-    """A folder of a model whose heatmaps are of any height and peak anywhere."""
+    """The folder of a model with random heatmaps."""
     folder = tmp_path_factory.mktemp("wild") / "joints"
     spread(Keypoints("res2net_tiny", JOINTS, img_size=128)).save(folder, ModelCard("---\n---\n"))
     return folder
@@ -66,19 +66,19 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
 
 
 def lenient(people: Path, folder: Path) -> Path:
-    """Copy the data, with persons so large that even wild joints count as near to some of theirs."""
+    """Copy the data with areas so large that even random joints are close enough to some annotations."""
     data = Path(shutil.copytree(people, folder))
     edit(data / VAL, lambda content: [person.update(area=3e5) for person in content["annotations"]])
     return data
 
 
-def test_what_comes_out(trained, people, in_process, tmp_path):
-    """The figures of the training and of validation are the same, and pictures are of their images' size."""
+def test_validation_reproduces_training_metrics(trained, people, in_process, tmp_path):
+    """Training and validation have the same metrics, and pictures have the size of their images."""
     (row,) = csv.DictReader((trained / "metrics.csv").open())
     done = in_process(VALIDATE, trained, "--data", people, "--check", "--output", tmp_path / "figures.json")
     assert done.returncode == 0, done.stderr
     (result,) = json.loads((tmp_path / "figures.json").read_text())
-    # No stick figure is large.
+    # Stick figures are never large, so AP_large is omitted.
     assert list(result["figures"]) == ["AP", "AP50", "AP75", "AP_medium", "AR"]
     assert {name: float(row[name]) for name in result["figures"]} == result["figures"]
     assert result["samples"] == len(json.loads((people / VAL).read_text())["annotations"])
@@ -91,7 +91,7 @@ def test_what_comes_out(trained, people, in_process, tmp_path):
 
 
 @pytest.mark.full
-def test_two_processes_measure_the_same(wild, people, program, in_process, tmp_path):
+def test_evaluation_on_two_processes(wild, people, program, in_process, tmp_path):
     data, found = lenient(people, tmp_path / "people"), []
     for number, start in ((1, in_process), (2, partial(program, processes=2))):
         output = tmp_path / f"{number}.json"
@@ -106,14 +106,14 @@ def test_two_processes_measure_the_same(wild, people, program, in_process, tmp_p
 
 
 def boxes_in(data: Path) -> list[dict[str, Any]]:
-    """Return the boxes of all persons, as a detector would that finds just them."""
+    """Return the boxes of all persons as results of a perfect detector."""
     persons = json.loads((data / VAL).read_text())["annotations"]
     return [{key: person[key] for key in ("image_id", "category_id", "bbox")} | {"score": 1.0} for person in persons]
 
 
 @pytest.mark.full
 def test_boxes_of_a_detector(wild, people, program, in_process, tmp_path):
-    """True ones change nothing, nor do others that are like them; those that are half as sure count for half."""
+    """Annotated boxes and their duplicates give the same metrics."""
     data = lenient(people, tmp_path / "people")
     boxes = boxes_in(data)
     again = [{**box, "score": 0.5} for box in boxes]
@@ -141,7 +141,7 @@ def test_boxes_of_a_detector(wild, people, program, in_process, tmp_path):
     assert sorted(found["twice"], key=str) == sorted(found["true"], key=str)
 
 
-def test_a_box_that_is_half_as_sure_counts_for_half(people, tmp_path):
+def test_score_of_a_person_is_scaled_by_that_of_the_box(people, tmp_path):
     persons, path = COCOPersons(people, "val"), tmp_path / "boxes.json"
     path.write_text(json.dumps([{**box, "score": 0.25} for box in boxes_in(people)]))
     persons.take_boxes(path)
@@ -152,7 +152,7 @@ def test_a_box_that_is_half_as_sure_counts_for_half(people, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         (lambda boxes: boxes.clear(), "has no box of category 1, persons"),
         (lambda boxes: boxes[1].pop("score"), "box 2: its score is missing"),
@@ -160,25 +160,25 @@ def test_a_box_that_is_half_as_sure_counts_for_half(people, tmp_path):
         (lambda boxes: boxes[1].update(bbox=[20, 5, 0, 10]), "box 2: .* is empty or not within its image"),
         (lambda boxes: boxes[1].update(bbox=[float("nan"), 5, 9, 9]), "box 2: its bbox nan is not a finite number"),
         (lambda boxes: boxes[1].update(bbox=None), "box 2: its bbox null must be 4 numbers"),
-        (lambda boxes: boxes[1].update(image_id=None), "box 2: its image_id null must be a whole number or a text"),
+        (lambda boxes: boxes[1].update(image_id=None), "box 2: its image_id null must be a whole number or a string"),
         (lambda boxes: boxes[1].update(score="1"), "box 2: its score '1' is not a finite number"),
         (lambda boxes: boxes[1].update(score=7), "box 2: its score 7.0 is not from 0 to 1"),
         (lambda boxes: boxes.append(3), "box [0-9]+: it must be a JSON object, not 3"),
         (None, "cannot read .*boxes.json: it is not JSON: Expecting value"),
     ],
 )
-def test_bad_boxes(people, tmp_path, change, told):
+def test_invalid_boxes(people, tmp_path, change, expected):
     path, boxes = tmp_path / "boxes.json", boxes_in(people)
     if change is not None:
         change(boxes)
     path.write_text("no" if change is None else json.dumps(boxes))
     with pytest.raises(InputError) as error:
         COCOPersons(people, "val").take_boxes(path)
-    assert re.search(told, str(error.value)), error.value
+    assert re.search(expected, str(error.value)), error.value
 
 
-def test_a_detector_finds_whose_joints_are_drawn(wild, people, in_process, tmp_path):
-    """Three persons, by a model that takes anything for one; one that finds none leaves the image as it is."""
+def test_prediction_with_a_detector(wild, people, in_process, tmp_path):
+    """A detector with three boxes gives three persons; without boxes the picture is the image."""
     image = people / "val/val_00000.jpg"
     for bias in (30, -30):
         detector = Detection("res2net_tiny", ["dog", "person"], img_size=64, head_kwargs={"box_detections_per_img": 3})
@@ -196,12 +196,12 @@ def test_a_detector_finds_whose_joints_are_drawn(wild, people, in_process, tmp_p
         assert [one["bbox"] for one in record["objects"]] == [pytest.approx(box, abs=1e-3) for box in found]
         assert all(x >= 0 and y >= 0 and x + w <= 160.01 and y + h <= 120.01 for x, y, w, h in found)
     model = Detection("res2net_tiny", ["dog", "cat"], img_size=64)
-    with pytest.raises(InputError, match="a detection of dog, cat finds no boxes of persons"):
+    with pytest.raises(InputError, match="a detection model of dog, cat does not detect persons"):
         keypoints.boxes_of(model, plain)
 
 
-def test_a_folder_gives_the_same_joints(wild, people):
-    """To the last bit also in company."""
+def test_saved_model_predicts_the_same_joints(wild, people):
+    """Bit-identical in a batch too."""
     model, again = tasks.load(str(wild)), tasks.load(str(wild))
     data = model.open(str(people), "val", "simplebaseline", JOINTS)
     samples = [model.transform(*data[i], False) for i in range(3)]
@@ -215,8 +215,8 @@ def test_a_folder_gives_the_same_joints(wild, people):
 
 @settings(deadline=None, max_examples=200)
 @given(data=st.data())
-def test_there_and_back(data):
-    """A joint in an image, its place in the crop, its heatmap, and the joint again: within half a cell."""
+def test_joints_survive_the_round_trip_through_heatmaps(data):
+    """From image to crop to heatmap and back, a joint moves by at most half a cell."""
     number = lambda low, high: data.draw(st.floats(low, high))  # noqa: E731
     box = (number(0, 300), number(0, 300), number(5, 400), number(5, 400))
     size, stride = data.draw(st.sampled_from([((96, 128), 4), ((192, 256), 4), ((48, 64), 2), ((24, 32), 0.5)]))
@@ -231,10 +231,10 @@ def test_there_and_back(data):
     assert heatmaps.shape == (1, *shape)
     back, (height,) = keypoints.decode(heatmaps)
     assert (back * stride - place).abs().max() <= 0.501 * stride
-    assert 0.77 < height <= 1  # at a corner of four cells it is lowest
+    assert 0.77 < height <= 1  # lowest for a joint at the corner of four cells
 
 
-def test_places_are_exact_in_mixed_precision():
+def test_positions_are_exact_in_mixed_precision():
     matrix = keypoints.crop_matrix((10, 20, 310, 420), (192, 256), turn=0.3)
     places = 192 * torch.rand(50, 2)
     with torch.autocast("cpu", torch.bfloat16):
@@ -242,8 +242,8 @@ def test_places_are_exact_in_mixed_precision():
     assert torch.equal(there, keypoints.to_image(places, matrix)) and there.dtype == torch.float32
 
 
-def test_a_crop_is_the_box_widened():
-    """Without augmentation a crop has the box in its middle, with a margin of a quarter, upright."""
+def test_crop_is_the_enlarged_box():
+    """Without augmentation a crop is upright, and the box is in its centre with a margin of a quarter."""
     for box in ((10, 20, 60, 200), (10, 20, 300, 40)):
         matrix = keypoints.crop_matrix(box, (96, 128))
         low, high = keypoints.to_image(torch.tensor([[0.0, 0.0], [96.0, 128.0]]), matrix)
@@ -253,8 +253,8 @@ def test_a_crop_is_the_box_widened():
         assert min(width / box[2], height / box[3]) == pytest.approx(1.25)
 
 
-def test_joints_follow_their_images():
-    """What is random in training is the same for both; in a mirror left is right."""
+def test_joints_are_augmented_like_images():
+    """Random augmentation is the same for image and joints; mirroring swaps left and right."""
     model = Keypoints("res2net_tiny", JOINTS, img_size=128)
     image, joints = Image.new("RGB", (200, 150)), torch.zeros(len(JOINTS), 2)
     joints[LEFT], joints[RIGHT] = torch.tensor([130.0, 60.0]), torch.tensor([70.0, 90.0])
@@ -282,8 +282,8 @@ def test_joints_follow_their_images():
     assert swapped == {True, False}
 
 
-def test_a_mirrored_image_has_mirrored_joints(wild):
-    """Evaluation sees each person in a mirror too."""
+def test_mirrored_image_has_mirrored_joints(wild):
+    """Evaluation averages over each crop and its mirror image."""
     model: Any = tasks.load(str(wild))
     image = Image.effect_noise((150, 120), 90).convert("RGB")
     mirror = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -311,8 +311,8 @@ def test_partners_by_their_names(left, right):
     assert model.about() == {"mirrored pairs": f"{left} and {right}", "without a pair": "nose"}
 
 
-def test_another_spelling_trains_the_same(trained, people, tmp_path, in_process):
-    """To the last digit of the loss, for which images are mirrored, and of the figures."""
+def test_training_does_not_depend_on_the_spelling_of_names(trained, people, tmp_path, in_process):
+    """The loss, which depends on mirroring, and the metrics are identical."""
     data = Path(shutil.copytree(people, tmp_path / "people"))
     names = [re.sub("^(left|right)_(.)", lambda found: found[1][0].upper() + found[2].upper(), name) for name in JOINTS]
     for split in ("train", "val"):
@@ -325,7 +325,7 @@ def test_another_spelling_trains_the_same(trained, people, tmp_path, in_process)
 
 
 @pytest.mark.parametrize(
-    ("names", "given", "told"),
+    ("names", "given", "expected"),
     [
         (["left_ear", "nose"], None, "the joint left_ear has no partner on the right; name the pairs as ONE:OTHER"),
         (["L1", "L2", "left_a", "right_a"], None, "the joint L1 has no partner"),
@@ -336,19 +336,19 @@ def test_another_spelling_trains_the_same(trained, people, tmp_path, in_process)
             r"no two of the joints kpt-0, kpt-1 are a left and a right one .* or none to mirror no images",
         ),
         (["LShoulder left", "a"], None, "no two of the joints"),
-        (["a", "b"], ["a:c"], "a:c is not a pair of joints ONE:OTHER; there are a, b"),
+        (["a", "b"], ["a:c"], "a:c is not a pair of joints ONE:OTHER; joints: a, b"),
         (["a", "b"], ["a:a"], "a:a is not a pair of joints"),
-        (["a", "b", "c"], ["a:b", "b:c"], "each in one pair at most"),
+        (["a", "b", "c"], ["a:b", "b:c"], "each joint in at most one"),
     ],
 )
-def test_no_partners(names, given, told):
-    with pytest.raises(InputError, match=told) as error:
+def test_invalid_pairs(names, given, expected):
+    with pytest.raises(InputError, match=expected) as error:
         keypoints.flip_pairs(names, given)
     assert error.value.parameters == (("flip_pairs",) if given is None else ())
 
 
-def test_named_partners(people, tmp_path, in_process):
-    """They stay with the model, as does that no image is to be mirrored; a training without either is refused."""
+def test_explicit_pairs(people, tmp_path, in_process):
+    """They are saved with the model, as is `none`; training fails if pairs are neither given nor in the names."""
     data = Path(shutil.copytree(people, tmp_path / "people"))
     for name in ("train", "val"):
         names = [f"kpt:{i}" for i in range(len(JOINTS))]
@@ -371,26 +371,26 @@ def test_named_partners(people, tmp_path, in_process):
     image, target = model.open(str(data), "val", "simplebaseline")[0]
     model.scales = (1, 1)
     crops = [model.transform(image, target, True)[1]["matrix"] for _ in range(20)]
-    assert all(matrix[:, :2].det() > 0 for matrix in crops)  # a mirror's is negative
+    assert all(matrix[:, :2].det() > 0 for matrix in crops)  # negative for mirroring
     config = json.loads((tmp_path / "out/config.json").read_text())
-    for pairs, told in (([["kpt:1"]], "must be pairs"), ([["kpt:1", 3]], "must be pairs"), (3, "must be pairs")):
+    for pairs, expected in (([["kpt:1"]], "must be pairs"), ([["kpt:1", 3]], "must be pairs"), (3, "must be pairs")):
         (tmp_path / "out/config.json").write_text(json.dumps({**config, "flip_pairs": pairs}))
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=expected):
             tasks.load(str(tmp_path / "out"))
-    # Folders of before have no pairs.
+    # Folders of earlier versions do not store pairs.
     del config["flip_pairs"]
     (tmp_path / "out/config.json").write_text(json.dumps(config))
     old: Any = tasks.load(str(tmp_path / "out"))
     assert old.mirrors and old.partners == list(range(len(JOINTS)))
 
 
-def test_only_keypoints_have_pairs(people, tmp_path, in_process):
+def test_pairs_are_for_keypoints_only(people, tmp_path, in_process):
     data = save_saliency(tmp_path / "data", train=1, val=1)
     args = ["--task", "saliency", "--data", data, "--output", tmp_path / "out", "--flip-pairs", "a:b"]
     assert "pairs of joints are for keypoints, not for saliency (--flip-pairs)" in input_error(in_process(TRAIN, *args))
 
 
-def test_losses_by_hand():
+def test_losses_match_definition():
     model = spread(Keypoints("res2net_tiny", ["a", "b"], img_size=128))
     model.freeze("all", batch_norm=True)
     model.train()
@@ -398,7 +398,7 @@ def test_losses_by_hand():
         module.eval()
     crops = torch.rand(2, 3, 128, 96)
     places = torch.tensor([[[3.2, 9.9], [40.0, 5.0]], [[20.5, 30.5], [7.0, 8.0]]])
-    visible = torch.tensor([[True, True], [True, False]])  # of these the second is not in the crop
+    visible = torch.tensor([[True, True], [True, False]])  # the second visible joint is outside the crop
     targets = [{"places": p, "visible": v} for p, v in zip(places, visible, strict=True)]
     (loss,) = model({"crops": crops}, targets).values()
     errors = []
@@ -428,12 +428,12 @@ def test_every_family(model):
     assert all(p.grad is not None for p in network.parameters())
 
 
-def test_it_takes_an_output_stride():
+def test_output_stride():
     model = Keypoints("res2net_tiny", ["a"], img_size=64, output_stride=16)
     assert model.stride == 2 and model.heatmaps(torch.rand(1, 3, 64, 48)).shape == (1, 1, 32, 24)
 
 
-def test_sigmas_are_those_of_coco():
+def test_sigmas_match_coco():
     from pycocotools.cocoeval import Params
 
     assert list(keypoints.COCO.values()) == pytest.approx(Params(iouType="keypoints").kpt_oks_sigmas.tolist())
@@ -444,7 +444,7 @@ def test_sigmas_are_those_of_coco():
 
 
 def crowd_in(content: dict[str, Any]) -> None:
-    """Add to each image a crowd, somebody whose joints nobody has labelled, and change sizes."""
+    """Add a crowd and a person without labelled joints to each image, and change areas."""
     rng = np.random.default_rng(0)
     persons = content["annotations"]
     for person in persons:
@@ -458,7 +458,7 @@ def crowd_in(content: dict[str, Any]) -> None:
 
 
 def pycocotools_figures(path: Path, found: list[dict[str, Any]], names: list[str]) -> dict[str, float]:
-    """Return what pycocotools says of joints."""
+    """Return the metrics of joints by pycocotools."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -473,7 +473,7 @@ def pycocotools_figures(path: Path, found: list[dict[str, Any]], names: list[str
 
 
 @pytest.mark.parametrize("names", [JOINTS, [f"joint {i}" for i in range(len(JOINTS))]])
-def test_figures_are_those_of_pycocotools(people, tmp_path, names):
+def test_metrics_match_pycocotools(people, tmp_path, names):
     data = Path(shutil.copytree(people, tmp_path / "people"))
     edit(data / VAL, crowd_in)
     edit(data / VAL, lambda content: content["categories"][0].update(keypoints=list(names)))
@@ -497,8 +497,8 @@ def test_figures_are_those_of_pycocotools(people, tmp_path, names):
         assert len(figures) == 6 and (figures["AP"] == pytest.approx(100) if noise == 0 else 0 < figures["AP"] < 100)
 
 
-def test_what_is_drawn():
-    """Joints of which the model is sure, each side in its colour, on the image, which stays as it was."""
+def test_drawing():
+    """Joints over the threshold are drawn in the colour of their side on a copy of the image."""
     model = Keypoints("res2net_tiny", JOINTS, img_size=128)
     image = Image.new("RGB", (200, 150))
     places = torch.full((len(JOINTS), 2), 75.0)
@@ -511,9 +511,9 @@ def test_what_is_drawn():
 
 
 def first(**changes: Any) -> Callable[[Path], None]:
-    """Return what changes the first annotation."""
+    """Return a function that changes the first annotation."""
 
-    def harm(data: Path) -> None:
+    def damage(data: Path) -> None:
         def change(content: Any) -> None:
             content["annotations"][0].update(changes)
             for key in [key for key, value in changes.items() if value is None]:
@@ -521,11 +521,11 @@ def first(**changes: Any) -> Callable[[Path], None]:
 
         edit(data / VAL, change)
 
-    return harm
+    return damage
 
 
 def joint(index: int, value: Any) -> Callable[[Path], None]:
-    """Return what changes a number of the first person's joints, all of which are then labelled."""
+    """Return a function that changes a value of the first person's joints and labels all of them."""
 
     def change(content: Any) -> None:
         person = content["annotations"][0]
@@ -583,23 +583,26 @@ def label_nothing(data: Path) -> None:
 
 @pytest.mark.first_case
 @pytest.mark.parametrize(
-    ("harm", "told"),
+    ("damage", "expected"),
     [
         (cut_the_list, "cannot read .*person_keypoints_val.json: it is not JSON: "),
-        (write_something_else, "person_keypoints_val.json is not a file of COCO's: it must be a JSON object with"),
+        (
+            write_something_else,
+            "person_keypoints_val.json is not a COCO annotation file: it must be a JSON object with",
+        ),
         (lambda data: (data / VAL).write_text("[" * 100_000), "cannot read .*val.json: its JSON is nested too deeply"),
         (repeat_a_joint, "val.json, category of the joints: two of its keypoints have the name left_shoulder"),
-        (take_the_joints_away, "val.json must have one category with keypoints, and has 0"),
-        (lose_the_list, "there is no .*person_keypoints_val.json, as COCO's layout has it; splits there: train"),
+        (take_the_joints_away, "val.json must have exactly one category with keypoints, not 0"),
+        (lose_the_list, "person_keypoints_val.json, as in COCO's layout, is missing; available splits: train"),
         (lose_an_image, "cannot read .*val_00000.jpg, which .*person_keypoints_val.json names"),
         (shrink_an_image, "val_00000.jpg is 80 x 60; its annotations are for 160 x 120"),
         (lose_a_joint, "val.json, annotation 1: it has 39 numbers for 12 joints, not 3 for each"),
-        (rename_a_joint, r"has other joints \(snout, .*than the model \(nose, "),
+        (rename_a_joint, r"joints of .* \(snout, .* differ from the model's \(nose, "),
         (label_nothing, "person_keypoints_val.json has no person with a labelled joint"),
         (first(image_id=99), "val.json, annotation 1: its image 99 is not in the list"),
         (
             first(image_id="1"),
-            "annotation 1: its image '1' is not in the list: image_id is a text and the id there a n",
+            "annotation 1: its image '1' is not in the list: image_id is a string and the id there",
         ),
         (first(iscrowd="yes"), "val.json, annotation 1: its iscrowd 'yes' must be 0 or 1"),
         (first(bbox=[5, 5, 0, 9]), r"val.json, annotation 1: its box \[5.0, 5.0, 0.0, 9.0\] or its area .* is empty"),
@@ -608,54 +611,54 @@ def label_nothing(data: Path) -> None:
         (first(bbox=[1, 2]), r"val.json, annotation 1: its bbox \[1, 2\] must be 4 numbers"),
         (first(bbox=[], iscrowd=1), r"val.json, annotation 1: its bbox \[\] must be 4 numbers"),
         (first(area=math.inf, iscrowd=1), "val.json, annotation 1: its area inf is not a finite number"),
-        (repeat_an_image, "val.json, image 6: its id 1 is that of another image"),
+        (repeat_an_image, "val.json, image 6: another image has the same id 1"),
         (first(area=None), "val.json, annotation 1: its area is missing"),
-        (first(keypoints=5), "val.json, annotation 1: it has no list of numbers for 13 joints"),
+        (first(keypoints=5), "val.json, annotation 1: it has no numbers for 13 joints"),
         (joint(0, "20"), "val.json, annotation 1: its keypoints must be numbers"),
-        (joint(0, 10**400), "val.json, annotation 1: a joint is far out of its image, 160 x 120"),
-        (first(category_id="1"), "val.json, annotation 1: its category '1' is not that of the joints, 1"),
-        (first(category_id=2), "val.json, annotation 1: its category 2 is not that of the joints, 1"),
+        (joint(0, 10**400), "val.json, annotation 1: a joint is far outside its image, 160 x 120"),
+        (first(category_id="1"), "val.json, annotation 1: its category is '1', but that of the joints is 1"),
+        (first(category_id=2), "val.json, annotation 1: its category is 2, but that of the joints is 1"),
         (first(keypoints=[3, 4, 2]), "val.json, annotation 1: it has 3 numbers for 13 joints, not 3 for each"),
         (joint(2, 3), "val.json, annotation 1: a joint's visibility is not 0, 1 or 2"),
-        (joint(0, 500), "val.json, annotation 1: a joint is far out of its image, 160 x 120"),
-        (joint(0, math.nan), "val.json, annotation 1: a joint is far out of its image, 160 x 120"),
+        (joint(0, 500), "val.json, annotation 1: a joint is far outside its image, 160 x 120"),
+        (joint(0, math.nan), "val.json, annotation 1: a joint is far outside its image, 160 x 120"),
     ],
 )
-def test_bad_data(wild, people, tmp_path, in_process, harm, told):
+def test_invalid_data(wild, people, tmp_path, in_process, damage, expected):
     data = Path(shutil.copytree(people, tmp_path / "people"))
-    harm(data)
+    damage(data)
     line = input_error(in_process(VALIDATE, wild, "--data", data))
-    assert re.search(told, line), line
+    assert re.search(expected, line), line
 
 
-def test_a_box_may_be_rounded(people, tmp_path):
-    """What is out of the image by one pixel is cut off."""
+def test_boxes_are_clipped_after_rounding(people, tmp_path):
+    """A box can exceed the image by a pixel."""
     data = Path(shutil.copytree(people, tmp_path / "people"))
     first(bbox=[-1, 0, 162, 120.5])(data)
     assert COCOPersons(data, "val")[0][1]["box"] == (0, 0, 160, 120)
 
 
-def test_published_figures_are_in_a_detectors_boxes(wild, people, in_process):
+def test_published_metrics_need_a_detectors_boxes(wild, people, in_process):
     line = input_error(in_process(VALIDATE, wild, "--data", people, "--published", "COCO"))
     assert "what is published of keypoints is in a detector's boxes" in line and "--boxes" in line
 
 
 @pytest.mark.first_case
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "expected"),
     [
-        (["--head", "hrnet"], "has no head hrnet; there are simplebaseline"),
-        (["--img-size", 192], "stride 32 take an image size that is a multiple of 128, not 192"),
+        (["--head", "hrnet"], "does not support the head hrnet; supported: simplebaseline"),
+        (["--img-size", 192], "stride 32 need an image size that is a multiple of 128, not 192"),
     ],
 )
-def test_bad_commands(people, tmp_path, in_process, args, told):
+def test_invalid_commands(people, tmp_path, in_process, args, expected):
     line = input_error(in_process(TRAIN, *TINY, "--data", people, "--output", tmp_path / "out", *args))
-    assert told in line
+    assert expected in line
 
 
 @pytest.mark.slow
-def test_it_learns(tmp_path):
-    """Five to ten minutes on two cores: 320 images of stick figures. The mean pose in each box would have AP 33."""
+def test_training_reaches_high_ap(tmp_path):
+    """Five to ten minutes on two cores: 320 images of stick figures. The mean pose in each box has AP 33."""
     data = save_keypoints(tmp_path / "people", train=320, val=30)
     how = ["--epochs", 8, "--batch-size", 8, "--opt", "adam", "--lr", 1e-3, "--weight-decay", 0]
     done = Running(tmp_path / "out", *TINY, "--data", data, *how, script=TRAIN).end(1800)

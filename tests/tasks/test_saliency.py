@@ -1,4 +1,4 @@
-"""Salient object detection: DSS as its paper has it, data of many layouts, figures that are checked by hand."""
+"""Tests of salient object detection: DSS as in the paper, data layouts, and metrics by their definitions."""
 
 import csv
 import json
@@ -36,7 +36,7 @@ def scenes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, scenes) -> Path:
-    """A folder that a short training wrote."""
+    """The folder of a briefly trained model."""
     folder = tmp_path_factory.mktemp("trained") / "dss"
     args = ["--data", scenes, "--img-size", 64, "--epochs", 1, "--batch-size", 4, "--threads", 1]
     done = Running(folder, *TINY, *args, script=TRAIN).end()
@@ -46,7 +46,7 @@ def trained(tmp_path_factory, scenes) -> Path:
 
 @pytest.fixture(scope="module")
 def wild() -> Saliency:
-    """Its logits are of any size."""
+    """A model with random logits of large magnitude."""
     model = spread(Saliency("res2net_tiny", CLASSES, img_size=32)).eval()
     with torch.no_grad():
         for branch in model.network.branches:
@@ -54,8 +54,8 @@ def wild() -> Saliency:
     return model
 
 
-def figures_by_hand(maps: list[np.ndarray], masks: list[np.ndarray]) -> dict[str, float]:
-    """Return the figures of maps and masks of 0 to 255, as their definitions say."""
+def figures_by_definition(maps: list[np.ndarray], masks: list[np.ndarray]) -> dict[str, float]:
+    """Return the metrics of maps and masks from 0 to 255 by their definitions."""
     curves, errors = [], []
     for saliency, mask in zip(maps, masks, strict=True):
         stretched = (saliency - saliency.min()) / max(1, np.ptp(saliency.astype(int)))
@@ -64,16 +64,16 @@ def figures_by_hand(maps: list[np.ndarray], masks: list[np.ndarray]) -> dict[str
         errors.append(np.abs(stretched - (mask > 128)).mean())
         curve = []
         for threshold in range(256):
-            said = np.floor(stretched * 255) >= threshold
-            both = (said & (mask > 128)).sum()
-            precision, recall = both / max(said.sum(), 1), both / max((mask > 128).sum(), 1)
+            predicted = np.floor(stretched * 255) >= threshold
+            both = (predicted & (mask > 128)).sum()
+            precision, recall = both / max(predicted.sum(), 1), both / max((mask > 128).sum(), 1)
             curve.append(1.3 * precision * recall / (0.3 * precision + recall) if both else 0)
         curves.append(curve)
     return {"F-measure": np.mean(curves, axis=0).max(), "MAE": np.mean(errors)}
 
 
-def test_what_comes_out(trained, scenes, in_process, tmp_path):
-    """The figures of the training, of validation and of the maps that are written are the same."""
+def test_validation_reproduces_training_metrics(trained, scenes, in_process, tmp_path):
+    """Training, validation and the written maps have the same metrics."""
     (row,) = csv.DictReader((trained / "metrics.csv").open())
     done = in_process(VALIDATE, trained, "--data", scenes, "--check", "--output", tmp_path / "figures.json")
     assert done.returncode == 0, done.stderr
@@ -84,11 +84,11 @@ def test_what_comes_out(trained, scenes, in_process, tmp_path):
     masks = [np.asarray(Image.open(path)) for path in sorted((scenes / "val" / "masks").iterdir())]
     pictures = [Image.open(path) for path in sorted((tmp_path / "maps").glob("*.png"))]
     assert {picture.mode for picture in pictures} == {"L"}
-    assert figures == pytest.approx(figures_by_hand([np.asarray(picture) for picture in pictures], masks))
+    assert figures == pytest.approx(figures_by_definition([np.asarray(picture) for picture in pictures], masks))
 
 
 @pytest.mark.full
-def test_two_processes_measure_the_same(trained, scenes, program, in_process, tmp_path):
+def test_evaluation_on_two_processes(trained, scenes, program, in_process, tmp_path):
     found = []
     for number, start in ((1, in_process), (2, partial(program, processes=2))):
         output = tmp_path / f"{number}.json"
@@ -101,18 +101,18 @@ def test_two_processes_measure_the_same(trained, scenes, program, in_process, tm
     assert found[0] == found[1]
 
 
-def test_a_folder_gives_the_same_map(wild, tmp_path):
+def test_saved_model_predicts_the_same_map(wild, tmp_path):
     wild.save(tmp_path / "dss", ModelCard("---\n---\n"))
     image = torch.rand(3, 70, 50)
     loaded = tasks.load(str(tmp_path / "dss"))
     assert torch.equal(loaded([image])[0], wild([image])[0])
-    # To the last bit also in company.
+    # Bit-identical in a batch too.
     assert torch.equal(loaded([torch.rand(3, 33, 90), image])[1], wild([image])[0])
 
 
 @settings(deadline=None, max_examples=25)
 @given(data=st.data())
-def test_figures_by_hand(data):
+def test_figures_by_definition(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
     score, maps, masks = MaxFAndMAE(), [], []
     for i in range(data.draw(st.integers(1, 4))):
@@ -120,10 +120,10 @@ def test_figures_by_hand(data):
         maps.append(rng.integers(0, data.draw(st.sampled_from([1, 2, 256])), shape).astype(np.uint8))
         masks.append((rng.random(shape) < data.draw(st.sampled_from([0, 0.3, 1]))).astype(np.uint8) * 255)
         score.update(i, {"mask": torch.from_numpy(masks[-1] > 0)}, torch.from_numpy(maps[-1]) / 255)
-    assert score.compute(Accelerator(cpu=True)) == pytest.approx(figures_by_hand(maps, masks))
+    assert score.compute(Accelerator(cpu=True)) == pytest.approx(figures_by_definition(maps, masks))
 
 
-def test_short_connections_go_from_the_deep_to_the_shallow():
+def test_short_connections_lead_from_deep_to_shallow_outputs():
     network = Saliency("res2net_tiny", CLASSES).network.eval()
     assert isinstance(network, DSS)
     network.backbone.requires_grad_(False)
@@ -137,14 +137,14 @@ def test_short_connections_go_from_the_deep_to_the_shallow():
         assert all(network.branches[i][-1].weight.grad.abs().sum() > 0 for i in reached)
 
 
-def test_side_outputs_are_the_weighted_sums_of_the_paper():
+def test_side_outputs_are_weighted_sums():
     network = spread(Saliency("res2net_tiny", CLASSES)).network.eval()
     image = torch.rand(1, 3, 64, 64)
     with torch.inference_mode():
         *sides, fused = network(image)
         own = [branch(feature) for branch, feature in zip(network.branches, network.backbone(image), strict=True)]
         up = torch.nn.functional.interpolate
-        # The second deepest: its own branch's map and the deepest one's, weighted.
+        # The second deepest: the weighted sum of its branch's map and the deepest one.
         side = own[3] + network.short[3].weight.item() * up(own[4], size=(4, 4), mode="bilinear")
         assert torch.allclose(sides[3], up(side, size=(64, 64), mode="bilinear"), atol=1e-4)
         weights = network.fuse.weight.flatten()
@@ -152,8 +152,8 @@ def test_side_outputs_are_the_weighted_sums_of_the_paper():
         assert torch.allclose(fused, mean, atol=1e-4)
 
 
-def test_a_map_is_the_mean_that_the_paper_takes():
-    """Of the fused output and of the side outputs of strides 2, 4 and 8; none here needs to be resized."""
+def test_map_is_the_mean_of_the_selected_outputs():
+    """The fused output and the side outputs of strides 2, 4 and 8 are averaged; none is resized here."""
     model = spread(Saliency("res2net_tiny", CLASSES, img_size=64)).eval()
     image = torch.rand(3, 64, 64)
     with torch.inference_mode():
@@ -174,7 +174,7 @@ def test_every_family(model):
     assert all(p.grad is not None for p in network.parameters())
 
 
-def test_losses_by_hand():
+def test_losses_match_definition():
     network = Saliency("res2net_tiny", CLASSES, img_size=64)
     network.freeze("all", batch_norm=True)
     images, masks = torch.rand(2, 3, 64, 64), (torch.rand(2, 1, 64, 64) < 0.2).double()
@@ -189,7 +189,7 @@ def test_losses_by_hand():
 
 @settings(deadline=None, max_examples=20)
 @given(sizes=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=3))
-def test_maps_are_of_their_images(wild, sizes):
+def test_maps_have_the_size_of_images(wild, sizes):
     images = [torch.rand(3, *size) for size in sizes]
     with torch.inference_mode():
         maps = wild(images)
@@ -200,8 +200,8 @@ def test_maps_are_of_their_images(wild, sizes):
         assert picture.mode == "L" and picture.size == size[::-1]
 
 
-def test_masks_follow_their_images(scenes):
-    """What is random in training is the same for both, and happens to some of the images."""
+def test_masks_are_augmented_like_images(scenes):
+    """Random augmentation is the same for image and mask, and applies to some of the images."""
     network, left = Saliency("res2net_tiny", CLASSES, img_size=64), []
     mask = torch.zeros(96, 128, dtype=torch.bool)
     mask[20:50, 10:40] = True
@@ -222,7 +222,7 @@ def test_layouts(scenes, tmp_path, images, masks):
     shutil.copytree(scenes / "val" / "masks", folder / masks)
     found = Saliency.open(str(tmp_path), "ECSSD", "dss")
     assert len(found) == 5 and found.classes == CLASSES
-    # The same folder by lists, one with suffixes and masks, as some benchmarks have them, and one with names.
+    # The same folder with two lists: one of images and masks, as in some benchmarks, and one of names.
     (folder / "train.txt").write_text(f"{images}/val_00003.jpg {masks}/val_00003.png\n\n{images}/val_00001.jpg\n")
     (folder / "test.txt").write_text("val_00004\n")
     listed = Masks(folder, "train")
@@ -232,7 +232,7 @@ def test_layouts(scenes, tmp_path, images, masks):
     assert Masks(folder, "test").path(0).stem == "val_00004"
 
 
-def test_an_image_without_an_object(scenes, tmp_path):
+def test_image_without_object(scenes, tmp_path):
     data = Path(shutil.copytree(scenes, tmp_path / "data"))
     path = data / "train/masks/train_00002.png"
     Image.new("1", Image.open(path).size).save(path)
@@ -305,47 +305,47 @@ def list_in_latin1(data: Path) -> None:
 
 @pytest.mark.first_case
 @pytest.mark.parametrize(
-    ("harm", "told"),
+    ("damage", "expected"),
     [
-        (lose_the_split, "data has neither a folder train nor a list train.txt"),
+        (lose_the_split, "data must have a folder train or a list train.txt"),
         (lose_the_masks, r"train has no folder masks \(or mask, ground_truth_mask, gt\)"),
         (lose_the_images, "train has no images"),
-        (lose_a_mask, "there is no mask for .*images/train_00002.jpg"),
+        (lose_a_mask, "the mask for .*images/train_00002.jpg is missing"),
         (shrink_a_mask, "train_00002.jpg is 128 x 96; its mask .*masks/train_00002.png is 9 x 7"),
         (cut_a_mask, "cannot read the mask .*masks/train_00002.png"),
         (write_over_an_image, "cannot read .*images/train_00002.jpg"),
         (cut_an_image, "cannot decode .*images/train_00002.jpg"),
-        (copy_an_image, "train_00002.png has the name of train_00002.jpg"),
-        (write_ones, "no mask like .*train_00000.png has a salient pixel"),
-        (write_ones_all_over, "all masks like .*train_00000.png are salient all over"),
+        (copy_an_image, "train_00002.png has the same name as train_00002.jpg; remove one"),
+        (write_ones, "all masks, such as .*train_00000.png, are empty: no value is over 128"),
+        (write_ones_all_over, "all masks, such as .*train_00000.png, are full: no value is 128 or less"),
         (list_in_latin1, "cannot read .*train.txt: it is not UTF-8 text"),
-        (list_another, "there is no image train_99999.jpg, which .*train.txt names"),
+        (list_another, "cannot find the image train_99999.jpg, which .*train.txt names"),
     ],
 )
-def test_bad_data(scenes, tmp_path, in_process, harm, told):
+def test_invalid_data(scenes, tmp_path, in_process, damage, expected):
     data = Path(shutil.copytree(scenes, tmp_path / "data"))
-    harm(data)
+    damage(data)
     line = input_error(in_process(TRAIN, *TINY, "--data", data, "--img-size", 32, "--output", tmp_path / "out"))
-    assert re.search(told, line), line
+    assert re.search(expected, line), line
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.first_case
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "expected"),
     [
-        (["--head", "u2net"], "has no head u2net; there are dss"),
-        (["--output-stride", 16], "dss takes features of stride 32, not 16"),
-        (["--img-size", 50], "dss takes an image size that is a multiple of 32, not 50"),
+        (["--head", "u2net"], "does not support the head u2net; supported: dss"),
+        (["--output-stride", 16], "dss needs features of stride 32, not 16"),
+        (["--img-size", 50], "dss needs an image size that is a multiple of 32, not 50"),
     ],
 )
-def test_bad_commands(scenes, tmp_path, in_process, args, told):
+def test_invalid_commands(scenes, tmp_path, in_process, args, expected):
     line = input_error(in_process(TRAIN, *TINY, "--data", scenes, "--output", tmp_path / "out", *args))
-    assert told in line
+    assert expected in line
 
 
 @pytest.mark.slow
-def test_it_learns(tmp_path):
+def test_training_reaches_high_f_measure(tmp_path):
     """Under a minute on two idle cores: 120 rendered scenes."""
     data = save_saliency(tmp_path / "scenes")
     settings = ["--img-size", 96, "--epochs", 6, "--lr", 1e-3]

@@ -1,4 +1,4 @@
-"""What all tasks share, and semantic segmentation: exact figures, trainings that go on, folders that travel."""
+"""Tests of shared task code and of semantic segmentation: metrics, resumed training, model folders."""
 
 import csv
 import json
@@ -47,7 +47,7 @@ def voc(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, voc) -> Path:
-    """A folder that a short training wrote."""
+    """The folder of a briefly trained model."""
     folder = tmp_path_factory.mktemp("trained") / "unet"
     done = Running(folder, *SMALL, "--data", voc, "--head", "unet", "--epochs", 2, script=TRAIN).end()
     assert done.returncode == 0, done.stderr
@@ -59,11 +59,11 @@ def figures_of(path: Path) -> dict[str, float]:
     return result["figures"]
 
 
-def test_what_comes_out(trained, voc, in_process, tmp_path):
+def test_validation_reproduces_training_metrics(trained, voc, in_process, tmp_path):
     rows = list(csv.DictReader((trained / "metrics.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2"]
     best = max(rows, key=lambda row: float(row["mIoU"]))
-    anyhow = f"{voc}/../{voc.name}/"  # the card knows the data by their folder's name
+    anyhow = f"{voc}/../{voc.name}/"  # the card names the data by the folder's name
     done = in_process(VALIDATE, trained, "--data", anyhow, "--check", "--output", tmp_path / "figures.json")
     assert done.returncode == 0 and "mIoU" in done.stdout, done.stderr
     assert figures_of(tmp_path / "figures.json")["mIoU"] == pytest.approx(float(best["mIoU"]), abs=1e-9)
@@ -72,21 +72,21 @@ def test_what_comes_out(trained, voc, in_process, tmp_path):
     assert "a Res2Net" in card.text and "res2net" in card.data.tags and str(voc.parent) not in str(card.data)
 
 
-def test_a_card_calls_a_res2net_what_is_one(tmp_path):
+def test_card_of_another_backbone_does_not_mention_res2net(tmp_path):
     model = Segmentation("resnet18", CLASSES, "unet", 64)
     row = {"epoch": 1, "lr": 0.1, "loss": 1.0, "mIoU": 50.0}
     card = make_card(model, row, Accelerator(cpu=True), tmp_path, {"data": "voc", "split": "val"})
     assert "by unet on resnet18." in card.text and "res2net" not in card.data.tags
 
 
-def test_a_card_that_promises_more_is_not_reached(trained, voc, in_process, tmp_path):
+def test_check_fails_if_card_metrics_are_higher(trained, voc, in_process, tmp_path):
     folder = Path(shutil.copytree(trained, tmp_path / "unet"))
     card = (folder / "README.md").read_text()
     value = next(line for line in card.splitlines() if "value:" in line)
     (folder / "README.md").write_text(card.replace(value, "      value: 99.9", 1))
     done = in_process(VALIDATE, folder, "--data", voc, "--check")
     assert done.returncode == 1 and re.search(r"mIoU .* 99.900 *\| no", done.stdout), done.stdout
-    # What the paper has, and was not measured, is not reached; half of its last digit does not matter.
+    # A published metric that was not measured fails; half of the last printed digit is tolerated.
     value = float(value.split()[-1])
     for name, promised, code in (("mean error", value, 1), ("mIoU", value + 0.04, 0), ("mIoU", value + 0.06, 1)):
         (folder / "README.md").write_text(
@@ -96,11 +96,11 @@ def test_a_card_that_promises_more_is_not_reached(trained, voc, in_process, tmp_
         assert done.returncode == code, done.stdout + done.stderr
         assert not re.search(r"mean error +\|", done.stdout) or re.search(r"mean error +\| +- +\| .*no", done.stdout)
     line = input_error(in_process(VALIDATE, folder, "--data", voc, "--split", "train", "--check"))
-    assert "no figures of" in line and "train" in line
+    assert "no metrics for" in line and "train" in line
 
 
 @pytest.mark.full
-def test_two_processes_measure_the_same(trained, voc, program, in_process, tmp_path):
+def test_evaluation_on_two_processes(trained, voc, program, in_process, tmp_path):
     for number, start in ((1, in_process), (2, partial(program, processes=2))):
         done = start(VALIDATE, trained, "--data", voc, "--batch-size", 2, "--output", tmp_path / f"{number}.json")
         assert done.returncode == 0, done.stderr
@@ -108,8 +108,8 @@ def test_two_processes_measure_the_same(trained, voc, program, in_process, tmp_p
 
 
 @pytest.mark.full
-def test_two_processes_train_the_same(tmp_path):
-    """Fixed BatchNorm, and a head without any: what a step computes does not depend on the image's company."""
+def test_training_on_two_processes(tmp_path):
+    """With frozen BatchNorm and a head without it, a step does not depend on how images are batched."""
     data = save_saliency(tmp_path / "data", train=16, val=2)
     common = ["--task", "saliency", "--model", "res2net_tiny", "--img-size", 64, "--threads", 1, "--data", data]
     common += ["--freeze-bn", "--epochs", 1, "--opt", "sgd", "--lr", 0.01]
@@ -125,8 +125,8 @@ def test_two_processes_train_the_same(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_they_measured(voc, tmp_path, in_process):
-    """Each has seen other images, and so has other statistics of BatchNorm until they agree."""
+def test_saved_model_of_two_processes_has_the_evaluated_statistics(voc, tmp_path, in_process):
+    """BatchNorm statistics differ between processes until they are averaged."""
     args = [*SMALL, "--data", voc, "--head", "unet", "--epochs", 1, "--batch-size", 4]
     done = Running(tmp_path / "out", *args, processes=2, script=TRAIN).end()
     assert done.returncode == 0, done.stderr
@@ -135,20 +135,20 @@ def test_two_processes_write_what_they_measured(voc, tmp_path, in_process):
 
 
 @pytest.mark.full
-def test_killed_and_resumed_it_ends_the_same(voc, tmp_path, trained):
+def test_resume_after_kill_is_bit_identical(voc, tmp_path, trained):
     common = [*SMALL, "--data", voc, "--head", "unet", "--epochs", 2]
     running = Running(tmp_path / "unet", *common, "--save-minutes", 0, script=TRAIN)
     running.wait_for_step(3)  # of 4: in the second epoch
     running.signal(signal.SIGKILL)
     running.end()
-    done = Running(tmp_path / "unet", "--resume", script=TRAIN).end()  # which knows how
-    assert done.returncode == 0 and "goes on after step" in done.stdout, done.stderr
+    done = Running(tmp_path / "unet", "--resume", script=TRAIN).end()  # uses the saved settings
+    assert done.returncode == 0 and "resuming after step" in done.stdout, done.stderr
     assert (trained / "metrics.csv").read_text() == (tmp_path / "unet/metrics.csv").read_text()
     one, two = (load_file(folder / "model.safetensors") for folder in (trained, tmp_path / "unet"))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_no_second_run_and_no_checkpoint_of_other_content(trained, voc, in_process, tmp_path):
+def test_locked_folders_and_invalid_checkpoints(trained, voc, in_process, tmp_path):
     with locked(trained):
         assert "another run (process" in input_error(in_process(TRAIN, "--resume", "--output", trained))
     with locked(tmp_path / "figures.json"):
@@ -169,14 +169,14 @@ def test_no_second_run_and_no_checkpoint_of_other_content(trained, voc, in_proce
         torch.save(changed, last)
         line = input_error(in_process(TRAIN, "--resume", "--epochs", 3, "--output", folder))
         assert str(last) in line and words in line, line
-    # One as earlier versions wrote it.
+    # The format of earlier versions.
     earlier = {key: value for key, value in state.items() if key not in ("losses", "rates", "ema")}
     torch.save({**earlier, "sums": state["losses"]}, last)
     done = in_process(TRAIN, "--resume", "--epochs", 3, "--output", folder)
-    assert done.returncode == 0 and "goes on after step 4 of 6" in done.stdout, done.stderr
+    assert done.returncode == 0 and "resuming after step 4 of 6" in done.stdout, done.stderr
 
 
-def test_an_image_to_measure_on_that_cannot_be_read_is_found_before_training(voc, in_process, tmp_path):
+def test_unreadable_evaluation_image_is_found_before_training(voc, in_process, tmp_path):
     data = Path(shutil.copytree(voc, tmp_path / "voc"))
     for name in (data / "ImageSets" / "Segmentation" / "val.txt").read_text().split():
         (data / "JPEGImages" / f"{name}.jpg").write_bytes(b"no image")
@@ -186,7 +186,7 @@ def test_an_image_to_measure_on_that_cannot_be_read_is_found_before_training(voc
     assert not list((tmp_path / "unet.run").rglob("*.pt"))
 
 
-def test_a_backbone_starts_another_task_and_a_classifier(trained, voc):
+def test_saved_backbone_initializes_another_task_and_a_classifier(trained, voc):
     weights = load_file(trained / "model.safetensors")
     name = f"local-dir:{trained / 'backbone'}"
     classifier = timm.create_model(name, pretrained=True, num_classes=5)
@@ -201,7 +201,7 @@ def test_a_backbone_starts_another_task_and_a_classifier(trained, voc):
     assert other.settings["model"] == "res2net_tiny" and classifier.num_classes == 5
 
 
-def test_through_the_hub_and_back(trained, hub, voc):
+def test_upload_and_load_from_hub(trained, hub, voc):
     api = HfApi()
     api.create_repo("zoo/shapes")
     api.upload_folder(repo_id="zoo/shapes", folder_path=trained)
@@ -213,30 +213,30 @@ def test_through_the_hub_and_back(trained, hub, voc):
 
 
 @pytest.mark.first_case
-@pytest.mark.parametrize("harm", ["none", "backbone", "weights", "cut", "lost"])
-def test_verify(trained, tmp_path, harm, in_process):
-    """hub/verify.py knows the folder of a task, and hub/publish.py sends none that is damaged."""
+@pytest.mark.parametrize("damage", ["none", "backbone", "weights", "cut", "lost"])
+def test_verify(trained, tmp_path, damage, in_process):
+    """hub/verify.py checks the folder of a task model, and hub/publish.py rejects a damaged one."""
     folder = Path(shutil.copytree(trained, tmp_path / "unet"))
     own, backbone = folder / "model.safetensors", folder / "backbone/model.safetensors"
-    if harm == "backbone":
+    if damage == "backbone":
         save_file({name: value + 1 for name, value in load_file(backbone).items()}, backbone)
-    elif harm == "weights":
+    elif damage == "weights":
         save_file({name: value / 0 for name, value in load_file(own).items()}, own)
-    elif harm == "cut":
+    elif damage == "cut":
         own.write_bytes(own.read_bytes()[:1000])
-    elif harm == "lost":
+    elif damage == "lost":
         shutil.rmtree(folder / "backbone")
     done = in_process("hub/verify.py", folder)
-    assert done.returncode == (0 if harm == "none" else 1), done.stdout
+    assert done.returncode == (0 if damage == "none" else 1), done.stdout
     rows = [line for line in done.stdout.splitlines() if "FAILED" in line]
-    told = {"backbone": "backbone", "weights": "values", "cut": "strict load", "lost": "backbone"}
-    assert harm == "none" or told[harm] in rows[0]
-    if harm != "none":
+    expected = {"backbone": "backbone", "weights": "values", "cut": "strict load", "lost": "backbone"}
+    assert damage == "none" or expected[damage] in rows[0]
+    if damage != "none":
         line = input_error(in_process("hub/publish.py", folder, "--repo-id", "zoo/unet"))
         assert "does not verify" in line and "nothing was uploaded" in line
 
 
-def test_a_picture(trained, voc, in_process, tmp_path):
+def test_prediction_writes_pictures_and_records(trained, voc, in_process, tmp_path):
     images = voc / "JPEGImages"
     done = in_process(
         PREDICT, trained, images / "val_00000.jpg", images / "val_00001.jpg", "--output", tmp_path / "seen"
@@ -258,8 +258,8 @@ def test_a_picture(trained, voc, in_process, tmp_path):
     assert Image.open(pictures[0]).size == Image.open(images / "val_00000.jpg").size
 
 
-def test_a_picture_of_any_kind(trained, voc, in_process, tmp_path):
-    """As its camera was held, of any mode and size."""
+def test_prediction_of_unusual_images(trained, voc, in_process, tmp_path):
+    """EXIF orientation is applied, and any mode and size is supported."""
     image = Image.open(voc / "JPEGImages/val_00000.jpg")
     images = tmp_path / "odd"
     images.mkdir()
@@ -276,7 +276,7 @@ def test_a_picture_of_any_kind(trained, voc, in_process, tmp_path):
     assert {sizes[mode] for mode in ("L", "RGBA", "P")} == {image.size}
 
 
-def test_colours_are_those_of_voc():
+def test_voc_colours():
     assert [voc_colour(number) for number in (0, 1, 2, 15, 20)] == [
         (0, 0, 0),
         (128, 0, 0),
@@ -288,7 +288,7 @@ def test_colours_are_those_of_voc():
 
 @settings(deadline=None, max_examples=30)
 @given(data=st.data())
-def test_mean_iou_by_hand(data):
+def test_mean_iou_matches_definition(data):
     classes, images = data.draw(st.integers(2, 5)), data.draw(st.integers(1, 4))
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
     score, rights, saids = MeanIoU([str(i) for i in range(classes)]), [], []
@@ -326,7 +326,7 @@ def test_every_head_and_family(model, head):
     assert mask.shape == (50, 41)
 
 
-def test_what_is_frozen_stays():
+def test_frozen_layers_do_not_change():
     network = Segmentation("res2net_tiny", CLASSES, "unet", 64)
     network.freeze("2", batch_norm=True)
     network.train()
@@ -338,8 +338,8 @@ def test_what_is_frozen_stays():
     assert changed and not any(name.startswith(("conv1", "bn1", "layer1")) or "bn" in name for name in changed)
 
 
-def test_masks_follow_their_images():
-    """What is random in training is the same for both: the object's pixels stay the object's."""
+def test_masks_are_augmented_like_images():
+    """Random augmentation is the same for image and mask."""
     network = Segmentation("res2net_tiny", CLASSES, "unet", 64)
     scene = render(3)
     mask = torch.zeros(scene.image.size[::-1], dtype=torch.long)
@@ -354,8 +354,8 @@ def test_masks_follow_their_images():
         assert ((image[0] > 0.5) == (target["mask"] == 1))[kept].float().mean() > 0.97
 
 
-def test_loaders_need_no_tensor_of_the_model():
-    """They are processes without a GPU, where its tensors may be; here these are nowhere."""
+def test_transforms_do_not_use_model_tensors():
+    """Loader processes cannot access tensors on a GPU; here, the model is on the meta device."""
     masks = {"mask": torch.zeros(96, 128, dtype=torch.long)}
     objects = {"boxes": torch.tensor([[1.0, 2, 30, 40]]), "labels": torch.tensor([1])}
     joints = {"box": (0, 0, 90, 90), "joints": torch.zeros(1, 2), "visible": torch.ones(1, dtype=torch.bool)}
@@ -404,7 +404,7 @@ def write_in_latin1(voc: Path) -> None:
 
 
 def renumber(voc: Path, change: Callable[[np.ndarray], Any], name: str = "*") -> None:
-    """Change the numbers of masks."""
+    """Change the class indices of masks."""
     for path in (voc / "SegmentationClass").glob(f"{name}.png"):
         numbers = np.asarray(Image.open(path))
         Image.fromarray(np.asarray(change(numbers)).astype(np.uint8)).save(path)
@@ -424,7 +424,7 @@ def write_nothing_but_the_background(voc: Path) -> None:
 
 
 def pack_a_mask(voc: Path) -> None:
-    """As a grey PNG of 2 bits, which holds 0 to 3 and which Pillow stretches to 0, 85, 170 and 255."""
+    """Store a mask as a 2-bit grey PNG, whose values 0 to 3 Pillow scales to 0, 85, 170 and 255."""
     path = voc / "SegmentationClass/train_00002.png"
     numbers = np.asarray(Image.open(path))
     packed = np.where(numbers == 255, 0, numbers).reshape(len(numbers), -1, 4) @ np.array([64, 16, 4, 1])
@@ -449,79 +449,84 @@ def name_a_class_twice(voc: Path) -> None:
     (voc / "classes.txt").write_text("background\ndisc\nsquare\ndisc\n")
 
 
-def leave_nothing_that_counts(voc: Path) -> None:
+def ignore_all_pixels(voc: Path) -> None:
     for path in (voc / "SegmentationClass").iterdir():
         Image.new("L", Image.open(path).size, IGNORED).save(path)
 
 
 @pytest.mark.first_case
 @pytest.mark.parametrize(
-    ("harm", "told"),
+    ("damage", "expected"),
     [
         (cut_a_mask, "cannot read the mask .*train_00002.png: "),
         (write_in_latin1, "cannot read .*train.txt: it is not UTF-8 text"),
-        (leave_nothing_that_counts, "no mask like .*train_.*png has a pixel that counts: all are 255"),
-        (list_nothing, "no ImageSets/Segmentation/train.txt of VOC's layout; lists there: val"),
-        (lose_a_mask, "there is no .*train_00002.png"),
+        (ignore_all_pixels, "all pixels of all masks, such as .*train_.*png, are 255, which is ignored"),
+        (list_nothing, "no ImageSets/Segmentation/train.txt, as in VOC's layout; available lists: val"),
+        (lose_a_mask, "train_00002.png is missing, the mask of .*train_00002.jpg"),
         (shrink_a_mask, "train_00002.jpg is 128 x 96; its mask .*train_00002.png is 9 x 9"),
-        (name_a_class_less, "train_.*png has the number [23], and there are 2 classes"),
-        (write_255_for_all, "has a pixel of the class thing; 255 counts for nothing: .*write the class's number.* 1"),
+        (name_a_class_less, "train_.*png contains the class index [23], but the 2 classes are"),
+        (write_255_for_all, "has a pixel of the class thing; 255 is ignored: .*by the index of the class.* 1"),
         (
             write_255_for_one,
-            "has a pixel of the class triangle; 255 counts for nothing: .*write the class's number.* 3",
+            "has a pixel of the class triangle; 255 is ignored: .*replace it by the index of the class.* 3",
         ),
         (write_nothing_but_the_background, "has a pixel of the classes disc, square, triangle; correct the masks or"),
-        (pack_a_mask, "cannot read the mask .*train_00002.png: it is grey of 2 bits; class numbers must be"),
-        (widen_a_mask, "cannot read the mask .*train_00002.png: it is of mode I;16; class numbers must be"),
-        (compress_a_mask, "cannot read the mask .*train_00002.png: it is a JPEG, whose compression changes numbers"),
+        (pack_a_mask, "cannot read the mask .*train_00002.png: it is 2-bit grey; class indices must be"),
+        (widen_a_mask, "cannot read the mask .*train_00002.png: its mode is I;16; class indices must be"),
+        (
+            compress_a_mask,
+            "cannot read the mask .*train_00002.png: its format is JPEG, whose lossy compression changes class",
+        ),
         (name_a_class_twice, "classes.txt lists the class disc twice"),
-        (paint_a_mask, "cannot read the mask .*train_00002.png: it is of mode RGB; class numbers must be"),
+        (paint_a_mask, "cannot read the mask .*train_00002.png: its mode is RGB; class indices must be"),
         (cut_an_image, "cannot decode .*train_00002.jpg"),
     ],
 )
-def test_bad_annotations(voc, tmp_path, in_process, harm, told):
+def test_invalid_annotations(voc, tmp_path, in_process, damage, expected):
     data = Path(shutil.copytree(voc, tmp_path / "voc"))
-    harm(data)
+    damage(data)
     line = input_error(in_process(TRAIN, *SMALL, "--data", data, "--head", "unet", "--output", tmp_path / "out"))
-    assert re.search(told, line), line
+    assert re.search(expected, line), line
     assert not (tmp_path / "out").exists()
 
 
-def test_classes_that_no_mask_has(trained, voc, tmp_path, in_process):
-    """They cannot be learned or measured, which a line, the card and the results tell."""
+def test_classes_absent_from_all_masks(trained, voc, tmp_path, in_process):
+    """They cannot be learned or evaluated, which a warning, the card and the results report."""
     data = Path(shutil.copytree(voc, tmp_path / "voc"))
     renumber(data, lambda numbers: np.where(numbers >= 2, 0, numbers), "val*")
     done = in_process(VALIDATE, trained, "--data", data, "--output", tmp_path / "figures.json")
     assert done.returncode == 0, done.stderr
-    told = "classes without a pixel in val"
-    assert "val.txt has a pixel of the classes square, triangle; figures are of the other classes alone" in done.stderr
-    assert f"{told}: square, triangle" in done.stdout
+    expected = "classes without a pixel in val"
+    assert "val.txt has a pixel of the classes square, triangle; metrics cover the other classes only" in done.stderr
+    assert f"{expected}: square, triangle" in done.stdout
     (result,) = json.loads((tmp_path / "figures.json").read_text())
-    assert result[told] == "square, triangle" and list(result["IoU"]) == CLASSES
+    assert result[expected] == "square, triangle" and list(result["IoU"]) == CLASSES
     there = [value for value in result["IoU"].values() if value is not None]
     assert result["figures"]["mIoU"] == pytest.approx(np.mean(there))
-    # Of a class that is predicted and is nowhere it is 0, not null.
+    # The IoU of a class that is only predicted is 0, not null.
     data2 = Segmentation.open(str(data), "val", "unet", CLASSES)
     score = MeanIoU(CLASSES)
     score.update(0, {"mask": torch.tensor([[0, 1]])}, torch.tensor([[0, 2]]))
     assert score.compute(Accelerator(cpu=True))["mIoU"] == pytest.approx(100 / 3)
     assert score.details() == {"IoU": {"background": 100, "disc": 0, "square": 0, "triangle": None}}
-    assert data2.remarks() == {told: "square, triangle"}
+    assert data2.remarks() == {expected: "square, triangle"}
     args = [*SMALL, "--data", data, "--head", "unet", "--epochs", 1, "--output", tmp_path / "out"]
     done = in_process(TRAIN, *args)
-    assert done.returncode == 0 and f"{told}: square, triangle" in done.stdout, done.stderr
-    assert f"| {told} | square, triangle" in re.sub(" +", " ", (tmp_path / "out/README.md").read_text())
+    assert done.returncode == 0 and f"{expected}: square, triangle" in done.stdout, done.stderr
+    assert f"| {expected} | square, triangle" in re.sub(" +", " ", (tmp_path / "out/README.md").read_text())
 
 
-def test_a_part_of_voc(voc, tmp_path, capfd):
-    """With VOC's own classes 255 is the border, and few images have not all of the classes."""
+def test_subset_of_voc(voc, tmp_path, capfd):
+    """With VOC's own classes 255 marks borders, and a few images do not contain all classes."""
     data = Path(shutil.copytree(voc, tmp_path / "voc"))
     (data / "classes.txt").unlink()
     assert len(Segmentation.open(str(data), "train", "unet")) == 16
-    assert "has a pixel of the classes boat, bottle, bus, car, cat, ...; it cannot be learned" in capfd.readouterr().err
+    assert "has a pixel of the classes boat, bottle, bus, car, cat, ...; the model cannot learn it" in (
+        capfd.readouterr().err
+    )
 
 
-def test_an_image_that_would_fill_the_memory(voc, trained, tmp_path, in_process, monkeypatch):
+def test_decompression_bomb(voc, trained, tmp_path, in_process, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert "could be decompression bomb" in input_error(in_process(VALIDATE, trained, "--data", voc))
     images = [voc / "JPEGImages/val_00000.jpg", "--output", tmp_path / "seen"]
@@ -530,11 +535,11 @@ def test_an_image_that_would_fill_the_memory(voc, trained, tmp_path, in_process,
 
 @pytest.mark.first_case
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "expected"),
     [
-        (["--head", "unnet"], "has no head unnet; there are deeplabv3plus, unet, fpn"),
+        (["--head", "unnet"], "does not support the head unnet; supported: deeplabv3plus, unet, fpn"),
         (["--head", "unet", "--batch-size", 17], "16 images to train on, and a step takes 17"),
-        (["--head", "fpn", "--output-stride", 8], "fpn takes features of stride 32, not 8"),
+        (["--head", "fpn", "--output-stride", 8], "fpn needs features of stride 32, not 8"),
         (["--model", "dla60_res2net"], "DLA has 32 alone"),
         (["--recipe", "segmentation_vok"], "did you mean segmentation_voc"),
         (["--model", "res2net50_26w"], "did you mean"),
@@ -543,27 +548,27 @@ def test_an_image_that_would_fill_the_memory(voc, trained, tmp_path, in_process,
             "cannot freeze 9 stages: this model has 5 with its stem; `all` freezes them (--freeze)",
         ),
         (["--batch-size", 1], "raise the number of images or their size (--batch-size, --img-size)"),
-        (["--model", "convnext_atto", "--head", "unet"], "convnext_atto cannot be the backbone of a task: timm's"),
+        (["--model", "convnext_atto", "--head", "unet"], "convnext_atto is unsupported as the backbone of a task: its"),
         (["--freeze", "some", "--head", "unet"], "some is no number of stages, nor all"),
         (["--opt", "sgdd", "--head", "unet"], "timm makes no optimizer sgdd"),
         (["--sched", "polly", "--head", "unet"], "no schedule polly; did you mean poly?"),
         (["--output", "docs"], "docs holds other things than a model; name another folder"),
         (
             ["--head-kwargs", "decoder_chanels=8"],
-            "DeepLabV3Plus has no option decoder_chanels; did you mean decoder_ch",
+            "DeepLabV3Plus does not know the option decoder_chanels; did you mean decoder_ch",
         ),
-        (["--head-kwargs", "decoder_channels=many"], "decoder_channels is a number, such as 256, not many"),
+        (["--head-kwargs", "decoder_channels=many"], "decoder_channels must be a number, such as 256: many"),
         (["--head-kwargs", "classes=3"], "cannot be built on res2net_tiny with classes=3; correct these"),
         (["--head-kwargs", "decoder_channels"], "decoder_channels is not NAME=VALUE"),
     ],
 )
-def test_bad_commands(voc, tmp_path, in_process, args, told):
+def test_invalid_commands(voc, tmp_path, in_process, args, expected):
     line = input_error(in_process(TRAIN, *SMALL, "--data", voc, "--output", tmp_path / "out", *args))
-    assert told in line
+    assert expected in line
 
 
-def test_options_of_the_network(voc, tmp_path, in_process):
-    """A recipe may have them as a table; they stay with the model, and with the run."""
+def test_network_options(voc, tmp_path, in_process):
+    """A recipe can set them as a table; they are saved with the model and with the run."""
     recipe = tmp_path / "narrow.toml"
     recipe.write_text("freeze_bn = true\n[head_kwargs]\ndecoder_channels = 8\ndecoder_atrous_rates = [1, 2, 3]\n")
     args = [*SMALL, "--data", voc, "--recipe", recipe, "--epochs", 1, "--sched", "none", "--clip-grad", 0]
@@ -582,7 +587,7 @@ def test_options_of_the_network(voc, tmp_path, in_process):
     assert model.settings["head_kwargs"] == {"decoder_channels": 8, "decoder_atrous_rates": [1, 2, 3]}
 
 
-def test_another_run_is_not_replaced(trained, voc, in_process):
+def test_output_of_another_run_is_kept(trained, voc, in_process):
     again = [*SMALL, "--data", voc, "--output", trained]
     assert "holds another run" in input_error(in_process(TRAIN, *again, "--head", "unet"))
     resumed = ["--resume", "--output", trained]
@@ -593,22 +598,22 @@ def test_another_run_is_not_replaced(trained, voc, in_process):
     assert "has done 1 of 1 epochs; raise their number (--epochs)" in line
 
 
-def test_a_model_of_other_classes(trained, tmp_path, in_process):
+def test_data_with_different_classes(trained, tmp_path, in_process):
     other = save_voc(tmp_path / "voc", train=1, val=2)
     (other / "classes.txt").write_text("ground\n" + "\n".join(KINDS))
-    assert "has other classes" in input_error(in_process(VALIDATE, trained, "--data", other))
+    assert "differ from the model's" in input_error(in_process(VALIDATE, trained, "--data", other))
 
 
 @pytest.mark.first_case
-@pytest.mark.parametrize("harm", ["cut", "lost", "other", "no task"])
-def test_a_damaged_folder(trained, tmp_path, harm):
+@pytest.mark.parametrize("damage", ["cut", "lost", "other", "no task"])
+def test_damaged_model_folder(trained, tmp_path, damage):
     folder = Path(shutil.copytree(trained, tmp_path / "unet"))
     weights, config = folder / "model.safetensors", folder / "config.json"
-    if harm == "cut":
+    if damage == "cut":
         weights.write_bytes(weights.read_bytes()[:1000])
-    elif harm == "lost":
+    elif damage == "lost":
         weights.unlink()
-    elif harm == "other":
+    elif damage == "other":
         config.write_text(config.read_text().replace("unet", "fpn"))
     else:
         config.write_text("{}")
@@ -617,7 +622,7 @@ def test_a_damaged_folder(trained, tmp_path, harm):
     assert str(folder) in str(error.value)
 
 
-def test_targets_are_of_tasks_and_models_that_there_are(trained):
+def test_published_targets_refer_to_existing_tasks_and_models(trained):
     targets = catalog.load().targets
     assert len(targets) == 32
     assert all(timm.is_model(target.model) for target in targets)
@@ -629,8 +634,8 @@ def test_targets_are_of_tasks_and_models_that_there_are(trained):
         catalog.load().target("segmentation", "unet", "res2net_tiny", "VOC12")
 
 
-def test_recipes_are_read(in_process, voc, tmp_path):
-    """Each names a task that is there, and only settings that there are."""
+def test_recipes_are_valid(in_process, voc, tmp_path):
+    """Each recipe names an existing task and existing settings."""
     for path in sorted(Path("scripts/recipes/tasks").glob("*.toml")):
         line = input_error(in_process(TRAIN, "--recipe", path.stem, "--data", tmp_path / "nowhere"))
         assert "nowhere" in line, line
@@ -639,7 +644,7 @@ def test_recipes_are_read(in_process, voc, tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "rates"),
     [
-        # As the publications that the recipes name have them: epoch, and the learning rate there.
+        # Learning rate by epoch, as in the publications that the recipes name.
         ("detection_coco", {0.068: 0.02, 7.9: 0.02, 8.1: 0.002, 10.9: 0.002, 11.1: 0.0002}),
         ("instance_coco", {0.068: 0.02, 7.9: 0.02, 8.1: 0.002, 10.9: 0.002, 11.1: 0.0002}),
         ("detection_voc", {1: 0.008, 9.9: 0.008, 10.1: 0.0008}),
@@ -648,7 +653,7 @@ def test_recipes_are_read(in_process, voc, tmp_path):
         ("segmentation_voc", {epoch: 0.007 * (1 - epoch / 46) ** 0.9 for epoch in (0, 10, 23, 45)}),
     ],
 )
-def test_recipes_have_their_learning_rates(recipe, rates):
+def test_learning_rates_of_recipes(recipe, rates):
     settings = tomllib.loads(Path(f"scripts/recipes/tasks/{recipe}.toml").read_text())
     optimizer, scheduler = Optimization.of(settings).create(torch.nn.Linear(1, 1), steps=1000)
     for epoch, rate in rates.items():
@@ -658,8 +663,8 @@ def test_recipes_have_their_learning_rates(recipe, rates):
 
 
 @pytest.mark.slow
-def test_it_learns(tmp_path):
-    """Five minutes on an idle core: 400 rendered scenes, in which shapes of any colour differ by their corners."""
+def test_training_reaches_high_miou(tmp_path):
+    """Five minutes on an idle core: 400 rendered scenes of shapes that differ in their corners, not in colour."""
     data = save_voc(tmp_path / "voc", train=400, val=60)
     how = [
         "--img-size",
