@@ -1,1 +1,1 @@
-"""What models cost, where they look, and how they compare."""
+"""Cost, class activation maps, ablations and benchmarks of models."""

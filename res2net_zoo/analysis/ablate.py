@@ -1,7 +1,7 @@
-"""What scale, width, cardinality and depth cost and bring: the paper's Tables 3 and 4 and Figure 5.
+"""Ablation of scale, width, cardinality and depth: the paper's Tables 3 and 4 and Figure 5.
 
-Every model of them is built from its numbers, its parameters and multiply-accumulates are counted, its receptive
-field is computed and its latency measured on this machine.
+Each model is built from its dimensions. Its parameters and multiply-accumulates are counted, its receptive field is
+computed, and its latency is measured on this machine.
 """
 
 import json
@@ -18,7 +18,7 @@ from res2net_zoo.utils.console import progress_bar
 from res2net_zoo.utils.errors import InputError, first_line
 from res2net_zoo.utils.markdown import markdown_table
 
-# Table 3's first row, of a model that is not in the catalogue.
+# The first row of Table 3, a model that is not in the catalogue.
 RESNET50 = catalog.Printed(gmacs="4.2", runtime_ms="149", top1_error="23.85", source="paper (TPAMI 2021) Table 3")
 TABLE3 = ("48w_2s", "26w_4s", "14w_8s", "26w_6s", "26w_8s", "18w_4s")
 TABLE4 = (
@@ -31,8 +31,8 @@ TABLE4 = (
     "seres2next29_8c_25w_4s",
     "seres2next29_6c_24w_6s",
 )
-# Figure 5: one dimension at a time from 29 layers, 6 groups and scale 1, each up to four to six times
-# the parameters. Width is ours; the paper leaves it out, as less effective than cardinality.
+# Figure 5: varies one dimension at a time from 29 layers, 6 groups and scale 1, up to four to six times the
+# parameters. Width is an addition; the paper omits it as less effective than cardinality.
 BASE = dict(depth=29, cardinality=6, width=24, scale=1)
 FIGURE5: dict[str, tuple[int, ...]] = dict(
     scale=(2, 3, 4, 5, 6),
@@ -51,14 +51,14 @@ class Point:
     """One model of an ablation.
 
     Attributes:
-        name: What it is called in the table.
-        build: Makes it; called with no arguments.
+        name: Name in the table.
+        build: Creates the model; takes no arguments.
         input_size: Height and width of its images.
-        series: Which line of the figure it is on; a point on the line `base` is on all of them.
-        printed: What the paper prints of it, by column.
+        series: Line of the figure; a point of the series `base` is on all lines.
+        printed: Values printed in the paper, by column.
         parameters: Number of parameters.
-        macs: Multiply-accumulates of one image.
-        receptive_field: Height and width of what a unit of the last features sees, in pixels.
+        macs: Multiply-accumulates per image.
+        receptive_field: Height and width of the receptive field of the last features, in pixels.
         latency_ms: Median time of one batch in milliseconds, or None if it was not measured.
     """
 
@@ -74,10 +74,10 @@ class Point:
 
 
 def check_picture(picture: Path) -> None:
-    """Check that a picture can be drawn to a file of this name, before minutes of measuring.
+    """Check the suffix of a picture, and that matplotlib is installed, before minutes of measuring.
 
     Raises:
-        InputError: It cannot.
+        InputError: The suffix is unsupported, or matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure
@@ -89,7 +89,7 @@ def check_picture(picture: Path) -> None:
 
 
 def paper(sections: Sequence[str]) -> dict[str, list[Point]]:
-    """Return the paper's own points, by table or figure."""
+    """Return the paper's models, by table or figure."""
     made = {"table3": of_table3, "table4": of_table4, "figure5": of_figure5}
     return {name: list(made[name]()) for name in PAPER if name in sections}
 
@@ -114,7 +114,7 @@ def of_table4() -> Iterator[Point]:
 
 
 def of_figure5() -> Iterator[Point]:
-    """Yield the points of Figure 5: the base, then each dimension's."""
+    """Yield the models of Figure 5: the base, then the variations of each dimension."""
     yield of_numbers("cifar", BASE, "base")
     for series, values in FIGURE5.items():
         for value in values:
@@ -127,15 +127,15 @@ def longest(grid: dict[str, list[int]]) -> str:
 
 
 def of_grid(grid: dict[str, list[int]], along: str, frame: str) -> Iterator[Point]:
-    """Yield every combination of the numbers given, and the base's where none are.
+    """Yield all combinations of a grid; dimensions that are not given have the base's value.
 
     Args:
-        grid: The numbers of each dimension that is given.
-        along: The dimension that a line of the figure runs along.
+        grid: Values by dimension.
+        along: The dimension along the lines of the figure.
         frame: `cifar` or `imagenet`.
 
     Raises:
-        InputError: Numbers that make no model.
+        InputError: No model has these dimensions.
     """
     base = BASE if frame == "cifar" else dict(depth=50, cardinality=1, width=26, scale=4)
     for values in product(*(grid.get(key, [base[key]]) for key in base)):
@@ -145,15 +145,15 @@ def of_grid(grid: dict[str, list[int]], along: str, frame: str) -> Iterator[Poin
 
 
 def of_numbers(frame: str, numbers: dict[str, int], series: str) -> Point:
-    """Return the point of these numbers.
+    """Return the point of a model with these dimensions.
 
     Args:
         frame: `cifar` or `imagenet`.
-        numbers: Its depth, cardinality, width and scale.
-        series: What is varied.
+        numbers: Depth, cardinality, width and scale.
+        series: Line of the figure.
 
     Raises:
-        InputError: Numbers that make no model.
+        InputError: No model has these dimensions.
     """
     from timm.models import ResNet
 
@@ -178,7 +178,7 @@ def of_numbers(frame: str, numbers: dict[str, int], series: str) -> Point:
 
 
 def printed(name: str, where: str) -> dict[str, str]:
-    """Return what the paper prints of a model in one of its tables, by column."""
+    """Return the values that a table of the paper prints for a model, by column."""
     everything = catalog.load()
     row = next(p for p in everything.architectures[name].printed if where in p.source)
     columns = {"params (M)": row.parameters, "GMACs": row.gmacs, "ms": row.runtime_ms, "top-1 error": row.top1_error}
@@ -189,8 +189,8 @@ def printed(name: str, where: str) -> dict[str, str]:
     return columns
 
 
-def size_up(points: Sequence[Point]) -> None:
-    """Count each point's parameters and multiply-accumulates and work out its receptive field."""
+def count_costs(points: Sequence[Point]) -> None:
+    """Set the parameters, multiply-accumulates and receptive field of each point."""
     import torch
 
     from res2net_zoo.analysis.cost import count, receptive_field
@@ -205,13 +205,13 @@ def find_device(name: str) -> Any:
     """Return the device of this name.
 
     Raises:
-        InputError: This machine has none.
+        InputError: The device is unavailable.
     """
     import torch
 
     try:
         device = torch.device(name)
-        if not torch.ones(1, device=device).item():  # not on the device "meta", which computes nothing
+        if not torch.ones(1, device=device).item():  # rejects the meta device, which computes nothing
             raise RuntimeError("it gives wrong results")
     except (RuntimeError, AssertionError, NotImplementedError, AttributeError, ImportError) as error:
         raise InputError(f"device {name}: {first_line(error).partition('. ')[0]}", "device") from error
@@ -219,7 +219,7 @@ def find_device(name: str) -> Any:
 
 
 def measure_latency(points: Sequence[Point], rounds: int, batch_size: int, device: Any) -> None:
-    """Measure the latency of each point, by turns."""
+    """Measure the latency of each point, with interleaved timings."""
     import torch
 
     from res2net_zoo.utils.timing import latencies
@@ -234,7 +234,7 @@ def measure_latency(points: Sequence[Point], rounds: int, batch_size: int, devic
 
 
 def table(points: Sequence[Point], batch_size: int) -> str:
-    """Return the points as a table, beside what the paper prints, latency also as a ratio to the first."""
+    """Return a table of the points and the paper's values, with latencies also relative to the first."""
     batch = "" if batch_size == 1 else f" for {batch_size}"
     header = ["model", "params (M)", "GMACs", "receptive field (px)", f"ms{batch}", "ratio"]
     columns = [key for key in ("params (M)", "GMACs", "ms", "top-1 error") if any(p.printed.get(key) for p in points)]
@@ -267,22 +267,22 @@ def as_json(sections: dict[str, list[Point]], batch_size: int, device: str) -> s
 
 
 def draw(points: Sequence[Point], path: Path, batch_size: int, key: str) -> None:
-    """Draw what the points bring and cost over their parameters, as Figure 5 draws accuracy.
+    """Draw results and costs of the points over their parameters, as Figure 5 does for accuracy.
 
     Args:
         points: The points, in the order of their lines.
-        path: Picture to write.
-        batch_size: Images a timing.
+        path: File to write.
+        batch_size: Images per timing.
         key: Title of the legend.
     """
     from matplotlib.figure import Figure
 
     panels: list[tuple[str, Callable[[Point], float | None]]] = [
         ("receptive field (pixels)", lambda p: p.receptive_field),
-        ("GMACs an image", lambda p: p.macs / 1e9),
+        ("GMACs per image", lambda p: p.macs / 1e9),
     ]
     if all(p.printed.get("top-1 error") for p in points):
-        panels.insert(0, ("top-1 error the paper prints (%)", lambda p: float(p.printed["top-1 error"])))
+        panels.insert(0, ("top-1 error in the paper (%)", lambda p: float(p.printed["top-1 error"])))
     if all(p.latency_ms is not None for p in points):
         panels.append((f"latency of {batch_size} image{'s' * (batch_size > 1)} (ms)", lambda p: p.latency_ms))
     figure = Figure(figsize=(4.2 * len(panels) + 2.4, 4.2), layout="constrained")

@@ -1,4 +1,4 @@
-"""What `scripts/benchmark.py` makes of its timings: medians, ratios, the table, the verdicts and the picture."""
+"""Evaluation of the timings of `scripts/benchmark.py`: medians, ratios, table, verdicts and figure."""
 
 import math
 import platform
@@ -26,23 +26,23 @@ if TYPE_CHECKING:
     from matplotlib.transforms import Bbox
 
 LIBRARIES = ("res2net-zoo", "torch", "timm", "openvino", "onnxruntime")
-# What a network's speed depends on; the first of them all have it.
+# Instruction sets that affect the speed of a network.
 INSTRUCTIONS = r"avx2|fma|f16c|avx512f|avx512_?(vnni|bf16|fp16)|avx_vnni|amx_\w+|asimd|asimdhp|asimddp|bf16|i8mm|sve2?"
 
 
 @dataclass
 class Result:
-    """What was measured of a contender in a setting.
+    """Measurements of a contender in a setting.
 
     Attributes:
-        setting: What was computed.
-        contender: Whose model, and what ran it.
-        rounds: Seconds of every call, by round.
-        macs: Multiply-accumulates of a call.
+        setting: The computation.
+        contender: The model and the backend.
+        rounds: Seconds of each call, by round.
+        macs: Multiply-accumulates per call.
         parameters: Number of parameters.
-        error: Largest difference of its logits from the model's own in float32, relative to the largest.
-        memory_mb: Megabytes that it takes, as `contenders.peak_memory` measures them; None if they were not measured.
-        published_top1: Percent published of the model's weights, if any.
+        error: Maximum difference of its logits from the float32 model's, relative to the largest logit.
+        memory_mb: Memory in megabytes, as measured by `contenders.peak_memory`; None if not measured.
+        published_top1: Published top-1 of the model's weights in percent, if any.
     """
 
     setting: Setting
@@ -65,24 +65,24 @@ class Result:
 
     @property
     def images_per_second(self) -> float:
-        """Images a second, by the median."""
+        """Images per second, by the median."""
         return self.setting.batch_size / self.seconds
 
     @property
     def macs_per_second(self) -> float:
-        """Multiply-accumulates a second, by the median."""
+        """Multiply-accumulates per second, by the median."""
         return self.macs / self.seconds
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as fast as another contender one is.
+    """Speedup of a contender over another.
 
     Attributes:
-        than: The other.
-        ratio: Of the medians of all calls.
-        low: Lower quartile of the rounds' own ratios.
-        high: Upper quartile of them.
+        than: The other contender.
+        ratio: Ratio of the medians of all calls.
+        low: Lower quartile of the ratios per round.
+        high: Upper quartile of the ratios per round.
     """
 
     than: str
@@ -103,10 +103,9 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def ratio(ours: Result, theirs: Result) -> Ratio:
-    """Return how many times as fast one result is as another of the same rounds.
+    """Return the speedup of one result over another of the same rounds.
 
-    What disturbs the machine for longer than a turn hits both alike, so the quartiles are those of
-    the rounds' own ratios.
+    Quartiles are computed over ratios per round, because disturbances that are longer than a round affect both.
     """
     pairs = zip(ours.rounds, theirs.rounds, strict=True)
     low, _, high = quartiles([statistics.median(b) / statistics.median(a) for a, b in pairs])
@@ -114,18 +113,18 @@ def ratio(ours: Result, theirs: Result) -> Ratio:
 
 
 def fastest(results: Sequence[Result], *who: str) -> Result | None:
-    """Return the fastest result of some, if there is one of them."""
+    """Return the fastest result of the given contenders, or None."""
     return min((r for r in results if r.contender.who in who), key=lambda r: r.seconds, default=None)
 
 
 def peak(results: Sequence[Result]) -> float | None:
-    """Return the multiply-accumulates a second of the fastest matrix product, if one was timed."""
+    """Return the multiply-accumulates per second of the fastest matrix product, or None if none was timed."""
     product = fastest(results, PRODUCT)
     return product.macs_per_second if product else None
 
 
 def verdicts(results: Sequence[Result]) -> Iterator[Ratio]:
-    """Yield how many times as fast the fastest of ours is as the fastest peer and the fastest ResNet-50."""
+    """Yield the speedups of our fastest backend over the fastest peer and the fastest ResNet-50."""
     if ours := fastest(results, OURS):
         for who in ((TIMM, PLAIN), (RESNET50,)):
             if theirs := fastest(results, *who):
@@ -133,7 +132,7 @@ def verdicts(results: Sequence[Result]) -> Iterator[Ratio]:
 
 
 def verdict_lines(results: Sequence[Result]) -> Iterator[str]:
-    """Yield the verdicts on a setting in words."""
+    """Yield the verdicts on a setting as text."""
     ours = fastest(results, OURS)
     for against in verdicts(results):
         assert ours is not None
@@ -145,7 +144,7 @@ def verdict_lines(results: Sequence[Result]) -> Iterator[str]:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Return the results of a setting as a table, the fastest of each first."""
+    """Return the results of a setting as a table, fastest first."""
     top, ours = peak(results), fastest(results, OURS)
     header = ("contender", "ms", "quartiles", "images/s", "GMACs/s", "of the peak", "memory (MB)", "ours against it")
     rows = []
@@ -193,7 +192,7 @@ def as_json(results: Sequence[Result], machine: Mapping[str, Any]) -> list[dict[
 
 
 def machine(accelerator: "Accelerator") -> dict[str, Any]:
-    """Return what the benchmark runs on: hardware, cores, threads, instruction sets and versions."""
+    """Return facts about the machine: hardware, cores, threads, instruction sets and versions."""
     import torch
 
     from res2net_zoo.training.report import hardware
@@ -201,7 +200,7 @@ def machine(accelerator: "Accelerator") -> dict[str, Any]:
 
     try:
         flags = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:  # only Linux has it
+    except OSError:  # not Linux
         flags = None
     return {
         "hardware": hardware(accelerator),
@@ -215,26 +214,26 @@ def machine(accelerator: "Accelerator") -> dict[str, Any]:
 
 
 def machine_line(facts: Mapping[str, Any]) -> str:
-    """Return what the benchmark runs on in words."""
+    """Return facts about the machine as text."""
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     sets = f" with {', '.join(facts['instruction_sets'])}" if facts["instruction_sets"] else ""
     return f"{facts['processor']}, {facts['cores']} cores{sets}; {facts['hardware']}; {versions}"
 
 
 def published_top1(name: str) -> float | None:
-    """Return the top-1 published first for a model's weights on ImageNet, those of its default tag for a bare name."""
+    """Return the first published top-1 of a model's weights on ImageNet; names without a tag have default weights."""
     checkpoint = catalog.load().checkpoint(name)
     accuracies = checkpoint.accuracies if checkpoint else ()
     return next((a.top1 for a in accuracies if a.dataset == "imagenet-1k"), None)
 
 
 def family() -> list[str]:
-    """Return every architecture whose default weights have a published accuracy on ImageNet."""
+    """Return all architectures whose default weights have a published accuracy on ImageNet."""
     return [name for name in catalog.load().architectures if published_top1(name) is not None]
 
 
 def panels(results: Sequence[Result]) -> list[list[Result]]:
-    """Return the panels of the picture: of each batch size and precision, the fastest of ours of each model."""
+    """Return the panels of the figure: our fastest result of each model, by batch size and precision."""
     found: dict[tuple[str, int], dict[str, list[Result]]] = {}
     for r in results:
         if r.setting.mode == "infer" and r.contender.who == OURS and r.published_top1 is not None:
@@ -244,14 +243,14 @@ def panels(results: Sequence[Result]) -> list[list[Result]]:
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Draw accuracy over images a second, a panel for each batch size and precision.
+    """Draw accuracy over images per second, with one panel per batch size and precision.
 
     Args:
-        results: Of all settings.
-        path: Picture to write.
+        results: Results of all settings.
+        path: File to write.
     """
     picture = figure(results)
-    picture.savefig(path, dpi=picture.dpi)  # at another resolution the names would have another width
+    picture.savefig(path, dpi=picture.dpi)  # labels are placed for this resolution
 
 
 def figure(results: Sequence[Result]) -> "Figure":
@@ -281,34 +280,34 @@ def figure(results: Sequence[Result]) -> "Figure":
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.margins(x=0.2, y=0.12)
-        axis.set_xlabel("images a second")
+        axis.set_xlabel("images per second")
         many = f"{setting.batch_size} image{'s' * (setting.batch_size > 1)}"
-        axis.set_title(f"{many} at a time, {setting.precision}")
+        axis.set_title(f"batch of {many}, {setting.precision}")
         axis.grid(alpha=0.3)
     grid[0].set_ylabel("published top-1 on ImageNet (%)")
     legend = {label: handle for axis in grid for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(list(legend.values()), list(legend), title="weights", fontsize=8, loc="outside right center")
-    figure.draw_without_rendering()  # which puts the axes where they stay
+    figure.draw_without_rendering()  # computes the final layout of the axes
     for axis, points in zip(grid, named, strict=True):
-        _name(figure, axis, points)
+        _label_points(figure, axis, points)
     return figure
 
 
 def _tag(result: Result) -> str:
-    """Return which weights a model's accuracy is of."""
+    """Return the tag of the weights of a model."""
     checkpoint = catalog.load().checkpoint(result.setting.model)
     return checkpoint.tag if checkpoint else ""
 
 
 @dataclass
 class _Label:
-    """A point's name: the box of its text, and the line that leads from the point to a name that is not beside it.
+    """A point's label: the box of its text, and a line from the point to a distant label.
 
     Attributes:
-        point: The point's centre (x, y) in pixels.
+        point: Centre (x, y) of the point in pixels.
         size: Width and height of the text in pixels.
-        dot: Pixels of a typographic point.
-        place: Left and bottom of the text in typographic points from the centre.
+        dot: Pixels per typographic point.
+        place: Left and bottom of the text, relative to the centre, in typographic points.
     """
 
     point: tuple[float, float]
@@ -325,7 +324,7 @@ class _Label:
 
     @property
     def end(self) -> tuple[float, float]:
-        """The place on the text that is nearest to the point, in pixels."""
+        """The position on the text that is nearest to the point, in pixels."""
         (x, y), box = self.point, self.box
         return min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)
 
@@ -337,7 +336,7 @@ class _Label:
         return PlotPath([self.point, self.end]) if far else None
 
     def places(self) -> Iterator[tuple[float, float]]:
-        """Yield the places for the text, the nearest first."""
+        """Yield candidate positions of the text, nearest first."""
         width, height = (length / self.dot for length in self.size)
         for far in (6, 10, 15, 20, 26, 34, 44, 56):
             for left in (far, -far - width, -width / 2):
@@ -346,11 +345,11 @@ class _Label:
                         yield left, bottom
 
     def cost(self, taken: "Sequence[Bbox]", lines: "Sequence[PlotPath]", frame: "Bbox") -> float:
-        """Return the area that covers others, in square pixels, with penalties for lines and for leaving the axes.
+        """Return the overlap with others in square pixels, plus penalties for crossing lines and leaving the axes.
 
         Args:
-            taken: Boxes of the other points and names.
-            lines: Lines of the other names.
+            taken: Boxes of the other points and labels.
+            lines: Lines of the other labels.
             frame: The axes.
         """
         box, line = self.box.padded(2 * self.dot), self.line
@@ -363,7 +362,7 @@ class _Label:
         return covered
 
     def move(self, others: "Sequence[_Label]", frame: "Bbox") -> None:
-        """Move the name to the nearest of the places where it covers least."""
+        """Move the label to the nearest position of least cost."""
         from matplotlib.transforms import Bbox
 
         points = [Bbox([other.point, other.point]).padded(5 * self.dot) for other in others]
@@ -382,8 +381,8 @@ def _overlap(a: "Bbox", b: "Bbox") -> float:
     return max(0.0, min(a.x1, b.x1) - max(a.x0, b.x0)) * max(0.0, min(a.y1, b.y1) - max(a.y0, b.y0))
 
 
-def _name(figure: "Figure", axis: "Axes", points: Sequence[tuple[float, float, str]]) -> None:
-    """Write each point's name beside it, where neither it nor its line covers a point, a name or another line."""
+def _label_points(figure: "Figure", axis: "Axes", points: Sequence[tuple[float, float, str]]) -> None:
+    """Label the points, so that labels and their lines overlap as little as possible."""
     dot = figure.dpi / 72
     texts = [
         axis.annotate(name, (x, y), (0, 0), textcoords="offset points", fontsize=7.5, in_layout=False)
@@ -395,7 +394,7 @@ def _name(figure: "Figure", axis: "Axes", points: Sequence[tuple[float, float, s
         _Label((x, y), (size.width, size.height), dot) for (x, y), size in zip(centres.tolist(), sizes, strict=True)
     ]
     frame = axis.get_window_extent()
-    for _ in range(3):  # a name that is placed later may make room for an earlier one
+    for _ in range(3):  # a later move can make room for an earlier label
         for i, label in enumerate(labels):
             label.move([*labels[:i], *labels[i + 1 :]], frame)
     for text, label in zip(texts, labels, strict=True):

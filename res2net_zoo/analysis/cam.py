@@ -1,8 +1,8 @@
-"""Class activation maps: where in an image a model sees a class (paper, Section 4.5 and Figure 4).
+"""Class activation maps: the evidence for a class in an image (paper, Section 4.5 and Figure 4).
 
-The maps are the grad-cam package's; by default Grad-CAM's (Selvaraju et al., arXiv 1610.02391), which the
-paper uses. What is ours is the layer that they are taken from, for every family of the zoo, and the
-picture that sets models side by side.
+Maps are computed by the grad-cam package, by default with Grad-CAM (Selvaraju et al., arXiv 1610.02391), as in the
+paper. This module selects the target layer for each family of the zoo, and draws the maps of several models side
+by side.
 """
 
 import importlib.util
@@ -26,18 +26,18 @@ from res2net_zoo.utils.files import temporary_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LISTED = 20  # classes that an error names; of more only the first and the last
+LISTED = 20  # maximum number of classes that an error lists; beyond it, only the first and the last
 
 
 @dataclass
-class Seen:
-    """What one model sees in one image.
+class Activation:
+    """The activation map of one model for one image.
 
     Attributes:
         model: The model's name.
-        picture: What it was shown, (H, W, 3) from 0 to 1.
-        heat: The map, (H, W) from 0 to 1.
-        score: Its softmax score of the class.
+        picture: Model input without normalization, (H, W, 3) from 0 to 1.
+        heat: Activation map, (H, W) from 0 to 1.
+        score: Softmax score of the class.
     """
 
     model: str
@@ -47,10 +47,10 @@ class Seen:
 
 
 def require() -> None:
-    """Check that what draws maps is installed.
+    """Check that the dependencies of activation maps are installed.
 
     Raises:
-        InputError: It is not.
+        InputError: One is missing.
     """
     modules = {"grad-cam": "pytorch_grad_cam", "matplotlib": "matplotlib"}
     missing = [name for name, module in modules.items() if importlib.util.find_spec(module) is None]
@@ -59,52 +59,52 @@ def require() -> None:
 
 
 def target_layer(model: nn.Module) -> nn.Module:
-    """Return the layer whose output is the last map before pooling and classifier.
+    """Return the layer whose output is the last feature map before pooling and classifier.
 
     Args:
-        model: Any timm model that says where its features come from.
+        model: A timm model with `feature_info`.
 
     Raises:
-        InputError: The model does not say so.
+        InputError: The model lacks `feature_info`.
     """
     info = getattr(model, "feature_info", None)
     if not info:
-        raise InputError(f"{type(model).__name__} does not say which of its layers makes its last map")
+        raise InputError(f"{type(model).__name__} is unsupported: it has no feature_info to find its last map")
     return model.get_submodule(list(info)[-1]["module"])
 
 
 def activation_maps(
     model: nn.Module, images: torch.Tensor, classes: Sequence[int], method: str = "GradCAM"
 ) -> tuple[np.ndarray, torch.Tensor]:
-    """Compute where a model sees a class in each image.
+    """Compute the activation map of a class for each image.
 
     Args:
         model: The model, in eval mode.
-        images: (N, C, H, W), as the model takes them.
-        classes: A class for each image.
-        method: The class of `pytorch_grad_cam` that makes them.
+        images: Normalized images (N, C, H, W).
+        classes: Class index for each image.
+        method: Class of `pytorch_grad_cam` that computes the maps.
 
     Returns:
-        The maps, (N, H, W), each from 0 to 1, and the logits, (N, classes).
+        The maps (N, H, W), each from 0 to 1, and the logits (N, classes).
 
     Raises:
-        InputError: The last layer makes no map, as in a transformer.
+        InputError: The last layer does not return a feature map, as in a transformer.
     """
     import pytorch_grad_cam
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
     layer, shape = target_layer(model), torch.Size()
 
-    def listen(_: nn.Module, __: Any, output: Any) -> None:
+    def record_shape(_: nn.Module, __: Any, output: Any) -> None:
         nonlocal shape
         shape = getattr(output, "shape", torch.Size())
 
-    handle = layer.register_forward_hook(listen)
+    handle = layer.register_forward_hook(record_shape)
     with torch.no_grad():
         logits = model(images)
     handle.remove()
     if len(shape) != 4:
-        raise InputError(f"the last layer of {type(model).__name__} makes no map (N, C, H, W)")
+        raise InputError(f"the last layer of {type(model).__name__} does not return a map (N, C, H, W)")
     cam = getattr(pytorch_grad_cam, method)(model=model, target_layers=[layer])
     try:
         heat = cam(images, [ClassifierOutputTarget(index) for index in classes])
@@ -114,10 +114,10 @@ def activation_maps(
 
 
 def load(model: Any, path: str) -> torch.Tensor:
-    """Read an image as a model takes it.
+    """Read an image and preprocess it for a model.
 
     Returns:
-        (1, C, H, W).
+        The image (1, C, H, W).
 
     Raises:
         InputError: It cannot be decoded.
@@ -129,7 +129,7 @@ def load(model: Any, path: str) -> torch.Tensor:
 
 
 def picture(model: Any, image: torch.Tensor) -> np.ndarray:
-    """Undo a model's normalization: (1, C, H, W) to (H, W, 3) from 0 to 1."""
+    """Convert a normalized image (1, C, H, W) to a picture (H, W, 3) from 0 to 1."""
     config = data_config(model)
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
     pixels = (image[0].cpu() * std + mean).clamp(0, 1)
@@ -137,39 +137,39 @@ def picture(model: Any, image: torch.Tensor) -> np.ndarray:
 
 
 def check_format(path: Path) -> None:
-    """Check that a picture can be written to a file of this name.
+    """Check that a file name has the suffix of a supported picture format.
 
     Raises:
-        InputError: It cannot.
+        InputError: It has not, or it is a folder.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     formats = FigureCanvasAgg.get_supported_filetypes()
     if path.is_dir() or path.suffix[1:].lower() not in formats:
-        raise InputError(f"a picture's name ends in one of .{' .'.join(sorted(formats))}; {path} does not")
+        raise InputError(f"{path} must end in one of .{' .'.join(sorted(formats))}")
 
 
 def find_class(word: str, names: Sequence[str]) -> int:
-    """Return the class that a word names.
+    """Return the index of a class.
 
     Args:
-        word: A class name, one of several that a name lists (`tench` of `tench, Tinca tinca`), or a number.
-        names: The classes' names.
+        word: A class name, one of the synonyms in a name (`tench` of `tench, Tinca tinca`), or an index.
+        names: Names of all classes.
 
     Raises:
-        InputError: There is none, or there are several.
+        InputError: The class is unknown or ambiguous.
     """
     wanted = word.strip().lower()
     short = [[part.strip().lower() for part in name.split(",")] for name in names]
     found = [i for i, name in enumerate(names) if wanted == name.lower()]
     found = found or [i for i, parts in enumerate(short) if wanted in parts]
     if len(found) > 1:
-        raise InputError(f"{word} is the name of classes {', '.join(map(str, found))}; give a number")
+        raise InputError(f"{word} is ambiguous: it names the classes {', '.join(map(str, found))}; use a number")
     if not found and word.isdecimal() and int(word) < len(names):
         return int(word)
     if not found:
         every = [part for parts in short for part in parts]
-        # What has the word in it, such as `eskimo dog` for `dog`, comes before what is spelt alike.
+        # Names that contain the word, such as `eskimo dog` for `dog`, precede similar spellings.
         close = [part for part in every if re.search(rf"\b{re.escape(wanted)}\b", part)] or closest(wanted, every)
         hint = f"did you mean {' or '.join(close[:5])}? " if close and wanted else ""
         listed = f"{', '.join(names)}, by name or by number from 0"
@@ -179,15 +179,15 @@ def find_class(word: str, names: Sequence[str]) -> int:
     return found[0]
 
 
-def draw(rows: Sequence[tuple[str, str, Sequence[Seen]]], path: Path) -> None:
-    """Draw the picture: a row for each image, what was shown first, then a map for each model.
+def draw(rows: Sequence[tuple[str, str, Sequence[Activation]]], path: Path) -> None:
+    """Draw a picture with one row per image: the model input, then the map of each model.
 
     Args:
-        rows: Of each image its name, the name of the class, and what each model sees.
-        path: Where to write it; the suffix says in which format.
+        rows: For each image its name, the name of the class, and the map of each model.
+        path: File to write; the suffix selects the format.
 
     Raises:
-        InputError: It cannot be written; what was there stays.
+        InputError: The file cannot be written; an existing file is kept.
     """
     try:
         with temporary_file(path) as temporary:
@@ -196,7 +196,7 @@ def draw(rows: Sequence[tuple[str, str, Sequence[Seen]]], path: Path) -> None:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def figure(rows: Sequence[tuple[str, str, Sequence[Seen]]]) -> "Figure":
+def figure(rows: Sequence[tuple[str, str, Sequence[Activation]]]) -> "Figure":
     """Return the figure of `draw`."""
     from matplotlib.figure import Figure
 
@@ -211,15 +211,15 @@ def figure(rows: Sequence[tuple[str, str, Sequence[Seen]]]) -> "Figure":
             heat = axis.imshow(one.heat, cmap="jet", vmin=0, vmax=1, alpha=0.5, interpolation="bicubic")
             axis.set_title(f"{_wrapped(one.model)}\n{100 * one.score:.1f} %", fontsize=8, parse_math=False)
     for axis in grid.flat:
-        # With `set_axis_off` the layout would leave no room for the title.
+        # With `set_axis_off`, the layout leaves no room for the title.
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     bar = figure.colorbar(heat, ax=grid, aspect=15 * len(rows), ticks=[0, 0.5, 1])
-    bar.set_label("activation over the map's largest", fontsize=8)
+    bar.set_label("activation relative to the maximum", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     return figure
 
 
 def _wrapped(text: str) -> str:
-    """Return a text as lines that are no wider than a map."""
+    """Wrap a text to the width of a map."""
     return "\n".join(textwrap.wrap(printable(text), 36, max_lines=2, placeholder="...", break_on_hyphens=False))

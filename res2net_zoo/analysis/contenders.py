@@ -1,7 +1,7 @@
-"""Who runs in `scripts/benchmark.py`: our models, timm's own and its ResNet-50, each as fast as a user can have it.
+"""The contenders of `scripts/benchmark.py`: our models, timm's models of the same names, and timm's ResNet-50.
 
-Every contender of a setting gets the same images, (N, C, H, W) float32 as a loader gives them, and the
-same number of threads, and returns float32 logits; what it does to them in between is part of its time.
+Each runs with the fastest settings available to a user. All contenders of a setting get the same images, (N, C, H, W)
+float32, and the same number of threads, and return float32 logits; conversions in between are part of the timing.
 """
 
 import contextlib
@@ -36,30 +36,30 @@ from res2net_zoo.weights.pretrained import create_model
 
 OURS, TIMM, PLAIN, RESNET50, PRODUCT = "ours", "timm", "plain", "resnet50", "matrix product"
 PEERS = ("eager", "inductor", "onnxruntime", "openvino")
-# Largest difference from the model's own logits in float32, relative to the largest of them. A deep
-# network loses some of the 3 decimals of half precision; in training its BatchNorms lose more.
+# Maximum difference from the float32 model's logits, relative to the largest logit. Half precision has 3 decimals,
+# of which a deep network loses some, and more in training because of BatchNorm.
 TOLERANCE = {"infer": {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}, "train": {"float32": 1e-2}}
 
 Call = Callable[[], torch.Tensor]
 
 
-class LeftOut(Exception):
-    """A contender cannot run here, or does not compute what it should; the message says why."""
+class Skipped(Exception):
+    """A contender cannot run here, or computes wrong results; the message has the reason."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is computed.
+    """The computation to time.
 
     Attributes:
-        model: What `timm.create_model` takes; its weights are random.
-        batch_size: Images at a time.
+        model: Name as for `timm.create_model`; weights are random.
+        batch_size: Images per batch.
         precision: `float32`, `bfloat16` or `float16`.
-        mode: `infer`, or `train` for a step of training.
+        mode: `infer`, or `train` for a training step.
         input_size: Channels, height and width of the images.
-        threads: Threads of a CPU.
-        device: Where.
-        matrix: Rows and columns of the matrices whose product shows the machine's peak.
+        threads: Number of CPU threads.
+        device: Name of the device.
+        matrix: Rows and columns of the matrices whose product measures the machine's peak.
     """
 
     model: str
@@ -78,12 +78,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Contender:
-    """Whose model, and what runs it.
+    """A model and the backend that runs it.
 
     Attributes:
-        who: `ours`; `timm`, for timm's own of the same name, or `plain` where timm has none and our
-            model stands in for it, untouched; `resnet50`, for timm's; or `matrix product`.
-        how: What runs it.
+        who: `ours`; `timm` for timm's model of the same name, or `plain` for our model without optimizations if timm
+            has none; `resnet50` for timm's ResNet-50; or `matrix product`.
+        how: Name of the backend.
     """
 
     who: str
@@ -95,12 +95,12 @@ class Contender:
 
 @dataclass(frozen=True)
 class Built:
-    """A contender that is ready.
+    """A contender that is ready to run.
 
     Attributes:
-        contender: Of ours, with what was chosen to run it.
-        call: Does the work of a batch.
-        error: Largest difference of its logits from the model's own in float32, relative to the largest.
+        contender: The contender; for ours, with the selected backend.
+        call: Processes a batch.
+        error: Maximum difference of its logits from the float32 model's, relative to the largest logit.
     """
 
     contender: Contender
@@ -111,13 +111,13 @@ class Built:
 def contenders(
     setting: Setting, backends: Sequence[str], peers: Sequence[str], against: Sequence[str]
 ) -> list[Contender]:
-    """Return who runs in a setting, ours first.
+    """Return the contenders of a setting, ours first.
 
     Args:
-        setting: What is computed.
-        backends: What runs ours in inference, as `res2net_zoo.optimize` takes it.
-        peers: What runs the others; training leaves out those that cannot train.
-        against: Who these are: `timm`, `resnet50`.
+        setting: The computation.
+        backends: Backends of ours in inference, as for `res2net_zoo.optimize`.
+        peers: Backends of the others; those that cannot train are skipped in training.
+        against: The others: `timm`, `resnet50`.
     """
     training, half = setting.mode == "train", setting.precision != "float32"
     ways = []
@@ -127,12 +127,12 @@ def contenders(
             continue
         ways.append(peer)
         if peer == "eager" and half:
-            ways.append("eager autocast")  # beside a model of half precision altogether
-        # Several streams share out a batch among the threads in place of each image.
+            ways.append("eager autocast")  # in addition to a model entirely in half precision
+        # With several streams, threads process different images of a batch.
         if peer == "openvino" and setting.threads > 1 and setting.batch_size % setting.threads == 0:
             ways.append("openvino streams")
     ours = [Contender(OURS, how) for how in ((ways or ["eager"]) if training else backends)]
-    whose = {"timm": TIMM if _timms(_bare(OURS, setting)) else PLAIN, "resnet50": RESNET50}
+    whose = {"timm": TIMM if _timm_model(_untouched_model(OURS, setting)) else PLAIN, "resnet50": RESNET50}
     products = [how for how in ("torch", "openvino") if how == "torch" or (find_spec(how) and setting.device == "cpu")]
     return [
         *ours,
@@ -142,18 +142,18 @@ def contenders(
 
 
 def build(contender: Contender, setting: Setting, folder: Path) -> Built:
-    """Make a contender, run it once, and see that it computes what its model does.
+    """Build a contender, run it once, and check its results.
 
     Args:
-        contender: Whose model, and what runs it.
-        setting: What is computed.
-        folder: Where files for runtimes are kept, for another process to load in place of making them.
+        contender: The contender.
+        setting: The computation.
+        folder: Folder for exported models, which other processes reuse.
 
     Raises:
-        LeftOut: It cannot be had here, fails, or computes something else.
+        Skipped: The contender is unavailable, fails, or computes wrong results.
     """
     try:
-        with _quietly():
+        with _suppress_output():
             if contender.who == PRODUCT:
                 return Built(contender, _product(contender.how, setting), 0.0)
             model = make_model(contender.who, setting).to(setting.device)
@@ -169,12 +169,12 @@ def build(contender: Contender, setting: Setting, folder: Path) -> Built:
                 file = folder / str(contender).replace(" ", "-")
                 call = INFERENCE[way](model, images, setting.precision, variant, file)
             off = ((call() - expected).abs().max() / expected.abs().max()).item()
-    except (LeftOut, InputError) as error:
-        raise LeftOut(f"{contender}: {error}") from error
-    except Exception as error:  # compilers and runtimes can fail in any way; the others run on
-        raise LeftOut(f"{contender} fails: {first_line(error)}") from error
+    except (Skipped, InputError) as error:
+        raise Skipped(f"{contender}: {error}") from error
+    except Exception as error:  # compilers and runtimes raise any type; the other contenders continue
+        raise Skipped(f"{contender} fails: {first_line(error)}") from error
     if not off <= TOLERANCE[setting.mode].get(setting.precision, math.inf):
-        raise LeftOut(f"{contender} computes something else: its logits are off by {off:.2g} of the largest")
+        raise Skipped(f"{contender} computes wrong results: its logits differ by {off:.2g} of the largest")
     return Built(contender, call, off)
 
 
@@ -182,40 +182,42 @@ def cost(contender: Contender, setting: Setting) -> tuple[int, int]:
     """Return the multiply-accumulates of a contender's call, and its number of parameters."""
     if contender.who == PRODUCT:
         return setting.matrix**3, 0
-    parameters, macs = count(lambda: _bare(contender.who, setting), setting.input_size, setting.mode == "train")
+    parameters, macs = count(
+        lambda: _untouched_model(contender.who, setting), setting.input_size, setting.mode == "train"
+    )
     return macs * setting.batch_size, parameters
 
 
 def make_images(setting: Setting) -> torch.Tensor:
-    """Return a batch, (N, C, H, W) float32."""
+    """Return a random batch (N, C, H, W) of float32."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(setting.batch_size, *setting.input_size, generator=generator).to(setting.device)
 
 
 def make_model(who: str, setting: Setting) -> nn.Module:
-    """Return a contender's model in the mode of the setting, with the same weights for ours and timm's."""
+    """Return a contender's model in the mode of the setting; ours and timm's have the same weights."""
     torch.manual_seed(0)
-    model = _bare(who, setting)
-    twin = _timms(model) if who == OURS else None
+    model = _untouched_model(who, setting)
+    twin = _timm_model(model) if who == OURS else None
     with torch.no_grad():
         for parameter in (twin or model).parameters():
             if parameter.ndim == 1:
-                # timm begins with residual branches that give zeros; every part is to matter here.
+                # timm initializes residual branches to return 0, but all parts must affect the logits here.
                 parameter.uniform_(0.4, 0.8)
     if twin is not None:
         model.load_state_dict(twin.state_dict())
     return model.train(setting.mode == "train")
 
 
-def _bare(who: str, setting: Setting) -> nn.Module:
+def _untouched_model(who: str, setting: Setting) -> nn.Module:
     ours: Any = create_model(setting.model, pretrained=False)
     if who == RESNET50:
         return timm.create_model("resnet50", in_chans=setting.input_size[0], num_classes=ours.num_classes)
-    return (_timms(ours) or ours) if who == TIMM else ours
+    return (_timm_model(ours) or ours) if who == TIMM else ours
 
 
-def _timms(ours: Any) -> nn.Module | None:
-    """Return the model that stood in timm's registry before ours took its place, where there was one."""
+def _timm_model(ours: Any) -> nn.Module | None:
+    """Return timm's model of the same architecture, which ours replaces in the registry, or None."""
     architecture = ours.pretrained_cfg["architecture"]
     for module in (timm.models.res2net, timm.models.dla):
         if hasattr(module, architecture):
@@ -224,8 +226,8 @@ def _timms(ours: Any) -> nn.Module | None:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep what compilers and runtimes say on the way out of the output; what fails is told in one line."""
+def _suppress_output() -> Iterator[None]:
+    """Suppress the output and the warnings of compilers and runtimes."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
@@ -235,10 +237,10 @@ def _optimized(model: nn.Module, images: torch.Tensor, precision: Any, contender
     from res2net_zoo.inference.optimization import candidates, optimize
 
     if contender.how not in ("auto", "inductor", *candidates(images.device)):
-        raise LeftOut(f"this machine has no such backend for a {images.device.type}")
+        raise Skipped(f"the backend is unavailable on this machine for {images.device.type}")
     optimized = optimize(model, images, precision, backend=contender.how)  # type: ignore[arg-type]
     if contender.how not in ("auto", optimized.backend):
-        raise LeftOut(f"it cannot run this model here; {optimized.backend} would")
+        raise Skipped(f"it cannot run this model here; {optimized.backend} can")
     return replace(contender, how=optimized.backend), lambda: optimized(images)
 
 
@@ -255,7 +257,7 @@ def _eager(model: nn.Module, images: torch.Tensor, precision: Any, variant: str,
 
 
 def _inductor(model: Any, images: torch.Tensor, precision: str, variant: str, file: Path) -> Call:
-    # At its limit Dynamo would quietly run what it should compile.
+    # By default, Dynamo silently falls back to eager at the recompile limit.
     fail_at_recompile_limit()
     dtype = getattr(torch, precision)
     compiled = backends.compile_frozen(model.to(dtype=dtype, memory_format=torch.channels_last), images.device)
@@ -270,7 +272,7 @@ def _inductor(model: Any, images: torch.Tensor, precision: str, variant: str, fi
 def _onnxruntime(model: nn.Module, images: torch.Tensor, precision: str, variant: str, file: Path) -> Call:
     require("onnx", "onnxscript", "onnxruntime")
     if precision != "float32":
-        raise LeftOut(f"it has no {precision} convolutions on CPUs")
+        raise Skipped(f"{precision} convolutions are unsupported on CPUs")
     file = file.with_suffix(".onnx")
     if not file.exists():
         torch.onnx.export(model, (images,), file, input_names=[INPUT], dynamo=True, verbose=False)
@@ -285,7 +287,7 @@ def _openvino(model: nn.Module, images: torch.Tensor, precision: str, variant: s
     file = file.with_suffix(".xml")
     if not file.exists():
         converted = ov.convert_model(model, example_input=shares[0])
-        converted.reshape(list(shares[0].shape))  # shapes known beforehand are faster than dynamic ones
+        converted.reshape(list(shares[0].shape))  # static shapes are faster than dynamic ones
         ov.save_model(converted, file, compress_to_fp16=False)
     compiled = openvino_core().compile_model(file, "CPU", _openvino_settings(precision, streams))
     requests = [compiled.create_infer_request() for _ in shares]
@@ -317,10 +319,10 @@ INFERENCE: dict[str, Callable[[nn.Module, torch.Tensor, str, str, Path], Call]] 
 
 
 def _training(model: nn.Module, images: torch.Tensor, precision: str, compiled: bool) -> Call:
-    """Return a step of training: forward, loss, backward, SGD with momentum."""
+    """Return a training step: forward, loss, backward, SGD with momentum."""
     model = accelerate_training(model.to(memory_format=torch.channels_last))
     device, dtype = images.device.type, getattr(torch, precision)
-    # So small a rate that the numbers stay as they are for any number of steps.
+    # The learning rate is too small to change results over the steps.
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, weight_decay=1e-4)
     scaler = torch.amp.GradScaler(device, enabled=precision == "float16")
     run: Any = torch.compile(model) if compiled else model
@@ -340,13 +342,13 @@ def _training(model: nn.Module, images: torch.Tensor, precision: str, compiled: 
 
 
 def _product(how: str, setting: Setting) -> Call:
-    """Return a product of two square matrices, as the library `how` computes it fastest."""
+    """Return a product of two square matrices by the library `how`, with its fastest settings."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(setting.matrix, setting.matrix, generator=generator) for _ in range(2))
     if how == "torch":
         a, b = (x.to(setting.device, getattr(torch, setting.precision)) for x in (a, b))
         if setting.device != "cpu":
-            # Convolutions have it unless they are told not to, products unless they are told to.
+            # TF32 is enabled by default for convolutions, but not for matrix products.
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
         return torch.inference_mode()(lambda: a @ b)
     import numpy as np
@@ -354,7 +356,7 @@ def _product(how: str, setting: Setting) -> Call:
     ov = import_openvino()
     op = ov.opset13
     parameter = op.parameter(list(a.shape), np.float32)
-    # Its second matrix is known beforehand, as a layer's weights are.
+    # The second matrix is constant, like the weights of a layer.
     product = op.matmul(parameter, op.constant(b.numpy()), False, True)
     model = ov.Model([product], [parameter])
     compiled = openvino_core().compile_model(model, "CPU", _openvino_settings(setting.precision))
@@ -363,31 +365,31 @@ def _product(how: str, setting: Setting) -> Call:
 
 
 def peak_memory(contender: Contender, setting: Setting, folder: Path) -> float | None:
-    """Measure what a contender takes, in a process that it has to itself.
+    """Measure the memory of a contender in a separate process.
 
     Args:
-        contender: Whose model, and what runs it; of ours not `auto`, which makes several.
-        setting: What is computed.
-        folder: What `build` was given before, so that exporting a model is not in it.
+        contender: The contender; not `auto`, which builds several backends.
+        setting: The computation.
+        folder: The folder of an earlier call of `build`, so that exporting a model is not measured.
 
     Returns:
-        Megabytes (2**20). On a CPU: the most memory that was resident while it ran, less that of the
-        process before the model was made, so libraries that it loads, weights and activations; None
-        where the system does not tell. On a GPU: the most that torch had allocated while it ran.
+        Megabytes (2**20). On a CPU: the peak of resident memory while it runs, less that of the process before the
+        model was built, which covers its libraries, weights and activations; None if the system does not provide
+        it. On a GPU: the peak of memory allocated by torch while it runs.
 
     Raises:
-        LeftOut: It cannot run, or its process was killed.
+        Skipped: The contender cannot run, or its process was killed.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
-            return pool.submit(_own_memory, contender, setting, folder).result()
-        except LeftOut:
+            return pool.submit(_memory_of_process, contender, setting, folder).result()
+        except Skipped:
             raise
         except Exception as error:
-            raise LeftOut(f"{contender} has no process of its own: {error}") from error
+            raise Skipped(f"{contender} fails in a separate process: {error}") from error
 
 
-def _own_memory(contender: Contender, setting: Setting, folder: Path) -> float | None:
+def _memory_of_process(contender: Contender, setting: Setting, folder: Path) -> float | None:
     torch.set_num_threads(setting.threads)
     before = _resident("VmRSS")
     call = build(contender, setting, folder).call
@@ -398,8 +400,8 @@ def _own_memory(contender: Contender, setting: Setting, folder: Path) -> float |
         return None
     else:
         with contextlib.suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)  # what was needed only to build it
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            ctypes.CDLL(None).malloc_trim(0)  # release memory that was needed only for building
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     for _ in range(3):
         call()
     if setting.device != "cpu":
@@ -409,7 +411,7 @@ def _own_memory(contender: Contender, setting: Setting, folder: Path) -> float |
 
 
 def _resident(field: str) -> float | None:
-    """Return a figure of this process's memory in megabytes, where the system tells it."""
+    """Return a field of this process's memory status in megabytes, or None if unavailable."""
     if not os.access("/proc/self/clear_refs", os.W_OK):
         return None
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -168,7 +168,7 @@ def measure(setting: "Setting", args: argparse.Namespace, folder: Path) -> "list
     import torch
 
     from res2net_zoo.analysis.benchmark import Result, published_top1
-    from res2net_zoo.analysis.contenders import OURS, PRODUCT, Built, LeftOut, build, contenders, cost, peak_memory
+    from res2net_zoo.analysis.contenders import OURS, PRODUCT, Built, Skipped, build, contenders, cost, peak_memory
     from res2net_zoo.utils.console import printable, progress_bar
     from res2net_zoo.utils.timing import by_turns
 
@@ -180,7 +180,7 @@ def measure(setting: "Setting", args: argparse.Namespace, folder: Path) -> "list
             try:
                 built = build(contender, setting, folder)
                 ready[str(built.contender)] = built
-            except LeftOut as error:
+            except Skipped as error:
                 bar.write(printable(f"{setting}: left out: {error}"), file=sys.stderr)
 
     gc.collect()
@@ -198,7 +198,7 @@ def measure(setting: "Setting", args: argparse.Namespace, folder: Path) -> "list
             if not args.no_memory and built.contender.who != PRODUCT:
                 try:
                     result.memory_mb = peak_memory(built.contender, setting, folder)
-                except LeftOut as error:
+                except Skipped as error:
                     bar.write(printable(f"{setting}: no memory: {error}"), file=sys.stderr)
             results.append(result)
     torch.compiler.reset()  # it keeps what it compiled, and compiles a function a few times only

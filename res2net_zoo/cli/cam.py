@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> int:
         for name, model, image in zip(args.model, models, shown, strict=True):
             heat, logits = cam.activation_maps(model, image.to(accelerator.device), [index], METHODS[args.method])
             score = float(logits.float().softmax(1)[0, index])
-            seen.append(cam.Seen(name.rpartition("/")[2], cam.picture(model, image), heat[0], score))
+            seen.append(cam.Activation(name.rpartition("/")[2], cam.picture(model, image), heat[0], score))
         rows.append((Path(path).name, names[index], seen))
         scores.append((path, names[index], *(f"{100 * one.score:.1f}" for one in seen)))
     cam.draw(rows, args.output)

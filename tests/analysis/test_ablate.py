@@ -1,4 +1,4 @@
-"""Counting, receptive fields, latency, and `python -m res2net_zoo ablate`."""
+"""Tests of counting, receptive fields, latency, and `python -m res2net_zoo ablate`."""
 
 import json
 import subprocess
@@ -21,22 +21,22 @@ from tests.conftest import ROOT, input_error
 
 
 def seen_pixels(model: nn.Module, height: int) -> int:
-    """Return how many rows of an image one unit of the last features depends on, by its gradient."""
+    """Return the number of image rows that a unit of the last features depends on, by its gradient."""
     model = model.double().eval()
     for module in model.modules():
-        # Where every weight is positive and nothing is cut off, what is connected has a gradient.
+        # With positive weights and without clipping, all connected inputs have a gradient.
         if isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
         elif isinstance(module, nn.Conv2d):
             nn.init.constant_(module.weight, 1 / module.weight[0].numel())
         elif isinstance(module, nn.MaxPool2d):
-            # The maximum has one gradient, the mean of the same window all of them.
+            # A maximum has a gradient for one input only, a mean for all inputs of the window.
             module.forward = nn.AvgPool2d(module.kernel_size, module.stride, module.padding).forward
     x = torch.ones(1, 3, height, 32, dtype=torch.double, requires_grad=True)
     features = model.forward_features(x)
     features[0, :, features.shape[2] // 2, features.shape[3] // 2].sum().backward()
     rows = x.grad.abs().sum((0, 1, 3)).nonzero().flatten()
-    assert rows[0] > 0 and rows[-1] < height - 1, "the image is too small to tell"
+    assert rows[0] > 0 and rows[-1] < height - 1, "the image is smaller than the receptive field"
     return int(rows[-1] - rows[0] + 1)
 
 
@@ -56,32 +56,32 @@ def small_resnet(**kwargs) -> ResNet:
     ],
     ids=["cifar", "cifar scale 1", "resnet", "paddle", "dilated", "dla"],
 )
-def test_receptive_field_is_what_a_gradient_reaches(make, height):
+def test_receptive_field_matches_the_gradient(make, height):
     assert receptive_field(make()) == seen_pixels(make(), height)
 
 
-def test_receptive_field_of_resnet_50_and_past_gates():
+def test_receptive_field_of_resnet50_and_gated_models():
     with torch.device("meta"):
         assert receptive_field(timm.create_model("resnet50")) == 427
         plain, gated = (timm.create_model(f"{p}res2next29_6c_24w_4s") for p in ("", "se"))
     assert receptive_field(plain) == receptive_field(gated) == 95
 
 
-def test_receptive_field_that_cannot_be_told():
+def test_unsupported_receptive_field():
     with torch.device("meta"):
         model = timm.create_model("blresnet50")
-    with pytest.raises(ValueError, match=r"interpolate cannot be told$"):
+    with pytest.raises(ValueError, match=r"interpolate is unsupported$"):
         receptive_field(model)
 
 
-def test_count_is_the_arithmetic():
+def test_count():
     def build() -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.Flatten(), nn.Linear(8 * 16, 5))
 
     assert count(build, (3, 8, 8)) == (3 * 8 * 9 + 128 * 5 + 5, 3 * 8 * 9 * 16 + 128 * 5)
 
 
-def test_latencies_are_medians_by_turns():
+def test_latencies_are_interleaved_medians():
     turns: list[str] = []
 
     def call(name: str, seconds: float):
@@ -92,15 +92,15 @@ def test_latencies_are_medians_by_turns():
         return run
 
     slow, fast = latencies([call("slow", 0.02), call("fast", 0.002)], 3)
-    assert turns == ["slow", "fast", "fast", "slow"] * 2  # none always follows the same
-    assert 20 <= slow < 100 and 2 <= fast < 20  # neither the warm-up nor the slow first round is in it
+    assert turns == ["slow", "fast", "fast", "slow"] * 2  # the order alternates
+    assert 20 <= slow < 100 and 2 <= fast < 20  # excludes the warm-up and the slow first round
 
 
 def ablate(in_process, *args: object):
     return in_process("res2net_zoo/__main__.py", "ablate", *args)
 
 
-def test_ablation_of_table_3_beside_what_the_paper_prints(in_process, tmp_path):
+def test_ablation_of_table_3(in_process, tmp_path):
     result = ablate(in_process, "--only", "table3", "--rounds", 0, "--figure", tmp_path / "a.png")
     assert result.returncode == 0, result.stderr
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in result.stdout.splitlines() if line.startswith("| r")]
@@ -113,7 +113,7 @@ def test_ablation_of_table_3_beside_what_the_paper_prints(in_process, tmp_path):
     assert Image.open(tmp_path / "a.png").size[0] > 500
 
 
-def test_ablation_of_a_grid_is_measured(in_process, tmp_path):
+def test_ablation_of_a_grid(in_process, tmp_path):
     numbers = ["--depth", 11, "--width", 4, 8, "--cardinality", 2, "--scale", 1, 2, 3]
     files = ["--figure", tmp_path / "a.svg", "--output", tmp_path / "a.json"]
     result = ablate(in_process, *numbers, "--rounds", 2, "--batch-size", 3, *files)
@@ -129,7 +129,7 @@ def test_ablation_of_a_grid_is_measured(in_process, tmp_path):
     assert (tmp_path / "a.svg").stat().st_size > 5000
 
 
-def test_tables_need_no_matplotlib_and_write_no_file(in_process, tmp_path, monkeypatch):
+def test_tables_do_not_need_matplotlib_or_write_files(in_process, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     numbers = ["--depth", 11, "--width", 4, "--rounds", 0]
     result = ablate(in_process, *numbers)
@@ -139,7 +139,7 @@ def test_tables_need_no_matplotlib_and_write_no_file(in_process, tmp_path, monke
 
 
 @pytest.mark.full
-def test_a_reader_that_has_seen_enough_ends_it_quietly():
+def test_closed_pipe():
     script = (
         "import sys; import res2net_zoo.utils.console as p; sys.exit(p.run(lambda: print('a line\\n' * 100_000) or 0))"
     )
@@ -170,5 +170,5 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly():
         (["--output", "no/such/folder/a.json"], "cannot write into no/such/folder"),
     ],
 )
-def test_ablation_refuses_bad_input_in_one_line(in_process, args, words):
+def test_invalid_input(in_process, args, words):
     assert words in input_error(ablate(in_process, *args))

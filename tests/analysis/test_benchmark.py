@@ -1,4 +1,4 @@
-"""`scripts/benchmark.py`: turns, medians, ratios, contenders, memory, and the picture."""
+"""Tests of `scripts/benchmark.py`: interleaving, medians, ratios, contenders, memory, and the figure."""
 
 import itertools
 import json
@@ -15,14 +15,14 @@ from timm.models.res2net import Bottle2neck as TimmBottle2neck
 
 from res2net_zoo.analysis import benchmark, contenders
 from res2net_zoo.analysis.benchmark import Result, fastest, peak, quartiles, ratio, verdict_lines
-from res2net_zoo.analysis.contenders import Contender, LeftOut, Setting, build, make_images, make_model, peak_memory
+from res2net_zoo.analysis.contenders import Contender, Setting, Skipped, build, make_images, make_model, peak_memory
 from res2net_zoo.analysis.cost import count
 from res2net_zoo.utils.timing import by_turns
 from tests.conftest import input_error
 
 TINY = Setting("res2net_tiny", 2, "float32", "infer", (3, 64, 64), threads=1, matrix=64)
 QUICK = ["--rounds", 2, "--seconds", 0, "--pause", 0, "--matrix", 64, "--img-size", 64, "--backend", "eager"]
-QUICK += ["--peers", "eager", "--no-memory", "--threads", 1]  # a busy machine has two threads wait for each other
+QUICK += ["--peers", "eager", "--no-memory", "--threads", 1]  # several threads are slow on a busy machine
 
 
 def result(who: str, how: str, *rounds: list[float], macs: int = 10**9, **setting) -> Result:
@@ -34,8 +34,8 @@ def test_quartiles():
     assert quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == (2.0, 3.0, 4.0)
 
 
-def test_ratio_is_of_medians_and_its_spread_of_rounds():
-    # The second round is slow for both: the medians of all calls do not see it, nor does its own ratio.
+def test_ratio_of_medians_and_quartiles_over_rounds():
+    # The second round is slow for both, which affects neither the medians of all calls nor the round's ratio.
     ours = result("ours", "native", [0.1, 0.1], [0.9], [0.1, 0.1])
     theirs = result("timm", "eager", [0.2], [1.8], [0.3])
     found = ratio(ours, theirs)
@@ -45,7 +45,7 @@ def test_ratio_is_of_medians_and_its_spread_of_rounds():
     assert ours.macs_per_second == pytest.approx(10**10)
 
 
-def test_verdicts_are_against_the_fastest_of_each():
+def test_verdicts_compare_with_the_fastest():
     results = [
         result("ours", "eager", [0.4], [0.4]),
         result("ours", "native", [0.1], [0.1]),
@@ -70,7 +70,7 @@ def test_verdicts_are_against_the_fastest_of_each():
     assert objects[1]["rounds_ms"] == pytest.approx([100, 100])
 
 
-def test_turns_begin_with_another_each_round_and_are_warm():
+def test_interleaving_rotates_the_order_and_warms_up():
     done: list[str] = []
     calls = [lambda name=name: done.append(name) for name in "abc"]
     times = by_turns(calls, 2, pause=0)
@@ -79,7 +79,7 @@ def test_turns_begin_with_another_each_round_and_are_warm():
     assert all(len(turn) > 1 for turns in by_turns(calls, 1, seconds=0.001) for turn in turns)
 
 
-def test_training_takes_three_times_the_arithmetic_less_the_images_gradient():
+def test_macs_of_training_exclude_the_gradient_of_images():
     def build() -> torch.nn.Module:
         layers = torch.nn.Conv2d(3, 8, 3, bias=False), torch.nn.Conv2d(8, 4, 1, bias=False), torch.nn.Flatten()
         return torch.nn.Sequential(*layers)
@@ -89,7 +89,7 @@ def test_training_takes_three_times_the_arithmetic_less_the_images_gradient():
     assert count(build, (3, 8, 8), training=True) == (248, 2 * first + 3 * second)
 
 
-def test_the_peer_is_timms_own_model_with_our_weights():
+def test_peer_is_timms_model_with_our_weights():
     setting = Setting("res2net50_26w_4s", 1, "float32", "infer", (3, 64, 64), threads=2)
     theirs, ours = make_model("timm", setting), make_model("ours", setting)
     assert any(isinstance(module, TimmBottle2neck) for module in theirs.modules())
@@ -97,7 +97,7 @@ def test_the_peer_is_timms_own_model_with_our_weights():
     images = make_images(setting)
     with torch.inference_mode():
         expected, found = theirs(images), ours(images)
-    assert expected.std() > 1e-3  # residual branches that are not zero
+    assert expected.std() > 1e-3  # residual branches are not zero
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     names = {str(c) for c in contenders.contenders(setting, ["auto"], ["eager"], ["timm", "resnet50"])}
     assert names >= {"ours auto", "timm eager", "resnet50 eager", "matrix product torch"}
@@ -117,19 +117,19 @@ def test_contenders_of_half_precision_and_of_training():
     assert hows("plain", device="cuda") == ["eager", "inductor"]
 
 
-def test_a_contender_that_computes_something_else_is_left_out(monkeypatch, tmp_path):
+def test_contender_with_wrong_results_is_skipped(monkeypatch, tmp_path):
     build(Contender("plain", "eager"), TINY, tmp_path)
     monkeypatch.setitem(contenders.INFERENCE, "eager", lambda *args: lambda: torch.zeros(2, 1000))
-    with pytest.raises(LeftOut, match="plain eager computes something else: its logits are off by 1 of"):
+    with pytest.raises(Skipped, match="plain eager computes wrong results: its logits differ by 1 of"):
         build(Contender("plain", "eager"), TINY, tmp_path)
 
 
-def test_memory_of_a_process_of_its_own(tmp_path):
+def test_memory_of_a_separate_process(tmp_path):
     setting = Setting(**{**vars(TINY), "batch_size": 64})
     taken = peak_memory(Contender("plain", "eager"), setting, tmp_path)
     if taken is None:
-        pytest.skip("this system does not tell")
-    # The images alone are 3 MB, the first map 8 MB; this process with all its imports has hundreds.
+        pytest.skip("the system does not report memory")
+    # The images take 3 MB and the first feature map 8 MB; this process with all its imports takes hundreds.
     assert 11 < taken < 300
 
 
@@ -155,18 +155,18 @@ def test_benchmark_of_inference_and_training(in_process, tmp_path):
     assert "res2net_tiny, train, float32, batch 3, 64x64" in run.stdout
 
 
-def test_a_contender_that_fails_costs_the_others_nothing(in_process):
+def test_failing_contender_does_not_affect_others(in_process):
     args = [word for word in QUICK if word != "eager" and word not in ("--backend", "--peers")]
     args += ["--model", "res2net_tiny", "--backend", "cudagraphs", "--peers", "onnxruntime", "eager"]
     run = in_process("scripts/benchmark.py", *args, "--precision", "bfloat16", "--against", "timm")
     assert run.returncode == 1
-    told = [line for line in run.stderr.splitlines() if "left out" in line]
-    assert len(told) == 2 and "ours cudagraphs: this machine has no such backend" in told[0], run.stderr
-    assert "plain onnxruntime: it has no bfloat16 convolutions" in told[1]
+    skipped = [line for line in run.stderr.splitlines() if "left out" in line]
+    assert len(skipped) == 2 and "ours cudagraphs: the backend is unavailable on this machine" in skipped[0], run.stderr
+    assert "plain onnxruntime: bfloat16 convolutions are unsupported" in skipped[1]
     assert "| plain eager autocast" in run.stdout and "times as fast" not in run.stdout
 
 
-def test_picture_of_the_whole_family(tmp_path):
+def test_figure_of_all_models(tmp_path):
     names = benchmark.family()
     assert len(names) > 12 and "res2net200_vd_26w_4s" in names and "res2net_tiny" not in names
     assert benchmark.published_top1("res2net50_vd_26w_4s.pd_in1k") == 79.75
@@ -184,11 +184,11 @@ def test_picture_of_the_whole_family(tmp_path):
     assert Image.open(tmp_path / "family.png").size[0] > 1500
     figure = benchmark.figure(results)
     for axis, points in zip(figure.axes, (len(names) + 1, len(names)), strict=True):
-        assert names_cover_nothing(axis) == points
+        assert check_labels(axis) == points
 
 
-def names_cover_nothing(axis: Axes) -> int:
-    """Check that no name covers another, a point or a line that leads to a name; return how many there are."""
+def check_labels(axis: Axes) -> int:
+    """Check that no label overlaps another label, a point or a line; return the number of labels."""
     boxes = [text.get_window_extent().padded(-1) for text in axis.texts if text.get_text()]  # -1: rounding
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
     centres = [axis.transData.transform(line.get_xydata()) for line in axis.lines]
@@ -200,15 +200,15 @@ def names_cover_nothing(axis: Axes) -> int:
         for t in axis.texts
         if t.arrow_patch
     ]
-    # Drawn up to 3 points short of the name.
+    # Lines end 3 points before the label.
     lines = [PlotPath([a, a + (b - a) * 0.9]) for a, b in ends]
     assert not any(line.intersects_bbox(box, filled=False) for box, line in itertools.product(boxes, lines))
     assert not any(a.intersects_path(b, filled=False) for a, b in itertools.combinations(lines, 2))
     return len(boxes)
 
 
-def test_names_of_points_that_lie_close_together():
-    """As measured for docs/family.png, in images a second."""
+def test_labels_of_close_points():
+    """Images per second, as measured for docs/family.png."""
     slow = {"res2net200_vd_26w_4s": 11.7, "res2net101_vd_26w_4s": 12.8, "res2net101d": 24.6, "res2net101_26w_4s": 23.4}
     slow |= {"res2net50_26w_8s": 24.7, "res2net50_26w_6s": 30.3}
     fast = {"res2net50_26w_4s": 46.4, "res2net50_48w_2s": 48.7, "res2net50_14w_8s": 46.6, "res2next50": 45.6}
@@ -220,7 +220,7 @@ def test_names_of_points_that_lie_close_together():
         results[-1].published_top1 = benchmark.published_top1(name)
     figure = benchmark.figure(results)
     (axis,) = figure.axes
-    assert names_cover_nothing(axis) == len(results)
+    assert check_labels(axis) == len(results)
 
 
 @pytest.mark.parametrize(
@@ -238,11 +238,11 @@ def test_names_of_points_that_lie_close_together():
         (["--figure", "a.png", "--model", "res2net_tiny"], "there is none for res2net_tiny"),
     ],
 )
-def test_benchmark_refuses_bad_input_in_one_line(in_process, args, words):
+def test_invalid_input(in_process, args, words):
     assert words in input_error(in_process("scripts/benchmark.py", *args))
 
 
-def test_a_picture_needs_matplotlib(in_process, monkeypatch):
+def test_figure_needs_matplotlib(in_process, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     error = input_error(in_process("scripts/benchmark.py", "--figure", Path("a.png")))
     assert "drawing needs matplotlib" in error

@@ -1,4 +1,4 @@
-"""`scripts/cam.py`: maps are taken from the right layer, and are what the method's equation says."""
+"""Tests of `scripts/cam.py`: target layer, maps, picture, and classes."""
 
 import itertools
 from pathlib import Path
@@ -37,7 +37,7 @@ def tiny() -> torch.nn.Module:
 
 @pytest.mark.first_case
 @pytest.mark.parametrize("name", [*SMALL, "res2net_tiny", "resnet18"])
-def test_the_layer_makes_what_is_pooled(name):
+def test_target_layer_returns_the_pooled_features(name):
     model = spread(timm.create_model(name, num_classes=7, **SMALL.get(name, {}))).eval()
     seen = []
     cam.target_layer(model).register_forward_hook(lambda module, args, output: seen.append(output.clone()))
@@ -48,7 +48,7 @@ def test_the_layer_makes_what_is_pooled(name):
 
 @pytest.mark.first_case
 @pytest.mark.parametrize("name", [*SMALL, "resnet18"])
-def test_grad_cam_is_the_classifiers_own_map(name):
+def test_grad_cam_equals_cam(name):
     """With one linear layer after average pooling, Grad-CAM is CAM (Selvaraju et al., Section 3.1)."""
     model = spread(timm.create_model(name, num_classes=7, **SMALL.get(name, {}))).eval()
     x, classes = torch.randn(3, 3, 96, 96), [6, 0, 3]
@@ -57,24 +57,24 @@ def test_grad_cam_is_the_classifiers_own_map(name):
         assert torch.equal(logits, model(x))
         features, weight = model.forward_features(x), model.get_classifier().weight.flatten(1)
         expected = torch.einsum("nchw,nc->nhw", features, weight[classes]).clamp(min=0)
-        # OpenCV, which scales for the package, samples as torch does without aligned corners.
+        # The package resizes with OpenCV, which corresponds to align_corners=False.
         expected = F.interpolate(expected[:, None], x.shape[2:], mode="bilinear")[:, 0]
         expected = expected / expected.amax((1, 2), keepdim=True).clamp(min=1e-7)
     for one, other in zip(found, expected.numpy(), strict=True):
-        # The package scales each map from its least to its largest value, before and after it is enlarged.
+        # The package normalizes each map to its range before and after resizing.
         assert np.corrcoef(one.ravel(), other.ravel())[0, 1] > 0.99 if other.any() else not one.any()
     assert found.shape == (3, 96, 96) and found.min() >= 0 and found.max() <= 1
 
 
-def test_a_transformer_has_no_map():
+def test_transformer_is_unsupported():
     model = timm.create_model("vit_tiny_patch16_224", img_size=32).eval()
-    with pytest.raises(InputError, match="the last layer of VisionTransformer makes no map"):
+    with pytest.raises(InputError, match="the last layer of VisionTransformer does not return a map"):
         cam.activation_maps(model, torch.randn(1, 3, 32, 32), [0])
 
 
 @pytest.mark.first_case
 @pytest.mark.parametrize("method", ["gradcam", "gradcam++", "eigencam"])
-def test_a_picture_of_models_side_by_side(in_process, digits, tmp_path, tiny, method):
+def test_picture_of_two_models(in_process, digits, tmp_path, tiny, method):
     output, model = tmp_path / "a.png", f"local-dir:{SHIPPED_MODEL}"
     result = in_process(CAM, digits, "--model", model, model, "--method", method, "--output", output)
     assert result.returncode == 0, result.stderr
@@ -93,10 +93,10 @@ def test_a_picture_of_models_side_by_side(in_process, digits, tmp_path, tiny, me
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_titles_are_within_the_picture(rows):
-    """Also over a single row, and of long names; a small input's map is drawn smoothly, beside a colour bar."""
+def test_titles_are_inside_the_picture(rows):
+    """Long names are wrapped; maps are interpolated, with a colour bar."""
     names = ("a_photograph_from_a_camera_with_a_long_name.jpg", "Egyptian cat, a domestic cat, or another of its names")
-    small = cam.Seen("local-dir_a_model_folder_with_a_long_name", np.ones((8, 8, 3)), np.eye(8), 0.9)
+    small = cam.Activation("local-dir_a_model_folder_with_a_long_name", np.ones((8, 8, 3)), np.eye(8), 0.9)
     figure = cam.figure([(*names, [small, small])] * rows)
     figure.draw_without_rendering()
     *axes, bar = figure.axes
@@ -107,7 +107,7 @@ def test_titles_are_within_the_picture(rows):
     assert bar.get_ylabel() and bar.get_ylim() == (0, 1)
 
 
-def test_the_class_to_look_for(in_process, digits, tmp_path):
+def test_class_option(in_process, digits, tmp_path):
     def classes(*words: str) -> list[str]:
         result = in_process(CAM, digits, "--class", *words, "--output", tmp_path / "a.png")
         assert result.returncode == 0, result.stderr
@@ -117,13 +117,13 @@ def test_the_class_to_look_for(in_process, digits, tmp_path):
     assert classes("1", "2", "3") == ["1", "2", "3"]
 
 
-def test_finding_a_class():
+def test_find_class():
     names = ["tench, Tinca tinca", "crane", "7", "goldfish", "crane"]
     assert [cam.find_class(word, names) for word in ("Tinca tinca", "tench, tinca TINCA", "7", "0", "GoldFish")] == [
         *(0, 0, 2, 0, 3)
     ]
-    for word, says in {"crane": "classes 1, 4", "goldfisch": "did you mean goldfish", "9": "there are 5"}.items():
-        with pytest.raises(InputError, match=says):
+    for word, words in {"crane": "classes 1, 4", "goldfisch": "did you mean goldfish", "9": "there are 5"}.items():
+        with pytest.raises(InputError, match=words):
             cam.find_class(word, names)
 
 
@@ -136,18 +136,18 @@ def test_an_unknown_class_of_many_names_the_command_that_lists_them():
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "words"),
     [
         (["--class", "three"], "there is no class three"),
         (["--class", "1", "2"], "there are 3 images and 2 classes"),
-        (["--output", "cam.txt"], "a picture's name ends in one of .avif"),
+        (["--output", "cam.txt"], "cam.txt must end in one of .avif"),
         (["--output", "nowhere/cam.png"], "nowhere"),
         (["--model", "res2net50"], "res2net50"),
         (["--method", "magic"], "invalid choice: 'magic'"),
     ],
 )
-def test_bad_input_is_told_in_one_line(in_process, digits, args, says):
-    assert says in input_error(in_process(CAM, digits, *args))
+def test_invalid_input(in_process, digits, args, words):
+    assert words in input_error(in_process(CAM, digits, *args))
 
 
 def test_models_must_have_the_same_classes(in_process, digits, tmp_path):
@@ -161,7 +161,7 @@ def test_models_must_have_the_same_classes(in_process, digits, tmp_path):
 
 
 @pytest.mark.full
-def test_what_is_no_image(program, in_process, digits, tmp_path):
+def test_invalid_images(program, in_process, digits, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"nothing")
     result = program(CAM, tmp_path, "--output", tmp_path / "a.svg")
     assert f"{tmp_path / 'broken.png'} is corrupt (not an image of a supported format)" in input_error(result)
@@ -171,7 +171,7 @@ def test_what_is_no_image(program, in_process, digits, tmp_path):
     assert (tmp_path / "broken.png").read_bytes() == b"nothing"
 
 
-def test_a_full_disk_leaves_the_old_picture(in_process, digits, tmp_path):
+def test_full_disk_keeps_the_existing_picture(in_process, digits, tmp_path):
     output = tmp_path / "a.png"
     output.write_bytes(b"old")
     with full_disk(1000):
@@ -179,7 +179,7 @@ def test_a_full_disk_leaves_the_old_picture(in_process, digits, tmp_path):
     assert "cannot write" in input_error(result) and output.read_bytes() == b"old"
 
 
-def test_without_the_package(monkeypatch):
+def test_missing_package(monkeypatch):
     monkeypatch.setattr(cam.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"need grad-cam and matplotlib; pip install 'res2net-zoo\[cam\]'"):
         cam.require()

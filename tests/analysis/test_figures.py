@@ -1,4 +1,4 @@
-"""Pictures, by the figures that they are drawn from: ticks, and labels that cover nothing."""
+"""Tests of figures: ticks, and labels that do not overlap."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_epochs_are_whole_numbers(number):
 
 
 @pytest.mark.parametrize("average", [False, True])
-def test_the_learning_curves_labels_are_outside_its_axes(average):
+def test_legend_is_outside_the_axes(average):
     figure = learning_curve(epochs(6, average))
     figure.draw_without_rendering()
     (legend,) = figure.legends
@@ -42,7 +42,7 @@ def test_the_learning_curves_labels_are_outside_its_axes(average):
 
 
 @pytest.mark.parametrize("number", [1, 2, 7])
-def test_no_title_of_mistakes_is_clipped(number):
+def test_titles_of_mistakes_are_not_clipped(number):
     mistakes = Mistakes(2)
     mistakes.worst = [(0.9, 0, 1, torch.zeros(3, 8, 8, dtype=torch.uint8))] * number
     figure = mistakes_sheet(mistakes, ["a_class_with_a_long_name, and another", "seven"])
