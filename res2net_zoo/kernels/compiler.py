@@ -1,8 +1,8 @@
-"""C++ compiled on the machine that runs it, once, by the compiler that it has.
+"""Compilation of C++ on the machine that runs it, with a cache.
 
-Libraries are kept in huggingface_hub's assets cache, each in a folder that only its user can write to,
-with its SHA-256. What another user could have written, or what was cut short or changed since, is not
-loaded but compiled again. Where the cache cannot be used, a library is compiled for one process alone.
+Libraries are in huggingface_hub's assets cache, each with its SHA-256 in a folder that only the user can write to.
+A library that is truncated, was changed, or could have been written by another user is not loaded but compiled again.
+If the cache cannot be used, a library is compiled for the current process only.
 """
 
 import contextlib
@@ -32,38 +32,37 @@ from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import read_bytes
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
-DESCRIBING = 15  # seconds that a compiler may take to describe the machine, which takes it some milliseconds
-COMPILING = 45  # seconds that it may take to compile a source, which takes 1 to 4 seconds
+DESCRIBING = 15  # timeout in seconds to print the compiler's macros, which takes milliseconds
+COMPILING = 45  # timeout in seconds to compile a source, which takes 1 to 4 seconds
 WAITING = COMPILING + 5  # seconds to wait for another process that compiles
-LARGEST_OUTPUT = 2**20  # bytes that it may print
-LARGEST_LIBRARY = 2**26  # bytes; these have some 200 kB
-LOCK, RECORD = "lock", "sha256"  # files beside a library
+LARGEST_OUTPUT = 2**20  # maximum output of a compiler in bytes
+LARGEST_LIBRARY = 2**26  # bytes; ours have about 200 kB
+LOCK, RECORD = "lock", "sha256"  # files next to a library
 
-Functions = Mapping[str, Sequence[Any]]  # a function's name: the type that it returns, and those of its arguments
+Functions = Mapping[str, Sequence[Any]]  # by name: return type and argument types
 
 
 class CannotCompile(Exception):
-    """This machine cannot compile C++, or cannot load what it compiled."""
+    """This machine cannot compile C++, or cannot load the compiled library."""
 
 
 def compile_library(source: Path, functions: Functions) -> ctypes.CDLL:
-    """Return the library made of a source, compiling it if this machine has not yet.
+    """Return the library of a source, compiled if it is not in the cache.
 
     Args:
-        source: The C++ file; it may include `vectors.h` beside it.
-        functions: What is called in it.
+        source: The C++ file; it can include `vectors.h` from the same folder.
+        functions: Signatures of the functions in it.
 
     Raises:
-        CannotCompile: There is no C++ compiler, it cannot compile the source or takes too long, or the
-            library cannot be loaded.
+        CannotCompile: A C++ compiler is missing, fails or takes too long, or the library cannot be loaded.
     """
     try:
         compiler = find_compiler()
-        # What the compiler prints of the machine tells apart machines that share a home directory.
+        # The compiler's macros distinguish machines that share a home directory.
         output = run([*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull], DESCRIBING)
         machine = [line for line in output.splitlines() if line.startswith(b"#define")]
         if not machine:
-            raise CannotCompile(f"{shlex.join(compiler)} is not a C++ compiler; name another in CXX")
+            raise CannotCompile(f"{shlex.join(compiler)} is not a C++ compiler; set CXX to another one")
         texts = (source.read_bytes(), source.with_name("vectors.h").read_bytes())
         facts = b"\0".join((*texts, " ".join(FLAGS).encode(), *machine))
         key = hashlib.sha256(facts).hexdigest()[:16]
@@ -74,8 +73,8 @@ def compile_library(source: Path, functions: Functions) -> ctypes.CDLL:
             with tempfile.TemporaryDirectory(prefix="res2net-zoo-") as name:
                 library = load_or_compile(Path(name), compiler, source, functions)
             warnings.warn(
-                f"{source.name} is compiled for this process alone, since the cache cannot be used "
-                f"({printable(error)}); set HF_HOME to a folder of your own",
+                f"{source.name} is compiled for this process only, because the cache cannot be used "
+                f"({printable(error)}); set HF_HOME to a folder that only you can write to",
                 stacklevel=3,
             )
             return library
@@ -86,30 +85,30 @@ def compile_library(source: Path, functions: Functions) -> ctypes.CDLL:
 
 
 def find_compiler() -> list[str]:
-    """Return the command of a C++ compiler: CXX, which may have arguments, or the first that is installed.
+    """Return the command of a C++ compiler: CXX, which can have arguments, or the first that is installed.
 
     Raises:
-        CannotCompile: There is none.
+        CannotCompile: No compiler is installed.
         ValueError: CXX cannot be split into words.
     """
     for name, *arguments in filter(None, (shlex.split(os.environ.get("CXX", "")), ["c++"], ["g++"], ["clang++"])):
         path = shutil.which(name)
         if path:
             return [path, *arguments]
-    raise CannotCompile("there is no C++ compiler (install g++, or name one in CXX)")
+    raise CannotCompile("no C++ compiler is installed (install g++, or set CXX)")
 
 
 def run(command: Sequence[str], seconds: float, **environment: str) -> bytes:
-    """Run a compiler for a bounded time and return what it prints.
+    """Run a compiler with a timeout, and return its output.
 
     Args:
         command: The program and its arguments.
-        seconds: Time that it may take.
-        **environment: Variables that it gets besides this process's.
+        seconds: Timeout.
+        **environment: Environment variables in addition to those of this process.
 
     Raises:
-        CannotCompile: It cannot be executed, fails, takes longer or prints more than it may. What it has
-            started is ended with it.
+        CannotCompile: It cannot be executed, fails, takes too long or prints too much. Its process group is
+            killed.
     """
     try:
         process = subprocess.Popen(
@@ -128,20 +127,20 @@ def run(command: Sequence[str], seconds: float, **environment: str) -> bytes:
             output = read_until(process, deadline)
             process.wait(max(0, deadline - time.monotonic()))
         except BaseException as error:
-            # The compiler of a driver that was killed alone would go on.
+            # Kill the whole group, because a driver's compiler survives the driver.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             if isinstance(error, subprocess.TimeoutExpired):
-                raise CannotCompile(f"{command[0]} has not finished after {seconds} seconds and was stopped") from error
+                raise CannotCompile(f"{command[0]} timed out after {seconds} seconds") from error
             raise
     if process.returncode:
-        lines = output.decode(errors="replace").strip().splitlines() or [f"it ends with {process.returncode}"]
+        lines = output.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"]
         raise CannotCompile(f"{command[0]}: {lines[0][:300]}")
     return output
 
 
 def read_until(process: subprocess.Popen[bytes], deadline: float) -> bytes:
-    """Read all that a process prints, until a time of `time.monotonic`."""
+    """Read the output of a process until a deadline of `time.monotonic`."""
     assert process.stdout is not None
     output = b""
     with selectors.DefaultSelector() as selector:
@@ -157,36 +156,36 @@ def read_until(process: subprocess.Popen[bytes], deadline: float) -> bytes:
 
 
 def load_or_compile(path: Path, compiler: list[str], source: Path, functions: Functions) -> ctypes.CDLL:
-    """Return a library from a folder, compiling it there if it is missing or not to be trusted.
+    """Return a library from a folder, compiled there if it is missing or not trusted.
 
     Raises:
         CannotCompile: The compiler fails, or the library lacks a function.
         OSError: The folder cannot be used, or the library cannot be loaded.
-        InputError: The compiler has written no library.
+        InputError: The compiler has not written a library.
     """
     folder = open_private(path)
     try:
         name = f"{source.stem}.so"
         with contextlib.suppress(OSError, CannotCompile):
-            return load(folder, path, name, functions)
+            return load_trusted(folder, path, name, functions)
         with WeakFileLock(path / LOCK, timeout=WAITING):
             with contextlib.suppress(OSError, CannotCompile):
-                return load(folder, path, name, functions)  # another process has compiled it meanwhile
+                return load_trusted(folder, path, name, functions)  # compiled by another process in the meantime
             empty(folder)
             build(compiler, source, path / name)
-            return load(folder, path, name, functions)
+            return load_trusted(folder, path, name, functions)
     finally:
         os.close(folder)
 
 
 def open_private(path: Path) -> int:
-    """Open a folder in which only its user, or root, can change anything, making it if it is missing.
+    """Open a folder that only its user, or root, can write to, and create it if it is missing.
 
     Returns:
-        Its descriptor: what is found by that stays in this folder, whatever happens to those above it.
+        Its descriptor, which refers to this folder even if a parent folder is replaced.
 
     Raises:
-        OSError: It is a link or belongs to another user, or it cannot be made.
+        OSError: It is a link, belongs to another user, or cannot be created.
     """
     path.mkdir(mode=0o700, exist_ok=True)
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -204,15 +203,15 @@ def open_private(path: Path) -> int:
 
 
 def is_private(status: os.stat_result) -> bool:
-    """Whether only this user, or root, can have written a file or a folder."""
+    """Whether only this user, or root, can write to a file or a folder."""
     return status.st_uid in (0, os.geteuid()) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def open_own(folder: int, name: str) -> BufferedReader:
-    """Open a regular file in an open folder, for reading, that only this user can have written.
+    """Open a regular file in an open folder for reading, if only this user can write to it.
 
     Raises:
-        OSError: It is missing or something else.
+        OSError: It is missing, not a regular file, or others can write to it.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
     file = os.fdopen(os.open(name, flags, dir_fd=folder), "rb")
@@ -223,26 +222,26 @@ def open_own(folder: int, name: str) -> BufferedReader:
     return file
 
 
-def load(folder: int, path: Path, name: str, functions: Functions) -> ctypes.CDLL:
-    """Load a library if it is what was compiled.
+def load_trusted(folder: int, path: Path, name: str, functions: Functions) -> ctypes.CDLL:
+    """Load a library if its SHA-256 matches the recorded one.
 
     Args:
-        folder: Its folder, open.
-        path: Where that is.
-        name: Its file.
-        functions: What is called in it.
+        folder: Descriptor of its folder.
+        path: Path of its folder.
+        name: File name.
+        functions: Signatures of the functions in it.
 
     Raises:
-        OSError: It is missing or was changed, or it cannot be loaded.
+        OSError: It is missing, was changed, or cannot be loaded.
         CannotCompile: It lacks a function.
     """
     with open_own(folder, RECORD) as record:
         expected = record.read(64)
     with open_own(folder, name) as file:
         if hashlib.sha256(file.read(LARGEST_LIBRARY)).hexdigest().encode() != expected:
-            raise OSError(f"{name} is not what was compiled")
-        # The very file that was read is loaded, not what its path may lead to by now. Its number stays open, since
-        # the system takes another library under a known name for the one that it has.
+            raise OSError(f"{name} was changed after compilation")
+        # Load the file that was checked, even if its path refers to another one by now. The descriptor stays open,
+        # because the system identifies loaded libraries by name, and a reused descriptor has the same name.
         number = os.dup(file.fileno())
     opened = Path(f"/proc/self/fd/{number}")
     try:
@@ -260,7 +259,7 @@ def load(folder: int, path: Path, name: str, functions: Functions) -> ctypes.CDL
 
 
 def empty(folder: int) -> None:
-    """Delete what processes that were killed have left in an open folder."""
+    """Delete the files that killed processes have left in an open folder."""
     for name in os.listdir(folder):
         if name == LOCK:
             continue
@@ -271,29 +270,29 @@ def empty(folder: int) -> None:
 
 
 def build(compiler: list[str], source: Path, library: Path) -> None:
-    """Compile a source, and record the library's SHA-256 beside it.
+    """Compile a source, and record the SHA-256 of the library.
 
     Raises:
         CannotCompile: The compiler fails.
         OSError: The library cannot be written.
         InputError: The compiler has not written it.
     """
-    # The compiler's own temporary files are in this folder too, so that the next build deletes what is left of them.
+    # The compiler's temporary files are in this folder too, so that the next build deletes leftovers.
     with tempfile.TemporaryDirectory(dir=library.parent) as name:
         made, record = Path(name, library.name), Path(name, RECORD)
         run([*compiler, *FLAGS, "-o", str(made), str(source)], COMPILING, TMPDIR=name)
         content = read_bytes(made, LARGEST_LIBRARY)
         if not is_whole(content):
-            raise CannotCompile(f"{compiler[0]} has written only a part of it; is the disk full?")
+            raise CannotCompile(f"{compiler[0]} has written a truncated library; is the disk full?")
         record.write_text(hashlib.sha256(content).hexdigest())
-        for file in (made, record):  # whatever the umask
+        for file in (made, record):  # regardless of the umask
             file.chmod(0o700 if file == made else 0o600)
             file.replace(library.with_name(file.name))
 
 
 def is_whole(library: bytes) -> bool:
-    """Whether an ELF file has all bytes that its segments are mapped from: a shorter one would end the process."""
-    if library[:5] != b"\x7fELF\x02":  # other formats, and 32 bits, are left to the system
+    """Whether an ELF file has all bytes of its segments; loading a truncated one crashes the process."""
+    if library[:5] != b"\x7fELF\x02":  # other formats, and 32 bits, are not checked
         return bool(library)
     order = "<" if library[5] == 1 else ">"
     try:

@@ -1,16 +1,15 @@
-"""Convolutional networks as one list of machine-code steps: the CPU backend of `res2net_zoo.optimize`.
+"""Convolutional networks as a list of native steps: the `native` CPU backend of `res2net_zoo.optimize`.
 
-Libraries run a network operation by operation. A Res2Net suffers from that: it has many small
-convolutions, each on a slice of a tensor that has to be copied out and back in, 26 channels wide,
-where their kernels think in blocks of 16 or 32. Here the network is laid out once for its image size:
+Libraries run a network operation by operation, which is inefficient for a Res2Net: it has many small convolutions,
+each on a slice of a tensor that must be copied, and 26 channels wide, while kernels process blocks of 16 or 32. Here
+the network is compiled once for an image size:
 
-- a convolution writes its bias, residual addition and activation with its result;
-- the groups of a Res2Net block (Eq. 1) are never copied: K_i reads its slice where conv1 wrote it,
-  writes y_i where conv3 reads it, and adds it onto the slice that K_{i+1} reads;
-- all threads walk the list together, and wait only where they must.
+- a convolution includes its bias, residual addition and activation;
+- the groups of a Res2Net block (Eq. 1) are never copied: K_i reads its slice of the output of conv1, writes y_i into
+  the input of conv3, and adds it to the slice that K_{i+1} reads;
+- all threads execute the list together, and synchronize only where needed.
 
-`cpu_network.cpp` has the steps. It is compiled on the machine that runs it, once, by the C++ compiler
-that it has.
+The steps are in `cpu_network.cpp`, which is compiled on the machine that runs it.
 """
 
 import contextlib
@@ -39,12 +38,12 @@ FUNCTIONS = {
 CONV, POINTWISE, MAX_POOL, AVG_POOL, MEAN, RESIZE, INPUT = range(7)
 NONE, RELU, SIGMOID = range(3)
 
-CACHE_BYTES = 256 * 1024  # of its input that a convolution goes over at a time: a part of a core's second cache
-MAP_ELEMENTS = 2**18  # of one image's map, from which on images go one by one: a core's second cache holds no more
+CACHE_BYTES = 256 * 1024  # block of its input that a convolution processes at a time: a part of the L2 cache
+MAP_ELEMENTS = 2**18  # size of one image's map from which on images are processed one by one: that of the L2 cache
 
 
 class Unsupported(Exception):
-    """The network has an unsupported operation, or the machine cannot compile the steps."""
+    """The network contains an unsupported operation, or the machine cannot compile the steps."""
 
 
 class _View(ctypes.Structure):
@@ -80,10 +79,10 @@ class _Step(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL:
-    """Return the compiled steps, compiling them if this machine has not yet.
+    """Return the compiled steps, compiled if they are not in the cache.
 
     Raises:
-        Unsupported: There is no C++ compiler, or it cannot compile them.
+        Unsupported: A C++ compiler is missing, or cannot compile them.
     """
     try:
         return compile_library(SOURCE, FUNCTIONS)
@@ -93,7 +92,7 @@ def library() -> ctypes.CDLL:
 
 @dataclass(eq=False)
 class _Value:
-    """A tensor (N, C, H, W), and where it lies: a buffer of its own, or `first` channels into another."""
+    """A tensor (N, C, H, W) in a separate buffer, or at channel `first` of another value."""
 
     n: int
     c: int
@@ -101,7 +100,7 @@ class _Value:
     w: int
     base: "_Value | None" = None
     first: int = 0
-    pad: int = 0  # the border of zeros that its readers want
+    pad: int = 0  # border of zeros that its readers need
     is_float: bool = False
 
     @property
@@ -112,8 +111,8 @@ class _Value:
     def pitch(self) -> int:
         """Elements from one pixel to the next in its buffer.
 
-        An odd number of cache lines: pixels 4 KB apart would all fall into the same few places of a
-        first cache. An image's few channels stay together, for its convolution's sake.
+        An odd number of cache lines, because pixels at a distance of 4 KB map to the same few sets of an L1 cache.
+        The few channels of an image are dense, which its convolution needs.
         """
         return self.c if self.c < 16 else (-(-self.c // 16) | 1) * 16
 
@@ -129,11 +128,11 @@ class _Value:
 
     @property
     def layout(self) -> tuple[int, ...]:
-        """What values must have in common to have one buffer after another; also where the border is."""
+        """The layout that values must share to reuse the same buffer, including the border."""
         return (self.n, self.h, self.w, self.c, self.pad, self.is_float)
 
     def place(self) -> tuple["_Value", int]:
-        """Return the value whose buffer this one lies in, and how many channels into it."""
+        """Return the value whose buffer contains this one, and the first channel in it."""
         first, value = self.first, self
         while value.base is not None:
             value = value.base
@@ -143,7 +142,7 @@ class _Value:
 
 @dataclass(eq=False)
 class _Node:
-    """An operation, and with fusion its activation and what is added to its result or gets it added."""
+    """An operation with its fused activation, and values that are added to its result or to which it is added."""
 
     kind: int
     src: _Value
@@ -154,7 +153,7 @@ class _Node:
     also: _Value | None = None
     conv: Any = None
     window: tuple = ()
-    # Of a convolution: ranges of its output channels, and where each goes.
+    # For a convolution: ranges of its output channels, and the destination of each.
     parts: list[tuple[int, int, _Value]] = field(default_factory=list)
 
 
@@ -167,7 +166,7 @@ class _Call:
 
 
 class _Lowering(fx.Interpreter):
-    """Runs a traced model on `_Value`s in place of tensors, and lists what it calls."""
+    """Runs a traced model on `_Value`s instead of tensors, and records its calls."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
@@ -207,12 +206,12 @@ class _Lowering(fx.Interpreter):
                 return self.pool("avg_pool", x, module)
             case nn.AdaptiveAvgPool2d() if module.output_size in (1, (1, 1)):
                 return self.emit("mean", x, shape=(x.n, x.c, 1, 1))
-        raise Unsupported(f"there is no step for {type(module).__name__} ({target})")
+        raise Unsupported(f"{type(module).__name__} is unsupported ({target})")
 
     def pool(self, name: str, x: _Value, module: Any) -> _Value:
         sizes = (module.kernel_size, module.stride, module.padding)
         k, s, p = (size if isinstance(size, tuple) else (size, size) for size in sizes)
-        # The shape by torch itself, whose rule for ceil_mode has corners.
+        # Let torch compute the shape, because the rules for ceil_mode are complicated.
         meta = torch.empty(x.n, x.c, x.h, x.w, device="meta")
         shape = F.max_pool2d if name == "max_pool" else F.avg_pool2d
         n, c, h, w = shape(meta, k, s, p, ceil_mode=module.ceil_mode).shape
@@ -220,19 +219,19 @@ class _Lowering(fx.Interpreter):
 
     def flattened(self, x: _Value) -> _Value:
         if x.h * x.w != 1:
-            raise Unsupported("a map is flattened that is larger than one pixel")
+            raise Unsupported("flattening a map larger than one pixel is unsupported")
         return x
 
     def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         values = [arg for arg in args if isinstance(arg, _Value)]
         if target in (operator.add, operator.iadd, torch.add) and len(values) == 2 and not kwargs:
             if values[0].shape != values[1].shape:
-                raise Unsupported("tensors of different shapes are added")
+                raise Unsupported("adding tensors of different shapes is unsupported")
             return self.emit("add", *values)
         if target in (operator.mul, operator.imul, torch.mul) and len(values) == 2:
             x, gate = sorted(values, key=lambda value: value.h * value.w, reverse=True)
             if gate.shape != (x.n, x.c, 1, 1):
-                raise Unsupported("tensors are multiplied that are no map and its gate")
+                raise Unsupported("multiplying tensors is supported only for a map and its gate")
             return self.emit("mul", x, gate)
         if target is torch.cat and (args[1:] == (1,) or kwargs.get("dim") == 1):
             parts = args[0]
@@ -254,7 +253,7 @@ class _Lowering(fx.Interpreter):
             h, w = kwargs["size"]
             return self.emit("resize", args[0], shape=(args[0].n, args[0].c, h, w))
         if values and target is not getattr:
-            raise Unsupported(f"there is no step for {getattr(target, '__name__', target)}")
+            raise Unsupported(f"{getattr(target, '__name__', target)} is unsupported")
         return super().call_function(target, args, kwargs)
 
     def call_method(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -266,15 +265,16 @@ class _Lowering(fx.Interpreter):
                 return self.emit("sigmoid", x)
             if target == "flatten":
                 return self.flattened(x)
-            raise Unsupported(f"there is no step for Tensor.{target}")
+            raise Unsupported(f"Tensor.{target} is unsupported")
         return super().call_method(target, args, kwargs)
 
 
 def _cut(source: _Value, calls: list[_Call], result: _Value) -> tuple[int, _Value] | None:
-    """Find where images that went one by one can go on together.
+    """Find the call after which images that were processed one by one can be processed together.
 
     Returns:
-        How many calls come before, and the one value that passes: the last large map that passes alone. Or None.
+        The number of calls before it, and the only value that later calls read: the last large map of this kind. None
+        if there is none.
     """
     last = {value: i for i, call in enumerate(calls) for value in call.inputs} | {result: len(calls)}
     alive = {source}
@@ -288,20 +288,20 @@ def _cut(source: _Value, calls: list[_Call], result: _Value) -> tuple[int, _Valu
 
 
 def _fuse(source: _Value, calls: list[_Call], result: _Value) -> list[_Node]:
-    """Turn calls into nodes: fewer of them, which write where their readers want it."""
+    """Fuse calls into fewer nodes, which write directly to the buffers of their readers."""
     return _Fusion(source, calls, result).nodes
 
 
 class _Fusion:
-    """The nodes of a list of calls, in their order.
+    """Fuses a list of calls into nodes.
 
     Attributes:
         nodes: The nodes so far.
-        uses: How often a value is read.
-        slices: How many slices read a value.
-        maker: The node that wrote a value, where one node alone wrote all of it.
+        uses: Number of reads of a value.
+        slices: Number of slices of a value.
+        maker: The node that wrote a value, if a single node wrote all of it.
         made: The number of nodes after which a value is complete.
-        untouched: Slices that still hold what their node wrote, of values that only slices read.
+        untouched: Unmodified slices of values that only slices read.
     """
 
     def __init__(self, source: _Value, calls: list[_Call], result: _Value) -> None:
@@ -312,9 +312,9 @@ class _Fusion:
         self.made: dict[_Value, int] = {source: 0}
         self.untouched: set[_Value] = set()
         for call in calls:
-            self.take(call)
+            self.fuse_call(call)
 
-    def take(self, call: _Call) -> None:
+    def fuse_call(self, call: _Call) -> None:
         """Fuse a call into the nodes so far, or append a node for it."""
         out, x = call.out, call.inputs[0]
         match call.name:
@@ -327,7 +327,7 @@ class _Fusion:
             case "mul":
                 self.append(POINTWISE, x, out, gate=call.inputs[1])
             case "add":
-                if not self.add_before_writing(call) and not self.add_onto_a_slice(call):
+                if not self.add_before_writing(call) and not self.add_to_slice(call):
                     self.append(POINTWISE, x, out, add=call.inputs[1])
             case "slice":
                 out.base, out.first = x, call.detail
@@ -350,14 +350,14 @@ class _Fusion:
         self.made[dst] = len(self.nodes)
 
     def rename(self, node: _Node, dst: _Value) -> None:
-        """Make a node write what was computed from its result."""
+        """Replace the output of a node by a value that was computed from it."""
         del self.maker[node.dst]
         self.made[dst] = self.made.pop(node.dst)
         node.dst = dst
         self.maker[dst] = node
 
     def activate(self, x: _Value, out: _Value, act: int, kinds: tuple[int, ...]) -> None:
-        """Apply an activation in the node that made its input, if that is of one of some kinds, or in a new one."""
+        """Apply an activation in the node of its input, if that has one of these kinds, or in a new node."""
         node = self.maker.get(x)
         if node and self.uses[x] == 1 and node.kind in kinds and node.act == NONE and not node.also:
             node.act = act
@@ -366,7 +366,7 @@ class _Fusion:
             self.append(POINTWISE, x, out, act=act)
 
     def add_before_writing(self, call: _Call) -> bool:
-        """Add in the node that made the later of two values, if nothing else reads that, and return whether it can."""
+        """Fuse an addition into the node of the later operand, if nothing else reads that; return whether it can."""
         free = [
             (self.made[value], value, other)
             for value, other in (call.inputs, call.inputs[::-1])
@@ -383,8 +383,8 @@ class _Fusion:
         self.rename(self.maker[value], call.out)
         return True
 
-    def add_onto_a_slice(self, call: _Call) -> bool:
-        """Add a convolution's output onto a slice that nothing else reads, and return whether that can be."""
+    def add_to_slice(self, call: _Call) -> bool:
+        """Add the output of a convolution to a slice that nothing else reads; return whether it can."""
         for value, target in (call.inputs, call.inputs[::-1]):
             node = self.maker.get(value)
             if not (node and node.kind == CONV and not node.also):
@@ -398,7 +398,7 @@ class _Fusion:
         return False
 
     def concatenate(self, values: tuple[_Value, ...], out: _Value) -> None:
-        """Place values in their concatenation, where their nodes then write them, and copy those that cannot be."""
+        """Let the nodes of values write directly into their concatenation, and copy the other values."""
         first = 0
         for value in values:
             origin = value.base if value in self.untouched and self.uses[value] == 1 else None
@@ -416,7 +416,7 @@ class _Fusion:
 
 
 def _redirected(parts: list[tuple[int, int, _Value]], value: _Value) -> list[tuple[int, int, _Value]]:
-    """Return what a convolution writes where, with one slice in a place of its own."""
+    """Return the destinations of a convolution's output channels, with a separate one for a slice."""
     begin, end = value.first, value.first + value.c
     return [
         part
@@ -431,9 +431,9 @@ def _redirected(parts: list[tuple[int, int, _Value]], value: _Value) -> list[tup
 
 
 class _Arena:
-    """Memory in huge pages, where the system has them: steps touch dozens of far places at a time.
+    """Memory in huge pages, if the system supports them.
 
-    With pages of 4 KB the processor would have to look up most of those addresses again and again.
+    Steps access dozens of distant addresses at a time, which cause many TLB misses with pages of 4 KB.
     """
 
     CHUNK = 32 * 2**20
@@ -443,31 +443,31 @@ class _Arena:
         self.used = 0
 
     def zeros(self, size: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return zeros that begin where a cache line does."""
+        """Return zeros that are aligned to a cache line."""
         count = -(-size * dtype.itemsize // 64) * 64
         if self.chunk is None or self.used + count > len(self.chunk):
             self.chunk, self.used = mmap.mmap(-1, max(count, self.CHUNK)), 0
             if hasattr(mmap, "MADV_HUGEPAGE"):
-                with contextlib.suppress(OSError):  # a kernel without them
+                with contextlib.suppress(OSError):  # unsupported by the kernel
                     self.chunk.madvise(mmap.MADV_HUGEPAGE)
         begin, self.used = self.used, self.used + count
         return torch.frombuffer(self.chunk, dtype=dtype, count=size, offset=begin)
 
 
-class _Plan:
-    """The steps for one number of images of one size, and the memory that they work in."""
+class _Program:
+    """The steps for one batch size and image size, and their memory."""
 
     def __init__(self, network: "Network", shape: tuple[int, int, int, int]) -> None:
         source, calls, result = network.lower(shape)
         if result.h * result.w != 1:
-            raise Unsupported("the model's output is no table of logits")
+            raise Unsupported("the model's output must be logits (N, classes)")
         self.network = network
         self.arena = _Arena()
         self.keep: list[Any] = []
         self.tables: dict[tuple, torch.Tensor] = {}
         self.buffers: dict[_Value, torch.Tensor] = {}
 
-        # Where maps are large, images go one by one; where weights are, together.
+        # Process images one by one where maps are large, and together where weights are large.
         single, first_calls, one = network.lower((1, *shape[1:]))
         cut = _cut(single, first_calls, one) if shape[0] > 1 else None
         front = [_Node(INPUT, single, single)]
@@ -478,7 +478,7 @@ class _Plan:
             source = calls[count - 1].out
             calls, together = calls[count:], []
         together += _fuse(source, calls, result)
-        # Logits leave in float32, whatever the rest is in.
+        # Logits are always float32.
         logits = result
         if together[-1].dst is not result or result.base is not None or together[-1].parts:
             logits = _Value(*result.shape)
@@ -499,23 +499,23 @@ class _Plan:
                 steps += [step for node in front for step in self.steps_of(node)]
         self.place(together)
         steps += [step for node in together for step in self.steps_of(node)]
-        self.wait_where_needed(steps)
+        self.synchronize(steps)
         self.steps = (_Step * len(steps))(*(step for step, _, _ in steps))
         self.inputs = [i for i, (step, _, _) in enumerate(steps) if step.kind == INPUT]
         self.logits = self.buffers[logits].as_strided((logits.n, logits.c), (logits.pitch, 1))
 
     def buffer(self, root: _Value) -> torch.Tensor:
-        """Make a value's buffer: zeros for the border, which no step writes.
+        """Allocate a value's buffer, with zeros for the border, which no step writes.
 
-        A few more elements are for taps that read in pairs, of which the last has no second.
+        Additional elements are for taps that are read in pairs, because the last one can be incomplete.
         """
         size = root.n * root.image + 64
         if size >= 2**31:
-            raise Unsupported(f"a map of {size} elements is larger than 32-bit offsets reach")
+            raise Unsupported(f"a map of {size} elements is too large for 32-bit offsets")
         return self.arena.zeros(size, torch.float32 if root.is_float else self.network.dtype)
 
     def place(self, nodes: list[_Node]) -> None:
-        """Give every value that needs one a buffer; values that do not live at once share one of their shape."""
+        """Allocate the buffers of values; values of the same shape with disjoint lifetimes share one."""
         last: dict[_Value, int] = {}
         for i, node in enumerate(nodes):
             for value in (node.src, node.dst, node.gate, node.add, node.also):
@@ -545,12 +545,12 @@ class _Plan:
         return self.tables[key].data_ptr()
 
     def view(self, value: _Value | None, pixels: tuple[int, ...] | None = None, skip: int = 0) -> _View:
-        """Return a value as a step sees it.
+        """Return the view of a value for a step.
 
         Args:
             value: The value, or None for a null view.
-            pixels: Height, width, strides and padding of the windows that read it; None for its own pixels.
-            skip: Channels that the step's numbering is ahead of the value's.
+            pixels: Height, width, strides and padding of the windows that read it; None for single pixels.
+            skip: Offset of the step's channel indices relative to the value's.
         """
         if value is None:
             return _View()
@@ -564,7 +564,7 @@ class _Plan:
         return _View(data, table, image, row, pixel)
 
     def steps_of(self, node: _Node) -> list[tuple[_Step, list, list]]:
-        """Return a node's steps, each with the ranges of channels that it reads and writes."""
+        """Return the steps of a node, each with the ranges of channels that it reads and writes."""
         src, dst = node.src, node.dst
         step = _Step(kind=node.kind, act=node.act, pixels=dst.n * dst.h * dst.w, channels=dst.c, images=dst.n)
         step.in_h, step.in_w, step.out_h, step.out_w = src.h, src.w, dst.h, dst.w
@@ -581,7 +581,7 @@ class _Plan:
             return steps
         step.src, step.dst = self.view(src), self.view(dst)
         if node.kind == INPUT:
-            # The images themselves are not known yet: `run` says where they are.
+            # `run` sets the address of the images.
             origin = step.dst.pixels
             step.dst.data += int(ctypes.c_int32.from_address(origin).value) * self.network.dtype.itemsize
             step.src = _View()
@@ -604,13 +604,13 @@ class _Plan:
         return [(step, reads, [self.span(dst)])]
 
     def span(self, value: _Value, skip: int = 0, size: int | None = None) -> tuple[int, int, int]:
-        """Return a buffer's address, and which of its channels a value takes."""
+        """Return the address of a value's buffer, and the value's range of channels in it."""
         root, first = value.place()
         storage = self.buffers[root].untyped_storage().data_ptr()
         return storage, first + skip, first + skip + (value.c if size is None else size)
 
     def convolve(self, step: _Step, node: _Node, low: int, high: int, where: _Value) -> None:
-        """Fill in a convolution's step, for the output channels from `low` to `high`."""
+        """Set the fields of a convolution's step for the output channels from `low` to `high`."""
         conv, src, dst = node.conv, node.src, node.dst
         root, _ = src.place()
         linear = isinstance(conv, nn.Linear)
@@ -618,13 +618,13 @@ class _Plan:
             ((1, 1), (0, 0), (1, 1)) if linear else (conv.stride, conv.padding, conv.dilation)
         )
         kh, kw = (1, 1) if linear else conv.kernel_size
-        # Where pixels touch, the taps of a row are one run of channels: a stem of 7 x 7 x 3 is 7 taps of 21.
+        # For dense pixels, the taps of a row are one range of channels: a stem of 7 x 7 x 3 is 7 taps of 21 channels.
         merged = kw > 1 and dw == 1 and root.c == src.c < 16 and (linear or conv.groups == 1)
         tiles, packed = self.network.packed(conv, low, high, merged)
         step.src = self.view(src, (dst.h, dst.w, sh, sw, ph, pw))
         step.add = self.view(node.add)
         step.also = self.view(node.also)
-        # Tiles count channels from the convolution's first; where a part has a buffer of its own, that counts anew.
+        # Tiles count channels from the convolution's first one, but a separate buffer of a part starts at 0.
         step.dst = self.view(where, skip=0 if where is dst or where.base is None else low)
         step.dst_is_float = where.place()[0].is_float
         row, pixel = root.row, root.pitch
@@ -634,25 +634,25 @@ class _Plan:
         step.tap, step.taps = tap.data_ptr(), len(taps)
         step.tile, step.tiles = ctypes.addressof(tiles), len(tiles)
 
-        # Groups of pixels whose input stays in a core's own cache while all tiles go over it.
+        # Number of pixel groups whose input stays in the L2 cache while all tiles process it.
         step.block = max(1, CACHE_BYTES // (library().rows() * src.c * sh * sw * self.network.dtype.itemsize))
 
-    def wait_where_needed(self, steps: list[tuple[_Step, list, list]]) -> None:
-        """Let threads wait for each other before a step that meets what the steps since the last wait did."""
+    def synchronize(self, steps: list[tuple[_Step, list, list]]) -> None:
+        """Synchronize threads before each step that conflicts with the steps since the last synchronization."""
 
-        def meet(some: list, others: list) -> bool:
+        def conflict(some: list, others: list) -> bool:
             return any(a == b and low < top and bottom < high for a, low, high in some for b, bottom, top in others)
 
         read: list = []
         written: list = []
         for step, reads, writes in steps:
-            if meet(reads, written) or meet(writes, written) or meet(writes, read):
+            if conflict(reads, written) or conflict(writes, written) or conflict(writes, read):
                 step.wait = 1
                 read, written = [], []
             read, written = read + reads, written + writes
 
     def run(self, images: torch.Tensor) -> torch.Tensor:
-        """Compute logits, (N, classes) in float32, of images, (N, C, H, W) in float32 with any strides."""
+        """Compute logits (N, classes) in float32 for images (N, C, H, W) in float32 with any strides."""
         image, channel, row, pixel = images.stride()
         for i, index in enumerate(self.inputs):
             step = self.steps[index]
@@ -671,29 +671,29 @@ def _shape_of(images: torch.Tensor) -> tuple[int, int, int, int]:
 class Network:
     """A network that runs as native steps.
 
-    Plans are made for each number and size of images as they come, and the last few are kept.
-    Calls from several threads take turns, because they share the memory that the steps work in.
+    Programs are compiled on demand for each batch size and image size, and the last few are cached. Calls are
+    serialized by a lock, because the memory of the steps is shared.
 
     Args:
         graph: The traced model, in eval mode, BatchNorm folded.
         dtype: Type of activations and weights, float32 or bfloat16; sums are float32 in both.
-        images_at_once: How many images go through the network together. Few keep what they leave
-            behind in the caches, many share the reading of the weights.
+        images_at_once: Maximum batch size; larger batches are split. A small one keeps activations in the caches,
+            a large one reuses weights for more images.
 
     Raises:
-        Unsupported: This machine cannot compile the steps, or has no instructions for bfloat16.
+        Unsupported: This machine cannot compile the steps, or does not support bfloat16.
     """
 
     def __init__(self, graph: fx.GraphModule, dtype: torch.dtype = torch.float32, images_at_once: int = 4) -> None:
         if dtype == torch.bfloat16 and not library().has_bf16():
-            raise Unsupported("this processor has no instructions for bfloat16 products")
+            raise Unsupported("this processor does not support bfloat16 products")
         if dtype not in (torch.float32, torch.bfloat16):
-            raise Unsupported(f"there are no steps for {dtype}")
+            raise Unsupported(f"{dtype} is unsupported")
         library()
         self.graph = graph
         self.dtype = dtype
         self.images_at_once = images_at_once
-        self.plans: dict[tuple[int, ...], _Plan] = {}
+        self.programs: dict[tuple[int, ...], _Program] = {}
         self.weights: dict[tuple, tuple[Any, Any]] = {}
         self.arena = _Arena()
         self.lock = threading.Lock()
@@ -708,40 +708,40 @@ class Network:
             (N, classes), float32.
 
         Raises:
-            Unsupported: There is no step for something that the model does with images of this size.
+            Unsupported: An operation of the model is unsupported for images of this size.
         """
         images = images.detach().float()
         with self.lock:
             if not len(images):
-                return self.plan((1, *_shape_of(images)[1:])).logits[:0].clone()
+                return self.program((1, *_shape_of(images)[1:])).logits[:0].clone()
             parts = images.split(self.images_at_once)
-            return torch.cat([self.plan(_shape_of(part)).run(part) for part in parts])
+            return torch.cat([self.program(_shape_of(part)).run(part) for part in parts])
 
     def lower(self, shape: tuple[int, int, int, int]) -> tuple[_Value, list[_Call], _Value]:
-        """Return the images as a value, what the model calls, and its result."""
+        """Return the value of the images, the calls of the model, and its result."""
         source, lowering = _Value(*shape), _Lowering(self.graph)
         result = lowering.run(source)
         if not isinstance(result, _Value):
-            raise Unsupported("the model's output is not one tensor")
+            raise Unsupported("the model's output must be a single tensor")
         return source, lowering.calls, result
 
-    def plan(self, shape: tuple[int, int, int, int]) -> _Plan:
+    def program(self, shape: tuple[int, int, int, int]) -> _Program:
         """Return the steps for images of a shape (N, C, H, W)."""
-        if shape not in self.plans:
-            while len(self.plans) >= 4:
-                del self.plans[next(iter(self.plans))]
-            self.plans[shape] = _Plan(self, shape)
-        return self.plans[shape]
+        if shape not in self.programs:
+            while len(self.programs) >= 4:
+                del self.programs[next(iter(self.programs))]
+            self.programs[shape] = _Program(self, shape)
+        return self.programs[shape]
 
     def packed(self, conv: Any, low: int, high: int, merged: bool) -> tuple[Any, Any]:
-        """Return a convolution's tiles of output channels from `low` to `high`, and what holds their memory."""
+        """Return the tiles of a convolution's output channels from `low` to `high`, and the tensors of their memory."""
         key = (conv, low, high, merged)
         if key not in self.weights:
             self.weights[key] = self.pack(conv, low, high, merged)
         return self.weights[key]
 
     def pack(self, conv: Any, low: int, high: int, merged: bool) -> tuple[Any, Any]:
-        """Lay out weights as tiles read them: see `Tile` in cpu_network.cpp."""
+        """Pack weights in the layout of `Tile` in cpu_network.cpp."""
         lanes = library().lanes()
         weight = conv.weight.detach().float()
         if weight.ndim == 2:
@@ -750,7 +750,7 @@ class Network:
         groups = getattr(conv, "groups", 1)
         group_out = out_chs // groups
         bias = torch.zeros(out_chs) if conv.bias is None else conv.bias.detach().float()
-        # With grouped convolutions a tile takes in all groups that it touches, so it is kept narrow.
+        # A tile of a grouped convolution includes all groups that it overlaps, so it is narrow.
         vectors = 2 if groups == 1 or group_out % (2 * lanes) == 0 else 1
         keep, tiles = [], []
         for begin in range(low, high, lanes * vectors):

@@ -1,11 +1,11 @@
-"""Training on CPUs: BatchNorm in one step with the activation, the sums, the split and the concatenation around it.
+"""Training on CPUs: BatchNorm fused with adjacent activations, additions, splits and concatenations.
 
-These do little with much memory. PyTorch runs them one by one, and each reads and writes its tensors
-anew; `fused_norm.cpp` reads a tensor twice on the way forward and twice on the way back, whatever is done
-with it. The numbers are BatchNorm's (Ioffe and Szegedy, arXiv 1502.03167, Algorithm 1), in float32
-inside; only roundings differ, for less is rounded.
+These operations are limited by memory bandwidth. PyTorch runs them one by one, and each reads and writes its tensors;
+`fused_norm.cpp` reads a tensor twice in the forward and twice in the backward pass, whatever the operations. Results
+are those of BatchNorm (Ioffe and Szegedy, arXiv 1502.03167, Algorithm 1), computed in float32, and differ from
+PyTorch's only by fewer roundings.
 
-`res2net_zoo.kernels.training` decides between this and plain PyTorch, a block at a time.
+`res2net_zoo.kernels.training` selects between this and plain PyTorch for each block.
 """
 
 import ctypes
@@ -33,12 +33,12 @@ FUNCTIONS = {
     "forward": (None, ctypes.c_void_p, ctypes.c_double, ctypes.c_double, ctypes.c_int, ctypes.c_int),
     "backward": (None, ctypes.c_void_p, ctypes.c_int, ctypes.c_int),
 }
-LEAST = 2**17  # elements from which on this is faster: calling it costs more than calling PyTorch
+LEAST = 2**17  # minimum number of elements for which this is faster, despite the higher overhead of a call
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled steps, or None, with a warning, where they cannot be compiled."""
+    """Return the compiled steps; if they cannot be compiled, warn and return None."""
     try:
         return compile_library(SOURCE, FUNCTIONS)
     except CannotCompile as error:
@@ -47,18 +47,18 @@ def library() -> ctypes.CDLL | None:
 
 
 def is_loaded() -> bool:
-    """Whether `library` was called and returned the compiled steps. This compiles nothing."""
+    """Whether `library` has returned the compiled steps, without compiling them."""
     return library.cache_info().currsize > 0 and library() is not None
 
 
 def fits(x: Any) -> bool:
-    """Whether the output of a convolution of a tensor (N, C, H, W) can be normalized here, in training.
+    """Whether the fused steps support the output of a convolution of a tensor (N, C, H, W) in training.
 
-    Tracers, compilers and transforms see PyTorch's own operations.
+    Tracers, compilers and function transforms get PyTorch's operations.
     """
     return (
         not torch.jit.is_tracing()
-        and type(x) is torch.Tensor  # neither a compiler's nor a tracer's stand-in for one
+        and type(x) is torch.Tensor  # not a proxy of a compiler or tracer
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.numel() >= LEAST
@@ -102,12 +102,12 @@ def norm_act(
     """Compute act(norm(x) + add).
 
     Args:
-        x: The output of a convolution, (N, C, H, W), for whose input `fits` holds. Its memory is given up in
-            the backward pass, unless the graph is kept.
-        norm: The layer, in training; its running statistics are updated.
-        relu: Whether the activation is ReLU, or none.
-        add: What is added before it, of x's shape, or None.
-        out: A tensor to write into, such as a slot of `concatenated`; or None.
+        x: Output (N, C, H, W) of a convolution whose input is supported by `fits`. The backward pass overwrites
+            its memory, unless the graph is retained.
+        norm: The layer, in training mode; its running statistics are updated.
+        relu: Whether to apply ReLU.
+        add: Tensor to add before the activation, of x's shape, or None.
+        out: Output tensor, such as a slot of `concatenated`, or None.
 
     Returns:
         (N, C, H, W).
@@ -120,7 +120,7 @@ def norm_act(
 def norm_act_sum(
     x: torch.Tensor, norm: nn.BatchNorm2d, other: torch.Tensor, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute y = ReLU(norm(x)) and y + other: what Eq. 1 passes from a group to the next. See `norm_act`."""
+    """Compute y = ReLU(norm(x)) and y + other, the input of the next group in Eq. 1. See `norm_act`."""
     y, total = _NormAct.apply(norm, True, 1, [out], x, None, other, norm.weight, norm.bias)
     return y, total
 
@@ -128,22 +128,22 @@ def norm_act_sum(
 def norm_act_split(
     x: torch.Tensor, norm: nn.BatchNorm2d, groups: int, last: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, ...]:
-    """Compute ReLU(norm(x)) in so many groups of channels, each a tensor of its own; `last` is the last one's."""
+    """Compute ReLU(norm(x)) in groups of channels, each a separate tensor; `last` is the last one's output tensor."""
     return _NormAct.apply(norm, True, groups, [*[None] * (groups - 1), last], x, None, None, norm.weight, norm.bias)
 
 
 def slots(group: torch.Tensor, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Make room for the concatenation of so many groups of channels.
+    """Allocate the concatenation of `count` groups of channels.
 
-    Autograd does not see the groups as views: the step that computes a group writes it, and `concatenated`
-    joins them in the graph.
+    For autograd, the groups are not views: the step that computes a group writes it, and `concatenated` joins them in
+    the graph.
 
     Args:
-        group: A tensor like each of them, (N, C, H, W).
-        count: Their number.
+        group: A tensor of the same shape as each group, (N, C, H, W).
+        count: Number of groups.
 
     Returns:
-        The concatenation, (N, count * C, H, W), and the groups in it, not yet written.
+        The concatenation (N, count * C, H, W) and the groups in it, all uninitialized.
     """
     size = group.shape[1]
     whole = _like(group, count * size)
@@ -164,14 +164,14 @@ def into_slot(x: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
 
 
 def _dense(x: torch.Tensor | None) -> torch.Tensor | None:
-    """Return a tensor whose channels are neighbours and whose pixels are equally far apart, or None for None."""
+    """Return a tensor with adjacent channels and evenly spaced pixels, or None for None."""
     if x is None:
         return None
     _, _, h, w = x.shape
     n_stride, c_stride, h_stride, w_stride = x.stride()
     if c_stride == 1 and h_stride == w * w_stride and n_stride == h * h_stride and w_stride >= x.shape[1]:
         return x
-    # Tensors of one row or column have strides that mean nothing; a copy has the usual ones.
+    # Tensors of one row or column can have arbitrary strides; a copy has the usual ones.
     return torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last).copy_(x)
 
 
@@ -180,8 +180,8 @@ def _like(x: torch.Tensor, chs: int) -> torch.Tensor:
     return torch.empty((n, chs, h, w), dtype=x.dtype, memory_format=torch.channels_last)
 
 
-# What `Norm` and `Group` in fused_norm.cpp consist of, in their order: numbers, or tensors by their address; groups
-# have of each tensor also how many elements its pixels are apart.
+# The fields of `Norm` and `Group` in fused_norm.cpp, in order: numbers, or addresses of tensors; groups also have the
+# distance of pixels, in elements, of each tensor.
 NORM = (
     *("pixels", "channels", "groups", "relu", "weight", "bias", "mean", "invstd", "scale"),
     *("running_mean", "running_var", "dweight", "dbias"),
@@ -198,15 +198,15 @@ def _call(
     *numbers: float,
     **kwargs: Any,
 ) -> None:
-    """Run a pass over x in so many groups.
+    """Run a pass over x in `count` groups of channels.
 
     Args:
-        backward: Which pass.
+        backward: Whether to run the backward pass.
         x: The input, (N, C, H, W).
         count: Number of groups.
-        tensors: By `GROUP`'s names, a tensor of all channels, a list of one for each group, or None.
-        stats: Mean, inverse standard deviation and scale, (3, C): what forward tells backward.
-        *numbers: The forward pass's momentum and epsilon.
+        tensors: For each name in `GROUP` a tensor of all channels, a list of one tensor per group, or None.
+        stats: Mean, inverse standard deviation and scale (3, C), written by the forward pass.
+        *numbers: Momentum and epsilon, for the forward pass.
         **kwargs: The other fields of `NORM`.
     """
     chs, size, bytes_each = x.shape[1], x.shape[1] // count, x.element_size()
@@ -246,9 +246,9 @@ class _NormAct(torch.autograd.Function):
         running = dict(running_mean=norm.running_mean, running_var=norm.running_var)
         _call(False, x, count, tensors, stats, norm.momentum, norm.eps, relu=relu, weight=w, bias=b, **running)
         norm.num_batches_tracked.add_(1)
-        # Which activations passed is known from x, unless something was added.
+        # The backward pass computes the sign of activations from x, unless something was added.
         ctx.save_for_backward(x, w, b, stats, add, ys[0] if add is not None and relu else None)
-        ctx.relu, ctx.eps, ctx.has_sum, ctx.gives_x_up = relu, norm.eps, other is not None, True
+        ctx.relu, ctx.eps, ctx.has_sum, ctx.may_overwrite_x = relu, norm.eps, other is not None, True
         ctx.set_materialize_grads(False)
         return (*ys, total) if total is not None else tuple(ys)
 
@@ -258,15 +258,15 @@ class _NormAct(torch.autograd.Function):
         count = len(grads) - ctx.has_sum
         size = x.shape[1] // count
         if torch.is_grad_enabled():
-            ctx.gives_x_up = False  # these steps read it again
+            ctx.may_overwrite_x = False  # double backward reads x again
             return _differentiable(ctx, x, w, b, add, grads)
         if any(grad is None for grad in grads):  # an unused output
             zero = torch.zeros((), dtype=x.dtype).expand(len(x), size, *x.shape[2:])
             grads = tuple(zero if grad is None else grad for grad in grads)
         dense: list[Any] = [_dense(grad) for grad in grads]
         dsum = dense.pop() if ctx.has_sum else None
-        # Only this step reads x, the output of a convolution, and this is the last time.
-        dx = x if ctx.gives_x_up and not _keeps_graph() else _like(x, x.shape[1])
+        # x is the output of a convolution, and is not read after this step.
+        dx = x if ctx.may_overwrite_x and not _keeps_graph() else _like(x, x.shape[1])
         dadd = None if add is None else _like(x, size)
         dw, db = torch.empty_like(w), torch.empty_like(b)
         tensors = dict(x=x, y=y, dy=dense, dsum=dsum, dx=dx, dadd=dadd)
@@ -275,13 +275,13 @@ class _NormAct(torch.autograd.Function):
 
 
 def _keeps_graph() -> bool:
-    """Whether the backward pass that runs may be run again."""
+    """Whether the current backward pass retains the graph."""
     return _get_current_graph_task_keep_graph()
 
 
 def _differentiable(ctx: Any, x: Any, w: Any, b: Any, add: Any, grads: Sequence[Any]):
-    """Compute the gradients as PyTorch would, by steps that have gradients themselves."""
-    # One may have been computed from another, as x from the shortcut; the views have not.
+    """Compute the gradients by PyTorch's differentiable operations."""
+    # Inputs can depend on each other, such as x on the shortcut; the views do not.
     given = [None if value is None else value.view_as(value) for value in (x, add, w, b)]
     x, add, w, b = given
     y = F.batch_norm(x, None, None, w, b, True, 0.0, ctx.eps)

@@ -1,11 +1,10 @@
 """Training on CPUs in bfloat16: 1x1 convolutions whose backward pass is matrix products.
 
-In channels_last a 1x1 convolution is one matrix product. PyTorch's convolution computes the gradient of
-its weight more slowly than its matrix product does, and leaves the sum of the two gradients of a block's
-input, the branch's and the shortcut's, to a step of its own; a matrix product adds to what is there. In
-float32 convolutions are faster, and stay.
+In channels_last a 1x1 convolution is a matrix product. PyTorch's convolution computes the weight's gradient more
+slowly than a matrix product, and needs a separate step to add the gradients of the branch and the shortcut of a block,
+which a matrix product can accumulate. In float32, convolutions are faster and are kept.
 
-`res2net_zoo.kernels.training` decides where this runs.
+`res2net_zoo.kernels.training` selects where this is used.
 """
 
 from typing import Any
@@ -15,7 +14,7 @@ from torch import nn
 
 from res2net_zoo.utils.private_apis import has_bfloat16_convolutions
 
-LEAST_CHANNELS = 128  # of input and output, from which on a matrix product gives the weight's gradient faster
+LEAST_CHANNELS = 128  # minimum of input and output channels for which the weight's gradient is faster as a product
 
 
 def pointwise(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
@@ -23,29 +22,29 @@ def pointwise(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
 
     Args:
         conv: The layer.
-        x: (N, C, H, W), for which `fused_norm.fits` holds.
+        x: (N, C, H, W), supported by `fused_norm.fits`.
 
     Returns:
         (N, conv.out_channels, H, W).
     """
-    return _Pointwise.apply(*_cast(conv, x), False) if _pays(conv, x) else conv(x)
+    return _Pointwise.apply(*_cast(conv, x), False) if _is_faster(conv, x) else conv(x)
 
 
 def pointwise_and_shortcut(conv: nn.Conv2d, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the same, and return with it x for the block's shortcut.
+    """Compute the same, and also return x for the block's shortcut.
 
-    The step that reads the shortcut must not reuse the memory of its gradient: the convolution adds its own there.
+    The step that reads the shortcut must not reuse the memory of its gradient, to which the convolution adds its own.
     """
-    return _Pointwise.apply(*_cast(conv, x), True) if _pays(conv, x) else (conv(x), x)
+    return _Pointwise.apply(*_cast(conv, x), True) if _is_faster(conv, x) else (conv(x), x)
 
 
-def _pays(conv: nn.Conv2d, x: torch.Tensor) -> bool:
+def _is_faster(conv: nn.Conv2d, x: torch.Tensor) -> bool:
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     return dtype == torch.bfloat16 and has_bfloat16_convolutions()
 
 
 def _cast(conv: nn.Conv2d, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return input and weight as a convolution reads them under autocast."""
+    """Return input and weight in the dtype of a convolution under autocast."""
     if not torch.is_autocast_enabled("cpu"):
         return x, conv.weight
     return x.to(torch.bfloat16), conv.weight.to(torch.bfloat16)
@@ -57,14 +56,14 @@ def _matrix(x: torch.Tensor) -> torch.Tensor:
 
 
 class _Pointwise(torch.autograd.Function):
-    """The convolution's output, and its input once more if the shortcut is to have it."""
+    """The output of the convolution and, for the shortcut, its input."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, beside: bool):
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, with_shortcut: bool):
         ctx.save_for_backward(x, weight)
         ctx.set_materialize_grads(False)
         y = torch.conv2d(x, weight)
-        return (y, x) if beside else y
+        return (y, x) if with_shortcut else y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any):
@@ -74,7 +73,7 @@ class _Pointwise(torch.autograd.Function):
             return dshortcut, None, None
         x, weight = ctx.saved_tensors
         needs_dx, needs_dw, _ = ctx.needs_input_grad
-        # Only PyTorch's convolution has gradients of its gradients.
+        # Only PyTorch's convolution supports double backward.
         adds = dshortcut is not None and needs_dx and not torch.is_grad_enabled()
         by_product = needs_dw and min(weight.shape[:2]) >= LEAST_CHANNELS and not torch.is_grad_enabled()
         mask = [needs_dx and not adds, needs_dw and not by_product, False]
@@ -87,6 +86,6 @@ class _Pointwise(torch.autograd.Function):
         elif dshortcut is not None and needs_dx:
             dx = dx + dshortcut
         if by_product:
-            dw = torch.empty_like(weight)  # in the weight's memory format, as autograd asks
+            dw = torch.empty_like(weight)  # in the weight's memory format, as autograd expects
             torch.mm(_matrix(dy).t(), _matrix(x), out=dw.view(weight.shape[:2]))
         return dx, dw, None

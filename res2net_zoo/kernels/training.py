@@ -1,7 +1,7 @@
-"""Faster training on CPUs: a built model's blocks and stem in fewer steps, see `accelerate_training`.
+"""Faster training on CPUs: fused steps for the blocks and the stem of a model, see `accelerate_training`.
 
-The classes here compute what those in `res2net_zoo.models` compute, wherever `fits` and `is_plain` hold, by the steps
-of `fused_norm` and `pointwise`; elsewhere, as in evaluation, they run the same PyTorch operations.
+The classes compute the same as those in `res2net_zoo.models`: by the steps of `fused_norm` and `pointwise` if `fits`
+and `is_plain` return True, and otherwise, for example in evaluation, by the same PyTorch operations.
 """
 
 from types import NoneType
@@ -31,19 +31,19 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def accelerate_training(model: Model) -> Model:
-    """Make a model train faster on the CPU, in place. The results differ from PyTorch's by rounding only.
+    """Make a model train faster on the CPU, in place. Results differ from PyTorch's only by rounding.
 
-    Parameters, state-dict keys and hooks stay as they are, and so does the model in evaluation, on a GPU, or
-    compiled, exported or scripted: each Res2Net block and stem only takes a subclass of its class. The speed-up
-    applies to a model in `channels_last`, to BatchNorm and ReLU, in float32 and bfloat16.
+    Parameters, state-dict keys and hooks do not change: the class of each Res2Net block and stem becomes a subclass.
+    Evaluation, GPUs, and compiled, exported or scripted models are not affected. The speed-up applies to models in
+    `channels_last` with BatchNorm and ReLU, in float32 and bfloat16.
 
-    The C++ steps are compiled here if this machine has not compiled them before, which takes some seconds.
-    Without a C++ compiler, the model stays as it is and a warning gives the reason. A second call changes
-    nothing. A process that unpickles such a model calls this again: there, it trains in plain PyTorch until then.
+    If needed, the call compiles the C++ steps, which takes several seconds. Without a C++ compiler, the model is not
+    changed, and a warning gives the reason. The call is idempotent. A process that unpickles such a model must call
+    it again; until then, the model trains in plain PyTorch.
 
     Args:
-        model: A model that has parameters on the CPU; any other is left as it is. It may be wrapped, for
-            example in `DistributedDataParallel`, or have the zoo's backbone as a part.
+        model: A model with parameters on the CPU; other models are not changed. It can be wrapped, for example in
+            `DistributedDataParallel`, or contain a backbone of the zoo.
 
     Returns:
         The model.
@@ -57,13 +57,13 @@ def accelerate_training(model: Model) -> Model:
 
 
 class FusedBlock(Res2NetModule):
-    """A Res2Net block whose training step on a CPU takes fewer passes over memory."""
+    """A Res2Net block whose training step on a CPU needs fewer passes over memory."""
 
     def forward_residual(self, x: torch.Tensor, shortcut: torch.Tensor, last_act: bool = True) -> torch.Tensor:
         """Compute the block, see `Res2NetModule`."""
         if not torch.jit.is_scripting() and self.can_fuse(x):
             return self.forward_fused(x, shortcut, last_act)
-        # TorchScript has no super().
+        # TorchScript does not support super().
         x = self.conv3(self.forward_groups(self.conv1(x)))
         return self.forward_end(x, shortcut, last_act)
 
@@ -76,7 +76,7 @@ class FusedBlock(Res2NetModule):
 
     @torch.jit.unused
     def forward_fused(self, x: torch.Tensor, shortcut: torch.Tensor, last_act: bool) -> torch.Tensor:
-        """Compute the block in fewer steps."""
+        """Compute the block with fused steps."""
         conv1, conv3 = self.conv1, self.conv3
         plain_end = self.se is not None or not isinstance(self.drop_path, (NoneType, nn.Identity))
         if plain_end:
@@ -91,7 +91,7 @@ class FusedBlock(Res2NetModule):
 
     @torch.jit.unused
     def forward_groups_fused(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute `forward_groups` in fewer steps."""
+        """Compute `forward_groups` with fused steps."""
         bn1, bns = cast(Any, self.bn1), cast(Any, self.bns)
         if self.hierarchical:
             whole, places = slots(x[:, : x.shape[1] // self.scale], self.scale)
@@ -112,7 +112,7 @@ class FusedBlock(Res2NetModule):
 
 
 class FusedBottle2neck(FusedBlock, Bottle2neck):
-    """The block of a ResNet; its shortcut's norm takes one step as well."""
+    """The block of a ResNet, including a fused norm of its shortcut."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the block, see `Bottle2neck`."""
@@ -139,10 +139,10 @@ class FusedDlaBottle2neck(FusedBlock, DlaBottle2neck):
 
 
 class FusedRes2Net(Res2Net):
-    """A ResNet whose stem's norm and activation take one step."""
+    """A ResNet with a fused norm and activation in its stem."""
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute the last stage's features, see timm's `ResNet`."""
+        """Compute the features of the last stage, see timm's `ResNet`."""
         x = self.maxpool(self.forward_stem(self.conv1(x)))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq([self.layer1, self.layer2, self.layer3, self.layer4], x, flatten=True)

@@ -1,4 +1,4 @@
-"""Compare native steps with what they would be without each idea: ratios of speeds, in turns. By hand.
+"""Ablate the optimizations of native steps: speed ratios of interleaved timings. Run by hand.
 
 `python -m tests.kernels.compare_native [--rounds 15] [--model res2net50_26w_4s]`
 """
@@ -18,17 +18,17 @@ from res2net_zoo.kernels import compiler, cpu_network
 from res2net_zoo.kernels.cpu_network import Network
 from res2net_zoo.utils.timing import by_turns
 
-IDEAS = {
-    "as it is": contextlib.nullcontext,
-    "weights not fetched ahead": lambda: compiled_with("-DAHEAD=0"),
-    "pixels any number of cache lines apart": lambda: mock.patch.object(
+VARIANTS = {
+    "unmodified": contextlib.nullcontext,
+    "no prefetch of weights": lambda: compiled_with("-DAHEAD=0"),
+    "any pixel pitch": lambda: mock.patch.object(
         cpu_network._Value, "pitch", property(lambda value: value.c if value.c < 16 else -(-value.c // 16) * 16)
     ),
     "pages of 4 KB": lambda: mock.patch.object(
         cpu_network, "mmap", mock.Mock(spec=["mmap"], mmap=cpu_network.mmap.mmap)
     ),
-    "images always together": lambda: mock.patch.object(cpu_network, "MAP_ELEMENTS", 2**40),
-    "images always one by one": lambda: mock.patch.object(cpu_network, "MAP_ELEMENTS", 0),
+    "all images together": lambda: mock.patch.object(cpu_network, "MAP_ELEMENTS", 2**40),
+    "images one by one": lambda: mock.patch.object(cpu_network, "MAP_ELEMENTS", 0),
     "all pixels in one block": lambda: mock.patch.object(cpu_network, "CACHE_BYTES", 2**40),
 }
 
@@ -48,19 +48,19 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(2)
     model = fold_batch_norm(timm.create_model(args.model).eval())
-    print(f"res2net-zoo {res2net_zoo.__version__}; speed without an idea, of the speed as it is")
+    print(f"res2net-zoo {res2net_zoo.__version__}; speed of each variant relative to the unmodified steps")
     for dtype in (torch.float32, torch.bfloat16):
         for batch in (1, 16):
             images = torch.randn(batch, 3, 224, 224)
             calls = []
-            for idea in IDEAS.values():
-                with idea():
+            for variant in VARIANTS.values():
+                with variant():
                     network = Network(model, dtype)
-                    network(images)  # lays out the steps, with the library of the moment
+                    network(images)  # compiles the steps with the current library
                     calls.append(bind(network, images, cpu_network.library()))
             times = by_turns(calls, args.rounds, seconds=0.1)
             median = [statistics.median(seconds for turn in turns for seconds in turn) for turns in times]
-            for name, taken in zip(IDEAS, median, strict=True):
+            for name, taken in zip(VARIANTS, median, strict=True):
                 print(f"{dtype}, batch {batch}: {name}: {median[0] / taken:.3f}", flush=True)
 
 

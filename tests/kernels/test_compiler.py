@@ -1,4 +1,4 @@
-"""`res2net_zoo.kernels.compiler`: what a broken, hostile or hanging compiler or cache does to a training step.
+"""Tests of `res2net_zoo.kernels.compiler` with a broken, hostile or hanging compiler or cache.
 
 All go through `fused_norm.library`, which `accelerate_training` calls.
 """
@@ -39,7 +39,7 @@ void backward(void) {}
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Iterator[Path]:
-    """A new assets cache; `fused_norm.library` is empty before and afterwards."""
+    """A new assets cache; the cache of `fused_norm.library` is cleared before and afterwards."""
     folder = tmp_path / "assets"
     monkeypatch.setattr(cache_assets, "HF_ASSETS_CACHE", str(folder))
     monkeypatch.setattr(compiler, "FLAGS", QUICKLY)
@@ -50,7 +50,7 @@ def cache(tmp_path, monkeypatch) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory) -> Path:
-    """A library that leaves a file where PLANTED points to when it is loaded."""
+    """A library that creates the file that PLANTED names when it is loaded."""
     folder = tmp_path_factory.mktemp("planted")
     (folder / "planted.c").write_text(PLANTED)
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", folder / "fused_norm.so", folder / "planted.c"], check=True)
@@ -75,7 +75,7 @@ def fake_compiler(folder: Path, text: str) -> str:
 
 
 def cases(names: Iterable[str], *default: str) -> list:
-    """Return the names of cases, all but some of which are of the slow tier."""
+    """Return the names of cases, all but the given ones in the slow tier."""
     return [pytest.param(name, marks=[] if name in default else pytest.mark.slow) for name in names]
 
 
@@ -93,25 +93,25 @@ HANGING = {
     "by what it has started": "sleep 1000 & exit 0",
     "whatever signal it gets": "trap '' TERM INT HUP; while :; do sleep 1; done",
     "without output": "exec >&- 2>&-; sleep 1000",
-    "in a session of its own": "setsid sleep 30 & exit 0",
+    "in a new session": "setsid sleep 30 & exit 0",
 }
 
 
 @pytest.mark.parametrize("how", cases(HANGING, "at once", "when it compiles"))
-def test_a_compiler_that_hangs_is_ended_with_what_it_has_started(how, cache, tmp_path, monkeypatch):
+def test_hanging_compiler_is_killed_with_its_children(how, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(compiler, "DESCRIBING", 1, raising=False)
     monkeypatch.setattr(compiler, "COMPILING", 1, raising=False)
     script = HANGING[how].replace("sleep", f"{tmp_path}/sleep")
     (tmp_path / "sleep").symlink_to("/bin/sleep")
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, f"#!/bin/bash\n{script}\n"))
     begin = time.monotonic()
-    with pytest.warns(UserWarning, match=r"plain PyTorch.*compiler has not finished after 1 seconds"):
+    with pytest.warns(UserWarning, match=r"plain PyTorch.*compiler timed out after 1 seconds"):
         train()
     assert time.monotonic() - begin < 20
-    if how != "in a session of its own":
+    if how != "in a new session":
         running = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in contents(path)]
         assert not running
-    with warnings.catch_warnings(action="error"):  # once is enough
+    with warnings.catch_warnings(action="error"):  # only one warning
         assert fused_norm.library() is None
 
 
@@ -145,16 +145,16 @@ FAILING = {
 
 
 @pytest.mark.parametrize("how", cases(FAILING, "not a program", "writes a part", "lacks a function"))
-def test_a_compiler_that_fails_in_any_way_leaves_plain_pytorch(how, cache, tmp_path, monkeypatch):
-    text, says = FAILING[how]
+def test_failing_compiler_falls_back_to_plain_pytorch(how, cache, tmp_path, monkeypatch):
+    text, words = FAILING[how]
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, text))
-    with pytest.warns(UserWarning, match=f"plain PyTorch.*{says}"):
+    with pytest.warns(UserWarning, match=f"plain PyTorch.*{words}"):
         train()
     with warnings.catch_warnings(action="error"):
         assert fused_norm.library() is None
 
 
-def test_a_compiler_with_arguments(cache, tmp_path, monkeypatch):
+def test_compiler_with_arguments(cache, tmp_path, monkeypatch):
     monkeypatch.setenv(
         "CXX", f"{fake_compiler(tmp_path, '#!/bin/sh' + chr(10) + 'echo $1 >> $0.log; shift; c++ $@')} -m64"
     )
@@ -162,24 +162,24 @@ def test_a_compiler_with_arguments(cache, tmp_path, monkeypatch):
     assert set(Path(os.environ["CXX"].split()[0] + ".log").read_text().split()) == {"-m64"}
 
 
-def test_a_cache_that_cannot_be_written_leaves_the_fast_step(cache, monkeypatch):
+def test_unwritable_cache_keeps_the_fused_steps(cache, monkeypatch):
     cache.write_text("in the way")
-    with pytest.warns(UserWarning, match="compiled for this process alone.*set HF_HOME"):
+    with pytest.warns(UserWarning, match="compiled for this process only.*set HF_HOME"):
         assert fused_norm.library() is not None
     train()
     assert cache.read_text() == "in the way"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
-def test_a_cache_without_permission(cache):
+def test_cache_without_permission(cache):
     cache.mkdir(mode=0o500)
-    with pytest.warns(UserWarning, match="compiled for this process alone"):
+    with pytest.warns(UserWarning, match="compiled for this process only"):
         assert fused_norm.library() is not None
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("umask", [0, pytest.param(0o002, marks=pytest.mark.slow)])
-def test_what_is_written_is_for_its_user_alone_whatever_the_umask(umask, cache):
+def test_files_are_private_regardless_of_the_umask(umask, cache):
     before = os.umask(umask)
     try:
         assert fused_norm.library() is not None
@@ -220,7 +220,7 @@ PLANTS = {
 
 @pytest.mark.full
 @pytest.mark.parametrize("how", cases(PLANTS, "changed", "for all to write", "hash of another user"))
-def test_a_library_that_others_may_have_written_is_compiled_anew(how, cache, tmp_path, planted, monkeypatch):
+def test_untrusted_library_is_compiled_again(how, cache, tmp_path, planted, monkeypatch):
     if "another user" in how and os.geteuid():
         pytest.skip("only root can give files away")
     monkeypatch.setenv("PLANTED", str(tmp_path / "ran"))
@@ -237,7 +237,7 @@ def test_a_library_that_others_may_have_written_is_compiled_anew(how, cache, tmp
 @pytest.mark.full
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give folders away")
 @pytest.mark.parametrize("how", ["of another user", "a link"])
-def test_a_folder_of_another_user_is_not_used(how, cache, tmp_path, planted, monkeypatch):
+def test_folder_of_another_user_is_not_used(how, cache, tmp_path, planted, monkeypatch):
     monkeypatch.setenv("PLANTED", str(tmp_path / "ran"))
     assert fused_norm.library() is not None
     path = library_in(cache)
@@ -247,7 +247,7 @@ def test_a_folder_of_another_user_is_not_used(how, cache, tmp_path, planted, mon
         path.parent.symlink_to(tmp_path / "elsewhere")
     else:
         other_user(path.parent)
-    with pytest.warns(UserWarning, match="compiled for this process alone"):
+    with pytest.warns(UserWarning, match="compiled for this process only"):
         assert load_anew() is not None
     assert not (tmp_path / "ran").exists() and path.read_bytes() == planted.read_bytes()
 
@@ -266,8 +266,8 @@ BROKEN = {
 
 @pytest.mark.full
 @pytest.mark.parametrize("how", cases(BROKEN, "truncated", "empty"))
-def test_a_broken_library_is_compiled_anew(how, cache):
-    """In a process of its own, which a truncated library used to end with SIGBUS."""
+def test_damaged_library_is_compiled_again(how, cache):
+    """In a separate process, because a truncated library can crash it with SIGBUS."""
     assert fused_norm.library() is not None
     path = library_in(cache)
     whole = path.read_bytes()
@@ -279,7 +279,7 @@ def test_a_broken_library_is_compiled_anew(how, cache):
 
 
 @pytest.mark.full
-def test_what_a_killed_compilation_leaves_is_deleted_by_the_next(cache, tmp_path, monkeypatch):
+def test_leftovers_of_a_killed_compilation_are_deleted(cache, tmp_path, monkeypatch):
     slow = (
         '#!/bin/sh\nc++ "$@" || exit\ncase "$*" in *-shared*) touch $TMPDIR/cc1.s; echo $$ > $0.pid; sleep 60;; esac\n'
     )
@@ -295,7 +295,7 @@ def test_what_a_killed_compilation_leaves_is_deleted_by_the_next(cache, tmp_path
     process.wait()
     assert [path for path in cache.rglob("*") if path.name in ("fused_norm.so", "cc1.s")]
     begin = time.monotonic()
-    assert fused_norm.library() is not None  # the lock has died with its process
+    assert fused_norm.library() is not None  # the lock was released with its process
     assert time.monotonic() - begin < 20
     os.killpg(int(pid.read_text()), signal.SIGKILL)
     assert {path.name for path in library_in(cache).parent.iterdir()} == {"lock", "fused_norm.so", "sha256"}
@@ -304,7 +304,7 @@ def test_what_a_killed_compilation_leaves_is_deleted_by_the_next(cache, tmp_path
 
 
 @pytest.mark.full
-def test_of_several_at_once_one_compiles(cache, tmp_path, monkeypatch):
+def test_concurrent_processes_compile_once(cache, tmp_path, monkeypatch):
     log = '#!/bin/sh\ncase "$*" in *-shared*) echo once >> $0.log; sleep 1;; esac\nexec c++ "$@"\n'
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, log))
     found: list = []
@@ -320,19 +320,19 @@ def test_of_several_at_once_one_compiles(cache, tmp_path, monkeypatch):
 
 
 @pytest.mark.full
-def test_a_lock_that_is_held_for_long_does_not_hold_up_others(cache, monkeypatch):
+def test_timeout_of_the_lock(cache, monkeypatch):
     assert fused_norm.library() is not None
     path = library_in(cache)
     path.unlink()
     monkeypatch.setattr(compiler, "WAITING", 1)
     with FileLock(path.with_name("lock")), pytest.warns(UserWarning) as warned:
         load_anew()
-    assert "compiled for this process alone" in str(warned[0].message)
+    assert "compiled for this process only" in str(warned[0].message)
 
 
 @pytest.mark.full
-def test_a_library_of_the_same_number_is_not_taken_for_another(cache):
-    """The system knows libraries by name, and theirs are the numbers of open files."""
+def test_reused_descriptor_loads_the_right_library(cache):
+    """The system identifies libraries by name, which contains the number of a descriptor."""
     from res2net_zoo.kernels import cpu_network
 
     cpu_network.library.cache_clear()

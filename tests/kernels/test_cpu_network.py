@@ -1,4 +1,4 @@
-"""`res2net_zoo.kernels.cpu_network`: its steps compute what torch does, for any network of the family and any shape."""
+"""Tests of `res2net_zoo.kernels.cpu_network` against torch, for all families and any shape."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ def images(*shape: int) -> torch.Tensor:
 
 
 class Head(nn.Module):
-    """Makes logits of a layer's map, so that a Network can be made of any layer."""
+    """Computes logits from a layer's map, so that a Network can be built from any layer."""
 
     def __init__(self, *layers: nn.Module, chs: int) -> None:
         super().__init__()
@@ -63,8 +63,8 @@ LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("res2net50_14w_
 
 
 @pytest.mark.parametrize("name", [*SMALL, "res2net_tiny", *LARGE, "resnet18"])
-def test_every_kind_of_model_at_any_number_and_size_of_images(name):
-    """Images above 4 go in parts; maps above a size go image by image: both must be met."""
+def test_all_families_with_any_batch_and_image_size(name):
+    """More than 4 images are split, and large maps are processed image by image: both must be covered."""
     model = small(name)
     folded = fold_batch_norm(model)
     multiple = 32 if name.startswith("dla") else 1
@@ -77,7 +77,7 @@ def test_every_kind_of_model_at_any_number_and_size_of_images(name):
 
 @needs_bf16
 @pytest.mark.parametrize("name", SMALL)
-def test_bfloat16_is_as_good_as_torchs(name):
+def test_bfloat16_is_as_accurate_as_torchs(name):
     model = small(name)
     x = images(2, 3, 96, 96)
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_images_in_any_layout():
     assert net(x[:0]).shape == (0, 7)
 
 
-def test_results_do_not_depend_on_threads_or_on_what_ran_before():
+def test_results_do_not_depend_on_threads_or_previous_calls():
     net, x = Network(fold_batch_norm(small("res2net50_26w_4s"))), images(3, 3, 64, 64)
     torch.set_num_threads(1)
     expected = net(x)
@@ -165,19 +165,19 @@ def test_calls_from_several_threads():
     assert not wrong
 
 
-def test_a_value_that_is_no_number_comes_out():
+def test_nan_propagates():
     net, x = Network(fold_batch_norm(small("res2net_tiny"))), images(2, 3, 32, 32)
     x[1, 0, 3, 3] = float("nan")
     logits = net(x)
     assert logits[0].isfinite().all() and logits[1].isnan().all()
 
 
-def test_memory_is_shared_by_values_that_do_not_live_at_once():
+def test_values_with_disjoint_lifetimes_share_memory():
     net = Network(fold_batch_norm(timm.create_model("res2net50_26w_4s").eval()))
     net(images(1, 3, 224, 224))
-    (plan,) = net.plans.values()
+    (plan,) = net.programs.values()
     buffers = {tensor.data_ptr(): tensor.nbytes for tensor in plan.buffers.values()}
-    assert sum(buffers.values()) < 45e6  # 80 MB of maps
+    assert sum(buffers.values()) < 45e6  # all maps together take 80 MB
 
 
 class Odd(nn.Module):
@@ -200,37 +200,37 @@ class Odd(nn.Module):
 
 
 @pytest.mark.parametrize("what", ["softmax", "broadcast", "map", "pair", "gelu"])
-def test_what_there_is_no_step_for_is_refused(what):
+def test_unsupported_operations(what):
     with pytest.raises(Unsupported):
         network(Odd(what))(images(1, 3, 8, 8))
 
 
-def test_a_number_of_channels_that_does_not_fit_is_refused():
+def test_wrong_number_of_channels():
     with pytest.raises(Unsupported, match="does not fit an input of 4 x 8 x 8"):
         network(Head(nn.Conv2d(3, 8, 3), chs=8))(images(1, 4, 8, 8))
 
 
 @pytest.mark.parametrize(
-    ("env", "says"),
+    ("env", "words"),
     [
-        ({"PATH": "/nowhere", "CXX": ""}, "there is no C++ compiler"),
+        ({"PATH": "/nowhere", "CXX": ""}, "no C++ compiler is installed"),
         ({"CXX": "false"}, "cannot compile cpu_network.cpp"),
     ],
 )
-def test_without_a_compiler(env, says, tmp_path):
+def test_without_a_compiler(env, words, tmp_path):
     code = (
         "from res2net_zoo.kernels import cpu_network\n"
         "try:\n    cpu_network.library()\nexcept Exception as error:\n    print(error)"
     )
     run = [sys.executable, "-c", code]
     env = {**os.environ, "HF_ASSETS_CACHE": str(tmp_path), **env}
-    assert says in subprocess.run(run, env=env, capture_output=True, text=True).stdout
+    assert words in subprocess.run(run, env=env, capture_output=True, text=True).stdout
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("machine", ["haswell", "skylake-avx512"])
 def test_on_other_processors(machine, monkeypatch):
-    """This machine runs the code for lesser ones too."""
+    """This machine also runs the code for older processors."""
     if machine == "skylake-avx512" and cpu_network.library().lanes() == 8:
         pytest.skip("this processor has no AVX-512")
     monkeypatch.setattr(compiler, "FLAGS", (*compiler.FLAGS, f"-march={machine}"))
@@ -239,7 +239,7 @@ def test_on_other_processors(machine, monkeypatch):
         assert cpu_network.library().lanes() == (16 if machine == "skylake-avx512" else 8)
         model = small("seres2next29_6c_24w_4s")
         assert error(model, Network(fold_batch_norm(model)), images(2, 3, 33, 40)) < 1e-5
-        with pytest.raises(Unsupported, match="no instructions for bfloat16"):
+        with pytest.raises(Unsupported, match="does not support bfloat16"):
             Network(fold_batch_norm(model), torch.bfloat16)
     finally:
         monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""`res2net_zoo.kernels.training`: an accelerated model's training step computes what plain PyTorch's does."""
+"""Tests of `res2net_zoo.kernels.training`: training steps of an accelerated model match plain PyTorch's."""
 
 import copy
 import io
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.first_case
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch) -> list[bool]:
-    """Counts the passes that run here, of tensors of any size."""
+    """Enables the fused passes for tensors of any size, and counts them."""
     passes: list[bool] = []
     call = fused_norm._call
 
@@ -47,7 +47,7 @@ def images(*shape: int) -> torch.Tensor:
 
 
 def plain_block() -> Bottle2neck:
-    """A block in the middle of a stage, its shortcut the identity."""
+    """A block in the middle of a stage, with an identity shortcut."""
     return spread(Bottle2neck(32, 8, base_width=64, scale=3)).to(memory_format=torch.channels_last).train()
 
 
@@ -56,7 +56,7 @@ def block() -> Bottle2neck:
 
 
 def step(model: nn.Module, x: torch.Tensor, bf16: bool = False) -> dict[str, torch.Tensor]:
-    """Return all that a training step computes: output, gradients, running statistics."""
+    """Return all results of a training step: output, gradients, running statistics."""
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         y = model(x)
@@ -67,7 +67,7 @@ def step(model: nn.Module, x: torch.Tensor, bf16: bool = False) -> dict[str, tor
 
 
 def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Return the largest error of any of them, each relative to its size."""
+    """Return the maximum relative error of all results."""
     assert found.keys() == expected.keys()
     return max(
         ((found[name].double() - value).norm() / value.double().norm().clamp(min=1e-9)).item()
@@ -77,8 +77,8 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("name", SMALL)
-def test_a_training_step_of_every_wiring(name, calls, bf16):
-    """Which values near zero ReLU lets pass is chance, so this cannot be exact; `test_any_layer` is."""
+def test_training_step_of_every_wiring(name, calls, bf16):
+    """Not exact, because rounding decides which values near zero pass ReLU; `test_any_layer` is."""
     plain = spread(timm.create_model(name, num_classes=7, **SMALL[name])).to(memory_format=torch.channels_last).train()
     model, exact = accelerate_training(copy.deepcopy(plain)), copy.deepcopy(plain).double()
     x = images(4, 3, 64, 64)
@@ -102,7 +102,7 @@ def test_any_layer(data):
         groups == 1 and draw(st.booleans()),
     )
     torch.set_num_threads(draw(st.integers(1, 3)))
-    # Far from zero, where a variance by sums of squares would be lost.
+    # Far from zero, where computing the variance by sums of squares is inaccurate.
     x, add, other = (images(n, chs, h, w) + draw(st.sampled_from((0, 30))) for _ in range(3))
     dys = [images(n, chs // groups, h, w) for _ in range(groups + 1)]
     layer = spread(nn.BatchNorm2d(chs, momentum=draw(st.floats(0, 1)), eps=1e-3)).train()
@@ -118,7 +118,7 @@ def test_any_layer(data):
         ys = [fused_norm.norm_act(tensors[0], layer, relu=relu, add=tensors[1] if has_add else None)]
     y = exact(doubles[0])
     y = y + doubles[1] if has_add and not has_sum else y
-    decided = (y.abs() > 1e-3).float().chunk(groups, 1)  # nearer to zero it is chance what ReLU lets pass
+    decided = (y.abs() > 1e-3).float().chunk(groups, 1)  # nearer to zero, rounding decides what passes ReLU
     dys = [dy * mask for dy, mask in zip(dys, [*decided, decided[0]], strict=True)]
     y = F.relu(y) if relu or has_sum or groups > 1 else y
     expected = [y, y + doubles[2]] if has_sum else list(y.chunk(groups, 1))
@@ -147,13 +147,13 @@ def test_any_pointwise_convolution(data):
     x = images(*shape).to(conv.weight.dtype).requires_grad_(draw(st.booleans()))
     used = draw(
         st.sampled_from(((0,), (0, 1), (1,)) if x.requires_grad else ((0,),))
-    )  # of the output and of the input for the shortcut
+    )  # gradients of the output and of the input for the shortcut
     exact = copy.deepcopy(conv).double()
     double = x.detach().double().requires_grad_(x.requires_grad)
-    beside, create_graph = draw(st.booleans()), draw(st.booleans())
+    with_shortcut, create_graph = draw(st.booleans()), draw(st.booleans())
 
     def gradients(ys: list[torch.Tensor], leaves: list[torch.Tensor]) -> list[torch.Tensor | None]:
-        # Squared, so that the gradients' own gradients are not zero.
+        # Squared, so that second derivatives are not zero.
         total = sum((y.to(torch.float64) ** 2).mean() for y in ys)
         leaves = [leaf for leaf in leaves if leaf.requires_grad]
         if not leaves or not total.requires_grad:
@@ -164,7 +164,7 @@ def test_any_pointwise_convolution(data):
             found += torch.autograd.grad(sum(norms), leaves, allow_unused=True)
         return found
 
-    if beside:
+    if with_shortcut:
         pair = pointwise_and_shortcut(conv, x)
         found = gradients([pair[i] for i in used], [x, conv.weight])
         expected = gradients([(exact(double), double)[i] for i in used], [double, exact.weight])
@@ -179,12 +179,12 @@ def test_any_pointwise_convolution(data):
         )
 
 
-def test_the_same_step_gives_the_same_bits(calls):
+def test_steps_are_deterministic(calls):
     first, second = (step(block(), images(2, 32, 9, 7)) for _ in range(2))
     assert calls and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_graph_that_is_kept_can_be_walked_again(calls):
+def test_retained_graph_supports_a_second_backward(calls):
     model, x = block(), images(2, 32, 8, 8)
     y = model(x)
     y.square().sum().backward(retain_graph=True)
@@ -194,7 +194,7 @@ def test_a_graph_that_is_kept_can_be_walked_again(calls):
     assert calls and all(torch.equal(first[name], p.grad) for name, p in model.named_parameters())
 
 
-def test_gradients_of_gradients(calls):
+def test_double_backward(calls):
     def penalty(model: nn.Module) -> dict[str, torch.Tensor]:
         x = images(2, 32, 8, 8).requires_grad_()
         (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
@@ -206,7 +206,7 @@ def test_gradients_of_gradients(calls):
     assert worst(fused, {name: value.double() for name, value in penalty(plain_block()).items()}) < 1e-3
 
 
-def test_an_output_that_nobody_reads():
+def test_unused_output():
     x, layer = images(2, 12, 5, 5).requires_grad_(), nn.BatchNorm2d(12)
     _, y, _ = fused_norm.norm_act_split(x, layer, 3)
     y.sum().backward()
@@ -223,7 +223,7 @@ def test_checkpointing(calls):
     assert worst(found, exact) < 0.02
 
 
-def test_transforms_of_functions_see_plain_pytorch(calls):
+def test_function_transforms_use_plain_pytorch(calls):
     model, x = block(), images(2, 32, 8, 8)
     state = {name: value.detach() for name, value in model.state_dict(keep_vars=True).items()}
 
@@ -265,7 +265,7 @@ PLAIN = {
 
 
 @pytest.mark.parametrize("case", PLAIN)
-def test_an_unsupported_block_runs_in_plain_pytorch(case, calls):
+def test_unsupported_block_runs_in_plain_pytorch(case, calls):
     model = block()
     PLAIN[case](model)
     x = images(2, 32, 8, 8).to(model.conv1.weight.dtype)
@@ -296,7 +296,7 @@ def test_without_a_compiler(monkeypatch, calls):
     try:
         with pytest.warns(UserWarning, match="training runs in plain PyTorch.*no C.. compiler"):
             block()(images(2, 32, 8, 8)).sum().backward()
-        with warnings.catch_warnings(action="error"):  # once is enough
+        with warnings.catch_warnings(action="error"):  # only one warning
             block()(images(2, 32, 8, 8)).sum().backward()
         assert type(block()) is Bottle2neck and not calls
     finally:
@@ -325,7 +325,7 @@ def accelerated(name: str = "res2net50_26w_4s") -> nn.Module:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_parameters_keep_their_names_and_the_second_call_changes_nothing(name):
+def test_acceleration_is_idempotent_and_keeps_parameter_names(name):
     plain = timm.create_model(name, **SMALL[name])
     model = accelerate_training(copy.deepcopy(plain))
     classes = [type(module) for module in model.modules()]
@@ -347,7 +347,7 @@ def saved(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved, lambda model: ModelEmaV3(model).module.train()])
-def test_a_copy_trains_as_fast_and_to_the_same_bits(copied, calls):
+def test_copy_is_accelerated_and_bit_identical(copied, calls):
     model, x = accelerated(), images(2, 3, 64, 64)
     other = copied(model)
     found = step(model, x)
@@ -358,7 +358,7 @@ def test_a_copy_trains_as_fast_and_to_the_same_bits(copied, calls):
 
 
 @pytest.mark.parametrize("name", ["res2net50_26w_4s", "dla60_res2net"])
-def test_evaluation_gives_the_same_bits(name, calls):
+def test_evaluation_is_bit_identical(name, calls):
     plain = spread(timm.create_model(name, num_classes=7, **SMALL[name])).eval()
     model, x = accelerate_training(copy.deepcopy(plain)), images(2, 3, 64, 64)
     assert torch.equal(model(x), plain(x))
@@ -374,7 +374,7 @@ def test_hooks_of_blocks_run(calls):
     assert len(seen) == 3 and calls
 
 
-def test_a_part_of_another_model_and_a_wrapped_one(calls):
+def test_nested_and_wrapped_models(calls):
     features = timm.create_model("res2net50_26w_4s", features_only=True, **SMALL["res2net50_26w_4s"]).train()
     wrapped = nn.ModuleDict({"backbone": features.to(memory_format=torch.channels_last)})
     accelerate_training(nn.DataParallel(wrapped))
@@ -382,8 +382,8 @@ def test_a_part_of_another_model_and_a_wrapped_one(calls):
     assert calls
 
 
-def test_other_models_compile_nothing(monkeypatch):
-    """Without the zoo's blocks, or elsewhere than on the CPU."""
+def test_other_models_do_not_compile(monkeypatch):
+    """Models without the zoo's blocks, or not on the CPU."""
     monkeypatch.setattr(training, "library", lambda: pytest.fail("the compiler starts"))
     with torch.device("meta"):
         accelerate_training(timm.create_model("res2net_tiny"))
@@ -402,14 +402,14 @@ print(*sorted(name for name in sys.modules if name.startswith("res2net_zoo")))
 """
 
 
-def test_models_load_neither_a_compiler_nor_the_client_of_the_hub():
+def test_models_do_not_import_a_compiler_or_the_hub_client():
     done = subprocess.run([sys.executable, "-c", FORWARD], capture_output=True, text=True, check=True, timeout=120)
     loaded = done.stdout.split()
     assert "res2net_zoo.models.block" in loaded
     assert not [name for name in loaded if name.startswith(("res2net_zoo.kernels", "res2net_zoo.utils.hub_client"))]
 
 
-def test_an_unpickled_model_compiles_nothing_by_itself(tmp_path, calls):
+def test_unpickled_model_does_not_compile(tmp_path, calls):
     path = tmp_path / "model.pt"
     torch.save(accelerated(), path)
     fused_norm.library.cache_clear()
