@@ -1,1 +1,1 @@
-"""The Res2Net module, and a file for each family of backbones built from it."""
+"""The Res2Net module, and one file per family of backbones."""

@@ -1,4 +1,4 @@
-"""Building a model as timm does, with weights that timm could not load by itself."""
+"""Building of models by timm, including weights that timm cannot load by itself."""
 
 import os
 from collections.abc import Mapping
@@ -19,13 +19,13 @@ LARGEST |= dict(num_classes=2**20, in_chans=2**12, alpha=64, beta=64)
 
 
 def check_bounds(arguments: Mapping[str, Any]) -> None:
-    """Check the numbers that a model's size follows from, before it is built.
+    """Check the arguments that determine a model's size, before it is built.
 
     Args:
-        arguments: As for the model's class.
+        arguments: Arguments of the model's class.
 
     Raises:
-        ValueError: One is out of bounds.
+        ValueError: An argument is out of bounds.
     """
     for name, value in {**arguments, **(arguments.get("block_args") or {})}.items():
         if most := LARGEST.get(name):
@@ -35,32 +35,31 @@ def check_bounds(arguments: Mapping[str, Any]) -> None:
 
 
 def build_model(model_cls: Any, variant: str, pretrained: bool, **kwargs) -> Any:
-    """Do as timm's `build_model_with_cfg`; a weight that no Hub has is fetched and converted first.
+    """Build a model by timm's `build_model_with_cfg`, downloading and converting weights that are not on the Hub.
 
-    timm then loads the converted file by its usual path, so that `num_classes`, `in_chans`,
-    `features_only` and the like behave as with any weight. One that timm takes from the Hub is held
-    against its hash before the model is given away.
+    timm loads the converted file like any weights, so `num_classes`, `in_chans`, `features_only` and other arguments
+    work as usual. Weights from the Hub are verified by their hash before the model is returned.
 
     Args:
         model_cls: The model's class.
         variant: Its registered name.
         pretrained: Whether to load weights.
-        **kwargs: As for `build_model_with_cfg`.
+        **kwargs: Arguments of `build_model_with_cfg`.
 
     Raises:
-        InputError: The weight cannot be fetched or is not the right one.
-        ValueError: A number of layers, groups or channels beyond what the zoo builds.
+        InputError: The weights cannot be downloaded, or their hash is wrong.
+        ValueError: A number of layers, groups or channels is out of bounds.
     """
     hub_id, filename, known = "", WEIGHTS, ""
     check_bounds(kwargs)
     if pretrained:
-        import res2net_zoo.utils.hub_client  # noqa: F401  bounds what the Hub's client waits for
+        import res2net_zoo.utils.hub_client  # noqa: F401  sets timeouts of the Hub's client
 
         overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
         name = f"{variant}.{cfg.tag}" if cfg.tag else variant
         checkpoint = catalog.load().checkpoint(name)
-        # Weights from another repository, folder or cfg of the caller are left to timm.
+        # timm loads weights from another repository, folder or cfg of the caller.
         ours = not (cfg.source or cfg.file or cfg.state_dict or overlay.keys() & {"url", "hf_hub_id"})
         if ours and checkpoint:
             registered = get_pretrained_cfg(checkpoint.name)
@@ -76,19 +75,19 @@ def build_model(model_cls: Any, variant: str, pretrained: bool, **kwargs) -> Any
     try:
         with torch_file.checking_timm():
             return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
-    finally:  # also where timm stumbled over a wrong byte
+    finally:  # also if timm failed because of a corrupted file
         if hub_id:
             from res2net_zoo.utils.hub_client import check_cached
 
             check_cached(hub_id, filename, kwargs.get("cache_dir"), known)
-            # timm falls back to this file where a repository lacks the other.
+            # timm falls back to this file if a repository lacks the other.
             check_cached(hub_id, "pytorch_model.bin", kwargs.get("cache_dir"))
 
 
 def set_drop_path(model: nn.Module, rate: float) -> None:
-    """Give a model stochastic depth, growing linearly from 0 in its first Res2Net block to `rate` in its last.
+    """Set the stochastic depth of a model, growing linearly from 0 in the first Res2Net block to `rate` in the last.
 
-    For backbones that do not build their blocks one after the other, as timm's `ResNet` does.
+    For backbones that do not build their blocks in sequence, as timm's `ResNet` does.
 
     Args:
         model: The model; its blocks have a `drop_path`.
@@ -100,14 +99,14 @@ def set_drop_path(model: nn.Module, rate: float) -> None:
 
 
 def merge_args(model_args: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return a variant's arguments with a caller's over them.
+    """Return the arguments of a variant, updated by those of the caller.
 
-    A caller's `block_args` add to the variant's: in their place, they would take its scale and wiring
-    away, and the weights would load and compute something else.
+    The caller's `block_args` are merged with the variant's. If they replaced them, the variant's scale and wiring
+    would be lost, and its weights would load but compute wrong results.
 
     Args:
-        model_args: What makes the variant.
-        kwargs: What the caller of `timm.create_model` gave.
+        model_args: Arguments of the variant.
+        kwargs: Arguments of the caller of `timm.create_model`.
     """
     block_args = {**model_args.get("block_args", {}), **(kwargs.get("block_args") or {})}
     return {**model_args, **kwargs, "block_args": block_args}

@@ -1,4 +1,4 @@
-"""Intermediate features and gradient checkpointing for a backbone that is a chain of its children."""
+"""Intermediate features and gradient checkpointing for backbones that apply their children in sequence."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,12 +12,11 @@ from res2net_zoo.utils.private_apis import feature_take_indices
 
 
 class ChainedFeatures:
-    """What timm's ResNet has for its four stages, for backbones of other stages.
+    """The feature interface of timm's ResNet, for backbones with other stages.
 
-    A mixin for models whose children, in the order of their registration and up to `global_pool`,
-    are applied one after the other, which `features_only` asks of a model anyway. The children named
-    in `feature_info` are the ones that features are taken from. `forward_features` stays with the
-    model, written out, because TorchScript has to read it.
+    A mixin for models that apply their children in the order of registration, up to `global_pool`, which
+    `features_only` requires as well. Features are the outputs of the children in `feature_info`. The model must
+    implement `forward_features` explicitly, because TorchScript compiles it.
     """
 
     feature_info: list[dict[str, Any]]
@@ -28,7 +27,7 @@ class ChainedFeatures:
         """Recompute the activations of each stage, or of each of its blocks, in the backward pass.
 
         Args:
-            enable: Whether to.
+            enable: Whether to enable gradient checkpointing.
         """
         self.grad_checkpointing = enable
 
@@ -39,15 +38,15 @@ class ChainedFeatures:
             yield name, child
 
     def _forward_child(self, child: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        # A single layer has nothing to gain, and an activation in place must not be run again.
+        # Checkpointing a single layer saves no memory, and an in-place activation must not be recomputed.
         if not self.grad_checkpointing or not any(True for _ in child.children()):
             return child(x)
         is_blocks = isinstance(child, nn.Sequential) and isinstance(child[0], Res2NetModule)
-        # Re-entrant checkpointing would give the first stage no gradient, as the image needs none.
+        # Re-entrant checkpointing computes no gradient for the first stage, because the image does not require one.
         return checkpoint_seq(child if is_blocks else [child], x, use_reentrant=False)
 
     def forward_checkpointed(self, x: torch.Tensor) -> torch.Tensor:
-        """Do as `forward_features` does, with gradient checkpointing.
+        """Compute `forward_features` with gradient checkpointing.
 
         Args:
             x: Images, (N, in_chans, H, W).
@@ -72,20 +71,20 @@ class ChainedFeatures:
 
         Args:
             x: Images, (N, in_chans, H, W).
-            indices: Which entries of `feature_info`: the last n if an int, all if None.
+            indices: Indices into `feature_info`; an int n selects the last n, None all.
             norm: Unused; there is no final norm.
-            stop_early: Whether to leave out the stages after the last one asked for.
+            stop_early: Whether to skip the stages after the last selected one.
             output_fmt: Must be `NCHW`.
-            intermediates_only: Whether to return the intermediate features alone.
+            intermediates_only: Whether to return only the intermediate features.
 
         Returns:
-            The last stage's features and the list of intermediate ones, each (N, C, h, w), or the list alone.
+            The features of the last stage and the list of intermediate ones, each (N, C, h, w), or only the list.
 
         Raises:
-            ValueError: Another `output_fmt`.
+            ValueError: `output_fmt` is not `NCHW`.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt is {output_fmt!r}; there is only 'NCHW'")
+            raise ValueError(f"output_fmt is {output_fmt!r}; only 'NCHW' is supported")
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         index_of = {info["module"]: i for i, info in enumerate(self.feature_info)}
         intermediates = []
@@ -100,15 +99,15 @@ class ChainedFeatures:
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the stages after the last one asked for.
+        """Remove the stages after the last selected one.
 
         Args:
-            indices: Which entries of `feature_info`: the last n if an int.
+            indices: Indices into `feature_info`; an int n selects the last n.
             prune_norm: Unused; there is no final norm.
-            prune_head: Whether to remove the classifier where all stages stay.
+            prune_head: Whether to remove the classifier if all stages are kept.
 
         Returns:
-            The indices that are kept.
+            The indices of the features that are kept.
         """
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         last = self.feature_info[max_index]
@@ -117,7 +116,7 @@ class ChainedFeatures:
         for name in surplus:
             setattr(self, name, nn.Sequential())
         if surplus:
-            # The head is sized for features that are no longer made.
+            # The head has the size of features that are not computed any more.
             self.num_features = self.head_hidden_size = last["num_chs"]
         if prune_head or surplus:
             self.reset_classifier(0, "")  # type: ignore[attr-defined]

@@ -1,9 +1,9 @@
 """Big-Little Net with the Res2Net module (Chen et al., ICLR 2019, arXiv 1807.03848; Res2Net paper, Table 1).
 
-A stage computes its features twice: a big branch, deep and wide, at half the resolution, and a little
-one, with the width divided by alpha and the depth by beta, at the full one. The two are merged by an
-addition, and one more block fuses them and takes the stage's stride. No published code is followed
-here; the structure is the one of the paper that has its published complexity.
+A stage has two branches: a big one, deep and wide, at half the resolution, and a little one, with the width divided by
+alpha and the depth by beta, at the full resolution. The two are added, and one more block fuses them and applies the
+stage's stride. The implementation is independent of published code; its structure matches the paper's description and
+complexity.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ __all__ = ["BigLittleNet"]
 
 
 class ConvNorm(nn.Sequential):
-    """A convolution without bias and its norm, and an activation if one is given."""
+    """A convolution without bias, a norm, and an optional activation."""
 
     def __init__(self, in_chs: int, out_chs: int, kernel_size: int, stride: int, norm_layer: Any, act: Any, dd: dict):
         conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding=kernel_size // 2, bias=False, **dd)
@@ -38,7 +38,7 @@ class BigLittleStem(nn.Module):
 
     Args:
         chs: Channels of the input and the output.
-        alpha: Divides the little branch's width.
+        alpha: Divisor of the little branch's width.
         norm_layer: Normalization, called with the number of channels.
         act_layer: Activation, called with `inplace=True`.
         dd: Device and type of the parameters.
@@ -54,7 +54,7 @@ class BigLittleStem(nn.Module):
             ConvNorm(little, chs, 1, 1, norm_layer, None, dd),
         )
         self.act = act_layer(inplace=True)
-        # Not "fuse": timm.utils.reparameterize_model takes that for a method.
+        # Not named "fuse", which timm.utils.reparameterize_model calls as a method.
         self.merge = ConvNorm(chs, chs, 1, 1, norm_layer, act_layer, dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -63,7 +63,7 @@ class BigLittleStem(nn.Module):
 
 
 class BigLittleStage(nn.Module):
-    """Both branches of a stage and their merging.
+    """Both branches of a stage and their sum.
 
     Args:
         big: Maps (N, in_chs, H, W) to (N, out_chs, ceil(H / 2), ceil(W / 2)).
@@ -96,7 +96,7 @@ def make_blocks(
     last_act: bool = True,
     **kwargs,
 ) -> nn.Sequential:
-    """Make the blocks of one branch.
+    """Build the blocks of one branch.
 
     Args:
         in_chs: Channels of the input; the output has four times `planes`.
@@ -104,11 +104,11 @@ def make_blocks(
         depth: Number of blocks.
         stride: Stride of the first block; its shortcut pools.
         dilation: Dilation of the blocks.
-        first_dilation: Dilation of the first one's 3x3 convolutions.
+        first_dilation: Dilation of the 3x3 convolutions in the first block.
         norm_layer: Normalization, called with the number of channels.
         dd: Device and type of the parameters.
-        last_act: Whether an activation follows the last block's addition.
-        **kwargs: As for `Bottle2neck`.
+        last_act: Whether to apply the activation after the last block's addition.
+        **kwargs: Arguments of `Bottle2neck`.
     """
     blocks = []
     out_chs = planes * Bottle2neck.expansion
@@ -149,15 +149,15 @@ def make_stage(
     norm_layer: Any,
     dd: dict[str, Any],
 ) -> BigLittleStage:
-    """Make both branches of a stage.
+    """Build both branches of a stage.
 
     Args:
-        blocks: `make_blocks`, with the arguments that are the same in all stages.
+        blocks: `make_blocks` with the common arguments of all stages.
         in_chs: Channels of the input; the output has four times `planes`.
         planes: Base width.
-        depth: Number of blocks, with the one that fuses the branches.
-        alpha: Divides the little branch's width.
-        beta: Divides the little branch's depth.
+        depth: Number of blocks, including the one that fuses the branches.
+        alpha: Divisor of the little branch's width.
+        beta: Divisor of the little branch's depth.
         dilation: Dilation of the blocks.
         act_layer: Activation of the sum, called with `inplace=True`.
         norm_layer: Normalization, called with the number of channels.
@@ -173,25 +173,26 @@ def make_stage(
 
 
 def check_stages(layers: tuple[int, ...], channels: tuple[int, ...], alpha: int) -> None:
-    """Check the arguments that set the stages of a `BigLittleNet`.
+    """Check the arguments that define the stages of a `BigLittleNet`.
 
     Raises:
-        ValueError: There are not four stages, one is too short for two branches, or alpha does not divide its width.
+        ValueError: There are not four stages, a stage has too few blocks for two branches, or its width is not
+            divisible by alpha.
     """
     if not len(layers) == len(channels) == 4 or min(layers[:3]) < 2:
-        raise ValueError(f"layers are {layers}; there are four stages, of which the first three have 2 blocks or more")
+        raise ValueError(f"layers are {layers}; there must be four stages, the first three with at least 2 blocks")
     if any(planes % alpha for planes in channels[:3]):
         raise ValueError(f"alpha is {alpha}; it must divide the channels of the first three stages, {channels[:3]}")
 
 
 def plan_strides(output_stride: int) -> list[tuple[int, int, int]]:
-    """Return for each stage its last block's stride, that block's dilation, and the dilation of the blocks before it.
+    """Return the stride and dilation of the last block of each stage, and the dilation of its preceding blocks.
 
     Raises:
         ValueError: An unsupported output stride.
     """
     if output_stride not in (8, 16, 32):
-        raise ValueError(f"output_stride is {output_stride}; Big-Little Net has 8, 16 and 32")
+        raise ValueError(f"output_stride is {output_stride}; Big-Little Net supports 8, 16 and 32")
     strides = []
     reduction, dilation = 4, 1
     for stride in (2, 2, 1, 2):
@@ -204,34 +205,33 @@ def plan_strides(output_stride: int) -> list[tuple[int, int, int]]:
 
 
 class BigLittleNet(ChainedFeatures, nn.Module):
-    """Big-Little Net of Res2Net blocks; with scale 1 they are plain bottlenecks.
+    """Big-Little Net with Res2Net blocks, or plain bottlenecks for scale 1.
 
-    The features, as those of timm's ResNet, are at strides 2, 4, 8, 16 and 32: of each stride the
-    deepest, which for 4 and 8 is the merged pair before the block that takes the next stride.
+    Like timm's ResNet, it has features at strides 2, 4, 8, 16 and 32. They are the deepest ones of each stride: at 4
+    and 8 the sum of both branches, before the block that applies the next stride.
 
     Args:
-        layers: Blocks of each of the four stages, as of the ResNet that it stands for.
-        num_classes: Number of classes; with 0 there is no classifier.
+        layers: Blocks of each of the four stages, as in the corresponding ResNet.
+        num_classes: Number of classes; 0 for no classifier.
         in_chans: Channels of the image.
-        output_stride: 32, or 16 or 8, where the last strides are traded for dilation.
+        output_stride: 32, or 16 or 8, which replace the last strides by dilation.
         global_pool: Pooling before the classifier.
         cardinality: Groups of each 3x3 convolution.
         base_width: Channels of one group of the hierarchy, in a stage of 64 planes.
-        alpha: Divides the little branch's width.
-        beta: Divides the little branch's depth.
+        alpha: Divisor of the little branch's width.
+        beta: Divisor of the little branch's depth.
         channels: Planes of each stage; a stage has four times as many channels.
         act_layer: Activation.
         norm_layer: Normalization.
         drop_rate: Dropout before the classifier.
-        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0.
-        zero_init_last: Whether each block starts as its shortcut alone.
+        drop_path_rate: Stochastic depth rate of the last block, growing linearly from 0.
+        zero_init_last: Whether to initialize each block to its shortcut.
         block_args: Further arguments of every block.
-        device: Where to put the parameters.
+        device: Device of the parameters.
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: Another output stride, stages that cannot be divided so, or an argument that no
-            Res2Net block can have.
+        ValueError: The output stride, the stages or another argument is invalid.
     """
 
     def __init__(
@@ -300,7 +300,7 @@ class BigLittleNet(ChainedFeatures, nn.Module):
         """Initialize the weights.
 
         Args:
-            zero_init_last: Whether each block starts as its shortcut alone.
+            zero_init_last: Whether to initialize each block to its shortcut.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -315,7 +315,7 @@ class BigLittleNet(ChainedFeatures, nn.Module):
         Args:
             coarse: Whether a group is a stage rather than a block.
         """
-        # Both branches go side by side; 98 and 99 put their merging and the fusing block behind their last blocks.
+        # Both branches have the same depths; 98 and 99 place their sum and the fusing block after their last blocks.
         fine = [
             (r"^layer(\d+)\.big\.(\d+)", None),
             (r"^layer(\d+)\.little\.0\.(\d+)", None),
@@ -334,8 +334,8 @@ class BigLittleNet(ChainedFeatures, nn.Module):
         """Replace the classifier.
 
         Args:
-            num_classes: Number of classes; with 0 there is no classifier.
-            global_pool: Pooling before it, or None for the present one.
+            num_classes: Number of classes; 0 for no classifier.
+            global_pool: Pooling before the classifier, or None to keep the current one.
         """
         self.num_classes = num_classes
         pool_type = self.global_pool.pool_type if global_pool is None else global_pool
@@ -353,7 +353,7 @@ class BigLittleNet(ChainedFeatures, nn.Module):
             x: Images, (N, in_chans, H, W).
 
         Returns:
-            (N, num_features, H / 32, W / 32), rounded up.
+            (N, num_features, ceil(H / 32), ceil(W / 32)).
         """
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return self.forward_checkpointed(x)
@@ -408,7 +408,7 @@ def blresnet50(pretrained: bool = False, **kwargs) -> BigLittleNet:
 def blres2net50(pretrained: bool = False, **kwargs) -> BigLittleNet:
     """bLRes2Net-50, alpha 2 and beta 4, scale 4 (Table 1).
 
-    The paper does not give its width; 25 is the one that best keeps the baseline's complexity.
+    The paper does not specify its width; 25 matches the baseline's complexity best.
     """
     model_args = dict(layers=(3, 4, 6, 3), base_width=25, block_args=dict(scale=4))
     return _create_biglittle("blres2net50", pretrained, **merge_args(model_args, kwargs))

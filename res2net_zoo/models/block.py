@@ -6,9 +6,8 @@ split along channels into `scale` equal groups x_1 ... x_s, and (Eq. 1)
     y_1 = x_1,    y_2 = K_2(x_2),    y_i = K_i(x_i + y_{i-1})    for 2 < i <= s
 
 where K_i is a 3x3 convolution with its norm and activation. The y_i are concatenated and fused by
-a second 1x1 convolution. Every published implementation numbers the groups the other way round:
-the group that no convolution sees is the last, not the first. So does this one, because weights
-depend on it.
+a second 1x1 convolution. Every published implementation reverses the order of the groups: the last group, not the
+first, has no convolution. This implementation follows them, because weights depend on the order.
 """
 
 from collections.abc import Callable
@@ -29,45 +28,43 @@ class Res2NetModule(nn.Module):
     A backbone subclasses it and gives `forward_residual` its own shortcut in `forward`, so that the parameters have
     the names that every released checkpoint uses: `conv1 bn1 convs.i bns.i conv3 bn3 se`.
 
-    Two wirings are in circulation; they have the same parameters and compute different things.
-    They differ in how a block that changes the size or number of channels treats the hierarchy:
+    Two wirings exist, with the same parameters but different results. They differ in the blocks that change the
+    resolution or the number of channels:
 
-    - `"official"` (the authors, timm, MindCV): a block with a stride or a projection shortcut, so
-      the first one of every stage, has no additions between the groups, and the last group goes
-      through a 3x3 average pooling, which counts the zero padding in.
-    - `"paddle"` (PaddleClas): only a block with a stride does. The first block of the network,
-      stride 1 with a projection shortcut, keeps the additions and passes the last group on as it
-      is. The pooling leaves the zero padding out of the average.
+    - `"official"` (the authors, timm, MindCV): a block with a stride or a projection shortcut, that is, the first
+      block of every stage, has no additions between the groups, and applies a 3x3 average pooling, including the zero
+      padding, to the last group.
+    - `"paddle"` (PaddleClas): this applies only to blocks with a stride. The first block of the network, with stride 1
+      and a projection shortcut, keeps the additions and does not pool the last group. The pooling excludes the zero
+      padding.
 
-    In both, trading a stage's stride for dilation (`output_stride` 8 or 16) changes nothing but
-    the resolution.
+    In both, replacing a stage's stride by dilation (`output_stride` 8 or 16) only changes the resolution.
 
     Args:
         in_chs: Channels of the input.
         width: Channels of one group, w in the paper.
         out_chs: Channels of the output.
-        scale: Number of groups, s in the paper. With 1 the branch is a plain bottleneck's.
+        scale: Number of groups, s in the paper. With 1 the block is a plain bottleneck.
         cardinality: Groups of each 3x3 convolution, c in the paper (Section 3.3).
         stride: Stride of the 3x3 convolutions.
         dilation: Dilation of the block's stage.
-        first_dilation: Dilation of the 3x3 convolutions, where it differs from the stage's: in
-            the first block of a stage that trades its stride for dilation. Default `dilation`.
+        first_dilation: Dilation of the 3x3 convolutions if it differs from the stage's, as in the first block of a
+            stage whose stride is replaced by dilation; defaults to `dilation`.
         projection: Whether the block's shortcut is a projection.
-        wiring: Whose hierarchy, see above.
+        wiring: Wiring of the hierarchy, see above.
         act_layer: Activation, called with `inplace=True`.
         norm_layer: Normalization, called with the number of channels.
         attn_layer: Channel attention on the branch's output, right before the residual addition
-            (Section 3.3 places squeeze-and-excitation there), or None. Anything that timm's
-            `create_attn` takes.
+            (as squeeze-and-excitation in Section 3.3), in any form that timm's `create_attn` accepts; or None.
         aa_layer: Anti-aliased downsampling after the 3x3 convolutions, which then keep stride 1,
-            or None. Used only where the block downsamples.
-        drop_block: Makes the DropBlock layer of the concatenated groups, or None.
+            or None. Used only if the block downsamples.
+        drop_block: Creates the DropBlock layer of the concatenated groups, or None.
         drop_path: Stochastic depth of the branch, or None.
-        device: Where to put the parameters.
+        device: Device of the parameters.
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: An argument that no Res2Net block can have.
+        ValueError: An argument is invalid.
     """
 
     def __init__(
@@ -94,15 +91,15 @@ class Res2NetModule(nn.Module):
     ) -> None:
         super().__init__()
         if scale < 1:
-            raise ValueError(f"scale is {scale}; a Res2Net block has at least one group")
+            raise ValueError(f"scale is {scale}; it must be at least 1")
         if width < 1 or width % cardinality:
-            raise ValueError(f"{width} channels a group do not divide into cardinality {cardinality}")
+            raise ValueError(f"{width} channels per group are not divisible by cardinality {cardinality}")
         if wiring not in get_args(Wiring):
-            raise ValueError(f"unknown wiring {wiring!r}; there are {', '.join(get_args(Wiring))}")
+            raise ValueError(f"wiring is {wiring!r}; it must be one of {', '.join(get_args(Wiring))}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         first_dilation = first_dilation or dilation
-        # A stage that trades its stride for dilation gives its first block another dilation than
-        # the rest, the only sign by which that block can tell that it used to downsample.
+        # In a stage whose stride is replaced by dilation, only the first block has a different dilation, which is how
+        # it detects that it downsamples without dilation.
         downsamples = stride > 1 or first_dilation != dilation
         use_aa = aa_layer is not None and downsamples
         num_convs = max(1, scale - 1)
@@ -141,7 +138,7 @@ class Res2NetModule(nn.Module):
         self.relu = act_layer(inplace=True)  # timm's name, which prefixes an activation's parameters
 
     def zero_init_last(self) -> None:
-        """Make the block start as its shortcut alone, where the last norm has a weight."""
+        """Initialize the block to its shortcut, if the last norm has a weight."""
         weight = getattr(self.bn3, "weight", None)
         if weight is not None:
             nn.init.zeros_(weight)
@@ -151,17 +148,17 @@ class Res2NetModule(nn.Module):
 
         Args:
             x: Input, (N, in_chs, H, W); N may be 0.
-            shortcut: What the branch is added to, (N, out_chs, ceil(H / stride), ceil(W / stride)).
-            last_act: Whether an activation follows.
+            shortcut: Output of the shortcut, (N, out_chs, ceil(H / stride), ceil(W / stride)).
+            last_act: Whether to apply the activation.
 
         Returns:
-            As the shortcut.
+            The output of the block, of the same shape as the shortcut.
         """
         x = self.conv3(self.forward_groups(self.conv1(x)))
         return self.forward_end(x, shortcut, last_act)
 
     def forward_end(self, x: torch.Tensor, shortcut: torch.Tensor, last_act: bool) -> torch.Tensor:
-        """Compute what follows conv3."""
+        """Compute the part of the block after conv3."""
         x = self.bn3(x)
         if self.se is not None:
             x = self.se(x)
@@ -195,7 +192,7 @@ class Res2NetModule(nn.Module):
 
 
 class Bottle2neck(Res2NetModule):
-    """The Res2Net block of a ResNet, with the interface that timm's `ResNet` asks of a block.
+    """The Res2Net block of a ResNet, with the interface of a block in timm's `ResNet`.
 
     Args:
         inplanes: Channels of the input.
@@ -208,11 +205,11 @@ class Bottle2neck(Res2NetModule):
         scale: Number of groups.
         reduce_first: Must be 1; timm's `ResNet` passes it to every block.
         drop_path: Stochastic depth of the residual branch, or None.
-        last_act: Whether an activation follows the residual addition.
-        **kwargs: As for `Res2NetModule`.
+        last_act: Whether to apply the activation after the residual addition.
+        **kwargs: Arguments of `Res2NetModule`.
 
     Raises:
-        ValueError: An argument that no Res2Net block can have.
+        ValueError: An argument is invalid.
     """
 
     expansion = 4
@@ -232,9 +229,7 @@ class Bottle2neck(Res2NetModule):
         **kwargs,
     ) -> None:
         if reduce_first != 1:
-            raise ValueError(
-                f"block_reduce_first is {reduce_first}; a Res2Net block's width is set by base_width alone"
-            )
+            raise ValueError(f"block_reduce_first is {reduce_first}; it must be 1: base_width sets a block's width")
         super().__init__(
             inplanes,
             int(planes * base_width / 64) * cardinality,
@@ -263,7 +258,7 @@ class Bottle2neck(Res2NetModule):
 
 
 def fold(conv: Any, norm: Any) -> tuple[Any, Any]:
-    """Return a convolution that computes a convolution and its BatchNorm, and an identity; keep any other norm."""
+    """Fold a BatchNorm into its convolution, and return the convolution and an identity; other norms are kept."""
     if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
         return conv, norm
     return fuse_conv_bn_eval(conv.eval(), norm.eval()), nn.Identity()

@@ -1,7 +1,7 @@
-"""Res2NeXt for 32x32 images: the ResNeXt-29 frame of the paper's CIFAR experiments (Table 4, Figure 5).
+"""Res2NeXt for 32x32 images: the ResNeXt-29 architecture of the paper's CIFAR experiments (Table 4, Figure 5).
 
-Three stages at strides 1, 2 and 4 behind one 3x3 convolution (Xie et al., CVPR 2017, arXiv 1611.05431,
-Section 5.3). A model has 9n + 2 layers with n blocks a stage. With scale 1 it is the plain ResNeXt.
+Three stages at strides 1, 2 and 4 after one 3x3 convolution (Xie et al., CVPR 2017, arXiv 1611.05431,
+Section 5.3). A model has 9n + 2 layers with n blocks per stage. Scale 1 is the plain ResNeXt.
 """
 
 from typing import Any
@@ -24,13 +24,13 @@ class CifarResNet(ChainedFeatures, ResNet):
     Args:
         layers: Blocks of each of the three stages.
         channels: Base width of each stage.
-        output_stride: Must be 32, timm's default, or 4, which is what it always is.
-        stem_type: Must be "", as there is one stem.
-        replace_stem_pool: Must be False, as there is no pooling to replace.
-        **kwargs: As for timm's ResNet.
+        output_stride: Must be 4, the actual stride, or 32, timm's default.
+        stem_type: Must be "".
+        replace_stem_pool: Must be False, because the stem has no pooling.
+        **kwargs: Arguments of timm's ResNet.
 
     Raises:
-        ValueError: Another output stride, stem or number of stages.
+        ValueError: The output stride, the stem or the number of stages is unsupported.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class CifarResNet(ChainedFeatures, ResNet):
         **kwargs,
     ) -> None:
         if output_stride not in (4, 32):
-            raise ValueError(f"output_stride is {output_stride}; a CIFAR model's is 4 and cannot be changed")
+            raise ValueError(f"output_stride is {output_stride}; a CIFAR model supports only 4")
         if not len(layers) == len(channels) == 3:
             raise ValueError(f"a CIFAR model has three stages, not {len(layers)} of {len(channels)} widths")
         if stem_type or replace_stem_pool:
             raise ValueError(
-                "a CIFAR model's stem is one 3x3 convolution; stem_type and replace_stem_pool have no place"
+                "a CIFAR model's stem is one 3x3 convolution; stem_type and replace_stem_pool are unsupported"
             )
         super().__init__(layers=layers, channels=channels, **kwargs)
         stem: Any = self.conv1
@@ -62,7 +62,7 @@ class CifarResNet(ChainedFeatures, ResNet):
             dtype=stem.weight.dtype,
         )
         nn.init.kaiming_normal_(conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.conv1 = conv1  # type: ignore[assignment]  # timm's may be a deep stem
+        self.conv1 = conv1  # type: ignore[assignment]  # timm's can be a deep stem
         self.maxpool = nn.Identity()  # type: ignore[assignment]
         for info, reduction in zip(self.feature_info, (1, 1, 2, 4), strict=True):
             info["reduction"] = reduction
@@ -94,13 +94,13 @@ default_cfgs = generate_default_cfgs(pretrained_cfgs())
 
 
 def cifar_layers(depth: int) -> tuple[int, int, int]:
-    """Return the blocks of each stage of a model with this many layers.
+    """Return the number of blocks in each stage of a model with `depth` layers.
 
     Args:
         depth: Number of layers.
 
     Raises:
-        ValueError: It is not 9n + 2.
+        ValueError: The depth is not 9n + 2.
     """
     n, rest = divmod(depth - 2, 9)
     if n < 1 or rest:
@@ -110,7 +110,7 @@ def cifar_layers(depth: int) -> tuple[int, int, int]:
 
 
 def cifar_name(depth: int, cardinality: int, width: int, scale: int, se: bool = False) -> str:
-    """Return the name of a point: `res2next{L}_{C}c_{W}w_{S}s`, or `resnext{L}_{C}c_{W}w` for scale 1."""
+    """Return the name of a model: `res2next{L}_{C}c_{W}w_{S}s`, or `resnext{L}_{C}c_{W}w` for scale 1."""
     plain = f"{depth}_{cardinality}c_{width}w"
     return ("se" if se else "") + (f"resnext{plain}" if scale == 1 else f"res2next{plain}_{scale}s")
 
@@ -118,24 +118,24 @@ def cifar_name(depth: int, cardinality: int, width: int, scale: int, se: bool = 
 def cifar_res2next(
     depth: int = 29, cardinality: int = 6, width: int = 24, scale: int = 4, se: bool = False, **kwargs
 ) -> CifarResNet:
-    """Build any point of the paper's Figure 5 from its numbers.
+    """Build any model of the paper's Figure 5 from its dimensions.
 
-    A point that has no name of its own is a registered one with other arguments, so that it can be
-    written to a model folder and read back.
+    A model without a registered name is built as a registered one with other arguments, so that it can be saved to a
+    model folder and loaded from it.
 
     Args:
-        depth: Number of layers, L: 9n + 2 with n blocks a stage, so 29, 38, 47 and so on.
+        depth: Number of layers, L: 9n + 2 with n blocks per stage, that is, 29, 38, 47 and so on.
         cardinality: Groups of each 3x3 convolution, c.
         width: Channels of each group of the convolution in the first stage, w.
-        scale: Number of groups of the hierarchy, s; with 1 the model is a ResNeXt.
+        scale: Number of groups of the hierarchy, s; 1 for a ResNeXt.
         se: Whether squeeze-and-excitation follows each block's branch.
-        **kwargs: As for `timm.create_model`.
+        **kwargs: Arguments of `timm.create_model`.
 
     Returns:
         The model, without trained weights.
 
     Raises:
-        ValueError: A depth that is not 9n + 2, or numbers that make no Res2Net block.
+        ValueError: The depth is not 9n + 2, or an argument is invalid.
     """
     layers = cifar_layers(depth)
     name = cifar_name(depth, cardinality, width, scale, se)

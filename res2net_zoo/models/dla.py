@@ -18,29 +18,28 @@ __all__ = ["DLA"]
 
 
 def check_size(x: torch.Tensor, multiple: int) -> None:
-    """Refuse what DLA's branches cannot be added at, in eager mode and under FX, TorchScript and torch.export.
+    """Check that DLA supports a size, in eager mode and under FX, TorchScript and torch.export.
 
     Args:
         x: Images or features, (N, C, H, W).
-        multiple: What H and W must be multiples of.
+        multiple: Required divisor of H and W.
 
     Raises:
-        AssertionError: They are not.
+        AssertionError: H or W is not a multiple.
     """
-    # torch._assert with a fixed text is what all of them can keep; an `if` on a shape is not.
+    # All of them support torch._assert with a constant message, but not an `if` on a shape.
     message = (
-        "DLA halves its input five times, and its branches only fit where nothing is left over: give images "
-        "whose height and width are multiples of 32 (for features_only, of the last feature's reduction)"
+        "DLA halves its input five times without rounding: use images whose height and width are multiples of 32 "
+        "(for features_only, of the last feature's reduction)"
     )
     torch._assert(x.shape[-2] % multiple == 0, message)
     torch._assert(x.shape[-1] % multiple == 0, message)
 
 
 class DlaBottle2neck(Res2NetModule):
-    """The Res2Net block of a DLA, with the interface that timm's `DlaTree` asks of a block.
+    """The Res2Net block of a DLA, with the interface of a block in timm's `DlaTree`.
 
-    The tree, not the block, has the shortcut's projection; so only a block with a stride is without
-    the hierarchy.
+    The tree, not the block, contains the projection of the shortcut, so only blocks with a stride have no hierarchy.
 
     Args:
         inplanes: Channels of the input.
@@ -48,12 +47,12 @@ class DlaBottle2neck(Res2NetModule):
         stride: Stride of the 3x3 convolutions.
         dilation: Dilation of the 3x3 convolutions.
         cardinality: Groups of each 3x3 convolution.
-        base_width: Sets the channels of one group of the hierarchy, outplanes * base_width / 64 * cardinality / 2.
+        base_width: Determines the channels per group: outplanes * base_width / 64 * cardinality / 2.
         scale: Number of groups of the hierarchy.
-        **kwargs: As for `Res2NetModule`.
+        **kwargs: Arguments of `Res2NetModule`.
 
     Raises:
-        ValueError: An argument that no Res2Net block can have.
+        ValueError: An argument is invalid.
     """
 
     expansion = 2
@@ -90,15 +89,15 @@ class DlaBottle2neck(Res2NetModule):
         """Apply the block.
 
         Args:
-            x: Input, (N, inplanes, H, W); H and W are even where the block has a stride.
-            shortcut: What the branch is added to, (N, outplanes, H / stride, W / stride), or None for `x`.
-            children: Unused; a tree in the block's place takes it.
+            x: Input, (N, inplanes, H, W); H and W must be even if the block has a stride.
+            shortcut: Output of the shortcut, (N, outplanes, H / stride, W / stride), or None for `x`.
+            children: Unused; part of the interface of a tree.
 
         Returns:
             (N, outplanes, H / stride, W / stride).
 
         Raises:
-            AssertionError: H or W is odd where the block has a stride.
+            AssertionError: H or W is odd and the block has a stride.
         """
         if self.stride > 1:
             check_size(x, 2)
@@ -111,15 +110,15 @@ class DLA(ChainedFeatures, timm_dla.DLA):
     """timm's DLA with gradient checkpointing, stochastic depth and arguments for its blocks.
 
     Args:
-        levels: Levels of the tree of each stage.
+        levels: Levels of each stage's tree.
         channels: Channels of each stage.
-        output_stride: Must be 32; a tree cannot trade its stride for dilation.
-        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0.
+        output_stride: Must be 32, because trees do not support dilation.
+        drop_path_rate: Stochastic depth rate of the last block, growing linearly from 0.
         block_args: Further arguments of every block.
-        **kwargs: As for timm's DLA.
+        **kwargs: Arguments of timm's DLA.
 
     Raises:
-        ValueError: An output stride other than 32, or an argument that no Res2Net block can have.
+        ValueError: The output stride is not 32, or an argument is invalid.
     """
 
     def __init__(
@@ -132,7 +131,7 @@ class DLA(ChainedFeatures, timm_dla.DLA):
         **kwargs,
     ) -> None:
         if output_stride != 32:
-            raise ValueError(f"output_stride is {output_stride}; DLA has 32 alone, its trees cannot be dilated")
+            raise ValueError(f"output_stride is {output_stride}; DLA supports only 32: its trees cannot be dilated")
         block: Any = partial(DlaBottle2neck, **(block_args or {}))
         super().__init__(levels, channels, block=block, **kwargs)
         self.grad_checkpointing = False
@@ -162,12 +161,12 @@ class DLA(ChainedFeatures, timm_dla.DLA):
         return self.level5(x)
 
 
-def drop_unread(state_dict: dict[str, torch.Tensor], model: nn.Module | None = None) -> dict[str, torch.Tensor]:
-    """Leave out what the authors' weights have and nothing reads: the projections of trees of trees.
+def drop_unused(state_dict: dict[str, torch.Tensor], model: nn.Module | None = None) -> dict[str, torch.Tensor]:
+    """Drop the unused weights in the authors' files: the projections of trees of trees.
 
     Args:
-        state_dict: The authors' state dict, or timm's, which lacks them.
-        model: Unused; timm gives it to such a filter.
+        state_dict: The authors' state dict, or timm's, which does not contain them.
+        model: Unused; timm passes it to filters.
     """
     return {name: tensor for name, tensor in state_dict.items() if not name.startswith(UNREAD_BY_DLA)}
 
@@ -177,7 +176,7 @@ def _create_dla(variant: str, pretrained: bool = False, **kwargs) -> DLA:
         DLA,
         variant,
         pretrained,
-        pretrained_filter_fn=drop_unread,
+        pretrained_filter_fn=drop_unused,
         feature_cfg=dict(out_indices=(1, 2, 3, 4, 5)),
         **kwargs,
     )
@@ -200,6 +199,6 @@ def dla60_res2next(pretrained: bool = False, **kwargs) -> DLA:
     return _create_dla("dla60_res2next", pretrained, **merge_args(model_args, kwargs))
 
 
-# The authors' own names.
+# The names in the authors' code.
 AUTHORS_NAMES = {"res2net_dla60": "dla60_res2net", "res2next_dla60": "dla60_res2next"}
 register_model_deprecations(__name__, dict(AUTHORS_NAMES))

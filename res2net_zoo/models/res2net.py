@@ -10,7 +10,7 @@ __all__: list[str] = []
 
 
 class Res2Net(ResNet):
-    """timm's ResNet, of Res2Net blocks."""
+    """timm's ResNet with Res2Net blocks."""
 
 
 def _create_res2net(variant: str, pretrained: bool = False, **kwargs) -> Res2Net:
@@ -152,7 +152,7 @@ def res2net50_pd_14w_8s(pretrained: bool = False, **kwargs) -> Res2Net:
 
 @register_model
 def res2net_tiny(pretrained: bool = False, **kwargs) -> Res2Net:
-    """A small Res2Net for tests and demonstration; ours, not the paper's."""
+    """A small Res2Net for tests and demonstrations, not from the paper."""
     model_args = dict(
         layers=(1, 2, 2, 1),
         channels=(16, 32, 64, 96),
@@ -165,7 +165,7 @@ def res2net_tiny(pretrained: bool = False, **kwargs) -> Res2Net:
     return _create_res2net("res2net_tiny", pretrained, **merge_args(model_args, kwargs))
 
 
-# The authors' own names.
+# The names in the authors' code.
 AUTHORS_NAMES = {
     "res2net50_v1b_26w_4s": "res2net50d",
     "res2net101_v1b_26w_4s": "res2net101d",

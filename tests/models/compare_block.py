@@ -1,4 +1,4 @@
-"""Compare a training step of the zoo's Res2Net with one of timm's own: a ratio of speeds, in turns. By hand.
+"""Compare training steps of the zoo's Res2Net and timm's: speed ratios of interleaved timings. Run by hand.
 
 `python -m tests.models.compare_block [--rounds 15] [--threads 2] [--precision bf16 float32]`
 
@@ -30,7 +30,7 @@ MODELS = {"timm": (ResNet, TimmBottle2neck), "zoo": (Res2Net, Bottle2neck)}
 
 
 def training_step(whose: str, args: argparse.Namespace, precision: str) -> Callable[[], None]:
-    """Build a model and return what trains it for one step."""
+    """Build a model and return a function that trains it for one step."""
     torch.manual_seed(0)
     block_args = dict(scale=args.scale)
     model_cls, block = MODELS[whose]

@@ -1,4 +1,4 @@
-"""The Res2Net module: Eq. 1, its wirings, and the ways in which torch runs a module."""
+"""Tests of the Res2Net module: Eq. 1, wirings, and torch's execution modes."""
 
 import copy
 
@@ -17,7 +17,7 @@ BATCH_NORM = dict(norm_layer=nn.BatchNorm2d)
 
 
 class Smooth(nn.Softplus):
-    """An activation without a kink, which finite differences would stumble over."""
+    """A smooth activation, as finite differences require."""
 
     def __init__(self, inplace: bool = False) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ def projection(stride: int) -> nn.Sequential:
 
 
 def make(kind: str, wiring: str = "official", **kwargs) -> Bottle2neck:
-    """Make the plain block of a stage, its first one, or its first one with a stride."""
+    """Build a block of a stage: a plain one, the first one, or the first one with a stride."""
     stride = 2 if kind == "strided" else 1
     downsample = None if kind == "plain" else projection(stride)
     kwargs = {**BATCH_NORM, "base_width": 32, "wiring": wiring, **kwargs}
@@ -40,7 +40,7 @@ def images(kind: str, n: int = 2, height: int = 17, width: int = 20) -> torch.Te
 
 
 def equation_1(block: Bottle2neck, x: torch.Tensor, wiring: str) -> torch.Tensor:
-    """Compute the block from the paper and the parity notes, one group at a time."""
+    """Reference implementation of the block, following the paper and the parity notes."""
     strided = block.convs[0].stride[0] > 1
     first = strided or (wiring == "official" and block.downsample is not None)
     x_groups = torch.relu(block.bn1(block.conv1(x))).split(block.convs[0].in_channels, 1)
@@ -60,13 +60,13 @@ def equation_1(block: Bottle2neck, x: torch.Tensor, wiring: str) -> torch.Tensor
 @pytest.mark.parametrize("wiring", ["official", "paddle"])
 @pytest.mark.parametrize("kind", ["plain", "first", "strided"])
 @pytest.mark.parametrize("scale", [1, 2, 4, 7])
-def test_computes_equation_1(wiring, kind, scale):
+def test_matches_equation_1(wiring, kind, scale):
     block = make(kind, wiring, scale=scale)
     with torch.no_grad():
         assert relative_error(block(images(kind)), equation_1(block, images(kind), wiring)) < 1e-6
 
 
-def test_wirings_differ_exactly_where_they_should():
+def test_differences_of_wirings():
     with torch.no_grad():
         for kind, same in (("plain", True), ("first", False), ("strided", False)):
             official, paddle = make(kind), make(kind, "paddle")
@@ -109,7 +109,7 @@ def test_gradients_by_finite_differences(wiring, kind):
 
 
 @pytest.mark.parametrize("kind", ["plain", "first", "strided"])
-def test_every_parameter_learns(kind):
+def test_every_parameter_has_a_gradient(kind):
     block = make(kind, attn_layer="se").train()
     before = copy.deepcopy(block.state_dict())
     optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
@@ -121,7 +121,7 @@ def test_every_parameter_learns(kind):
 
 @pytest.mark.parametrize("kind", ["plain", "first", "strided"])
 class TestRunsUnder:
-    """Every way in which torch runs a module gives what plain eager mode gives."""
+    """All execution modes of torch give the same results as eager mode."""
 
     def test_torchscript(self, kind):
         block, x = make(kind, attn_layer="se"), images(kind)
@@ -169,7 +169,7 @@ def test_compiles():
         assert relative_error(torch.compile(block, fullgraph=True)(x), block(x)) < 1e-5
 
 
-def test_squeeze_and_excitation_stands_on_the_output():
+def test_squeeze_and_excitation_applies_to_the_output():
     block, x = make("first", attn_layer="se"), images("first")
     seen = []
     block.se.register_forward_hook(lambda module, args, output: seen.append((args[0], output.clone())))
@@ -180,7 +180,7 @@ def test_squeeze_and_excitation_stands_on_the_output():
     assert torch.equal(torch.relu(gated + shortcut), out)
 
 
-def test_anti_aliasing_takes_over_the_stride():
+def test_anti_aliasing_applies_the_stride():
     block = make("strided", aa_layer=BlurPool2d)
     assert {conv.stride for conv in block.convs} == {(1, 1)}
     assert isinstance(block.aa, BlurPool2d)
@@ -196,13 +196,13 @@ def test_drop_block_and_stochastic_depth_work_in_training_only():
         assert torch.equal(block(x), make("first")(x))
         block.train()
         assert not torch.equal(block(x), block(x))
-        block.drop_path.drop_prob = 1.0  # every image keeps its shortcut alone
+        block.drop_path.drop_prob = 1.0  # every image keeps only its shortcut
         assert torch.allclose(block(x), torch.relu(block.downsample(x)))
 
 
 @pytest.mark.parametrize("wiring", ["official", "paddle"])
-def test_trading_the_stride_for_dilation_keeps_the_wiring(wiring):
-    """In the first block of a dilated stage, as in the strided one, no addition and a pooled group."""
+def test_dilation_instead_of_stride_keeps_the_wiring(wiring):
+    """The first block of a dilated stage, like that of a strided one, has no additions and pools one group."""
     kwargs = dict(wiring=wiring, base_width=32, **BATCH_NORM)
     strided = Bottle2neck(32, 16, 2, projection(2), **kwargs)
     dilated = Bottle2neck(32, 16, 1, projection(1), dilation=2, first_dilation=1, **kwargs)
@@ -219,6 +219,6 @@ def test_trading_the_stride_for_dilation_keeps_the_wiring(wiring):
         (dict(reduce_first=2), "reduce_first"),
     ],
 )
-def test_refuses_what_no_block_can_have(kwargs, words):
+def test_invalid_arguments(kwargs, words):
     with pytest.raises(ValueError, match=words):
         Bottle2neck(64, 16, **BATCH_NORM, **kwargs)

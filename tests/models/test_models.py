@@ -1,4 +1,4 @@
-"""The registered models: timm's own on the same weights, and everything `create_model` can ask of them."""
+"""Tests of the registered models: equality with timm's on the same weights, and arguments of `create_model`."""
 
 import subprocess
 import sys
@@ -68,7 +68,7 @@ AUTHORS_NAMES = {
 
 
 def timm_model(name: str, **kwargs) -> torch.nn.Module:
-    """Make timm's own model, whose place in the registry ours has taken."""
+    """Build timm's model, which ours replaces in the registry."""
     return IN_TIMM[name](**kwargs)
 
 
@@ -77,7 +77,7 @@ def test_every_architecture_is_registered_and_timms_are_replaced():
     assert set(NAMES) == set(TABLE) >= set(IN_TIMM)
     ours = {name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("res2net_zoo.")}
     assert ours == set(NAMES)
-    # timm files a model under its file's name.
+    # timm groups models by the name of their module.
     for module in ("res2net", "dla", "biglittle", "cifar"):
         names = {name for name in ours if timm.model_entrypoint(name).__module__ == f"res2net_zoo.models.{module}"}
         assert names and names <= set(timm.list_models(module=module))
@@ -87,12 +87,12 @@ def test_every_architecture_is_registered_and_timms_are_replaced():
 
 
 @pytest.mark.parametrize(("alias", "name"), AUTHORS_NAMES.items())
-def test_the_authors_own_names_lead_to_ours(alias, name):
+def test_names_of_the_authors_are_aliases(alias, name):
     assert not timm.list_models(alias) and timm.is_model(alias)
     with torch.device("meta"):
-        with pytest.warns(UserWarning, match=f"{alias} to current {name}") as told:
+        with pytest.warns(UserWarning, match=f"{alias} to current {name}") as warned:
             model = timm.create_model(alias, num_classes=3)
-        assert len(told) == 1
+        assert len(warned) == 1
         assert model.state_dict().keys() == timm.create_model(name, num_classes=3).state_dict().keys()
     assert model.pretrained_cfg["architecture"] == name and model.fc.weight.shape[0] == 3
 
@@ -104,7 +104,7 @@ def test_importing_is_quiet_and_costs_next_to_nothing():
 
 
 @pytest.mark.full
-def test_other_warnings_of_overwriting_are_not_hidden():
+def test_other_overwriting_warnings_are_shown():
     code = (
         "import res2net_zoo\nfrom timm.models import register_model\n"
         "def resnet18(pretrained=False): pass\nresnet18.__module__ = '__main__'\nregister_model(resnet18)"
@@ -114,7 +114,7 @@ def test_other_warnings_of_overwriting_are_not_hidden():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_parameters_and_multiply_accumulates_are_the_catalogues(name):
+def test_parameters_and_macs_match_the_catalogue(name):
     facts = catalog.load().architectures[name]
     with torch.device("meta"):
         model = timm.create_model(name).eval()
@@ -130,13 +130,13 @@ def test_parameters_and_multiply_accumulates_are_the_catalogues(name):
     assert gmacs is None or float(thousandths.quantize(Decimal("0.01"), ROUND_HALF_UP)) == gmacs
 
 
-def test_big_little_with_the_module_keeps_the_baselines_complexity():
-    """The paper does not give its width; ours is the one whose GMACs are nearest."""
+def test_width_of_big_little_matches_the_baselines_complexity():
+    """The paper does not specify the width; ours has the closest GMACs."""
     baseline = catalog.load().architectures["blresnet50"].macs
     assert abs(catalog.load().architectures["blres2net50"].macs / baseline - 1) < 0.02
 
 
-def test_tiny_is_tiny():
+def test_size_of_tiny():
     assert catalog.load().architectures["res2net_tiny"].parameters < 1_000_000
 
 
@@ -169,23 +169,23 @@ def test_dilated_output_equals_timms(name, output_stride):
 
 
 @pytest.mark.parametrize("name", IN_TIMM)
-def test_pretrained_cfg_is_timms_with_its_gaps_filled(name):
+def test_pretrained_cfg_extends_timms(name):
     default_cfgs = timm_dla.default_cfgs if "dla" in name else timm_res2net.default_cfgs
     ours, theirs = timm.get_pretrained_cfg(name).to_dict(), default_cfgs[name].default.to_dict()
     assert ours["hf_hub_id"] == f"timm/{name}.in1k"
     assert ours["license"] != theirs.pop("license") == "unknown"
-    for source in ("url", "hf_hub_id", "tag"):  # timm fills them in as it registers
+    for source in ("url", "hf_hub_id", "tag"):  # set by timm on registration
         theirs.pop(source, None)
     assert {key: ours[key] for key in theirs} == theirs
 
 
-def test_models_are_timms_own_classes():
+def test_models_are_subclasses_of_timms():
     with torch.device("meta"):
         for name, cls in (("res2net_tiny", ResNet), ("dla60_res2net", timm_dla.DLA), ("resnext29_8c_64w", ResNet)):
             assert isinstance(timm.create_model(name), cls)
 
 
-def test_a_callers_block_args_do_not_take_a_models_own_away():
+def test_block_args_are_merged():
     with torch.device("meta"):
         model = timm.create_model("res2net50_pd_14w_8s", block_args=dict(attn_layer="se"))
     block = model.layer1[0]

@@ -1,4 +1,4 @@
-"""Our models compute what the original implementations computed (tests/models/parity, see its README)."""
+"""Tests of our models against the original implementations (tests/models/parity, see its README)."""
 
 import gzip
 import json
@@ -10,7 +10,7 @@ import timm
 import torch
 
 from res2net_zoo import catalog
-from res2net_zoo.models.dla import drop_unread
+from res2net_zoo.models.dla import drop_unused
 from res2net_zoo.weights.convert import fit
 from tests.conftest import relative_error
 from tests.weights.originals.draw import images, parameter
@@ -22,8 +22,8 @@ TOLERANCE = 5e-6
 
 
 def drop(name: str) -> bool:
-    """Tell of a tensor of the authors' that nothing reads it."""
-    return not drop_unread({name: torch.empty(0)})
+    """Return whether a tensor in the authors' files is unused."""
+    return not drop_unused({name: torch.empty(0)})
 
 
 CASES = [
@@ -61,8 +61,8 @@ def test_equals_the_original(case):
 
 
 @pytest.mark.parametrize(("case", "name"), [(CASES[-1], "res2net50d"), (CASES[-2], "res2net50_14w_8s")])
-def test_the_official_wiring_does_not_compute_what_paddle_does(case, name):
-    """Its weights load without an error and give something else: why the wiring is an option."""
+def test_official_wiring_differs_from_paddle(case, name):
+    """Weights load without an error but give wrong results, so the wiring is an option."""
     file, _, format = case
     model, logits = load((file, name, format))
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_the_official_wiring_does_not_compute_what_paddle_does(case, name):
     assert 0.005 < relative_error(ours, torch.tensor(logits["224x224"])) < 0.2
 
 
-def test_what_the_originals_dla_has_and_nothing_reads_is_the_difference_in_its_printed_size():
+def test_unused_weights_explain_the_printed_size_of_dla():
     reference = json.loads(gzip.decompress((PARITY / "official-res2net_dla60.json.gz").read_bytes()))
     learnt = [p for p in reference["parameters"] if p["kind"] not in ("mean", "var")]
     surplus = sum(math.prod(p["shape"]) for p in learnt if drop(p["name"]))

@@ -1,4 +1,4 @@
-"""What is special to DLA, Big-Little Net and the CIFAR models."""
+"""Tests specific to DLA, Big-Little Net and the CIFAR models."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ def images(height: int, width: int, n: int = 1) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [(100, 96), (96, 100), (223, 224)])
-def test_dla_names_the_multiple_that_an_image_must_be_of(size):
+def test_dla_rejects_unsupported_sizes(size):
     model = timm.create_model("dla60_res2next", num_classes=2, scriptable=True).eval()
     with torch.no_grad():
         for run in (model, torch.fx.symbolic_trace(model)):
@@ -35,7 +35,7 @@ def test_dla_names_the_multiple_that_an_image_must_be_of(size):
 
 
 @pytest.mark.full
-def test_dla_exported_with_dynamic_sizes_keeps_to_the_multiple():
+def test_exported_dla_rejects_unsupported_sizes():
     model = spread(timm.create_model("dla60_res2next", num_classes=2)).eval()
     dims = {0: torch.export.Dim("n"), 2: 32 * torch.export.Dim("h"), 3: 32 * torch.export.Dim("w")}
     with torch.no_grad():
@@ -46,7 +46,7 @@ def test_dla_exported_with_dynamic_sizes_keeps_to_the_multiple():
             exported(images(100, 96))
 
 
-def test_dla_features_ask_only_for_the_multiple_that_they_need():
+def test_dla_features_support_multiples_of_their_reduction():
     with torch.no_grad():
         early = timm.create_model("dla60_res2net", features_only=True, out_indices=(1, 2)).eval()
         assert [f.shape[-1] for f in early(images(36, 36))] == [18, 9]
@@ -56,7 +56,7 @@ def test_dla_features_ask_only_for_the_multiple_that_they_need():
             timm.create_model("dla60_res2net").eval().forward_intermediates(images(96, 100))
 
 
-def test_dla_refuses_weights_that_are_not_whole():
+def test_dla_rejects_incomplete_weights():
     whole = timm.create_model("dla60_res2next").state_dict()
     unread = {f"{tree}.project.0.weight": torch.zeros(1) for tree in ("level3", "level4", "level4.tree1")}
     create = partial(timm.create_model, "dla60_res2next", pretrained=True)
@@ -67,7 +67,7 @@ def test_dla_refuses_weights_that_are_not_whole():
             create(pretrained_cfg_overlay=dict(state_dict=wrong))
 
 
-def test_dla_takes_block_args():
+def test_dla_block_args():
     with torch.device("meta"):
         model = timm.create_model("dla60_res2net", block_args=dict(scale=2, attn_layer="se"))
     assert model.level2.tree1.scale == 2 and model.level2.tree1.se is not None
@@ -76,7 +76,7 @@ def test_dla_takes_block_args():
 @pytest.mark.first_case
 @pytest.mark.parametrize("name", ["blresnet50", "blres2net50"])
 def test_big_little_stages(name):
-    """Half the resolution and n - 1 blocks; half the width and n / 4 - 1 blocks; merged, then fused at the stride."""
+    """Big: half the resolution, n - 1 blocks; little: half the width, n / 4 - 1 blocks; added and fused."""
     model = spread(timm.create_model(name, num_classes=2)).eval()
     x = model.stem(model.act1(model.bn1(model.conv1(images(64, 96)))))
     assert x.shape == (1, 64, 16, 24)
@@ -106,7 +106,7 @@ def test_big_little_initializes_its_weights():
     assert not model.layer1.big[0].bn3.weight.any()
 
 
-def test_big_little_takes_other_alpha_and_beta():
+def test_big_little_alpha_and_beta():
     with torch.device("meta"):
         model = timm.create_model("blres2net50", alpha=4, beta=2)
         assert len(model.layer3.little[0]) == 2
@@ -116,7 +116,7 @@ def test_big_little_takes_other_alpha_and_beta():
 
 @pytest.mark.first_case
 @pytest.mark.parametrize("name", ["res2next29_8c_25w_4s", "seres2next29_6c_24w_6s", "resnext29_16c_64w"])
-def test_cifar_builder_gives_what_the_registered_names_give(name):
+def test_cifar_builder_matches_registered_models(name):
     numbers = {
         "res2next29_8c_25w_4s": dict(cardinality=8, width=25, scale=4),
         "seres2next29_6c_24w_6s": dict(cardinality=6, width=24, scale=6, se=True),
@@ -147,13 +147,13 @@ def test_every_point_of_figure_5_can_be_built(numbers):
         assert model(torch.empty(2, 3, 32, 32)).shape == (2, 100)
         weighted = [m for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and "downsample" not in n]
     blocks = [m for m in model.modules() if isinstance(m, Bottle2neck)]
-    convs = len(weighted) - sum(len(block.convs) - 1 for block in blocks)  # a hierarchy is one layer of depth
+    convs = len(weighted) - sum(len(block.convs) - 1 for block in blocks)  # a hierarchy counts as one layer
     assert convs + 1 == numbers.get("depth", 29)
     assert {conv.groups for block in blocks for conv in block.convs} == {numbers.get("cardinality", 6)}
     assert {block.scale for block in blocks} == {numbers["scale"]}
 
 
-def test_a_point_without_a_name_comes_back_from_a_model_folder(tmp_path):
+def test_unregistered_model_round_trips_through_a_folder(tmp_path):
     model = spread(cifar_res2next(38, 4, 16, 3, se=True, num_classes=5)).eval()
     write_model_folder(tmp_path / "point", model, model_card("point", "# point", None))
     back = timm.create_model(f"local-dir:{tmp_path / 'point'}", pretrained=True).eval()
@@ -161,7 +161,7 @@ def test_a_point_without_a_name_comes_back_from_a_model_folder(tmp_path):
         assert torch.equal(back(images(32, 32)), model(images(32, 32)))
 
 
-def test_the_numbers_of_a_point_go_before_block_args():
+def test_dimensions_override_block_args():
     with torch.device("meta"):
         for depth in (29, 38):
             model = cifar_res2next(depth, scale=4, block_args=dict(scale=2, attn_layer="eca"))
@@ -169,12 +169,12 @@ def test_the_numbers_of_a_point_go_before_block_args():
 
 
 @pytest.mark.parametrize("depth", [2, 11.5, 30, 28, -7])
-def test_cifar_builder_refuses_another_depth(depth):
+def test_cifar_builder_rejects_invalid_depth(depth):
     with pytest.raises(ValueError, match=r"9n \+ 2 layers, so .*\d"):
         cifar_res2next(depth)
 
 
-def test_cifar_takes_what_create_model_takes():
+def test_cifar_builder_passes_arguments_to_create_model():
     model = cifar_res2next(38, 4, 16, 3, num_classes=10, in_chans=1, drop_path_rate=0.1).eval()
     assert model(torch.randn(2, 1, 32, 32)).shape == (2, 10)
     features = cifar_res2next(29, 4, 16, 3, features_only=True)
@@ -182,7 +182,7 @@ def test_cifar_takes_what_create_model_takes():
 
 
 def test_scale_1_is_a_plain_resnext():
-    """Equal to timm's own Bottleneck on the same weights, in a network of timm's own."""
+    """Equal to timm's network of Bottleneck blocks on the same weights."""
     ours = spread(timm.create_model("resnext29_8c_64w")).eval()
     theirs = ResNet(Bottleneck, (3, 3, 3), channels=(64, 128, 256), cardinality=8, base_width=64, num_classes=100)
     theirs.conv1, theirs.maxpool, theirs.layer4 = (
@@ -204,18 +204,18 @@ def test_scale_1_is_a_plain_resnext():
         ("dla60_res2net", dict(output_stride=16), "cannot be dilated"),
         ("resnext29_8c_64w", dict(stem_type="deep"), "stem is one 3x3 convolution"),
         ("resnext29_8c_64w", dict(replace_stem_pool=True), "stem is one 3x3 convolution"),
-        ("blres2net50", dict(output_stride=4), "has 8, 16 and 32"),
+        ("blres2net50", dict(output_stride=4), "supports 8, 16 and 32"),
         ("blres2net50", dict(alpha=3), "alpha is 3"),
-        ("blres2net50", dict(layers=(1, 4, 6, 3)), "2 blocks or more"),
+        ("blres2net50", dict(layers=(1, 4, 6, 3)), "at least 2 blocks"),
         ("blres2net50", dict(layers=(3, 4, 6, 3, 3)), "four stages"),
         ("blres2net50", dict(block_args=dict(wiring="mine")), "official, paddle"),
     ],
 )
-def test_what_a_shape_cannot_do_is_told(name, kwargs, words):
+def test_unsupported_arguments(name, kwargs, words):
     with torch.device("meta"), pytest.raises(ValueError, match=words):
         timm.create_model(name, **kwargs)
 
 
-def test_output_format_is_told():
+def test_unsupported_output_format():
     with torch.device("meta"), pytest.raises(ValueError, match="NCHW"):
         timm.create_model("blres2net50").forward_intermediates(torch.empty(1, 3, 64, 64), output_fmt="NLC")

@@ -1,4 +1,4 @@
-"""What `timm.create_model` and timm's models offer, every one of ours offers.
+"""Tests that our models have the interface of `timm.create_model` and of timm's models.
 
 One model of each shape is tested in every run, in what takes long one of each family; the others, which differ
 from it in numbers only, in `pytest -m slow`.
@@ -36,7 +36,7 @@ FAMILIES = ["res2net50_vd_26w_4s", "dla60_res2net", "blres2net50", "seres2next29
 
 
 def names(soon: list[str]) -> pytest.MarkDecorator:
-    """Parametrize by all names, of which these are tested in every run."""
+    """Parametrize by all names; those given are in the first tier."""
     every = catalog.load().architectures
     slow = pytest.mark.slow
     return pytest.mark.parametrize("name", [x if x in soon else pytest.param(x, marks=slow) for x in every])
@@ -94,7 +94,7 @@ def test_head(name):
         assert model(x).shape == (2, 5)
         assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, model.head_hidden_size)
         assert model.head_hidden_size == 2 * model.num_features
-        assert not torch.equal(model.train()(x), model(x))  # dropout, and statistics that move on
+        assert not torch.equal(model.train()(x), model(x))  # dropout, and batch statistics
         model.eval().reset_classifier(3, "max")
         assert model(x).shape == (2, 3) and model.get_classifier().weight.shape[0] == 3
         model.reset_classifier(4)
@@ -119,7 +119,7 @@ def test_features(name):
             features, model.feature_info.channels(), model.feature_info.reduction(), strict=True
         ):
             assert feature.shape == (2, channels, x.shape[-1] // reduction, x.shape[-1] // reduction)
-        first = 1 if name.startswith("dla") else 0  # timm's DLA has one at stride 1 as well
+        first = 1 if name.startswith("dla") else 0  # timm's DLA has features at stride 1 as well
         some = spread(make(name, features_only=True, out_indices=(first + 1, first + 3)))
         for a, b in zip(some(x), [features[1], features[3]], strict=True):
             assert torch.equal(a, b)
@@ -154,7 +154,7 @@ def test_forward_intermediates(name):
 
 @every_name
 @pytest.mark.parametrize("output_stride", [8, 16])
-def test_output_stride_where_the_shape_has_it(name, output_stride):
+def test_output_stride(name, output_stride):
     if name.startswith("dla") or is_cifar(name):
         with pytest.raises(ValueError, match=f"output_stride is {output_stride}"):
             make(name, output_stride=output_stride)
@@ -168,7 +168,7 @@ def test_output_stride_where_the_shape_has_it(name, output_stride):
 
 
 def gradients_and_saved_bytes(model: torch.nn.Module, x: torch.Tensor) -> tuple[list[torch.Tensor], int]:
-    """Train one step; return every gradient and how many bytes of activations were kept for it."""
+    """Train one step; return all gradients and the bytes of saved activations."""
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -187,7 +187,7 @@ def gradients_and_saved_bytes(model: torch.nn.Module, x: torch.Tensor) -> tuple[
 
 
 @every_name_slowly
-def test_gradient_checkpointing_saves_memory_and_changes_no_gradient(name):
+def test_gradient_checkpointing_saves_memory_with_equal_gradients(name):
     results = []
     for enable in (False, True):
         model = spread(make(name, num_classes=5)).train()
@@ -200,8 +200,8 @@ def test_gradient_checkpointing_saves_memory_and_changes_no_gradient(name):
 
 
 @every_name_slowly
-def test_gradient_checkpointing_behind_a_frozen_stem(name):
-    """What is frozen keeps nothing anyway; the stages behind it are to be recomputed all the same."""
+def test_gradient_checkpointing_after_a_frozen_stem(name):
+    """Frozen layers save no activations; the stages after them are recomputed."""
     results = []
     for enable in (False, True):
         model = spread(make(name, num_classes=5)).train()
@@ -216,8 +216,8 @@ def test_gradient_checkpointing_behind_a_frozen_stem(name):
 
 
 @every_name
-def test_reparameterization_changes_no_output(name):
-    """timm's own preparation for inference runs over every model and changes nothing it computes."""
+def test_reparameterization_keeps_the_output(name):
+    """timm's `reparameterize_model` supports every model and does not change its output."""
     model, x = spread(make(name, num_classes=5)), images(name)
     with torch.no_grad():
         assert relative_error(reparameterize_model(model)(x), model(x)) < 1e-6
@@ -256,7 +256,7 @@ def test_layer_decay_groups_the_parameters_by_depth(name):
     first, last = (model.get_submodule(cfg[key]).weight for key in ("first_conv", "classifier"))
     assert scale[id(first)] == min(scales) < max(scales) == scale[id(last)] == 1
     assert len(set(scales)) > 6 or name == "res2net_tiny"
-    # A stage comes after the one before it.
+    # Stages are in order.
     stages = [i["module"] for i in model.feature_info[1:]]
     means = []
     for stage in stages:
