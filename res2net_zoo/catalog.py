@@ -1,7 +1,7 @@
 """The catalogue of models and checkpoints in `catalog.toml`.
 
-It is the single source of timm's pretrained cfgs, the tables of `python -m res2net_zoo list`, the
-model cards and the published accuracies that validation compares with.
+It is the single source of timm's pretrained cfgs, the tables of `res2net-zoo list`, the model cards, and the published
+accuracies for validation.
 """
 
 import re
@@ -140,8 +140,12 @@ class Architecture:
     printed: tuple[Printed, ...] = ()
     difference: str = ""
     crop_pct: float | None = _check(lambda x: x is None or 0 < x <= 1, "a share in (0, 1]", default=None)
-    mean: list[float] | None = _check(lambda x: x is None or _channels(x), "a value in [0, 1] a channel", default=None)
-    std: list[float] | None = _check(lambda x: x is None or _channels(x), "a value in [0, 1] a channel", default=None)
+    mean: list[float] | None = _check(
+        lambda x: x is None or _channels(x), "one value in [0, 1] per channel", default=None
+    )
+    std: list[float] | None = _check(
+        lambda x: x is None or _channels(x), "one value in [0, 1] per channel", default=None
+    )
 
     @property
     def misprinted(self) -> list[str]:
@@ -175,7 +179,7 @@ class Checkpoint:
         std: Standard deviation of each channel, in [0, 1].
         num_classes: Number of classes.
         notes: Remarks.
-        accuracies: All published accuracies; the first of each dataset is the one to compare with.
+        accuracies: All published accuracies; the first of each dataset is used for comparisons.
     """
 
     architecture: str = _check(_filled, "an architecture's name")
@@ -192,8 +196,8 @@ class Checkpoint:
     input_size: list[int] = _check(_shape, "channels, height and width")
     crop_pct: float = _check(lambda x: 0 < x <= 1, "a share in (0, 1]")
     interpolation: str = _check(INTERPOLATIONS.__contains__, f"one of {', '.join(INTERPOLATIONS)}")
-    mean: list[float] = _check(_channels, "a value in [0, 1] a channel")
-    std: list[float] = _check(_channels, "a value in [0, 1] a channel")
+    mean: list[float] = _check(_channels, "one value in [0, 1] per channel")
+    std: list[float] = _check(_channels, "one value in [0, 1] per channel")
     num_classes: int = _check(lambda n: n > 0, "a number of classes")
     notes: str
     accuracies: tuple[Accuracy, ...]
@@ -320,7 +324,7 @@ def parse(text: str) -> Catalog:
         for accuracy in checkpoint.accuracies:
             if not any(accuracy.source.startswith(start) for start in sources):
                 raise CatalogError(
-                    f"catalogue entry {checkpoint.name}: source {accuracy.source!r} begins with no key of sources"
+                    f"catalogue entry {checkpoint.name}: source {accuracy.source!r} starts with no key of sources"
                 )
     targets = tuple(_record(Target, f"target {i}", row) for i, row in enumerate(data.get("targets", []), 1))
     return Catalog(architectures, checkpoints, sources, targets)

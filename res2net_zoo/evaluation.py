@@ -122,7 +122,7 @@ def create_loader(
     rank, world = accelerator.process_index, accelerator.num_processes
     dataset: torch.utils.data.Dataset
     if isinstance(source.rows, datasets.Dataset):
-        # Every world-th image, so that the shares differ by at most one image.
+        # Every world-th image, so that the numbers of images differ by at most one.
         dataset = MapSamples(source.rows, samples, range(rank, len(source.rows), world))
     else:
         rows = split_dataset_by_node(source.rows, rank, world)
@@ -160,14 +160,14 @@ def corrupt_places(bad: Iterable[Sample], skip_corrupt: bool) -> list[str]:
 
 
 def count_batch(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Count the correct answers in a batch.
+    """Count the correct predictions in a batch.
 
     Args:
         logits: (N, classes).
-        targets: Right answers (N, K), padded with -1.
+        targets: Correct classes (N, K), padded with -1.
 
     Returns:
-        Three whole numbers: images that count, and of those the correct ones by top-1 and by top-5.
+        Three integers: evaluated images, and those that are correct by top-1 and by top-5.
 
     Raises:
         InputError: The logits are NaN or infinite.
@@ -181,7 +181,7 @@ def count_batch(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def advance(progress: tqdm, images: int) -> None:
-    """Advance a bar by the images of a batch of each process, of which the last may be shorter in some."""
+    """Advance a progress bar by the images of one batch per process; the last batches may be shorter."""
     progress.update(images if progress.total is None else min(images, progress.total - progress.n))
 
 
@@ -204,7 +204,7 @@ def count_correct(
         accelerator: Determines device and precision.
         subset: Classes to predict among; None for all.
         skip_corrupt: Whether to skip images that cannot be decoded.
-        progress: Bar to move on by one an image.
+        progress: Progress bar that counts images.
         observe: Called with each batch, see `Observer`.
         full_precision: Whether to compute in float32 regardless of the accelerator's precision.
 
@@ -266,7 +266,7 @@ def evaluate(
         batch_size: Images per batch and process.
         workers: Number of worker processes per process.
         skip_corrupt: Whether to skip images that cannot be decoded.
-        desc: What the progress bar says.
+        desc: Description on the progress bar.
         observe: Called with each batch of this process, see `Observer`.
         full_precision: As for `count_correct`.
 

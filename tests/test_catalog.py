@@ -232,7 +232,7 @@ def test_the_generated_tables_are_current(in_process, tmp_path, command, file):
     assert copy.read_text() == "nothing to fill"
     if command == "list":
         refused = input_error(in_process("res2net_zoo/__main__.py", command, "--min-top1", 99, "--update", copy))
-        assert "leave the filters out" in refused and copy.read_text() == "nothing to fill"
+        assert "takes no filters" in refused and copy.read_text() == "nothing to fill"
 
 
 def test_package_data_and_metadata_agree():

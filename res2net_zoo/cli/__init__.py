@@ -1,4 +1,4 @@
-"""The command line: one module a program, which reads its options before it imports anything slow.
+"""The command line: one module per command, which parses its options before it imports slow modules.
 
 The command `train-task` is the module `train_task`, and so on. Each has `parse_args(argv)` and `main(argv)`.
 """
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code.
 
     Args:
-        argv: The command and its options, in place of the command line.
+        argv: The command and its options; default: those of `sys.argv`.
     """
     words = [*(sys.argv[1:] if argv is None else argv)]  # `list` is a module of this package
     commands = [command for group in COMMANDS.values() for command in group]
@@ -31,13 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Published Res2Nets for timm: measure, train, export and share them.",
         epilog="" if words[:1] and words[0] in commands else overview(),
     )
-    parser.add_argument("command", choices=commands, metavar="COMMAND", help="one of those below")
+    parser.add_argument("command", choices=commands, metavar="COMMAND", help="one of the commands below")
     command = parser.parse_args(words[:1]).command
     return import_module(f"{__name__}.{command.replace('-', '_')}").main(words[1:])
 
 
 def overview() -> str:
-    """Return what each command does, in a line each, and how to go on from there."""
+    """Return a list of the commands with one-line descriptions, and general help."""
     parts = []
     for title, commands in COMMANDS.items():
         modules = {command: import_module(f"{__name__}.{command.replace('-', '_')}") for command in commands}

@@ -1,8 +1,8 @@
-"""Measure what scale, width, cardinality and depth cost and bring.
+"""Compare size, receptive field and latency over scale, width, cardinality and depth.
 
 Usage: res2net-zoo ablate [--only NAME ...] [--depth L ...] [--scale S ...] [--figure FILE] [--output FILE]
 
-It builds every model of the paper's Tables 3 and 4 and Figure 5, or of a grid of your own, counts its parameters and
+It builds every model of the paper's Tables 3 and 4 and Figure 5, or of a custom grid, counts its parameters and
 multiply-accumulates, computes its receptive field and measures its latency on this machine.
 
 Examples:
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
         sections = {"grid": list(ablate.of_grid(grid, along, args.frame or "cifar"))}
     else:
         sections = ablate.paper(args.only or PAPER)
-    ablate.size_up([point for section in sections.values() for point in section])
+    ablate.count_costs([point for section in sections.values() for point in section])
     for section in sections.values() if args.rounds else ():
         ablate.measure_latency(section, args.rounds, args.batch_size, device)
 

@@ -1,11 +1,11 @@
-"""Measure the speed and memory of models beside timm's own and ResNet-50, by turns in one process.
+"""Compare speed and memory of models with timm's implementations and ResNet-50.
 
 Usage: res2net-zoo benchmark [--model NAME ...] [--batch-size N ...] [--precision P ...] [--output FILE]
 
-NAME is what timm.create_model takes; `all` stands for every model with a published accuracy on ImageNet. Weights are
-random, which does not change the speed. Each combination of model, mode, precision and batch size is a setting; in
-each of its rounds every contender has a turn of some seconds, and so has a matrix product, which measures the
-machine's peak. docs/benchmark.md describes what is measured, and how.
+NAME is a model name as for timm.create_model, or `all` for every model with a published accuracy on ImageNet. Weights
+are random, which does not change the speed. Each combination of model, mode, precision and batch size is a setting. In
+each round of a setting, all contenders are timed in turn for some seconds, as well as a matrix product, which measures
+the peak of the machine. docs/benchmark.md describes the method.
 
 Examples:
   res2net-zoo benchmark
@@ -40,15 +40,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_subject(parser.add_argument_group("what to measure").add_argument)
     one = within(int, 1)
     add = parser.add_argument_group("how").add_argument
-    add("--rounds", type=one, default=10, help="turns of each, after one to warm up (default: %(default)s)")
-    add("--seconds", type=within(float, 0), default=1.0, help="least duration of a turn (default: %(default)s)")
-    add("--pause", type=within(float, 0), default=0.05, help="seconds between turns (default: %(default)s)")
-    add("--threads", type=one, help="CPU threads of each process (default: its share of the cores)")
-    add("--matrix", type=within(int, 64), help="rows of the matrices (default: 2048, on a GPU 8192)")
-    add("--no-memory", action="store_true", help="skip memory, which takes a process for each contender")
-    add = parser.add_argument_group("the result").add_argument
+    add("--rounds", type=one, default=10, help="measurements of each, after one warm-up (default: %(default)s)")
+    add(
+        "--seconds", type=within(float, 0), default=1.0, help="minimum duration of a measurement (default: %(default)s)"
+    )
+    add("--pause", type=within(float, 0), default=0.05, help="seconds between measurements (default: %(default)s)")
+    add("--threads", type=one, help="CPU threads per process (default: cores divided by processes)")
+    add("--matrix", type=within(int, 64), help="rows of the matrices (default: 2048; 8192 on a GPU)")
+    add("--no-memory", action="store_true", help="do not measure memory, which starts a process for each contender")
+    add = parser.add_argument_group("output").add_argument
     add("--output", type=Path, help="write the results as JSON, after each setting")
-    add("--figure", type=Path, help="draw published accuracy over images a second")
+    add("--figure", type=Path, help="plot published accuracy over images per second")
     args = parser.parse_args(argv)
     if len(args.peers) > 1 and {"all", "none"} & set(args.peers):
         parser.error("--peers takes all, none, or names")
@@ -60,19 +62,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def add_subject(add: Callable[..., object]) -> None:
-    """Add what is measured, each a list: models, settings, backends and whom they are compared with."""
+    """Add options of models, settings, backends and baselines; each takes a list."""
 
     def choose(option: str, choices: Sequence[str], default: Sequence[str], about: str) -> None:
         add(option, nargs="+", choices=choices, default=list(default), help=f"{about} (default: %(default)s)")
 
     add("--model", nargs="+", default=["res2net50_26w_4s"], help="models, or `all` (default: %(default)s)")
-    add("--batch-size", nargs="+", type=within(int, 1), default=[1], help="images a batch (default: %(default)s)")
-    choose("--precision", PRECISIONS, ["float32"], "of the model's operations")
-    choose("--mode", ("infer", "train"), ["infer"], "inference, or a whole training step")
+    add("--batch-size", nargs="+", type=within(int, 1), default=[1], help="images per batch (default: %(default)s)")
+    choose("--precision", PRECISIONS, ["float32"], "precisions of the model")
+    choose("--mode", ("infer", "train"), ["infer"], "inference or a whole training step")
     add("--img-size", type=within(int, 8), help="height and width of the images in pixels (default: the model's own)")
     choose("--backend", BACKENDS, ["auto"], "backends of our models in inference")
-    choose("--peers", (*PEERS, "all", "none"), ["all"], "backends of the others")
-    choose("--against", AGAINST, AGAINST, "the others")
+    choose("--peers", (*PEERS, "all", "none"), ["all"], "backends of the baselines")
+    choose("--against", AGAINST, AGAINST, "baselines")
 
 
 @command(parse_args)
@@ -129,21 +131,21 @@ def main(args: argparse.Namespace) -> int:
 
 
 def check_figure(path: Path, names: Sequence[str]) -> None:
-    """Refuse a figure that cannot be drawn, before anything is measured."""
+    """Check that a figure can be drawn, before starting measurements."""
     from res2net_zoo.analysis.ablate import check_picture
     from res2net_zoo.analysis.benchmark import published_top1
     from res2net_zoo.utils.errors import InputError
 
     check_picture(path)
     if not any(map(published_top1, names)):
-        raise InputError(f"--figure draws published accuracies, and there is none for {', '.join(names)}")
+        raise InputError(f"--figure needs published accuracies; none is known for {', '.join(names)}")
 
 
 def input_size(name: str, img_size: int | None) -> tuple[int, int, int]:
     """Return channels, height and width of a model's images.
 
     Raises:
-        InputError: There is no such model, or it has no classifier.
+        InputError: The model does not exist, or has no classifier.
     """
     from res2net_zoo.utils.errors import InputError
     from res2net_zoo.weights.pretrained import create_model
@@ -156,12 +158,12 @@ def input_size(name: str, img_size: int | None) -> tuple[int, int, int]:
 
 
 def measure(setting: "Setting", args: argparse.Namespace, folder: Path) -> "list[Result]":
-    """Make the contenders of a setting, time them by turns, and measure what memory each takes.
+    """Build the contenders of a setting, time them interleaved, and measure the memory of each.
 
     Args:
-        setting: What is computed.
+        setting: The setting.
         args: The command line.
-        folder: An empty folder for files that live as long.
+        folder: An empty folder for temporary files.
     """
     import gc
 
@@ -176,12 +178,12 @@ def measure(setting: "Setting", args: argparse.Namespace, folder: Path) -> "list
     ready: dict[str, Built] = {}
     with progress_bar(None, contenders(setting, args.backend, peers, args.against), unit="contender") as bar:
         for contender in bar:
-            tell(bar, f"making {contender}" + ", a minute or more" * (contender.how == "inductor"))
+            show_step(bar, f"building {contender}" + ", a minute or more" * (contender.how == "inductor"))
             try:
                 built = build(contender, setting, folder)
                 ready[str(built.contender)] = built
             except Skipped as error:
-                bar.write(printable(f"{setting}: left out: {error}"), file=sys.stderr)
+                bar.write(printable(f"{setting}: skipped: {error}"), file=sys.stderr)
 
     gc.collect()
     calls = [built.call for built in ready.values()]
@@ -191,7 +193,7 @@ def measure(setting: "Setting", args: argparse.Namespace, folder: Path) -> "list
     results = []
     with progress_bar(None, zip(ready.values(), times, strict=True), total=len(ready), unit="contender") as bar:
         for built, rounds in bar:
-            tell(bar, f"memory of {built.contender}")
+            show_step(bar, f"memory of {built.contender}")
             result = Result(setting, built.contender, rounds, *cost(built.contender, setting), error=built.error)
             if built.contender.who == OURS:
                 result.published_top1 = published_top1(setting.model)
@@ -199,12 +201,12 @@ def measure(setting: "Setting", args: argparse.Namespace, folder: Path) -> "list
                 try:
                     result.memory_mb = peak_memory(built.contender, setting, folder)
                 except Skipped as error:
-                    bar.write(printable(f"{setting}: no memory: {error}"), file=sys.stderr)
+                    bar.write(printable(f"{setting}: memory not measured: {error}"), file=sys.stderr)
             results.append(result)
-    torch.compiler.reset()  # it keeps what it compiled, and compiles a function a few times only
+    torch.compiler.reset()  # it caches compiled code, and recompiles a function only a few times
     return results
 
 
-def tell(bar: Any, text: str) -> None:
-    """Say what a bar is at: at once to a person, and with the next update in a log file."""
+def show_step(bar: Any, text: str) -> None:
+    """Set a bar's description: displayed immediately on a terminal, with the next update elsewhere."""
     bar.set_description(text, refresh=sys.stderr.isatty())

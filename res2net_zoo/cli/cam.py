@@ -1,8 +1,8 @@
-"""Draw class activation maps: where in an image models see a class, side by side.
+"""Draw class activation maps of one or more models side by side.
 
 Usage: res2net-zoo cam IMAGE ... [--model NAME ...] [--class NAME ...] [--output FILE]
 
-Each model is shown an image as its own preprocessing makes it. With no --model the shipped model looks for digits.
+Each model uses its own preprocessing. Without --model, the shipped digits model is used.
 
 Examples:
   res2net-zoo cam dog.jpg --model res2net50_26w_4s resnet50 --output figure4.png
@@ -21,7 +21,7 @@ from res2net_zoo.cli.options import IMAGES, MODEL
 from res2net_zoo.cli.shipped import shipped_model
 from res2net_zoo.utils.command_line import within
 
-METHODS = {  # the grad-cam package's
+METHODS = {  # classes of the grad-cam package
     "gradcam": "GradCAM",
     "gradcam++": "GradCAMPlusPlus",
     "xgradcam": "XGradCAM",
@@ -39,12 +39,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--class",
         nargs="+",
         dest="classes",
-        help="name or number of the class to look for: one for all images, or one for each "
-        "(default: the first model's top-1)",
+        help="name or index of the class: one for all images, or one for each (default: the first model's top-1)",
     )
-    add("--method", choices=METHODS, default="gradcam", help="of the grad-cam package (default: %(default)s)")
+    add("--method", choices=METHODS, default="gradcam", help="method of the grad-cam package (default: %(default)s)")
     add("--output", type=Path, default=Path("cam.png"), help="picture to write (default: %(default)s)")
-    add("--threads", type=within(int, 1), help="CPU threads of each process (default: its share of the cores)")
+    add("--threads", type=within(int, 1), help="CPU threads per process (default: cores divided by processes)")
     return parser.parse_args(argv)
 
 
@@ -80,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
         if not model.num_classes:
             raise InputError(f"{name} has no classifier")
         if class_names(model) != class_names(models[0] if models else model):
-            raise InputError(f"{name} and {args.model[0]} have other classes; compare models of the same")
+            raise InputError(f"{name} and {args.model[0]} have different classes; choose models with the same classes")
         models.append(model)
     names = class_names(models[0])
     wanted = classes_of(args.classes or (), names)
@@ -88,7 +87,7 @@ def main(args: argparse.Namespace) -> int:
 
     rows, scores = [], []
     for i, path in enumerate(progress_bar(accelerator, paths, desc="cam", unit="image")):
-        # What the models are shown; who does not choose the class need not look at it first.
+        # Without a given class, the first model has to predict it first.
         shown = [cam.load(model, path) for model in models]
         if wanted:
             index = wanted[i]

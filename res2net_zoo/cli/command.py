@@ -1,4 +1,4 @@
-"""What surrounds a program: its parser, made from its docstring, and its errors as one line and an exit code."""
+"""Wrapper of every command: creates its parser from its docstring, and turns errors into exit codes."""
 
 import argparse
 import re
@@ -10,7 +10,7 @@ from res2net_zoo.utils.console import run
 
 
 def parser_of(doc: str | None) -> Parser:
-    """Return a program's parser without options; its help is the docstring, with the options before `Examples:`."""
+    """Return a parser without options, whose help is a docstring; options are printed before its `Examples:`."""
     description, examples, rest = (doc or "").partition("Examples:")
     usage = re.search(r"Usage: (res2net-zoo [a-z-]+)", description)
     return Parser(prog=usage and usage[1], description=description.rstrip(), epilog=f"{examples}{rest}".rstrip())
@@ -19,13 +19,13 @@ def parser_of(doc: str | None) -> Parser:
 def command(
     parse_args: Callable[[Sequence[str] | None], argparse.Namespace],
 ) -> Callable[[Callable[[argparse.Namespace], int]], Callable[[Sequence[str] | None], int]]:
-    """Return a decorator that makes a program of a function of its arguments.
+    """Return a decorator that turns a function of parsed arguments into a program.
 
-    The program takes the words of a command line, or None for those of `sys.argv`, and returns an exit code. Bad
-    input ends it with one line on stderr; wrong options do so before anything slow is imported.
+    The program takes a list of arguments, or None for those of `sys.argv`, and returns an exit code. For bad input it
+    prints one line on stderr; options are checked before slow modules are imported.
 
     Args:
-        parse_args: Reads the command line.
+        parse_args: Parses the arguments.
     """
 
     def decorate(program: Callable[[argparse.Namespace], int]) -> Callable[[Sequence[str] | None], int]:
@@ -45,7 +45,7 @@ def command(
 
 
 def run_package() -> None:
-    """Run `res2net_zoo/__init__.py`, which registers the models, where `res2net_zoo_cli` has not done so yet."""
+    """Run `res2net_zoo/__init__.py`, which registers the models, if `res2net_zoo_cli` has skipped it."""
     package = sys.modules["res2net_zoo"]
     if not hasattr(package, "__version__") and package.__spec__ and package.__spec__.loader:
         package.__spec__.loader.exec_module(package)

@@ -1,9 +1,9 @@
-"""Convert an original's weight file to a model folder that timm and the Hub read.
+"""Convert a published weight file to a model folder for timm and the Hub.
 
 Usage: res2net-zoo convert --model NAME [--checkpoint FILE] --output DIR
 
 The folder holds model.safetensors, config.json, a card and a fingerprint. NAME is arch.tag, a checkpoint of the
-catalogue. The same file gives the same bytes each time.
+catalogue. The output is reproducible: the same file always results in the same bytes.
 
 Examples:
   res2net-zoo convert --model res2net50_vd_26w_4s.ssld_in1k --output ssld
@@ -24,7 +24,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--model", required=True, help="arch.tag of the catalogue's checkpoint")
     parser.add_argument(
-        "--checkpoint", metavar="FILE", help="the original's file, or its URL (default: the catalogue's URL)"
+        "--checkpoint", metavar="FILE", help="published weight file, or its URL (default: the catalogue's URL)"
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="model folder to write")
     return parser.parse_args(argv)
@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
     check_can_make(args.output)
     is_model = all((args.output / name).is_file() for name in ("config.json", WEIGHTS))
     if args.output.is_dir() and any(args.output.iterdir()) and not is_model:
-        raise InputError(f"--output {args.output} holds something else than a model; name a new folder")
+        raise InputError(f"--output {args.output} is not empty and not a model folder; name a new folder")
     with locked(args.output):
         if source.startswith(("https://", "http://")):
             with originals.original(source) as path:
@@ -61,8 +61,8 @@ def main(args: argparse.Namespace) -> int:
         else:
             state, metadata = originals.read_original(Path(source), checkpoint)
             write_converted(args.output, checkpoint, state, metadata)
-    name, checked = checkpoint.name, "the released one" if checkpoint.sha256 else "and none was ever published"
+    name, checked = checkpoint.name, "as published" if checkpoint.sha256 else "not verified: no hash was published"
     if not originals.is_released(checkpoint, metadata):
-        name, checked = checkpoint.architecture, f"not that of {checkpoint.name}"
+        name, checked = checkpoint.architecture, f"different from {checkpoint.name}"
     print(f"{name} in {args.output}: SHA-256 of the original {metadata['source_sha256']}, {checked}")
     return 0

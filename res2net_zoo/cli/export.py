@@ -2,9 +2,9 @@
 
 Usage: res2net-zoo export --model NAME --format onnx|openvino --output FILE
 
-The file is written only if ONNX Runtime or OpenVINO computes from it what PyTorch computes, on shipped digits or on
---images. It takes any number of images at once, of the model's own size, and holds the preprocessing and the class
-names.
+The file is written only if its outputs in ONNX Runtime or OpenVINO match those of PyTorch, on the shipped digits or on
+--images. Its batch size is dynamic, its image size that of the model; preprocessing and class names are stored as
+metadata.
 
 Examples:
   res2net-zoo export --model res2net50d --format onnx --output res2net50d.onnx
@@ -26,7 +26,7 @@ from res2net_zoo.utils.command_line import within
 if TYPE_CHECKING:
     from res2net_zoo.inference.export import Exported
 
-CHECKED = 16  # images; those of a folder with more are taken at even distances
+CHECKED = 16  # number of images, evenly spaced over all
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -44,13 +44,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--opset",
         type=within(int, 1),
-        help="version of the ONNX operators (default: 18, which runtimes since 2023 read)",
+        help="version of the ONNX operators (default: 18, supported by runtimes since 2023)",
     )
-    add("--precision", choices=("float32", "float16"), help="of an OpenVINO file's weights (default: float32)")
+    add(
+        "--precision",
+        choices=("float32", "float16"),
+        help="precision of the weights in an OpenVINO file (default: float32)",
+    )
     add("--images", nargs="+", metavar="IMAGE", help=f"check on these {IMAGES} (default: the shipped digits)")
     args = parser.parse_args(argv)
     if args.format != "onnx" and args.opset is not None:
-        parser.error("--opset is ONNX's; leave it out with --format openvino")
+        parser.error("--opset needs --format onnx")
     if args.format != "openvino" and args.precision == "float16":
         parser.error("--precision float16 needs --format openvino")
     return args
@@ -109,7 +113,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def summary(exported: "Exported", available: int) -> str:
-    """Return what was written and found, in a few lines."""
+    """Return the printed summary of an export."""
     batches = " and ".join(map(str, exported.batches))
     of = f" of {available}" if available > exported.images else ""
     lines = {

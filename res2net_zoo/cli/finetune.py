@@ -1,14 +1,14 @@
-"""Train or fine-tune a classifier, and write the best epoch as a model folder.
+"""Train or fine-tune a classifier, and save the best epoch as a model folder.
 
 Usage: res2net-zoo finetune [--model NAME] [--pretrained] [--data SRC] [--recipe NAME] [--output DIR] [--resume]
 
 With neither --model nor --data it trains the shipped model on the shipped digits.
 
-A recipe is a file with values for any of the settings below; options on the command line override it. DIR holds the
-best model by its top-1 on the evaluation split (of several, the last), its card, recipe.toml with every setting,
-metrics.csv and pictures; timm reads it as local-dir:DIR. DIR.run holds the checkpoints and the trackers' files.
---resume goes on from the last checkpoint, or starts where there is none. SIGTERM and Ctrl-C save a checkpoint and end
-the run.
+A recipe is a file with values for any of the settings below; options on the command line override it. DIR contains
+the model with the best top-1 on the evaluation split (the latest on ties), its card, recipe.toml with all settings,
+metrics.csv and plots; timm loads it as local-dir:DIR. DIR.run contains the checkpoints and the trackers' files.
+--resume continues from the last checkpoint, or starts a new run if there is none. On SIGTERM and Ctrl-C, the run saves
+a checkpoint and ends.
 
 Examples:
   res2net-zoo finetune
@@ -33,22 +33,27 @@ from res2net_zoo.utils.command_line import Parser, within
 
 def build_parser() -> Parser:
     parser = parser_of(__doc__)
-    add_data(parser.add_argument_group("what to train, and on what").add_argument)
+    add_data(parser.add_argument_group("model and data").add_argument)
     add_files(parser.add_argument_group("files").add_argument)
-    add_length(parser.add_argument_group("how long, and how much at once").add_argument)
-    add_optimization(parser.add_argument_group("optimizer and schedule, by timm's names").add_argument)
-    add_model(parser.add_argument_group("the model in training").add_argument)
+    add_length(parser.add_argument_group("duration and batches").add_argument)
+    add_optimization(parser.add_argument_group("optimizer and schedule (names as in timm)").add_argument)
+    add_model(parser.add_argument_group("model").add_argument)
     add_loss(parser.add_argument_group("loss").add_argument)
-    add_augmentation(parser.add_argument_group("augmentation, by timm's names").add_argument)
+    add_augmentation(parser.add_argument_group("augmentation (names as in timm)").add_argument)
     return parser
 
 
 def add_data(add: Callable[..., object]) -> None:
-    """Add what to train, and on what."""
+    """Add options of model and data."""
     flag = argparse.BooleanOptionalAction
     add("--model", default="res2net_tiny", help=MODEL)
     add("--pretrained", action=flag, default=False, help="start from the model's published weights")
-    add("--data", metavar="SRC", default=shipped_data(), help="labelled images, as for validate (default: %(default)s)")
+    add(
+        "--data",
+        metavar="SRC",
+        default=shipped_data(),
+        help="labelled images, see `validate --help` (default: %(default)s)",
+    )
     add("--train-split", default="train", help="split to train on (default: %(default)s)")
     add("--eval-split", help="split to evaluate on (default: validation, else test, else images held out)")
     add(
@@ -57,17 +62,19 @@ def add_data(add: Callable[..., object]) -> None:
         default=0.2,
         help="share of each class to hold out (default: %(default)s)",
     )
-    add("--label-column", help="column of the labels, where it is ambiguous")
-    add("--num-classes", type=within(int, 2), help="number of classes, for a stream without it")
-    add("--streaming", action=flag, default=False, help="read the images as a stream, without a cache")
+    add("--label-column", help="label column, if ambiguous")
+    add("--num-classes", type=within(int, 2), help="number of classes, if a stream does not define it")
+    add("--streaming", action=flag, default=False, help="stream the images without caching them")
     add(
         "--shuffle-buffer",
         type=within(int, 1),
         default=1000,
-        help="images of a stream to shuffle among (default: %(default)s)",
+        help="buffer size for shuffling a stream, in images (default: %(default)s)",
     )
     add(
-        "--steps-per-epoch", type=within(int, 1), help="default: all images once; needed for a stream of unknown length"
+        "--steps-per-epoch",
+        type=within(int, 1),
+        help="default: all images once; required for a stream of unknown length",
     )
     add("--check", action=flag, default=True, help="decode every image once before training starts")
     add("--skip-corrupt", action=flag, default=False, help="skip images that cannot be decoded, and report them")
@@ -80,85 +87,93 @@ def add_data(add: Callable[..., object]) -> None:
 
 
 def add_files(add: Callable[..., object]) -> None:
-    """Add where the run writes."""
+    """Add options of the output."""
     add_run_folder(add, "outputs/finetune")
     add("--tracker", nargs="+", help="Accelerate's trackers, or none (default: tensorboard where it is installed)")
 
 
 def add_length(add: Callable[..., object]) -> None:
-    """Add how long to train, and how much at once."""
+    """Add options of duration and batches."""
     flag = argparse.BooleanOptionalAction
-    add("--epochs", type=within(int, 1), default=20, help="passes through the images (default: %(default)s)")
-    add("--patience", type=within(int, 0), help="stop after so many epochs without a better top-1; 0 for never")
+    add("--epochs", type=within(int, 1), default=20, help="number of epochs (default: %(default)s)")
+    add("--patience", type=within(int, 0), help="stop after this many epochs without a better top-1; 0 to disable")
     add_batch_size(add, 64)
-    add("--accumulate", type=within(int, 1), default=1, help="batches an optimizer step (default: %(default)s)")
-    add("--seed", type=within(int, 0, 2**31), default=0, help="of all random numbers (default: %(default)s)")
+    add("--accumulate", type=within(int, 1), default=1, help="batches per optimizer step (default: %(default)s)")
+    add("--seed", type=within(int, 0, 2**31), default=0, help="random seed (default: %(default)s)")
     add("--deterministic", action=flag, default=False, help="use deterministic operations on GPUs")
     add_machine(add)
-    add("--compile", action=flag, default=False, help="torch.compile the model")
-    add("--channels-last", action=flag, default=True, help="memory format of the model and its input")
-    add("--grad-checkpointing", action=flag, default=False, help="trade time for memory")
+    add("--compile", action=flag, default=False, help="compile the model by torch.compile")
+    add("--channels-last", action=flag, default=True, help="use the channels-last memory format")
+    add("--grad-checkpointing", action=flag, default=False, help="recompute activations to save memory")
     add("--sync-bn", action=flag, default=False, help="synchronize BatchNorm over all processes, on GPUs")
 
 
 def add_optimization(add: Callable[..., object]) -> None:
-    """Add optimizer and schedule."""
+    """Add options of optimizer and schedule."""
     flag = argparse.BooleanOptionalAction
     add_optimizer(add, weight_decay=0.05, warmup_epochs=1)
-    add("--lr-base-size", type=within(int, 1), help="images a step that --lr is for; it is scaled to the actual number")
+    add(
+        "--lr-base-size",
+        type=within(int, 1),
+        help="global batch size for which --lr is given; it is scaled to the actual one",
+    )
     add("--decay-all", action=flag, default=False, help="apply weight decay to biases and BatchNorm as well")
     add(
         "--layer-decay",
         type=within(float, 0, 1),
-        help="factor of the learning rate from each layer to the previous one",
+        help="layer-wise decay factor of the learning rate, from the last layer to the first",
     )
 
 
 def add_model(add: Callable[..., object]) -> None:
-    """Add what training changes of the model."""
+    """Add options of the model during training."""
     flag = argparse.BooleanOptionalAction
     add(
         "--freeze",
         type=frozen_stages,
         default="0",
         metavar="N",
-        help="stages to freeze, counted from the stem, or all for all but the classifier (default: %(default)s)",
+        help="number of stages to freeze, from the stem on, or `all` but the classifier (default: %(default)s)",
     )
-    add("--freeze-bn", action=flag, default=False, help="keep the statistics of every BatchNorm")
+    add("--freeze-bn", action=flag, default=False, help="do not update BatchNorm statistics")
     add("--drop", type=within(float, 0, 0.99), default=0.0, help="dropout before the classifier (default: %(default)s)")
     add("--drop-path", type=within(float, 0, 0.99), default=0.0, help="stochastic depth (default: %(default)s)")
-    add("--ema", type=within(float, 0, 1), help="decay of a moving average of the weights, such as 0.9998; 0 for none")
+    add(
+        "--ema",
+        type=within(float, 0, 1),
+        help="decay of the moving average of the weights, such as 0.9998; 0 to disable",
+    )
     add("--img-size", type=within(int, 8), help="height and width of the images in pixels (default: the model's own)")
 
 
 def add_loss(add: Callable[..., object]) -> None:
-    """Add the loss."""
+    """Add options of the loss."""
     add(
         "--loss",
         choices=("ce", "bce"),
         default="ce",
-        help="cross entropy, or binary cross entropy of each class (default: %(default)s)",
+        help="cross entropy or binary cross entropy (default: %(default)s)",
     )
-    add("--bce-threshold", type=within(float, 0, 1), help="threshold above which a mixed target counts as 1, for bce")
+    add("--bce-threshold", type=within(float, 0, 1), help="threshold above which a mixed target becomes 1 in bce")
     add("--smoothing", type=within(float, 0, 0.99), default=0.1, help="label smoothing (default: %(default)s)")
     add(
         "--balance",
         choices=("no", "loss", "sampling"),
         default="no",
-        help="balance the classes by weights in the loss or by sampling (default: %(default)s)",
+        help="balance classes by loss weights or by sampling (default: %(default)s)",
     )
-    add("--teacher", help="pretrained model to distil from, what timm.create_model takes")
+    add("--teacher", help="pretrained model for distillation, as for timm.create_model")
     add(
         "--task-weight",
         type=within(float, 0, 1),
         default=0.5,
-        help="weight of the labels; the teacher has the rest (default: %(default)s)",
+        help="weight of the label loss; the rest is the distillation loss (default: %(default)s)",
     )
-    add("--temperature", type=within(float, 0.01), default=1.0, help="of the distillation (default: %(default)s)")
+    add("--temperature", type=within(float, 0.01), default=1.0, help="distillation temperature (default: %(default)s)")
 
 
 def add_augmentation(add: Callable[..., object]) -> None:
-    """Add the augmentation."""
+    """Add options of the augmentation."""
     area = within(float, 0.01, 1)
     add(
         "--scale",
@@ -166,7 +181,7 @@ def add_augmentation(add: Callable[..., object]) -> None:
         nargs=2,
         default=[0.35, 1.0],
         metavar=("LOW", "HIGH"),
-        help="share of the image that a random crop keeps (default: %(default)s)",
+        help="range of a random crop's area, as a share of the image (default: %(default)s)",
     )
     add(
         "--ratio",
@@ -174,7 +189,7 @@ def add_augmentation(add: Callable[..., object]) -> None:
         nargs=2,
         default=[0.75, 4 / 3],
         metavar=("LOW", "HIGH"),
-        help="aspect ratio of a random crop (default: %(default)s)",
+        help="range of a random crop's aspect ratio (default: %(default)s)",
     )
     add(
         "--crop-padding",
@@ -187,21 +202,26 @@ def add_augmentation(add: Callable[..., object]) -> None:
     )
     add("--vflip", type=within(float, 0, 1), default=0.0, help="probability of a vertical flip (default: %(default)s)")
     add("--color-jitter", type=within(float, 0), default=0.0, help="strength of color jitter (default: %(default)s)")
-    add("--auto-augment", help="policy, such as rand-m9-mstd0.5, or none")
+    add("--auto-augment", help="timm policy, such as rand-m9-mstd0.5, or none")
     add("--reprob", type=within(float, 0, 1), default=0.0, help="probability of random erasing (default: %(default)s)")
-    add("--repeats", type=within(int, 1), default=1, help="augmentations of an image in a batch (default: %(default)s)")
+    add(
+        "--repeats",
+        type=within(int, 1),
+        default=1,
+        help="augmented copies of each image in a batch (default: %(default)s)",
+    )
     add("--mixup", type=within(float, 0), default=0.0, help="mixup alpha (default: %(default)s)")
     add("--cutmix", type=within(float, 0), default=0.0, help="CutMix alpha (default: %(default)s)")
     add(
         "--mixup-prob",
         type=within(float, 0, 1),
         default=1.0,
-        help="probability of mixup or CutMix of a batch (default: %(default)s)",
+        help="probability of mixup or CutMix per batch (default: %(default)s)",
     )
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line over the recipe's settings over the defaults."""
+    """Parse the command line; options override the recipe, which overrides the defaults."""
     parser = build_parser()
 
     def recipe_of(args: argparse.Namespace) -> str:
@@ -210,13 +230,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     args = parse_run(parser, recipe_of, RECIPES, ("clip_grad", "ema", "patience", "auto_augment"), argv)
     if args.task_weight != parser.get_default("task_weight") and args.teacher is None:
-        parser.error("this learns from a larger model; name it with --teacher")
+        parser.error("distillation needs a teacher; set --teacher")
     if (args.mixup or args.cutmix) and args.batch_size % 2:
-        parser.error(f"mixup and CutMix pair the images of a batch; --batch-size {args.batch_size} is odd")
+        parser.error(f"mixup and CutMix need an even --batch-size, not {args.batch_size}")
     if args.balance == "loss" and args.loss == "bce":
-        parser.error("--balance loss weighs classes in --loss ce; with bce, --balance sampling does it")
+        parser.error("--balance loss needs --loss ce; use --balance sampling with bce")
     if args.streaming and args.balance != "no":
-        parser.error(f"--balance {args.balance} needs to know all labels, which a stream does not tell")
+        parser.error(f"--balance {args.balance} needs all labels in advance, which --streaming does not provide")
     return args
 
 

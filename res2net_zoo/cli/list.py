@@ -1,4 +1,4 @@
-"""List models and checkpoints with size, accuracy, licence and origin.
+"""List models and checkpoints with size, accuracy, licence and publisher.
 
 Usage: res2net-zoo list [PATTERN ...] [--pretrained] [--license TEXT] [--max-params M] [--min-top1 P]
 
@@ -22,7 +22,7 @@ from res2net_zoo.utils.command_line import within
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.markdown import markdown_table, update_between
 
-# A file has the table between these two lines.
+# The table is between these two lines of a file.
 MARKS = ("<!-- models: python -m res2net_zoo list --update docs/models.md -->", "<!-- end of models -->")
 
 
@@ -34,9 +34,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--license", metavar="TEXT", help="only checkpoints whose licence contains TEXT, in any case")
     add("--released-by", metavar="TEXT", help="only checkpoints whose publisher contains TEXT, in any case")
     add("--max-params", type=within(float, 0), metavar="M", help="at most M million parameters")
-    add("--max-gmacs", type=within(float, 0), metavar="G", help="at most G GMACs an image")
+    add("--max-gmacs", type=within(float, 0), metavar="G", help="at most G GMACs per image")
     add("--min-top1", type=within(float, 0, 100), metavar="P", help="at least P percent top-1 on ImageNet-1k")
-    add("--update", type=Path, help="write the table into FILE, between its marks")
+    add("--update", type=Path, help="update the table in FILE between its marker lines")
     return parser.parse_args(argv)
 
 
@@ -46,13 +46,13 @@ def main(args: argparse.Namespace) -> int:
         print(listing(args))
         return 0
     if filtered(args):
-        raise InputError("--update writes the whole table; leave the filters out")
+        raise InputError("--update writes the whole table and takes no filters")
     update_between(args.update, listing(args), MARKS)
     return 0
 
 
 def filtered(args: argparse.Namespace) -> bool:
-    """Tell whether `list` is asked for a part of its table."""
+    """Return whether the arguments contain a filter."""
     filters = (args.pattern, args.pretrained, args.license, args.released_by)
     return any(filters) or any(limit is not None for limit in (args.max_params, args.max_gmacs, args.min_top1))
 
@@ -65,7 +65,7 @@ def listing(args: argparse.Namespace) -> str:
         table += (
             "\n\n\\* The licence of the release's code. `show NAME` prints what the release states about the weights."
         )
-    return table if rows else "nothing fits"
+    return table if rows else "no model matches"
 
 
 def entries() -> Iterator[tuple[Architecture, Checkpoint | None]]:
@@ -85,7 +85,7 @@ def imagenet_top1(checkpoint: Checkpoint | None) -> float | None:
 
 
 def wanted(architecture: Architecture, checkpoint: Checkpoint | None, args: argparse.Namespace) -> bool:
-    """Tell whether an entry passes the filters of `list`."""
+    """Return whether an entry matches the filters of `list`."""
     if checkpoint is None and (args.pretrained or args.license or args.released_by or args.min_top1):
         return False
     names = [architecture.name] + ([checkpoint.name] if checkpoint else [])

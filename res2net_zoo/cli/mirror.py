@@ -1,8 +1,8 @@
-"""Copy checkpoints into a folder for use without a network.
+"""Download checkpoints to a folder for offline use.
 
 Usage: res2net-zoo mirror --to DIR [--model NAME ...]
 
-`RES2NET_ZOO_MIRROR=DIR` then makes `pretrained=True` read from there. After an interruption, run it again to go on.
+With `RES2NET_ZOO_MIRROR=DIR` set, `pretrained=True` reads from DIR. After an interruption, run it again to resume.
 
 Examples:
   res2net-zoo mirror --to mirror
@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
     if not args.model:
         for checkpoint in [c for c in checkpoints if not c.url and not c.hub_id and not (args.to / c.name).is_dir()]:
             checkpoints.remove(checkpoint)
-            print(f"{checkpoint.name} is left out: {checkpoint.notes}")
+            print(f"{checkpoint.name} is skipped: {checkpoint.notes}")
     rows, failed = [], []
     with locked(args.to):
         for checkpoint in progress_bar(None, checkpoints, desc="mirror"):
@@ -64,6 +64,6 @@ def main(args: argparse.Namespace) -> int:
         raise failed[0][1]
     if failed:
         names = ", ".join(name for name, _ in failed)
-        raise InputError(f"{len(failed)} of {len(checkpoints)} are missing ({names}); run it again to go on")
-    print(f"RES2NET_ZOO_MIRROR={args.to.resolve()} makes pretrained=True read from there")
+        raise InputError(f"{len(failed)} of {len(checkpoints)} are missing ({names}); run it again to resume")
+    print(f"set RES2NET_ZOO_MIRROR={args.to.resolve()} for pretrained=True to read from there")
     return 0

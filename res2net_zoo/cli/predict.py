@@ -1,10 +1,9 @@
-r"""Predict the classes of images, and write their embeddings.
+r"""Predict the classes of images, and optionally save their embeddings.
 
 Usage: res2net-zoo predict IMAGE ... [--model NAME] [--format table|jsonl|csv] [--output FILE]
 
-Folders are searched recursively. On several processes each takes its share of the images, and the result is the same.
-With no --model the shipped model recognizes digits. Bytes of a path that are not UTF-8 are written as \udcXX, which
-Python's JSON reader returns as `os.fsencode` takes them.
+Folders are searched recursively. The result does not depend on the number of processes. Without --model, the shipped
+model recognizes digits. Bytes of a path that are not UTF-8 are written as \udcXX, as in Python's `os.fsdecode`.
 
 Examples:
   res2net-zoo predict holiday.jpg --model res2net101d
@@ -39,7 +38,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("images", nargs="+", metavar="IMAGE", help=IMAGES)
     add("--model", default=shipped_model(), help=MODEL)
     add("--topk", type=within(int, 1), default=5, help="classes to print for each image (default: %(default)s)")
-    add("--format", choices=("table", "jsonl", "csv"), default="table", help="of the result (default: %(default)s)")
+    add("--format", choices=("table", "jsonl", "csv"), default="table", help="output format (default: %(default)s)")
     add("--output", type=Path, help="write the result to FILE (default: the standard output)")
     add("--embeddings", type=Path, help="write path and embedding (pooled features) to a Parquet file")
     add_batch_size(add, 32)
@@ -81,35 +80,35 @@ def main(args: argparse.Namespace) -> int:
         write = stack.enter_context(writer(args, names)) if accelerator.is_main_process else None
         batches = predict(model, paths, args, accelerator)
         for _ in progress_bar(accelerator, steps, desc="predict", unit="batch"):
-            # One process more may have an image in the last batch than another.
+            # In the last batch, some processes may have no image.
             share = all_or_none(lambda: next(batches, []))
-            # Of each batch the processes have every world-th image, so that the order comes back by sorting.
+            # Each process has every world-th image of a batch, so sorting restores the order.
             results: list[tuple[int, Result]] = sorted(gather_object(share), key=lambda pair: pair[0])
             for _, (path, corrupt, scores, classes, embedding) in results:
                 if corrupt is not None:
                     skipped += 1
                     if accelerator.is_main_process:
-                        warn(f"{path} is left out: {corrupt}")
+                        warn(f"{path} is skipped: {corrupt}")
                 elif write is not None:
                     write(path, scores, classes, embedding)
         if skipped == len(paths):
             raise InputError(f"none of the {skipped} images can be decoded")
-    accelerator.wait_for_everyone()  # the launcher ends the others when a process ends with 1
+    accelerator.wait_for_everyone()  # if a process exits with 1, the launcher ends the others
     accelerator.end_training()
     return 1 if skipped else 0
 
 
-# Path; why it is left out; the scores and classes of its first answers, the best first; embedding.
+# Path; error, if skipped; scores and classes of the top predictions, best first; embedding.
 Result = tuple[str, str | None, list[float], list[int], "torch.Tensor | None"]
 
 
 def predict(
     model: Any, paths: list[str], args: argparse.Namespace, accelerator: "Accelerator"
 ) -> Iterator[list[tuple[int, Result]]]:
-    """Yield the results of this process's images batch by batch, each with its place among all.
+    """Yield the results of this process batch by batch, each with the index of its image.
 
     Raises:
-        InputError: An image cannot be decoded and is not to be skipped.
+        InputError: An image cannot be decoded, and --skip-corrupt is not set.
     """
     import torch
     from torch.utils.data import DataLoader
@@ -153,7 +152,7 @@ def predict(
             place = next(places)
             if sample.image is None and not args.skip_corrupt:
                 raise InputError(
-                    f"{paths[place]} is corrupt ({sample.corrupt or sample.fatal}); --skip-corrupt leaves it out"
+                    f"{paths[place]} is corrupt ({sample.corrupt or sample.fatal}); use --skip-corrupt to skip it"
                 )
             if sample.image is None:
                 results.append((place, (paths[place], sample.corrupt or sample.fatal, [], [], None)))
@@ -164,7 +163,7 @@ def predict(
 
 @contextlib.contextmanager
 def output_errors() -> Iterator[None]:
-    """Raise InputError where the result cannot be written, as on a full disk."""
+    """Raise InputError if the result cannot be written, for example because the disk is full."""
     from res2net_zoo.utils.errors import InputError
 
     try:
@@ -177,7 +176,7 @@ def output_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def writer(args: argparse.Namespace, names: list[str]) -> Iterator[Callable[..., None]]:
-    """Yield what writes one image's result; the files are there, whole, only once all is done."""
+    """Yield a function that writes the result of one image; the files appear when all are written."""
     from res2net_zoo.utils.console import printable
 
     with contextlib.ExitStack() as stack:
@@ -185,7 +184,7 @@ def writer(args: argparse.Namespace, names: list[str]) -> Iterator[Callable[...,
         embed = stack.enter_context(parquet(args.embeddings)) if args.embeddings else None
         rows: list[tuple[str, ...]] = []
         table = csv.writer(out) if args.format == "csv" else None
-        shown = printable if out.isatty() else str  # a terminal would obey control characters of names
+        shown = printable if out.isatty() else str  # a terminal would interpret control characters in names
         if table:
             table.writerow(("path", "rank", "class", "name", "score"))
 
@@ -217,10 +216,10 @@ def writer(args: argparse.Namespace, names: list[str]) -> Iterator[Callable[...,
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[IO[str]]:
-    """Yield a text file that takes its place only once it is whole."""
+    """Yield a text file that replaces `path` atomically at the end."""
     from res2net_zoo.utils.files import temporary_file
 
-    # Bytes of a name that are not UTF-8 are written as \udcXX, which is JSON's way too.
+    # Bytes of a name that are not UTF-8 are written as \udcXX, as in JSON.
     with (
         temporary_file(path) as temporary,
         temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
@@ -230,7 +229,7 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
 
 @contextlib.contextmanager
 def parquet(path: Path) -> Iterator[Callable[[str, Any], None]]:
-    """Yield what adds an embedding to a Parquet file, in groups of rows as large as memory is easily had for."""
+    """Yield a function that appends an embedding to a Parquet file, which is written in groups of rows."""
     import numpy as np
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter

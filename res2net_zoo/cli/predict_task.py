@@ -1,12 +1,12 @@
-"""Predict objects, masks, joints or saliency in images: a picture and a JSON file for each.
+"""Predict objects, masks, keypoints or saliency, and save a picture and a JSON file per image.
 
 Usage: res2net-zoo predict-task NAME IMAGE ... --output DIR [--threshold T] [--detector NAME]
 
-NAME is a folder that `res2net-zoo train-task` wrote, local-dir:DIR or hf-hub:ORG/NAME. DIR gets for each image a PNG,
-with boxes, masks or joints drawn on it, or the saliency map itself, and a JSON file of the same name, with the path of
-the image, the classes, and its objects: labels, scores, boxes (left, top, width, height, in pixels), keypoints, and
-masks as COCO's run lengths. Joints are those of one person who fills the image, or with --detector, a model for
-detection, of each person that it finds.
+NAME is a folder written by `res2net-zoo train-task`, local-dir:DIR or hf-hub:ORG/NAME. For each image, DIR receives a
+PNG, which shows boxes, masks or keypoints, or is the saliency map, and a JSON file of the same name with the path of
+the image, the classes and the objects: labels, scores, boxes (left, top, width, height in pixels), keypoints, and masks
+in COCO's run-length encoding. Keypoint models expect one person that fills the image; with --detector, keypoints are
+predicted for each person detected by another model.
 
 Examples:
   res2net-zoo predict-task outputs/voc street.jpg --output drawn
@@ -33,9 +33,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("model", metavar="NAME", help="folder, local-dir:DIR or hf-hub:ORG/NAME")
     add("images", nargs="+", metavar="IMAGE", help=IMAGES)
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the pictures and JSON files")
-    about = "lowest score of an object or joint, from 0 to 1 (0.5 for detection, 0.2 for keypoints)"
+    about = "minimum score of an object or keypoint, from 0 to 1 (default: 0.5 for detection, 0.2 for keypoints)"
     add("--threshold", type=within(float, 0, 1), metavar="T", help=about)
-    add("--detector", help="detection model that finds the persons whose joints are drawn")
+    add("--detector", help="detection model for the persons whose keypoints are predicted")
     add_machine(add, workers=False)
     return parser.parse_args(argv)
 
@@ -58,9 +58,11 @@ def main(args: argparse.Namespace) -> int:
     paths = [Path(path) for path in find_images(args.images)]
     outputs = [args.output / f"{path.stem}.png" for path in paths]
     if len(set(outputs)) < len(outputs):
-        raise InputError("some of the images have the same name, and so would their pictures; draw them one by one")
+        raise InputError(
+            "some images have the same name, and so would their pictures; use a separate --output for each"
+        )
     if {path.resolve() for path in outputs} & {path.resolve() for path in paths}:
-        raise InputError(f"--output {args.output} holds some of the images, which the pictures would replace")
+        raise InputError(f"--output {args.output} contains some of the images, which the pictures would replace")
     (check_writable if args.output.is_dir() else check_can_make)(args.output)
     model: Any = load(args.model)
     model = model.to(accelerator.device, memory_format=torch.channels_last)
@@ -69,7 +71,7 @@ def main(args: argparse.Namespace) -> int:
     boxes = None
     if args.detector is not None:
         if model.task != "keypoints":
-            raise InputError(f"--detector is for keypoints; {args.model} is of {model.task}")
+            raise InputError(f"--detector is for keypoints; the task of {args.model} is {model.task}")
         detector: Any = load(args.detector)
         detector = detector.to(accelerator.device, memory_format=torch.channels_last)
         boxes = partial(boxes_of, detector)

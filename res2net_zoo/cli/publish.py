@@ -3,14 +3,14 @@
 Usage: res2net-zoo publish DIR --repo-id ORG/NAME [--private] [--create-pr] [--dry-run]
        res2net-zoo publish --all --org ORG
 
-Files that the repository has already are skipped. After an interruption, run it again to go on. With --all it
-publishes the catalogue's checkpoints, and records their repositories in the catalogue.
+Files that are already in the repository are skipped. After an interruption, run it again to resume. With --all, the
+catalogue's checkpoints are published, and their repositories are recorded in the catalogue.
 
 Examples:
   res2net-zoo publish outputs/mine --repo-id ORG/mine --dry-run
   res2net-zoo publish --all --org ORG --mirror mirror
 
-Exit codes: 0 done; 2 bad input, or some were not published.
+Exit codes: 0 done; 2 bad input, or a checkpoint could not be published.
 """
 
 import argparse
@@ -28,10 +28,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     add = parser.add_argument
     add("folder", nargs="?", type=Path, metavar="DIR", help="model folder to publish")
-    add("--repo-id", metavar="ORG/NAME", help="where to publish it")
-    add("--all", action="store_true", help="publish the catalogue's checkpoints that no other owner has on the Hub")
+    add("--repo-id", metavar="ORG/NAME", help="repository to publish to")
+    add(
+        "--all",
+        action="store_true",
+        help="publish all checkpoints of the catalogue, except those on the Hub under another owner",
+    )
     add("--org", metavar="ORG", help="with --all: the owner, a user or an organization")
-    add("--model", nargs="+", help="with --all: only these checkpoints, even if another owner has them")
+    add("--model", nargs="+", help="with --all: only these checkpoints, including those under another owner")
     add(
         "--mirror",
         type=Path,
@@ -42,7 +46,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--revision", default="main", help="branch, created if it does not exist (default: %(default)s)")
     add("--create-pr", action="store_true", help="open a pull request instead of committing")
     add("--dry-run", action="store_true", help="print what would be uploaded, and upload nothing")
-    add("--force", action="store_true", help="overwrite a different weight")
+    add("--force", action="store_true", help="overwrite different weights in the repository")
     add(
         "--despite-license",
         action="store_true",
@@ -51,7 +55,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--collection",
         default="Res2Net Zoo",
-        help="collection of the owner to add it to; '' for none (default: %(default)s)",
+        help="the owner's collection to add it to; '' for none (default: %(default)s)",
     )
     args = parser.parse_args(argv)
     if args.all and (args.folder or args.repo_id or not args.org):
@@ -59,11 +63,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not args.all and not (args.folder and args.repo_id):
         parser.error("name a model folder and --repo-id ORG/NAME, or --all --org ORG")
     if not args.all and (args.org or args.model or args.mirror):
-        parser.error("--org, --model and --mirror go with --all")
+        parser.error("--org, --model and --mirror need --all")
     if args.create_pr and args.revision != "main":
-        parser.error("--create-pr is to main; leave --revision out")
+        parser.error("--create-pr opens a pull request on main; remove --revision")
     if len(args.collection) > 60:
-        parser.error(f"--collection has {len(args.collection)} letters; the Hub takes 60")
+        parser.error(f"--collection has {len(args.collection)} characters; the Hub allows 60")
     return args
 
 
@@ -78,8 +82,8 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def publish_one(args: argparse.Namespace, folder: Path, repo_id: str) -> "publish.Plan":
-    """Publish a folder, or show what would go."""
+def publish_one(args: argparse.Namespace, folder: Path, repo_id: str) -> "publish.UploadPlan":
+    """Publish a folder, or print what would be uploaded."""
     from res2net_zoo.hub import publish
 
     publish.check_folder(folder)
@@ -99,17 +103,17 @@ def publish_one(args: argparse.Namespace, folder: Path, repo_id: str) -> "publis
     return plan
 
 
-def check_plan(args: argparse.Namespace, plan: "publish.Plan") -> None:
-    """Refuse what the options ask for and the repository does not allow."""
+def check_plan(args: argparse.Namespace, plan: "publish.UploadPlan") -> None:
+    """Check that the options can be applied to the repository."""
     from res2net_zoo.utils.errors import InputError
 
     if plan.creates and args.create_pr:
         raise InputError(f"there is no model {plan.repo_id} on the Hub to open a pull request on")
     if args.private and not plan.private:
-        raise InputError(f"{plan.repo_id} is public already, which --private does not change")
+        raise InputError(f"{plan.repo_id} is already public; --private cannot change this")
 
 
-def table(plan: "publish.Plan") -> str:
+def table(plan: "publish.UploadPlan") -> str:
     """Return the files of a plan as a table."""
     from res2net_zoo.utils.console import printable
     from res2net_zoo.utils.markdown import markdown_table
@@ -118,8 +122,8 @@ def table(plan: "publish.Plan") -> str:
     return markdown_table(("file", "bytes", "SHA-256", "state"), rows)
 
 
-def show_plan(args: argparse.Namespace, folder: Path, repo_id: str) -> "publish.Plan":
-    """Show what publishing would send, and what it would refuse; the Hub is only asked what it has."""
+def show_plan(args: argparse.Namespace, folder: Path, repo_id: str) -> "publish.UploadPlan":
+    """Print what would be uploaded or refused; only reads from the Hub."""
     from res2net_zoo.hub import publish
     from res2net_zoo.utils.console import warn, with_options
 
@@ -132,7 +136,7 @@ def show_plan(args: argparse.Namespace, folder: Path, repo_id: str) -> "publish.
             print(f"would be refused: {with_options(error)}")
     if unreachable:
         warn(f"not compared with {repo_id}: {unreachable}")
-        print(f"would send those of {len(plan.uploads)} files that {repo_id} does not have yet")
+        print(f"would send those of {len(plan.uploads)} files that are missing in {repo_id}")
         return plan
     check_plan(args, plan)
     if not args.create_pr:
@@ -141,13 +145,13 @@ def show_plan(args: argparse.Namespace, folder: Path, repo_id: str) -> "publish.
     what = f"{len(plan.sent)} of {len(plan.uploads)} files to the {'new ' if plan.creates else ''}{kind} {repo_id}"
     branch = f"{'the new branch ' if plan.branches else ''}{args.revision}"
     way = "a pull request" if args.create_pr else f"one commit to {branch}"
-    print(f"would send {what} in {way}" if plan.sent else f"{repo_id} has it all already", end="")
+    print(f"would send {what} in {way}" if plan.sent else f"{repo_id} is up to date", end="")
     print(f", and add it to the collection {args.collection!r}" if args.collection and not args.create_pr else "")
     return plan
 
 
 def publish_all(args: argparse.Namespace) -> None:
-    """Publish the catalogue's checkpoints, and record where they are."""
+    """Publish the catalogue's checkpoints, and record their repositories in the catalogue."""
     from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as WEIGHTS
 
     from res2net_zoo import catalog
@@ -167,28 +171,26 @@ def publish_all(args: argparse.Namespace) -> None:
         for checkpoint in catalog.choose(args.model):
             name, folder, repo_id = checkpoint.name, root / checkpoint.name, f"{args.org}/{checkpoint.name}"
             if not args.model and checkpoint.hub_id.partition("/")[0] not in ("", args.org):
-                print(
-                    f"{name}: left alone, since {checkpoint.hub_id} has it (--model {name} publishes it all the same)"
-                )
+                print(f"{name}: skipped, already published as {checkpoint.hub_id} (--model {name} publishes it anyway)")
                 continue
             if not args.model and not (checkpoint.url or checkpoint.hub_id or folder.is_dir()):
-                print(f"{name}: left out, since it is no direct download ({checkpoint.notes})")
+                print(f"{name}: skipped, no direct download ({checkpoint.notes})")
                 continue
             print(f"{name}: to {repo_id}", flush=True)
             try:
                 mirror(checkpoint, root)
                 plan = publish_one(args, folder, repo_id)
                 if records and plan.private:
-                    print(f"{name}: not recorded in the catalogue, since not everybody may read {repo_id}")
+                    print(f"{name}: not recorded in the catalogue, because {repo_id} is private")
                 elif records:
                     catalog.record(name, hub_id=repo_id, hub_sha256=sha256_of(folder / WEIGHTS))
                     recorded += 1
             except LicenseError as error:
-                print(f"{name}: left out; {with_options(error)}")
+                print(f"{name}: skipped; {with_options(error)}")
             except InputError as error:
                 report(f"{name}: {with_options(error)}")
                 failed.append(name)
     if recorded:
-        print(f"recorded in {catalog.path()}; `python -m res2net_zoo list --update docs/models.md` updates the docs")
+        print(f"recorded in {catalog.path()}; `res2net-zoo list --update docs/models.md` updates the docs")
     if failed:
-        raise InputError(f"{len(failed)} are not published ({', '.join(failed)}), for the reasons above")
+        raise InputError(f"{len(failed)} could not be published ({', '.join(failed)}); see the errors above")

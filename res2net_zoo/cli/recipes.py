@@ -1,4 +1,4 @@
-"""The settings of a training: from a recipe or an earlier run, and over them the command line."""
+"""Settings of a training run: defaults, overridden by a recipe or an earlier run, then by the command line."""
 
 import argparse
 import json
@@ -17,34 +17,34 @@ RECIPES = shipped("recipes")
 
 LARGEST_RECIPE = 2**20  # bytes
 
-# Options that a recipe does not set: they are about this run's files.
+# Options that are not settings of a recipe, because they concern the files of a run.
 NOT_SETTINGS = {"output", "recipe", "resume", "overwrite", "words"}
-# Settings that a run can go on with other values of. So can it with --batch-size and --accumulate,
-# if the images of a step, over all processes, stay as many.
+# Settings that may change when a run is resumed. --batch-size and --accumulate may change only together with the
+# number of processes, so that the global batch size remains the same.
 FREE = {"workers", "threads", "save_minutes", "keep", "tracker", "epochs", "patience", "license"}
 FREE |= {"batch_size", "accumulate"}
 
 
 def recipe_names(folder: str = "") -> str:
-    """Return the names of the shipped recipes, or of those in a folder of them."""
+    """Return the names of the shipped recipes in a subfolder, separated by commas."""
     return ", ".join(sorted(path.stem for path in (RECIPES / folder).glob("*.toml")))
 
 
 def find_recipe(parser: Parser, name: str, folder: Path = RECIPES) -> Path:
-    """Return the file of a recipe: one of a folder by its name, or any by its path."""
+    """Return the path of a recipe, given by its name in `folder` or by its path."""
     path = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
     if not os.path.isfile(path):
         names = sorted(recipe.stem for recipe in folder.glob("*.toml"))
         if path.parent == folder:
-            hint = did_you_mean(name, names, f"there are {', '.join(names)}")
+            hint = did_you_mean(name, names, f"available: {', '.join(names)}")
             parser.error(f"no recipe {name}; {hint}")
-        shipped = f"; the name alone finds one of {folder}" if path.stem in names else ""
+        shipped = f"; for the one in {folder}, give its name without .toml" if path.stem in names else ""
         parser.error(f"no recipe file {name}{shipped}")
     return path
 
 
 def read_recipe(parser: Parser, path: Path, settings: Sequence[str]) -> list[str]:
-    """Return the settings of a recipe as options, each of which is checked."""
+    """Return the settings of a recipe as options, after checking each."""
     try:
         if path.stat().st_size > LARGEST_RECIPE:
             parser.error(f"recipe {path} is larger than the limit of {LARGEST_RECIPE:,} bytes")
@@ -70,7 +70,7 @@ def read_recipe(parser: Parser, path: Path, settings: Sequence[str]) -> list[str
                 parser.error(f"recipe {path}: {key} must be a list of values, without options")
             words += [option, *map(str, value)]
         else:
-            words.append(f"{option}={value}")  # in one word, since the value may begin with a dash
+            words.append(f"{option}={value}")  # in one word, because the value may start with a dash
     parser.source = f"recipe {path}: "
     parser.parse_args(words)
     parser.source = ""
@@ -83,17 +83,16 @@ def parse_over(
     not_settings: Iterable[str] = (),
     options: Sequence[str] = (),
 ) -> argparse.Namespace:
-    """Parse the command line over the settings of recipes, which override the defaults.
+    """Parse the command line, whose options override recipes, which override the defaults.
 
     Args:
-        parser: The program's.
-        recipes: TOML files of settings, by the options' names with underscores; later ones go before
-            earlier ones.
+        parser: The parser of the program.
+        recipes: TOML files with settings, named as options with underscores; later files override earlier ones.
         not_settings: Options that a recipe must not set.
-        options: The words of the command line.
+        options: The arguments of the command line.
 
     Returns:
-        The arguments. A recipe's values are checked as options are; the program ends if one is wrong.
+        The arguments. Values of recipes are checked like options; the program exits if one is invalid.
     """
     settings = sorted({action.dest for action in parser._actions} - {"help", *not_settings})
     words: list[str] = []
@@ -103,13 +102,13 @@ def parse_over(
 
 
 def run_folder(output: Path) -> Path:
-    """Return where a run keeps its state: beside the model folder, which is replaced as a whole."""
+    """Return the folder of a run's checkpoints, next to the model folder, which is replaced as a whole."""
     output = output.resolve()
     return output.parent / f"{output.name}.run"
 
 
 def near(value: Any) -> Any:
-    """Return a setting with the path in it relative to this folder, where it leads into it."""
+    """Return a setting; a path inside the current folder is made relative to it."""
     if not isinstance(value, str):
         return value
     head, colon, tail = value.rpartition("local-dir:")
@@ -124,22 +123,22 @@ def parse_run(
     none_words: Iterable[str],
     argv: Sequence[str] | None = None,
 ) -> argparse.Namespace:
-    """Parse the command line of a training: over a recipe's settings, or over those of the run that goes on.
+    """Parse the command line of a training program, with the settings of a recipe or of the resumed run.
 
     Args:
-        parser: The program's, with `add_run_folder` and `--recipe`.
-        recipe_of: Says the recipe where the run is new, by the options alone; None for none.
-        folder: Of recipes that are named without their path.
-        none_words: Options of which 0 and none mean what leaving them out does without a recipe.
-        argv: The words of the command line; None for those of this process.
+        parser: The parser of the program, with `add_run_folder` and `--recipe`.
+        recipe_of: Returns the recipe of a new run, given its options; None for no recipe.
+        folder: The folder of recipes that are given by name.
+        none_words: Options whose values 0 and none mean the same as their default None.
+        argv: The arguments of the command line; None for those of `sys.argv`.
 
     Returns:
-        The arguments, and as `words` those of the command line; the program ends if something is wrong with them.
+        The parsed arguments, and the unparsed ones as `words`. The program exits if one is invalid.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(words)
     if args.resume and args.overwrite:
-        parser.error("--resume goes on with a run and --overwrite replaces it; choose one")
+        parser.error("--resume continues a run and --overwrite replaces it; choose one")
     stored = run_folder(args.output) / "recipe.toml"
     if args.resume and stored.is_file():
         args = parse_over(parser, [stored], NOT_SETTINGS, words)
@@ -150,8 +149,8 @@ def parse_run(
             if now != then:
                 option = key.replace("_", "-")
                 parser.error(
-                    f"the run in {args.output} was started with --{option} {then}, not {now}; leave --{option} out "
-                    "to go on with it, or name another --output"
+                    f"the run in {args.output} was started with --{option} {then}, not {now}; remove --{option} "
+                    "to resume it, or name another --output"
                 )
     else:
         name = recipe_of(args)
@@ -161,22 +160,22 @@ def parse_run(
         if getattr(args, key) in (0, "none"):
             setattr(args, key, None)
     for key, value in vars(args).items():
-        # A card and a recipe hold all settings, and are UTF-8.
+        # Cards and recipes contain all settings, and must be UTF-8.
         if any("\ud800" <= letter <= "\udfff" for letter in str(value)):
             name = str(value).encode("ascii", "backslashreplace").decode()
             parser.error(f"--{key.replace('_', '-')} {name} is not UTF-8; rename it")
     if args.output.resolve() in (Path.cwd(), *Path.cwd().parents):
-        parser.error(f"--output {args.output} is a folder that this runs in; name one of its own")
+        parser.error(f"--output {args.output} contains the current folder; name another folder")
     if args.output.exists() and not args.output.is_dir():
         parser.error(f"--output {args.output} is a file; name a folder")
     if args.output.exists() and not (args.output / "config.json").is_file() and any(args.output.iterdir()):
-        parser.error(f"--output {args.output} holds other things than a model; name another folder")
+        parser.error(f"--output {args.output} is not empty and not a model folder; name another folder")
     args.words = words
     return args
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings of a training that have a value, as a recipe has them."""
+    """Return the settings that are not None or empty, for a recipe."""
     settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS and value not in (None, [])}
     if "head_kwargs" in settings:
         settings["head_kwargs"] = dict(settings["head_kwargs"])
@@ -184,7 +183,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def command_of(program: str, args: argparse.Namespace, processes: int, device: str) -> str:
-    """Return the command that makes the same run."""
+    """Return the command that reproduces the run."""
     launch = f"--multi_gpu --num_processes {processes} " if processes > 1 else ""
     cpu = "ACCELERATE_USE_CPU=true " if launch and device == "cpu" else ""
     options = ["--recipe", "recipe.toml"] if args.resume else args.words

@@ -1,4 +1,4 @@
-"""Results that a program writes as JSON after each of its steps."""
+"""JSON results that a program writes after each step."""
 
 import json
 from functools import partial
@@ -10,7 +10,7 @@ from res2net_zoo.utils.files import write_atomically
 
 
 class ResultsFile:
-    """A file of results, written anew after each step: a full disk must not cost the steps that are still to come.
+    """A JSON file that is rewritten after each step; an error while writing does not stop the next steps.
 
     Args:
         path: The file, or None to write nothing.
@@ -35,7 +35,7 @@ class ResultsFile:
         """Check that the results were written.
 
         Args:
-            elsewhere: Where else the results can be read.
+            elsewhere: Where else the results are, for the error message.
 
         Raises:
             InputError: The last call of `write` failed.

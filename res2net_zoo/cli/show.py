@@ -33,10 +33,10 @@ def main(args: argparse.Namespace) -> int:
 
 
 def show(name: str) -> str:
-    """Return all that is known of a model or checkpoint.
+    """Return all facts about a model or checkpoint.
 
     Args:
-        name: `arch` or `arch.tag`; for `arch` the authors' own names will do too.
+        name: `arch` or `arch.tag`; for `arch`, the authors' names are also accepted.
 
     Raises:
         InputError: The catalogue has no such entry.
@@ -57,7 +57,7 @@ def show(name: str) -> str:
         ("parameters", f"{architecture.parameters:,}"),
         ("GMACs", f"{architecture.macs / 1e9:.3f} at {'x'.join(map(str, architecture.input_size))}"),
     ]
-    facts += [("printed", f"{describe(p)} ({p.source})") for p in architecture.printed]
+    facts += [("printed", f"{printed_figures(p)} ({p.source})") for p in architecture.printed]
     facts += [("difference", architecture.difference)] if architecture.difference else []
     if checkpoint is None:
         return "\n".join(f"{key:15}{value}" for key, value in [*facts, ("weights", "none in the catalogue")])
@@ -66,7 +66,7 @@ def show(name: str) -> str:
     ]
     sha256 = checkpoint.sha256 or "unknown"
     if 0 < len(checkpoint.sha256) < 64:
-        sha256 += " ... (as far as its release gives it)"
+        sha256 += " ... (only the published digits)"
     facts += [
         ("released by", checkpoint.released_by),
         ("original", f"{checkpoint.url or 'no direct download'} ({checkpoint.format})"),
@@ -90,8 +90,8 @@ def show(name: str) -> str:
     return "\n".join(f"{key:15}{value}" for key, value in facts) + f"\n\n{table}"
 
 
-def describe(printed: Printed) -> str:
-    """Return what a publication prints of a model, in words."""
+def printed_figures(printed: Printed) -> str:
+    """Return the figures of a model in a publication, with units."""
     units = {
         "parameters": "{} M parameters",
         "gmacs": "{} GMACs",

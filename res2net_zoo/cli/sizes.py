@@ -1,4 +1,4 @@
-"""List parameters and GMACs of every model, beside what publications print of them.
+"""List parameters and GMACs of every model next to the published values.
 
 Usage: res2net-zoo sizes [--update FILE]
 
@@ -17,13 +17,13 @@ from res2net_zoo import catalog
 from res2net_zoo.cli.command import command, parser_of
 from res2net_zoo.utils.markdown import markdown_table, update_between
 
-# A file has the table between these two lines.
+# The table is between these two lines of a file.
 MARKS = ("<!-- sizes: python -m res2net_zoo sizes --update docs/models.md -->", "<!-- end of sizes -->")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
-    parser.add_argument("--update", type=Path, help="write the table into FILE, between its marks")
+    parser.add_argument("--update", type=Path, help="update the table in FILE between its marker lines")
     return parser.parse_args(argv)
 
 
@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def sizes() -> str:
-    """Return the table of `sizes`: every model's, beside what publications print, and why that differs."""
+    """Return the table of `sizes`: counted and published sizes of every model, and why they differ."""
     rows = []
     reasons: list[str] = []
     for a in catalog.load().architectures.values():

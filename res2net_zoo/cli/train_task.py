@@ -2,12 +2,12 @@
 
 Usage: res2net-zoo train-task --task TASK --data SRC [--model NAME] [--pretrained] [--recipe NAME] [--output DIR]
 
-NAME is the backbone, what timm.create_model takes; a folder that another task's training wrote has one too,
-local-dir:DIR/backbone. docs/tasks.md describes what SRC must contain for each task.
+NAME is the backbone, as for timm.create_model; local-dir:DIR/backbone is that of a model folder of another task.
+docs/tasks.md describes what SRC must contain for each task.
 
-A recipe is a file with values for any of the settings below; options on the command line override it. DIR holds the
-best model by its task's figure, its card and metrics.csv; DIR.run holds the checkpoints. --resume goes on from the last
-checkpoint, or starts where there is none.
+A recipe is a file with values for any of the settings below; options on the command line override it. DIR contains
+the model with the best figure of its task, its card and metrics.csv; DIR.run contains the checkpoints. --resume
+continues from the last checkpoint, or starts a new run if there is none.
 
 Examples:
   res2net-zoo train-task --task segmentation --data VOC2012 --model res2net50_26w_4s --pretrained --output outputs/voc
@@ -40,19 +40,24 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     flag = argparse.BooleanOptionalAction
 
-    add = parser.add_argument_group("what to train, and on what").add_argument
-    add("--task", choices=TASKS, help="unless the recipe sets it")
+    add = parser.add_argument_group("model and data").add_argument
+    add("--task", choices=TASKS, help="task, unless the recipe sets it")
     add("--data", metavar="SRC", help="annotated images, as docs/tasks.md describes for the task")
     add("--train-split", default="train", help="split to train on (default: %(default)s)")
     add("--eval-split", default="val", help="split to evaluate on (default: %(default)s)")
     add("--model", default="res2net50_26w_4s", help=f"the backbone, {MODEL}")
     add("--pretrained", action=flag, default=False, help="start from the backbone's weights")
-    add("--head", help="network on the backbone (default: the task's first)")
-    about = "options of the head, by the names of torchvision or segmentation_models_pytorch"
+    add("--head", help="head on the backbone (default: the first of the task)")
+    about = "arguments of the head, as in torchvision or segmentation_models_pytorch"
     add("--head-kwargs", type=named, nargs="+", default=[], metavar="NAME=VALUE", help=about)
-    add("--output-stride", type=int, choices=(8, 16, 32), help="of the backbone, for heads that support it")
+    add(
+        "--output-stride",
+        type=int,
+        choices=(8, 16, 32),
+        help="output stride of the backbone, for heads that support it",
+    )
     add("--img-size", type=within(int, 32), help="height and width of the images in pixels (default: the task's own)")
-    about = "joints that a horizontal flip exchanges (default: by their names); none for no flips"
+    about = "keypoints that a horizontal flip swaps (default: by their names); none to disable flips"
     add("--flip-pairs", nargs="+", metavar="ONE:OTHER", help=about)
     add(
         "--scales",
@@ -66,29 +71,29 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=frozen_stages,
         default="0",
         metavar="N",
-        help="stages of the backbone to freeze, counted from the stem, or all (default: %(default)s)",
+        help="number of backbone stages to freeze, starting at the stem, or all (default: %(default)s)",
     )
-    add("--freeze-bn", action=flag, default=False, help="keep the statistics of every BatchNorm of the backbone")
+    add("--freeze-bn", action=flag, default=False, help="do not update BatchNorm statistics of the backbone")
     add("--recipe", help=f"{recipe_names('tasks')}, or a .toml file")
     add("--license", metavar="TEXT", help="licence of the result, for its card")
 
     add = parser.add_argument_group("files").add_argument
     add_run_folder(add, "outputs/task")
 
-    add = parser.add_argument_group("optimizer and schedule, by timm's names").add_argument
-    add("--epochs", type=within(int, 1), default=12, help="passes through the images (default: %(default)s)")
+    add = parser.add_argument_group("optimizer and schedule (names as in timm)").add_argument
+    add("--epochs", type=within(int, 1), default=12, help="number of epochs (default: %(default)s)")
     add_batch_size(add, 8)
     add_optimizer(add, weight_decay=1e-4, warmup_epochs=0)
 
     add = parser.add_argument_group("machine").add_argument
-    add("--seed", type=within(int, 0, 2**31), default=0, help="of all random numbers (default: %(default)s)")
+    add("--seed", type=within(int, 0, 2**31), default=0, help="random seed (default: %(default)s)")
     add_machine(add)
 
     args = parse_run(parser, lambda args: args.recipe, RECIPES / "tasks", ("clip_grad",), argv)
     if args.task is None:
         parser.error(f"name the --task: {', '.join(TASKS)}")
     if args.data is None:
-        parser.error("name the --data; docs/tasks.md says what it must look like")
+        parser.error("name the --data; docs/tasks.md describes its format")
     return args
 
 
@@ -99,7 +104,7 @@ def main(args: argparse.Namespace) -> int:
     from res2net_zoo.utils.processes import start_processes
 
     accelerator = start_processes(args.threads, args.mixed_precision)
-    args.mixed_precision = accelerator.mixed_precision  # which `accelerate launch` may have decided
+    args.mixed_precision = accelerator.mixed_precision  # may be set by `accelerate launch`
     started_by = command_of("train-task", args, accelerator.num_processes, accelerator.device.type)
     with locked_by_main(args.output, accelerator):
         return training.train(args, run_folder(args.output), settings_of(args), started_by, accelerator)

@@ -1,11 +1,11 @@
-"""Measure a model's accuracy exactly, and compare it with the published one.
+"""Measure the accuracy of models, and compare it with the published one.
 
 Usage: res2net-zoo validate [--model NAME ...] [--data SRC] [--check]
 
-With neither --model nor --data it measures the shipped model on the shipped digits. Every image is counted exactly
-once, on any number of processes.
+Without --model and --data, the shipped model is measured on the shipped digits. Every image is counted exactly once,
+on any number of processes.
 
-NAME is what timm.create_model takes: arch, arch.tag, local-dir:DIR or hf-hub:ORG/NAME; `all` stands for every
+NAME is a model name as for timm.create_model: arch, arch.tag, local-dir:DIR or hf-hub:ORG/NAME; or `all` for every
 checkpoint of the catalogue. SRC is a Hub dataset id, a folder of class folders, or local Parquet, Arrow or WebDataset
 files.
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
-    what = parser.add_argument_group("what to measure")
+    what = parser.add_argument_group("models and data")
     what.add_argument(
         "--model",
         nargs="+",
@@ -53,31 +53,33 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     what.add_argument("--data", metavar="SRC", default=shipped_data(), help="labelled images (default: %(default)s)")
     what.add_argument("--split", help="split of the data (default: validation, else test, else the only one)")
-    what.add_argument("--label-column", help="column of the labels, where it is ambiguous")
+    what.add_argument("--label-column", help="label column, if ambiguous")
     what.add_argument(
         "--benchmark",
         choices=("imagenet-1k", "imagenet-real", "imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch"),
         help="which ImageNet benchmark the data is (default: by its classes and size); "
-        "imagenet-real takes the labels of ImageNet-ReaL, by file name",
+        "imagenet-real uses the labels of ImageNet-ReaL, by file name",
     )
     how = parser.add_argument_group("how")
     add_batch_size(how.add_argument, 64)
     add_machine(how.add_argument)
-    how.add_argument("--streaming", action="store_true", help="read the images as a stream, without a cache")
+    how.add_argument("--streaming", action="store_true", help="stream the images without caching them")
     how.add_argument("--skip-corrupt", action="store_true", help=SKIP_CORRUPT)
-    result = parser.add_argument_group("the result")
+    result = parser.add_argument_group("output")
     result.add_argument("--check", action="store_true", help="fail if a top-1 or top-5 differs from the published one")
     result.add_argument(
         "--tolerance",
         type=within(float, 0),
         default=0.1,
-        help="percentage points by which they may differ (default: %(default)s)",
+        help="permitted difference in percentage points (default: %(default)s)",
     )
     result.add_argument("--output", type=Path, help="write the results as JSON, after each model")
-    result.add_argument("--resume", action="store_true", help="keep the results in --output, and measure the rest")
+    result.add_argument(
+        "--resume", action="store_true", help="keep the results in --output, and measure the remaining models"
+    )
     args = parser.parse_args(argv)
     if args.resume and args.output is None:
-        parser.error("--resume needs --output, the results to go on from")
+        parser.error("--resume needs --output with the earlier results")
     return args
 
 
@@ -133,7 +135,7 @@ def validate(args: argparse.Namespace, accelerator: "Accelerator") -> int:
 
     if accelerator.is_main_process and rows:
         print_table(rows)
-    accelerator.wait_for_everyone()  # a process that ends with 1 makes the launcher end the others
+    accelerator.wait_for_everyone()  # if a process exits with 1, the launcher ends the others
     accelerator.end_training()
     file.check("in the table above")
     if args.check and (unpublished := [result["model"] for result in rows if result["passed"] is None]):
@@ -144,7 +146,7 @@ def validate(args: argparse.Namespace, accelerator: "Accelerator") -> int:
 
 
 def open_data(args: argparse.Namespace, accelerator: "Accelerator") -> "Source":
-    """Open the images, and warn of the files that are no part of them."""
+    """Open the images, and warn about skipped files."""
     from res2net_zoo.data.sources import open_source
     from res2net_zoo.utils.console import warn
     from res2net_zoo.utils.processes import main_first
@@ -160,12 +162,12 @@ def open_data(args: argparse.Namespace, accelerator: "Accelerator") -> "Source":
         ),
     )
     if source.skipped and accelerator.is_main_process:
-        warn(f"left out of {args.data}: {source.skipped}")
+        warn(f"skipped in {args.data}: {source.skipped}")
     return source
 
 
 def report_failure(name: str, error: Exception, accelerator: "Accelerator") -> int:
-    """Report why one of several models could not be measured, and return its exit code; the others follow."""
+    """Report why one of several models could not be measured; return the exit code."""
     from res2net_zoo.utils.console import report
     from res2net_zoo.utils.errors import InputError
 
@@ -176,17 +178,17 @@ def report_failure(name: str, error: Exception, accelerator: "Accelerator") -> i
 
 def nothing_published(names: str) -> str:
     return (
-        f"nothing is published for {names} on this data, so there is nothing to --check; where it is an ImageNet "
-        "benchmark, --benchmark says which"
+        f"--check found no published accuracy of {names} on this data; if the data is an ImageNet benchmark, "
+        "name it with --benchmark"
     )
 
 
 def measure(
     name: str, source: "Source", args: argparse.Namespace, accelerator: "Accelerator", old: dict | None = None
 ) -> dict:
-    """Measure one model; return the results.json object of it.
+    """Measure one model; return its object in results.json.
 
-    An earlier result is kept where weights, preprocessing and data are the same; what is published is looked up anew.
+    An earlier result is kept if weights, preprocessing and data are unchanged; the published accuracy is updated.
     """
     import torch
     from accelerate.utils import broadcast_object_list
@@ -209,16 +211,16 @@ def measure(
     if classes.warning and accelerator.is_main_process:
         warn(f"{name}: {classes.warning}")
     accuracies = published_accuracies(name)
-    # The size of a stream is known only once it is read; all others are known now.
+    # The size of a stream is known only after it was read.
     if not accuracies or source.num_rows is not None or num_classes != 1000 or args.benchmark is not None:
         check_published(name, accuracies, benchmark, source, args, accelerator)
-    (identity,) = broadcast_object_list([identity_of(model, source)])  # elsewhere the same files may have other times
+    (identity,) = broadcast_object_list([identity_of(model, source)])  # file times may differ between machines
     if old is not None:
         changed = [key.replace("_sha256", "") for key, value in identity.items() if old.get(key) != value]
         if not changed:
-            accelerator.print(f"{name} is done already")
+            accelerator.print(f"{name} is already done")
             return old | compared(old, find_published(accuracies, old["benchmark"], source), args.tolerance)
-        accelerator.print(f"{name} is measured again: {', '.join(changed)} changed since, or not recorded")
+        accelerator.print(f"{name} is measured again, because of changed or missing records: {', '.join(changed)}")
     counts = count(name, model, source, classes, args, accelerator)
     benchmark = benchmark or benchmark_of(source, counts.num_rows, num_classes, args.benchmark)
     result = result_of(counts, benchmark, args, accelerator) | identity
@@ -226,7 +228,7 @@ def measure(
 
 
 def benchmark_of(source: "Source", num_rows: int | None, num_classes: int, wanted: str | None) -> str | None:
-    """Return the ImageNet benchmark that the data is; None for other data, and for a model of another task."""
+    """Return which ImageNet benchmark the data is; None for other data or models of other classes."""
     from res2net_zoo.data.labels import recognise
 
     if wanted is not None or num_classes != 1000:
@@ -242,7 +244,7 @@ def check_published(
     args: argparse.Namespace,
     accelerator: "Accelerator",
 ) -> None:
-    """Refuse --check where nothing is published for the data; warn where the model was trained on it."""
+    """Raise an error if --check has nothing to compare; warn if the model was trained on the data."""
     from res2net_zoo.utils.console import warn
     from res2net_zoo.utils.errors import InputError
     from res2net_zoo.weights.published import find_published, trained_on
@@ -279,7 +281,7 @@ def count(
     args: argparse.Namespace,
     accelerator: "Accelerator",
 ) -> "Counts":
-    """Count a model's correct answers, and warn of the images that cannot be decoded."""
+    """Count correct predictions, and warn about images that cannot be decoded."""
     from res2net_zoo.evaluation import evaluate
     from res2net_zoo.utils.console import warn
     from res2net_zoo.utils.processes import default_workers
@@ -295,12 +297,12 @@ def count(
         desc=as_in_clone(name),
     )
     if counts.corrupt and accelerator.is_main_process:
-        warn(f"{len(counts.corrupt)} corrupt images left out: {'; '.join(counts.corrupt)}")
+        warn(f"{len(counts.corrupt)} corrupt images skipped: {'; '.join(counts.corrupt)}")
     return counts
 
 
 def result_of(counts: "Counts", benchmark: str | None, args: argparse.Namespace, accelerator: "Accelerator") -> dict:
-    """Return what was measured as an object of results.json, still without what is published."""
+    """Return the measured values as an object of results.json, without the published ones."""
     return {
         "benchmark": benchmark,
         "samples": counts.samples,
@@ -318,7 +320,7 @@ def result_of(counts: "Counts", benchmark: str | None, args: argparse.Namespace,
 
 
 def compared(result: dict, published: "Accuracy | None", tolerance: float) -> dict:
-    """Return a result with what is published, and whether it is reached."""
+    """Return a result with the published accuracy, and whether it is reached."""
     from res2net_zoo.weights.published import agrees
 
     passed = agrees(result["top1"], result["top5"], published, tolerance)
@@ -326,12 +328,12 @@ def compared(result: dict, published: "Accuracy | None", tolerance: float) -> di
 
 
 def figures(published: "Accuracy | None") -> dict:
-    """Return what is published, as results.json has it."""
+    """Return the published accuracy as fields of results.json."""
     return {f"published_{key}": getattr(published, key, None) for key in ("top1", "top5", "source")}
 
 
 def weights_sha256(model: Any) -> str:
-    """Return a hash of a model's weights, wherever they come from: names, types, shapes and values."""
+    """Return a hash of the names, types, shapes and values of a model's weights."""
     import torch
 
     digest = hashlib.sha256()
@@ -342,10 +344,10 @@ def weights_sha256(model: Any) -> str:
 
 
 def data_sha256(source: "Source") -> str | None:
-    """Return a hash by which changed data is noticed without being read; None for a stream.
+    """Return a hash that changes with the data, without reading all of it; None for a stream.
 
-    Of image files it is their names, sizes and times; of other data the fingerprint that `datasets` gives it, which
-    depends on its files' times.
+    For image files, it covers names, sizes and modification times; for other data, the fingerprint of `datasets`, which
+    depends on modification times.
     """
     import datasets
 
@@ -371,20 +373,20 @@ def read_results(path: Path) -> list[dict]:
     """Read the results of an earlier run.
 
     Raises:
-        InputError: The file holds something else.
+        InputError: The file contains something else.
     """
     from res2net_zoo.utils.errors import InputError
     from res2net_zoo.utils.files import read_json
 
     results = read_json(path)
     if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
-        raise InputError(f"{path} holds no results of this program: it is not a list of objects; name another --output")
+        raise InputError(f"{path} was not written by this program: it is not a list of objects; name another --output")
     for number, result in enumerate(results, 1):
         for key, fits in RESULT.items():
             if key not in result or not fits(result[key]):
                 what = "is missing" if key not in result else f"cannot be {str(result[key])[:40]!r}"
                 raise InputError(
-                    f"{path} holds no results of this program: {key} of result {number} {what}; name another --output"
+                    f"{path} was not written by this program: {key} of result {number} {what}; name another --output"
                 )
     return results
 
@@ -401,7 +403,7 @@ def _number_or_none(value: object) -> bool:
     return value is None or _number(value)
 
 
-# What a result must have to go on from it.
+# Required fields of an earlier result.
 RESULT: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("model", "data", "split", "precision"), _text),
     "options": lambda value: isinstance(value, dict),

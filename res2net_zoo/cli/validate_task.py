@@ -2,10 +2,10 @@
 
 Usage: res2net-zoo validate-task NAME --data SRC [--split NAME] [--check] [--published DATA]
 
-NAME is a folder that `res2net-zoo train-task` wrote, local-dir:DIR or hf-hub:ORG/NAME. --check compares every figure
-with those of the model's card for this data, and with --published with those that the paper prints in its Tables 5 to
-10 for this backbone: the model passes if no figure is missing or more than --tolerance worse. docs/tasks.md describes
-what SRC must contain. Every image is counted exactly once, on any number of processes.
+NAME is a folder written by `res2net-zoo train-task`, local-dir:DIR or hf-hub:ORG/NAME. --check compares the figures
+with those of the model's card for this data, or with --published, with those of the paper's Tables 5 to 10 for this
+backbone. The check fails if a figure is missing, or worse by more than --tolerance. docs/tasks.md describes what SRC
+must contain. Every image is counted exactly once, on any number of processes.
 
 Examples:
   res2net-zoo validate-task outputs/voc --data VOC2012 --check
@@ -38,8 +38,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--check", action="store_true", help="fail if a figure is worse than that of the card, or of --published")
     add("--published", metavar="DATA", help="compare with the paper's figures on this data, such as COCO")
     add("--boxes", type=Path, help="evaluate keypoints in a detector's boxes, in COCO's results format")
-    add("--results", type=Path, help="write what was found in COCO's results format")
-    about = "how much worse a figure may be (default: half of the paper's last digit, 0.05 of percent, else 0.0005)"
+    add("--results", type=Path, help="write the predictions in COCO's results format")
+    about = (
+        "how much worse a figure may be (default: half of the paper's last digit: 0.05 for percentages, else 0.0005)"
+    )
     add("--tolerance", type=within(float, 0), help=about)
     add_batch_size(add, 8)
     add_machine(add)
@@ -84,11 +86,11 @@ def validate(args: argparse.Namespace, accelerator: "Accelerator") -> int:
     workers = default_workers(accelerator.device) if args.workers is None else args.workers
     score = model.score(data)
     if args.results is not None:
-        score.results()  # of nothing yet: it raises an error for a task without results
+        score.results()  # raises an error now if the task does not support results
     figures = evaluate(model, data, accelerator, args.batch_size, workers, score)
     results = [] if args.results is None else score.results()
     if args.check and not set(expected) & set(figures):
-        raise InputError(f"{source} has none of the figures {', '.join(figures)}")
+        raise InputError(f"{source} contains no figure for {', '.join(figures)}")
     rows = compare(figures, expected, model, args.tolerance)
     passed = all(row[-1] != "no" for row in rows)
     if accelerator.is_main_process:
@@ -110,7 +112,7 @@ def validate(args: argparse.Namespace, accelerator: "Accelerator") -> int:
 
 
 def open_data(model: Any, args: argparse.Namespace) -> Any:
-    """Open the annotated images, in a detector's boxes where --boxes names some."""
+    """Open the annotated images, with the boxes of a detector if --boxes is set."""
     from res2net_zoo.tasks.keypoints import COCOPersons
     from res2net_zoo.utils.errors import InputError
     from res2net_zoo.utils.processes import all_or_none
@@ -118,12 +120,12 @@ def open_data(model: Any, args: argparse.Namespace) -> Any:
     data = all_or_none(lambda: model.open(args.data, args.split, model.settings["head"], model.settings["classes"]))
     if args.boxes is not None:
         if not isinstance(data, COCOPersons):
-            raise InputError(f"--boxes is for keypoints; {args.model} is of {model.task}")
+            raise InputError(f"--boxes is for keypoints; the task of {args.model} is {model.task}")
         all_or_none(lambda: data.take_boxes(args.boxes))
     if args.published is not None and isinstance(data, COCOPersons) and not data.found:
         raise InputError(
-            "what is published of keypoints is in a detector's boxes, and lower than in annotated ones; "
-            "name such with --boxes"
+            "published keypoint figures are measured in a detector's boxes, and are lower than in annotated "
+            "boxes; name the detections with --boxes"
         )
     return data
 
@@ -134,7 +136,7 @@ def compare(
     """Compare figures with the published ones.
 
     Returns:
-        A row a figure: its name, what was measured, what is published, and whether it is reached ("yes", "no" or "-").
+        A row per figure: name, measured value, published value, and whether it is reached ("yes", "no" or "-").
     """
     tolerance = model.tolerance if tolerance is None else tolerance
     rows = []
@@ -151,7 +153,7 @@ def compare(
 
 
 def print_figures(rows: Sequence[tuple[str, str, str, str]], source: str | None, data: Any, check: bool) -> None:
-    """Print the figures as a table, with what is published where it is checked, and the data's remarks."""
+    """Print the figures as a table, with the published ones if they are checked, and the remarks on the data."""
     from res2net_zoo.utils.console import printable
     from res2net_zoo.utils.markdown import markdown_table
 

@@ -43,13 +43,13 @@ def main(args: argparse.Namespace) -> int:
     if source == "local-dir" or (source != "hf-hub" and (os.path.exists(folder) or is_path(args.model))):
         check_folder(args.model)
         if args.revision:
-            raise InputError(f"{folder} is a folder, and has no --revision; leave it out")
+            raise InputError(f"{folder} is a folder, which has no revisions; remove --revision")
     elif "/" not in args.model:
         raise InputError(f"there is no model folder {args.model}{similar_path(folder) or '; a repository is ORG/NAME'}")
     else:
         folder = hub_client.snapshot(args.model, args.revision)
-        checks.append(verify.Check("files", f"those of commit {folder.name}", "as the Hub has them", True))
-    # A repository that the catalogue names must have what it is named for.
+        checks.append(verify.Check("files", f"those of commit {folder.name}", "as on the Hub", True))
+    # A repository in the catalogue must contain its checkpoint.
     known = [c for c in catalog.load().checkpoints.values() if c.hub_id == args.model]
     checks += verify.verify(folder, known[0] if known else None)
     results = {True: "passed", False: "FAILED", None: "-"}
@@ -62,5 +62,5 @@ def main(args: argparse.Namespace) -> int:
         print(f"{printable(args.model)}: {len(failed)} of {len(checks)} checks failed")
         return 1
     sure = any(check.passed and check.what.startswith("SHA-256") for check in checks)
-    print(f"{printable(args.model)}: passed" + ("" if sure else "; the hash that its weights should have is unknown"))
+    print(f"{printable(args.model)}: passed" + ("" if sure else "; the expected hash of its weights is unknown"))
     return 0

@@ -31,13 +31,12 @@ from res2net_zoo.weights.provenance import of_folder
 COLLECTION = "Res2Net Zoo"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle", ".pdparams", ".joblib", ".npy", ".npz")
 
-# Licence identifiers of the Hub that permit redistribution. All others forbid it, or are custom
-# licences that have to be read first.
+# Licence identifiers of the Hub that permit redistribution. All others forbid it, or are custom licences.
 REDISTRIBUTABLE = (
     r"apache-2.0|mit|isc|zlib|unlicense|bsd|bsd-2-clause|bsd-3-clause(-clear)?|cc0-1.0"
     r"|cc-by(-nc)?(-sa)?-[234].[05]|[al]?gpl(-[23].[01])?|mpl-2.0|epl-[12].0|afl-3.0|artistic-2.0|openrail(\+\+)?"
 ).replace(".", r"\.")
-# Those that permit a derivative under another licence.
+# Licences that permit derivatives under another licence.
 PERMISSIVE = r"apache-2\.0|mit|isc|zlib|unlicense|bsd|bsd-2-clause|bsd-3-clause(-clear)?|cc0-1\.0|cc-by-[234]\.[05]"
 
 
@@ -63,14 +62,14 @@ class Upload:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What publishing a folder would do.
+class UploadPlan:
+    """The changes that publishing a folder would make.
 
     Attributes:
         repo_id: The repository.
         revision: The branch.
-        creates: Whether the repository will be created.
-        branches: Whether the branch will be created.
+        creates: Whether the repository does not exist yet.
+        branches: Whether the branch does not exist yet.
         private: Whether the repository is, or will be, private.
         head: The parent commit; None for a new repository.
         uploads: The folder's files.
@@ -86,7 +85,7 @@ class Plan:
 
     @property
     def sent(self) -> list[Upload]:
-        """The files that differ from the repository's."""
+        """The files that are new or changed."""
         return [upload for upload in self.uploads if upload.state != "unchanged"]
 
 
@@ -201,7 +200,7 @@ def check_license(folder: Path) -> None:
         )
 
 
-def make_plan(folder: Path, repo_id: str, revision: str = "main", private: bool = False) -> Plan:
+def make_plan(folder: Path, repo_id: str, revision: str = "main", private: bool = False) -> UploadPlan:
     """Compare a folder with a repository on the Hub.
 
     Args:
@@ -211,7 +210,7 @@ def make_plan(folder: Path, repo_id: str, revision: str = "main", private: bool 
         private: Whether a new repository is private.
 
     Returns:
-        What publishing the folder would do.
+        The changes that publishing the folder would make.
 
     Raises:
         InputError: The request fails.
@@ -234,27 +233,29 @@ def make_plan(folder: Path, repo_id: str, revision: str = "main", private: bool 
             state = "unchanged" if hash_of(path, bool(file.lfs)) == known else "changed"
         uploads.append(Upload(name, path.stat().st_size, sha256_of(path), state))
     is_private = bool(info.private) if info else private
-    return Plan(repo_id, revision, info is None, branches, is_private, info.sha if info else None, uploads)
+    return UploadPlan(repo_id, revision, info is None, branches, is_private, info.sha if info else None, uploads)
 
 
-def make_plan_or_guess(folder: Path, repo_id: str, revision: str = "main", private: bool = False) -> tuple[Plan, str]:
+def make_plan_or_guess(
+    folder: Path, repo_id: str, revision: str = "main", private: bool = False
+) -> tuple[UploadPlan, str]:
     """Like `make_plan`, but also works if the Hub is not reachable.
 
     Returns:
         The plan, and why the Hub is not reachable; "" if it is.
 
     Raises:
-        InputError: As `make_plan`, except if the Hub is not reachable.
+        InputError: As `make_plan`, unless the Hub is not reachable.
     """
     try:
         return make_plan(folder, repo_id, revision, private), ""
     except HubUnavailableError as error:
         paths = [(name, folder / name) for name in files_of(folder)]
         uploads = [Upload(name, path.stat().st_size, sha256_of(path), "unknown") for name, path in paths]
-        return Plan(repo_id, revision, False, False, private, None, uploads), str(error)
+        return UploadPlan(repo_id, revision, False, False, private, None, uploads), str(error)
 
 
-def check_weights(plan: Plan, force: bool) -> None:
+def check_weights(plan: UploadPlan, force: bool) -> None:
     """Check that no different weights would be overwritten, unless forced.
 
     Raises:
@@ -270,7 +271,7 @@ def check_weights(plan: Plan, force: bool) -> None:
         )
 
 
-def publish(folder: Path, plan: Plan, create_pr: bool = False, force: bool = False) -> str:
+def publish(folder: Path, plan: UploadPlan, create_pr: bool = False, force: bool = False) -> str:
     """Publish a folder in one commit.
 
     If the Hub's response to a commit is lost, the repository is compared again before the commit is
@@ -290,17 +291,17 @@ def publish(folder: Path, plan: Plan, create_pr: bool = False, force: bool = Fal
     """
     repo_id, revision, private, api = plan.repo_id, plan.revision, plan.private, HfApi()
 
-    def again() -> Plan:
+    def compare_again() -> UploadPlan:
         new = make_plan(folder, repo_id, revision, private)
         if private and not new.private:
-            raise InputError(f"{repo_id} has become public meanwhile; nothing was uploaded")
+            raise InputError(f"{repo_id} has become public in the meantime; nothing was uploaded")
         return new
 
     start = time.monotonic()
     with readable_errors(repo_id):
         if plan.creates:
             with_retries(lambda: api.create_repo(repo_id, private=plan.private, exist_ok=True))
-            plan = again()  # a new repository has an initial commit, and others may have written to it
+            plan = compare_again()  # a new repository has an initial commit, and others may have written to it
         if plan.branches and not create_pr:
             with_retries(lambda: api.create_branch(repo_id, branch=plan.revision, exist_ok=True))
             force = True  # the branch is a copy of main, whose weights remain on main
@@ -319,20 +320,20 @@ def publish(folder: Path, plan: Plan, create_pr: bool = False, force: bool = Fal
                 if attempt == TRIES - 1 or time.monotonic() - start > LONGEST or not temporary:
                     raise
                 time.sleep(2**attempt)
-                plan = again()
+                plan = compare_again()
                 continue
             return f"proposed: {done.pr_url}" if create_pr else f"published: {done.commit_url}"
     raise AssertionError("unreachable")
 
 
-def _title(folder: Path, plan: Plan) -> str:
+def _title(folder: Path, plan: UploadPlan) -> str:
     """Return the commit's title, which identifies the uploaded content by the first digits of a hash."""
     content = "".join(f"{upload.path} {upload.sha256}\n" for upload in plan.sent)
     files = f"{len(plan.sent)} file{'s' if len(plan.sent) > 1 else ''}"
     return f"Upload {folder.resolve().name}, {files} ({hashlib.sha256(content.encode()).hexdigest()[:10]})"
 
 
-def _commit(api: HfApi, folder: Path, plan: Plan, title: str, create_pr: bool) -> CommitInfo:
+def _commit(api: HfApi, folder: Path, plan: UploadPlan, title: str, create_pr: bool) -> CommitInfo:
     operations = [CommitOperationAdd(upload.path, folder / upload.path) for upload in plan.sent]
     try:
         return api.create_commit(

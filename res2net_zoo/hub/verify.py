@@ -69,8 +69,8 @@ def verify(folder: Path, wanted: Checkpoint | None = None) -> list[Check]:
         checks.append(_compare(f"SHA-256 of {WEIGHTS}", digest, checkpoint.hub_sha256, "the catalogue"))
     if wanted:
         checks.append(Check("name", name, wanted.name, name == wanted.name))
-    model_config.build_on_meta(config)  # reports an invalid config before the weights are checked
-    every = "every tensor once, and no other"
+    model_config.build_on_meta(config)  # raises an error for an invalid config before the weights are checked
+    every = "every tensor exactly once"
     try:
         model_config.check_weights(config, weights)
         with torch.random.fork_rng(devices=[]):  # timm initializes the model with random weights
@@ -112,7 +112,7 @@ def is_of_task(folder: Path) -> bool:
 def _verify_task(folder: Path) -> list[Check]:
     from res2net_zoo import tasks
 
-    every = "every tensor once, and no other"
+    every = "every tensor exactly once"
     try:
         model = tasks.load(str(folder))
         network = model.state_dict()
@@ -141,7 +141,7 @@ def _origin(folder: Path) -> Check:
 
 def _values(tensors: dict[str, torch.Tensor]) -> Check:
     odd = [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
-    return Check("values", f"not finite in {odd[0]}" if odd else "finite", "finite", not odd)
+    return Check("values", f"NaN or infinite in {odd[0]}" if odd else "finite", "finite", not odd)
 
 
 def _card(folder: Path) -> list[Check]:
@@ -170,7 +170,7 @@ def read_card(folder: Path) -> ModelCard:
     try:
         card = card_metadata.read_card(path)
         if not card.data.to_dict():
-            raise ValueError("it does not begin with metadata between two lines of ---")
+            raise ValueError("it does not start with metadata between two lines of ---")
     except Exception as error:
         # huggingface_hub may raise various errors for invalid YAML.
         raise InputError(f"{path} is not a model card: {one_line(error)}") from error
@@ -198,7 +198,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, str]:
 
 
 def identify(folder: Path) -> Checkpoint | None:
-    """Return the checkpoint of the catalogue that a model folder contains, None if there is none.
+    """Return the checkpoint of the catalogue that a model folder contains, or None.
 
     The name in the config is not sufficient, because timm keeps the tag after fine-tuning. Converted
     weights are identified by the metadata of their file.
@@ -209,11 +209,11 @@ def identify(folder: Path) -> Checkpoint | None:
     if is_of_task(folder):
         return None
     _, name = read_config(folder)
-    checkpoints, said = catalog.load().checkpoints, metadata_of(folder / WEIGHTS)
-    if not said.get("source_sha256"):
+    checkpoints, metadata = catalog.load().checkpoints, metadata_of(folder / WEIGHTS)
+    if not metadata.get("source_sha256"):
         return None
-    same = [c for c in checkpoints.values() if c.sha256 and said["source_sha256"].startswith(c.sha256)]
-    same += [c for c in checkpoints.values() if c.url and c.url == said.get("source")]
+    same = [c for c in checkpoints.values() if c.sha256 and metadata["source_sha256"].startswith(c.sha256)]
+    same += [c for c in checkpoints.values() if c.url and c.url == metadata.get("source")]
     return checkpoints.get(name) or (same[0] if same else None)
 
 

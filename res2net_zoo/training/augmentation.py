@@ -19,21 +19,21 @@ def training_samples(
     crop_padding: int,
     read: Callable[[dict[str, Any]], bytes],
 ) -> Samples:
-    """Return what turns rows into training samples.
+    """Return a function that converts rows to training samples.
 
     Args:
         model: The model; its config gives size and interpolation.
         names: The classes.
-        augmentation: As for timm's `create_transform`.
+        augmentation: Arguments of timm's `create_transform`.
         crop_padding: Pixels to pad by before a random crop, as usual for CIFAR (He et al., 2016, sec. 4.2); 0 for
             a random resized crop instead.
-        read: Returns the content of a row's image: `Source.read`.
+        read: Returns the encoded image of a row, see `Source.read`.
 
     Returns:
-        The samples; their images are bytes, or normalized if random erasing needs that.
+        The function; images are uint8, or normalized if random erasing is used.
 
     Raises:
-        InputError: timm does not have this augmentation.
+        InputError: timm does not support this augmentation.
     """
     config = data_config(model)
     try:
@@ -45,7 +45,7 @@ def training_samples(
         if policy:
             examples = "rand-m9-mstd0.5, augmix-m3, original or 3a"
             raise InputError(f"{policy} is not a policy of timm's, such as {examples}", "auto_augment") from error
-        raise InputError(f"timm cannot make this augmentation: {error}") from error
+        raise InputError(f"timm does not support this augmentation: {error}") from error
     if crop_padding:
         size = config["input_size"][1:]
         transform.transforms[0:1] = [transforms.Resize(size), transforms.RandomCrop(size, padding=crop_padding)]

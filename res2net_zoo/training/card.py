@@ -34,7 +34,7 @@ def training_card(
     """Return the card of the best model of a run.
 
     Args:
-        report: What is known of the run.
+        report: The report of the run.
         folder: The model's folder, whose name is that of the model.
         kinds: Weights to choose the best of, as for `best_of`.
         mistakes: Its mistakes, once training is complete.
@@ -73,7 +73,7 @@ def training_card(
 
 
 def facts_of_data(data: TrainingData, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return what the card says of the data."""
+    """Return the template variables about the data."""
     images = "a stream of images" if data.indices is None else f"{data.num_images:,} images"
     if (counts := data.used_counts) and min(counts) < max(counts):
         images += f", {min(counts):,} to {max(counts):,} of each class,"
@@ -90,7 +90,7 @@ def facts_of_data(data: TrainingData, settings: dict[str, Any]) -> dict[str, Any
 
 
 def facts_of_run(report: "Report") -> dict[str, Any]:
-    """Return what the card says of the model and how it was trained."""
+    """Return the template variables about the model and its training."""
     size = report.config["input_size"]
     speeds = [row["images_per_second"] for row in report.metrics if row["images_per_second"]]
     settings = [(key, markdown(json.dumps(value, default=str))) for key, value in report.settings.items()]
@@ -112,11 +112,11 @@ def facts_of_run(report: "Report") -> dict[str, Any]:
 
 
 def mistakes_table(mistakes: "Mistakes", names: Sequence[str]) -> str:
-    """Return the commonest mistakes as Markdown, or a sentence where there is none."""
+    """Return the most frequent mistakes as a Markdown table, or a sentence if there are none."""
     rows = [
         (markdown(names[right]), markdown(names[answer]), number, f"{100 * number / of:.1f}")
         for right, answer, number, of in mistakes.pairs()
     ]
     if not rows:
-        return "It makes no mistake there."
-    return markdown_table(("right class", "its answer", "images", "% of the class"), rows)
+        return "There are none."
+    return markdown_table(("class", "prediction", "images", "% of the class"), rows)

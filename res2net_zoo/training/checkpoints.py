@@ -1,8 +1,8 @@
 """Checkpoints of a training run: everything needed to resume it, in one file each.
 
-A checkpoint is written to a temporary file, which is then renamed, and older ones are deleted only after that: a
-whole one exists whenever a run is killed. It holds tensors and plain values, and is read by `torch_file`, which
-executes no code from the file and uses no more memory than the file's size.
+A checkpoint is written to a temporary file and renamed, before older ones are deleted, so that a complete one exists
+whenever a run is killed. It contains tensors and plain values, and is read by `torch_file`, which does not execute code
+from the file, nor uses more memory than its size.
 """
 
 import contextlib
@@ -18,19 +18,19 @@ from res2net_zoo.utils.errors import InputError, first_line, one_line
 from res2net_zoo.utils.files import check_can_make, finish_replacing, sweep, temporary_file
 from res2net_zoo.weights import torch_file
 
-# State of an optimizer that has its parameter's shape; others factor theirs.
+# Optimizer states with the shape of their parameter; some optimizers factorize other states.
 SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
 Fits = Callable[[Any], bool]  # returns whether a value is plausible
 
-STEPS = 20_000_000  # of a checkpoint's pickle, which also lists learning rates and images left out
+STEPS = 20_000_000  # limit of pickle operations; a checkpoint also lists learning rates and skipped images
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        folder: Where they are.
-        keep: How many to keep.
+        folder: Their folder.
+        keep: Number of checkpoints to keep.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
@@ -38,7 +38,7 @@ class Checkpoints:
         self.keep = keep
 
     def take(self, output: Path, resume: bool, overwrite: bool) -> None:
-        """Take possession of a run's folders: finish interrupted writes, and delete a run to replace.
+        """Prepare the folders of a run: finish interrupted writes, and delete a run that is to be replaced.
 
         Args:
             output: Folder of the run's model.
@@ -46,7 +46,7 @@ class Checkpoints:
             overwrite: Whether to replace the run in it.
 
         Raises:
-            InputError: The folders hold another run, or cannot be written.
+            InputError: The folders contain another run, or are not writable.
         """
         check_can_make(output)
         check_can_make(self.folder.parent)
@@ -81,14 +81,14 @@ class Checkpoints:
         """Write a checkpoint, and delete the oldest if there are more than `keep`.
 
         Args:
-            step: Optimizer steps that were done.
-            state: What `load` is to return: tensors, numbers, strings and containers of these.
+            step: Number of completed optimizer steps.
+            state: The state: tensors, numbers, strings and containers of these.
 
         Returns:
             Its path.
 
         Raises:
-            InputError: It cannot be written; the older ones are kept.
+            InputError: It cannot be written; older ones are kept.
         """
         path = self.folder / f"step-{step:09}.pt"
         try:
@@ -107,10 +107,10 @@ class Checkpoints:
         """Read the newest checkpoint.
 
         Returns:
-            What was saved, its tensors on the CPU; None without a checkpoint.
+            The saved state, with tensors on the CPU; None if there is no checkpoint.
 
         Raises:
-            InputError: It is damaged or was not made by `save`.
+            InputError: The file is damaged, or was not written by `save`.
         """
         if not (paths := self.paths()):
             return None
@@ -118,19 +118,19 @@ class Checkpoints:
             return torch_file.load(paths[-1], STEPS)
         except InputError:
             raise
-        except Exception as error:  # torch raises many kinds for a damaged file
+        except Exception as error:  # torch raises various types for a damaged file
             problem = f"{paths[-1]} is not a valid checkpoint ({one_line(error, 200)})"
             if len(paths) == 1:
                 raise InputError(problem) from error
             raise InputError(f"{problem}; delete it, then resume from {paths[-2].name}", "resume") from error
 
     def sweep(self) -> None:
-        """Delete incomplete files of killed processes, as earlier versions named them."""
+        """Delete incomplete files of killed processes of earlier versions."""
         for path in self.folder.glob(".step-*.pt"):
             path.unlink()
 
     def clear(self) -> None:
-        """Delete all of them."""
+        """Delete all checkpoints."""
         self.sweep()
         for path in self.paths():
             path.unlink()
@@ -147,7 +147,7 @@ def is_count(value: Any) -> bool:
 
 
 def are_metrics(value: Any, figures: Mapping[str, Fits]) -> bool:
-    """Return whether a value is a list with the metrics of each epoch, whose figures are plausible."""
+    """Return whether a value is a list of plausible metrics of each epoch."""
     return isinstance(value, list) and all(
         isinstance(row, dict)
         and row.get("epoch") == number
@@ -164,13 +164,13 @@ def are_finite(value: Any, numel: int | None = None) -> bool:
 
 @contextlib.contextmanager
 def restoring(path: Path) -> Iterator[None]:
-    """Turn torch's errors about an unsuitable state into one line.
+    """Replace torch's errors about an unsuitable state by one-line messages.
 
     Args:
         path: The checkpoint.
 
     Raises:
-        InputError: What is restored in the block does not fit.
+        InputError: A state cannot be restored in the context.
     """
     try:
         yield
@@ -182,12 +182,12 @@ def restoring(path: Path) -> Iterator[None]:
 
 
 def check_state(state: Any, path: Path, fields: Mapping[str, Fits]) -> dict[str, Any]:
-    """Check that a checkpoint holds what is needed to resume a run.
+    """Check that a checkpoint contains all fields needed to resume a run.
 
     Args:
-        state: What `Checkpoints.load` returned.
+        state: The result of `Checkpoints.load`.
         path: Its file.
-        fields: What it must hold, by name.
+        fields: Required fields, with functions that check their values.
 
     Returns:
         The state.
@@ -201,7 +201,7 @@ def check_state(state: Any, path: Path, fields: Mapping[str, Fits]) -> dict[str,
         return InputError(message, "output")
 
     if not isinstance(state, dict):
-        raise refuse(f"it holds a {type(state).__name__}, not a dictionary")
+        raise refuse(f"it contains a {type(state).__name__}, not a dictionary")
     if missing := sorted(fields.keys() - state.keys()):
         raise refuse(f"{', '.join(missing)} missing")
     for name, fits in fields.items():
@@ -210,7 +210,7 @@ def check_state(state: Any, path: Path, fields: Mapping[str, Fits]) -> dict[str,
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             plausible = False
         if not plausible:
-            raise refuse(f"its {name} cannot be right")
+            raise refuse(f"its {name} is invalid")
     return state
 
 
@@ -219,12 +219,12 @@ def check_progress(path: Path, done: int, metrics: Sequence[Any], steps: int) ->
 
     Args:
         path: The checkpoint.
-        done: Optimizer steps done.
+        done: Completed optimizer steps.
         metrics: A row for each evaluated epoch.
-        steps: Steps of an epoch.
+        steps: Steps per epoch.
 
     Raises:
-        InputError: They are not.
+        InputError: The number of steps is inconsistent.
     """
     if not 0 <= done - len(metrics) * steps <= steps:
         raise InputError(
@@ -235,16 +235,16 @@ def check_progress(path: Path, done: int, metrics: Sequence[Any], steps: int) ->
 
 
 def restore(path: Path, what: str, module: torch.nn.Module, state: Any) -> None:
-    """Load weights of a checkpoint, whose tensors must have the module's names, shapes and types, and be finite.
+    """Load weights from a checkpoint; names, shapes and types must match, and values must be finite.
 
     Args:
         path: The checkpoint.
-        what: Their name in the checkpoint.
+        what: Name of the weights in the checkpoint.
         module: The module to load them into.
         state: The weights, by name.
 
     Raises:
-        InputError: They do not fit.
+        InputError: The weights do not match.
     """
     with restoring(path):
         own = module.state_dict()
@@ -256,15 +256,15 @@ def restore(path: Path, what: str, module: torch.nn.Module, state: Any) -> None:
 
 
 def restore_optimizer(path: Path, optimizer: Any, state: Any) -> None:
-    """Load the state of an optimizer, whose tensors must have the parameters' shapes, and be finite.
+    """Load the state of an optimizer; tensors must have the parameters' shapes and finite values.
 
     Args:
         path: The checkpoint.
-        optimizer: The optimizer to load it into.
+        optimizer: The optimizer.
         state: Its state.
 
     Raises:
-        InputError: It does not fit.
+        InputError: The state does not match.
     """
     with restoring(path):
         optimizer.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""A classifier in training: the model, its teacher, and what a step and an evaluation are."""
+"""The objective of classification: model, teacher, loss and evaluation."""
 
 import argparse
 import copy
@@ -42,14 +42,14 @@ from res2net_zoo.weights.provenance import Provenance
 
 @dataclass
 class Network:
-    """A model, and what belongs to it in training.
+    """A model and its state for training.
 
     Attributes:
         model: The model, on its device.
-        origin: Where its weights come from.
+        origin: Provenance of its weights.
         frozen: Modules that stay in evaluation mode.
-        average: Moving average of the weights, if there is one.
-        teacher: What to distil from, if anything.
+        average: Moving average of the weights, or None.
+        teacher: Teacher for distillation, or None.
     """
 
     model: Any
@@ -60,7 +60,7 @@ class Network:
 
 
 def build_network(args: argparse.Namespace, names: list[str], accelerator: Accelerator) -> Network:
-    """Build the model that is to be trained, with the same weights in every process.
+    """Build the model to train, with the same weights in every process.
 
     Raises:
         InputError: The model or its weights are missing, or it cannot be trained with these settings.
@@ -81,7 +81,7 @@ def build_network(args: argparse.Namespace, names: list[str], accelerator: Accel
 
 
 def build_model(args: argparse.Namespace, names: list[str], pretrained: bool) -> Any:
-    """Build a model with a classifier for these classes, pretrained or with random weights."""
+    """Build a model with a classifier for the given classes, pretrained or with random weights."""
     options: dict[str, Any] = {"drop_path_rate": args.drop_path} if args.drop_path else {}
     if args.drop:
         options["drop_rate"] = args.drop
@@ -94,14 +94,14 @@ def build_model(args: argparse.Namespace, names: list[str], pretrained: bool) ->
 
 
 def check_batch_size(model: nn.Module, batch_size: int) -> None:
-    """Check that a model can be trained with batches of a size, by their shapes on the meta device.
+    """Check that a model can be trained with a batch size, by running it on the meta device.
 
     Args:
-        model: The model; its config gives the images' size.
-        batch_size: Images a batch.
+        model: The model; its config defines the image size.
+        batch_size: Images per batch.
 
     Raises:
-        InputError: It cannot.
+        InputError: The model fails with this batch size.
     """
     size = resolve_model_data_config(model)["input_size"]
     try:
@@ -115,7 +115,7 @@ def check_batch_size(model: nn.Module, batch_size: int) -> None:
 
 
 def origin_of(args: argparse.Namespace, model: Any, is_main: bool) -> Provenance:
-    """Return the provenance of the weights that training ends with."""
+    """Return the provenance of the trained weights."""
     before = provenance.of_model(args.model, model.pretrained_cfg, args.pretrained)
     after = before.after_training(
         provenance.shown(args.model) if args.pretrained else None,
@@ -137,10 +137,10 @@ def synchronize_batch_norm(model: nn.Module, accelerator: Accelerator) -> nn.Mod
 
 
 def build_teacher(args: argparse.Namespace, model: Any, names: list[str], accelerator: Accelerator) -> nn.Module:
-    """Build the model to distil from.
+    """Build the teacher for distillation.
 
     Raises:
-        InputError: It has other classes or takes other images than the model.
+        InputError: Its classes or input channels differ from those of the model.
     """
     teacher: Any = create_model(args.teacher)
     labels = teacher.pretrained_cfg.get("label_names")
@@ -167,8 +167,8 @@ def build_task(
         args: The settings.
         network: The model.
         wrapped: The model as Accelerate prepared it.
-        counts: Training images of each class, if they are known.
-        device: Where to compute.
+        counts: Training images of each class, or None if unknown.
+        device: The device.
     """
     weights = balanced(counts) if args.balance == "loss" and counts else None
     criterion = Criterion(args.loss, args.smoothing, weights, args.bce_threshold)
@@ -188,26 +188,26 @@ def build_task(
 
 
 def workers_of(args: argparse.Namespace, accelerator: Accelerator) -> int:
-    """Return the loader processes of each process."""
+    """Return the number of data-loading workers per process."""
     return processes.default_workers(accelerator.device) if args.workers is None else args.workers
 
 
 class Classification(Objective):
-    """Training a classifier.
+    """Training of a classifier.
 
     Args:
         args: The settings.
-        data: What to train on and what to evaluate on.
+        data: The training and evaluation images.
         network: The model.
-        state: Where training is.
+        state: The state of training.
         loader: Training batches, from `training_loader`.
-        plan: What a resumed run must have in common with this one.
-        left_out: Training images left out from the start, by index.
+        plan: Settings that must not change when the run is resumed.
+        left_out: Indices of training images skipped from the start.
         report: Writes the model folder.
         accelerator: The processes.
 
     Attributes:
-        unreadable: Training images that turned out not to be decodable, by index; of a stream, by place.
+        unreadable: Training images that could not be decoded during training, by index, or in a stream by position.
     """
 
     figure = "top-1"
@@ -238,28 +238,28 @@ class Classification(Objective):
             module.eval()
 
     def batches(self, epoch: int, first: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield images (N, C, H, W) and classes (N,); note images that cannot be decoded."""
+        """Yield images (N, C, H, W) and classes (N,); record images that cannot be decoded."""
         return batches(self.loader, epoch, first, self.args.skip_corrupt, self.unreadable)
 
     def loss(self, batch: tuple[torch.Tensor, torch.Tensor], step: int, part: int) -> torch.Tensor:
-        """Return the loss of images (N, C, H, W), as bytes or normalized, and classes (N,)."""
+        """Return the loss of images (N, C, H, W), in uint8 or normalized, and classes (N,)."""
         images, targets = (tensor.to(self.accelerator.device, non_blocking=True) for tensor in batch)
         images = self.normalize(images)
         set_seed(seed_of(self.args.seed, 3, step, part, self.accelerator.process_index))
-        if self.mixup is not None and len(images) % 2 == 0:  # one may have been left out
+        if self.mixup is not None and len(images) % 2 == 0:  # one may have been skipped
             images, targets = self.mixup(images, targets)
         if self.args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return self.task(images, targets)["loss"]
 
     def checkpoint(self) -> dict[str, Any]:
-        """Return the plan, and the images left out in any process."""
-        # Which images of a stream they are in another epoch is unknown.
+        """Return the plan, and the images skipped in any process."""
+        # In a stream, positions differ between epochs.
         unreadable = [] if self.args.streaming else sorted(set(gather_object(list(self.unreadable))))
         return {"plan": self.plan, "left_out": self.left_out, "unreadable": unreadable}
 
     def evaluate(self, epoch: Epoch) -> dict[str, Any]:
-        """Measure the model and its moving average on the images to evaluate on."""
+        """Evaluate the model and its moving average."""
         self.count_unreadable()
         row: dict[str, Any] = {
             "epoch": epoch.number,
@@ -271,10 +271,10 @@ class Classification(Objective):
         models = {"": self.network.model} if average is None else {"": self.network.model, "ema_": average.module}
         for kind, model in models.items():
             counts = self.measure(model)
-            checked = self.args.check and not self.args.streaming  # which has warned
+            checked = self.args.check and not self.args.streaming  # the check has warned already
             if counts.corrupt and epoch.number == 1 and not (kind or checked) and self.accelerator.is_main_process:
                 split = self.data.valid.split
-                warn(f"{len(counts.corrupt)} images of {split} cannot be decoded and are left out")
+                warn(f"{len(counts.corrupt)} images of {split} cannot be decoded and are skipped")
             row |= {f"{kind}top1": counts.percent(counts.top1), f"{kind}top5": counts.percent(counts.top5)}
             self.report.samples = counts.samples
         speed = epoch.images_per_second
@@ -283,17 +283,17 @@ class Classification(Objective):
         return row
 
     def count_unreadable(self) -> None:
-        """Bring together the training images that any process could not decode; warn if there are new ones."""
+        """Combine the training images that any process could not decode; warn about new ones."""
         self.unreadable |= set(gather_object(list(self.unreadable)))
         if len(self.unreadable) > len(self.data.unreadable) and self.accelerator.is_main_process:
             split = self.data.train.split
-            warn(f"{len(self.unreadable)} images of {split} cannot be decoded and are left out")
+            warn(f"{len(self.unreadable)} images of {split} cannot be decoded and are skipped")
         if self.args.streaming:
-            self.unreadable.clear()  # which they are in another epoch is unknown
+            self.unreadable.clear()  # positions differ between epochs
         self.data.unreadable = sorted(self.unreadable)
 
     def measure(self, model: nn.Module, **options: Any) -> Counts:
-        """Evaluate a model; `options` are further ones of `evaluate`."""
+        """Evaluate a model; `options` are further arguments of `evaluate`."""
         names, valid = self.data.names, self.data.valid
         return evaluation.evaluate(
             model,
@@ -307,7 +307,7 @@ class Classification(Objective):
         )
 
     def best_epoch(self) -> int:
-        """Return the number of the epoch with the best top-1, the last of several."""
+        """Return the number of the epoch with the best top-1; the latest on ties."""
         return best_of(self.report.metrics)[1]
 
     def describe(self, row: Mapping[str, Any]) -> str:
@@ -316,13 +316,13 @@ class Classification(Objective):
         return f"loss {row['train_loss']:.4f}, {', '.join(figures)}"
 
     def write(self) -> None:
-        """Write all metrics, and each model that is the best so far."""
+        """Write the metrics, and the models that are the best so far."""
         average = self.network.average
         self.report.epoch(self.network.model, None if average is None else average.module)
 
 
 def peak_memory(accelerator: Accelerator) -> int:
-    """Return the largest amount of memory that this process has used on its device, in bytes."""
+    """Return the peak memory of this process on its device, in bytes."""
     if accelerator.device.type == "cuda":
         return torch.cuda.max_memory_allocated(accelerator.device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,4 +1,4 @@
-"""The images of a training: the split to train on, the one to evaluate on, and checks of both before it starts."""
+"""Training and evaluation splits, and checks of both before training starts."""
 
 import contextlib
 from collections.abc import Sequence
@@ -21,15 +21,15 @@ from res2net_zoo.utils.processes import all_or_none, main_first
 
 @dataclass
 class TrainingData:
-    """The images to train on and to evaluate on.
+    """The training and evaluation images.
 
     Attributes:
         train: Training images.
-        valid: Images to evaluate on.
-        names: The classes.
-        counts: Training images of each class; None for a stream.
-        indices: Training images to use, those that can be decoded; None for a stream.
-        unreadable: Images among them that could not be decoded during training and were skipped.
+        valid: Evaluation images.
+        names: Names of the classes.
+        counts: Number of training images of each class; None for a stream.
+        indices: Indices of the training images to use; None for a stream.
+        unreadable: Those of `indices` that could not be decoded during training and were skipped.
     """
 
     train: Source
@@ -43,7 +43,7 @@ class TrainingData:
         """Exclude training images.
 
         Raises:
-            InputError: A class has no others.
+            InputError: No images of a class remain.
         """
         if self.indices is not None:
             self.indices = np.setdiff1d(self.indices, indices)
@@ -51,7 +51,7 @@ class TrainingData:
 
     @property
     def num_images(self) -> int | None:
-        """Number of training images, where it is known."""
+        """Number of training images; None if unknown."""
         return self.train.num_rows if self.indices is None else len(self.indices) - len(self.unreadable)
 
     @property
@@ -75,33 +75,33 @@ def open_training_data(
     label_column: str | None = None,
     num_classes: int | None = None,
 ) -> TrainingData:
-    """Open the images to train on and to evaluate on, and check their labels.
+    """Open the training and evaluation images, and check their labels.
 
     Args:
         src: As for `open_source`.
         accelerator: The processes.
         train_split: Split to train on.
-        eval_split: Split to evaluate on; default validation, else test, else held out of training.
-            A held-out part of the training split, as `hold_out` names it, is excluded from training.
+        eval_split: Split to evaluate on; by default validation, else test, else held out of the training split.
+            A held-out part of the training split, named as by `hold_out`, is excluded from training.
         fraction: Share of each class to hold out.
-        seed: Chooses what is held out.
+        seed: Random seed for holding out.
         streaming: Whether to read the images as a stream.
-        label_column: Column of the labels, if it is ambiguous.
-        num_classes: Number of classes, if the data does not state it.
+        label_column: Label column, if ambiguous.
+        num_classes: Number of classes, if the data does not define it.
 
     Returns:
-        Both.
+        The images.
 
     Raises:
-        InputError: The data is missing or unsuitable: too few classes, an empty class, a class that only the
-            evaluation split has, or wrong labels.
+        InputError: The data is missing or unsuitable: too few classes, an empty class, a class that is missing in the
+            training split, or wrong labels.
     """
     train, valid = main_first(
         accelerator, lambda: open_splits(src, train_split, eval_split, fraction, seed, streaming, label_column)
     )
     if accelerator.is_main_process:
         for skipped in filter(None, {train.skipped: None, valid.skipped: None}):
-            warn(f"left out of {src}: {skipped}")
+            warn(f"skipped in {src}: {skipped}")
     names = class_names(train, num_classes)
     check_names(train, valid, names)
     if streaming:
@@ -118,10 +118,10 @@ def open_splits(
     streaming: bool,
     label_column: str | None,
 ) -> tuple[Source, Source]:
-    """Open the split to train on and the one to evaluate on. The arguments are those of `open_training_data`.
+    """Open the training and the evaluation split. The arguments are those of `open_training_data`.
 
     Returns:
-        Both; no image is in both.
+        Both splits, which have no image in common.
 
     Raises:
         InputError: A split is missing, both are the same, or nothing can be held out.
@@ -145,21 +145,21 @@ def open_splits(
         if whole_split(valid) != whole_split(train):
             return train, valid
     if streaming:
-        raise InputError(f"{src} has no split to evaluate on, and nothing can be held out of a stream")
+        raise InputError(f"{src} has no evaluation split, and images of a stream cannot be held out")
     return hold_out(train, fraction, seed)
 
 
 def whole_split(source: Source) -> str:
-    """Return the split that a source is, or is part of."""
+    """Return the name of a source's split, without a suffix for a held-out part."""
     return source.split.split("/held-out-")[0]
 
 
 def class_names(train: Source, num_classes: int | None = None) -> list[str]:
-    """Return a name for each class: the data's, or numbers.
+    """Return the names of the classes, or numbers if the data has no names.
 
     Args:
         train: The training images.
-        num_classes: Number of classes, if the data does not state it.
+        num_classes: Number of classes, if the data does not define it.
 
     Raises:
         InputError: The number of classes is unknown, or 1.
@@ -176,15 +176,15 @@ def class_names(train: Source, num_classes: int | None = None) -> list[str]:
             num_classes = int(labels_of(train).max(initial=-1)) + 1
         names = [str(i) for i in range(num_classes)]
     if len(names) < 2:
-        raise InputError(f"{train.name} has a single class in {train.split}; it takes two or more to tell apart")
+        raise InputError(f"{train.name} has only one class in {train.split}; classification needs two or more")
     return list(names)
 
 
 def check_names(train: Source, valid: Source, names: Sequence[str]) -> None:
-    """Check that each class to evaluate on is one to train on."""
+    """Check that all classes of the evaluation split are in the training split."""
     if strange := sorted(set(valid.class_names or ()) - set(names)):
         raise InputError(
-            f"{valid.name} has classes in {valid.split} that {train.split} has not: {', '.join(strange[:5])}"
+            f"{valid.name} has classes in {valid.split} that are missing in {train.split}: {', '.join(strange[:5])}"
         )
 
 
@@ -193,14 +193,14 @@ def count_classes(train: Source, valid: Source, names: Sequence[str]) -> list[in
 
     Args:
         train: Map-style training images.
-        valid: Images to evaluate on.
-        names: The classes.
+        valid: Evaluation images.
+        names: Names of the classes.
 
     Returns:
         The number of images of each class.
 
     Raises:
-        InputError: An image has no label or a wrong one, or a class has no image.
+        InputError: A label is missing or wrong, or a class has no image.
     """
     for source in (train, valid):
         if isinstance(source.rows, datasets.Dataset):
@@ -218,12 +218,12 @@ def _count(labels: np.ndarray, source: Source, names: Sequence[str]) -> list[int
     counts = np.bincount(labels, minlength=len(names))
     if len(empty := np.flatnonzero(counts == 0)):
         few = ", ".join(names[i] for i in empty[:5])
-        raise InputError(f"{source.name} has no image of {few} in {source.split}; add some, or take the class out")
+        raise InputError(f"{source.name} has no image of {few} in {source.split}; add some, or remove the class")
     return counts.tolist()
 
 
 class _Decodable(torch.utils.data.Dataset):
-    """Tries to decode images; an item is the reason why that failed, or None."""
+    """Decodes images; an item is the error of an image, or None."""
 
     def __init__(self, source: Source, indices: range) -> None:
         self.source = source
@@ -238,11 +238,11 @@ class _Decodable(torch.utils.data.Dataset):
         try:
             with open_image(self.source.read(image)) as opened:
                 check_mode(opened)
-                opened.draft("RGB", (1, 1))  # a JPEG's blocks are all read, but turned into few pixels
+                opened.draft("RGB", (1, 1))  # reads all blocks of a JPEG, but decodes few pixels
                 opened.load()
         except ForeignPathError:
             raise  # the image is not damaged, so it must not be skipped
-        except Exception as error:  # PIL raises nearly anything
+        except Exception as error:  # PIL raises various types
             reason = (
                 "not an image of a supported format"
                 if "UnidentifiedImageError" in type(error).__name__
@@ -257,15 +257,15 @@ def _problems(found: list[tuple[int, str] | None]) -> list[tuple[int, str]]:
 
 
 def find_corrupt(source: Source, accelerator: Accelerator, workers: int) -> dict[int, str]:
-    """Decode every image once, each process its share.
+    """Decode every image once, distributed over the processes.
 
     Args:
         source: Map-style images.
         accelerator: The processes.
-        workers: Loader processes, for each process.
+        workers: Data-loading workers per process.
 
     Returns:
-        The reason for each image that cannot be decoded, by its index; the same in every process.
+        The errors of images that cannot be decoded, by index; the same in every process.
     """
     share = range(accelerator.process_index, len(source.rows), accelerator.num_processes)
     loader = DataLoader(_Decodable(source, share), batch_size=32, num_workers=workers, collate_fn=_problems)
@@ -275,10 +275,10 @@ def find_corrupt(source: Source, accelerator: Accelerator, workers: int) -> dict
 
 
 def check_readable(source: Source) -> None:
-    """Check that some image can be decoded, by decoding up to the first one that can.
+    """Check that at least one image can be decoded.
 
     Raises:
-        InputError: None can.
+        InputError: No image can be decoded.
     """
     images = _Decodable(source, range(len(source.rows)))
     first = None
@@ -298,14 +298,14 @@ def corrupt_images(data: TrainingData, accelerator: Accelerator, workers: int, s
     Args:
         data: Map-style images.
         accelerator: The processes.
-        workers: Loader processes, for each process.
+        workers: Data-loading workers per process.
         skip: Whether to skip images that cannot be decoded.
 
     Returns:
-        Training images to skip, by index.
+        Indices of training images to skip.
 
     Raises:
-        InputError: Some cannot be decoded and `skip` is False, or none can.
+        InputError: Images cannot be decoded and `skip` is False, or no image can be decoded.
     """
     found: dict[int, str] = {}
     for source in (data.valid, data.train):
@@ -322,22 +322,22 @@ def corrupt_images(data: TrainingData, accelerator: Accelerator, workers: int, s
                 "skip_corrupt",
             )
         if found and accelerator.is_main_process:
-            warn(f"{len(found)} images of {source.split} cannot be decoded and are left out")
+            warn(f"{len(found)} images of {source.split} cannot be decoded and are skipped")
     return list(found)
 
 
 def steps_of(data: TrainingData, step_images: int, wanted: int | None) -> int:
-    """Return the optimizer steps of an epoch.
+    """Return the number of optimizer steps per epoch.
 
     Args:
         data: The images.
-        step_images: Images a step, over all processes.
-        wanted: Steps of an epoch; None for all images once.
+        step_images: Images per step, over all processes.
+        wanted: Steps per epoch; None for all images once.
 
     Raises:
-        InputError: There are fewer images, or their number is unknown.
+        InputError: There are too few images, or their number is unknown.
     """
-    # Images that turn out to be unreadable during training count here, so that a resumed run has the same steps.
+    # Includes images found to be unreadable during training, so that a resumed run has the same number of steps.
     images = data.train.num_rows if data.indices is None else len(data.indices)
     if images is None:
         if wanted is None:
@@ -345,8 +345,8 @@ def steps_of(data: TrainingData, step_images: int, wanted: int | None) -> int:
                 f"{data.train.name} does not say how many images it has; give the steps of an epoch", "steps_per_epoch"
             )
         return wanted
-    # A stream starts over; other data has each image at most once in an epoch.
+    # A stream is repeated; other data has each image at most once per epoch.
     if images < step_images * (wanted if wanted and data.indices is not None else 1):
         batch = f"{wanted} steps of {step_images}" if wanted else f"a batch of {step_images}"
-        raise InputError(f"{data.train.name} has {images} images to train on, less than {batch}")
+        raise InputError(f"{data.train.name} has {images} training images, fewer than {batch}")
     return wanted or images // step_images

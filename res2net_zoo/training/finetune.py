@@ -1,4 +1,4 @@
-"""Training of a classifier: settings, data, model, loop, folder."""
+"""Training of a classifier, from settings to the model folder."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -35,10 +35,10 @@ from res2net_zoo.utils.processes import all_or_none, start_processes
 
 
 def start(args: argparse.Namespace, run: Path) -> Accelerator:
-    """Start the processes, with the trackers that `args` names.
+    """Create the accelerator with the trackers of `args`.
 
     Args:
-        args: The settings; `mixed_precision` is set to what `accelerate launch` may have chosen.
+        args: The settings; `mixed_precision` is updated, because `accelerate launch` may set it.
         run: Folder of the run's checkpoints and trackers.
 
     Raises:
@@ -76,23 +76,23 @@ def train(
     check: Callable[[str], str],
     accelerator: Accelerator,
 ) -> int:
-    """Train a classifier, and write the best one as a model folder.
+    """Train a classifier, and write the best epoch as a model folder.
 
     Args:
         args: The settings, by the names of the options of `finetune`.
         run: Folder of the run's checkpoints and trackers.
-        recipe: The settings that have a value, as recipe.toml has them.
-        command: The command that makes the same run, for the card.
-        check: Returns the command that measures the model on a split of the data again, to be printed.
+        recipe: The settings, for recipe.toml.
+        command: The command that reproduces the run, for the card.
+        check: Returns the command that repeats the evaluation of the model on a split of the data.
         accelerator: The processes.
 
     Returns:
         0, or 128 + the number of the signal that stopped the training.
 
     Raises:
-        InputError: A setting, the data, the model or a checkpoint is wrong, or the training diverged.
+        InputError: A setting, the data, the model or a checkpoint is invalid, or the training diverged.
     """
-    Optimization.of(vars(args))  # refuses unknown names before the data is read
+    Optimization.of(vars(args))  # checks names before the data is read
     checkpoints = Checkpoints(run / "checkpoints", args.keep)
     saved = take_run(args, checkpoints, accelerator)
 
@@ -100,20 +100,20 @@ def train(
     network = build_network(args, data.names, accelerator)
     samples = training_samples(network.model, data.names, augmentation_of(args), args.crop_padding, data.train.read)
     settings = settings_for(args, data, accelerator)
-    create_optimizer(args, network.model, settings)  # refuses what timm cannot make before all images are read
+    create_optimizer(args, network.model, settings)  # raises timm's errors before all images are read
     plan = plan_of(args, data, settings, accelerator)
     if saved is not None:
         check_checkpoint(saved, checkpoints.paths()[-1], args)
         check_plan(saved["plan"], plan, args, accelerator)
     left_out = leave_out_unreadable(args, data, saved, accelerator)
-    settings = settings_for(args, data, accelerator)  # of fewer steps, if images are left out
+    settings = settings_for(args, data, accelerator)  # fewer steps, if images are skipped
     loader = create_loader(args, data, samples, settings, accelerator)
 
     optimizer, scheduler = create_optimizer(args, network.model, settings)
     state = State.create(network.model, optimizer, scheduler, accelerator, network.average)
     if saved is not None:
         resume(state, saved, checkpoints.paths()[-1], args.output, settings, accelerator)
-        del saved  # a second copy of the weights
+        del saved  # frees a second copy of the weights
     origin, config = network.origin, network.model.pretrained_cfg
     report = Report(args.output, run, recipe, data, config, origin, hardware(accelerator), command, state.metrics)
     objective = Classification(args, data, network, state, loader, plan, left_out, report, accelerator)
@@ -125,14 +125,14 @@ def train(
 
 
 def take_run(args: argparse.Namespace, checkpoints: Checkpoints, accelerator: Accelerator) -> dict[str, Any] | None:
-    """Take possession of the run's folders; return its last checkpoint if the run is to be resumed."""
+    """Prepare the run's folders; return the last checkpoint if the run is resumed."""
     is_main = accelerator.is_main_process
     all_or_none(lambda: checkpoints.take(args.output, args.resume, args.overwrite) if is_main else None)
     return all_or_none(checkpoints.load) if args.resume else None
 
 
 def open_data(args: argparse.Namespace, accelerator: Accelerator) -> TrainingData:
-    """Open the images to train and to evaluate on."""
+    """Open the training and evaluation images."""
     return open_training_data(
         args.data,
         accelerator,
@@ -147,7 +147,7 @@ def open_data(args: argparse.Namespace, accelerator: Accelerator) -> TrainingDat
 
 
 def settings_for(args: argparse.Namespace, data: TrainingData, accelerator: Accelerator) -> Settings:
-    """Return the loop's settings for the training images that there are."""
+    """Return the settings of the training loop."""
     step_images = args.batch_size * args.accumulate * accelerator.num_processes
     return Settings(
         epochs=args.epochs,
@@ -161,18 +161,18 @@ def settings_for(args: argparse.Namespace, data: TrainingData, accelerator: Acce
 
 
 def learning_rate(args: argparse.Namespace, settings: Settings) -> float:
-    """Return the highest learning rate, scaled to the images of a step."""
+    """Return the maximum learning rate, scaled to the global batch size."""
     return scaled_lr(args.lr, args.opt, settings.step_images, args.lr_base_size)
 
 
 def create_optimizer(args: argparse.Namespace, model: nn.Module, settings: Settings) -> tuple[Any, Any]:
-    """Return optimizer and schedule, as `Optimization.create` does."""
+    """Return optimizer and schedule, see `Optimization.create`."""
     optimization = Optimization.of({**vars(args), "lr": learning_rate(args, settings)})
     return optimization.create(model, settings.steps)
 
 
 def augmentation_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the augmentation, as timm's `create_transform` takes it."""
+    """Return the arguments of timm's `create_transform`."""
     names = ("scale", "ratio", "hflip", "vflip", "color_jitter", "auto_augment")
     return {**{name: getattr(args, name) for name in names}, "re_prob": args.reprob}
 
@@ -198,7 +198,7 @@ def create_loader(
 def plan_of(
     args: argparse.Namespace, data: TrainingData, settings: Settings, accelerator: Accelerator
 ) -> dict[str, Any]:
-    """Return what a run that is resumed must have in common with this one."""
+    """Return the settings that must not change when the run is resumed."""
     plan = {
         "model": args.model,
         "classes": data.names,
@@ -206,7 +206,7 @@ def plan_of(
         "images a step": settings.step_images,
         "precision": accelerator.mixed_precision,
     }
-    if args.streaming:  # which image comes when depends on these
+    if args.streaming:  # the order of the images depends on these
         workers = workers_of(args, accelerator)
         plan |= {"processes": accelerator.num_processes, "workers": workers, "batch": args.batch_size}
     return plan
@@ -215,13 +215,13 @@ def plan_of(
 def leave_out_unreadable(
     args: argparse.Namespace, data: TrainingData, saved: Mapping[str, Any] | None, accelerator: Accelerator
 ) -> list[int]:
-    """Leave out training images that cannot be decoded: those of the checkpoint, or those found now.
+    """Exclude training images that cannot be decoded: those in the checkpoint, or otherwise those found now.
 
     Returns:
         Their indices.
 
     Raises:
-        InputError: Some cannot be decoded and are not to be skipped, or too few are left.
+        InputError: Images cannot be decoded and `skip_corrupt` is false, or too few remain.
     """
     checked = args.check and not args.streaming
     left_out: list[int] = []
@@ -238,10 +238,10 @@ def leave_out_unreadable(
 
 
 def check_checkpoint(saved: Any, path: Path, args: argparse.Namespace) -> None:
-    """Check that a checkpoint, which may be any file, holds what this run needs to go on.
+    """Check that a checkpoint, which may be any file, contains what is needed to resume this run.
 
     Raises:
-        InputError: It does not.
+        InputError: A field is missing or invalid.
     """
 
     def is_plan(value: Any) -> bool:
@@ -276,15 +276,14 @@ def check_checkpoint(saved: Any, path: Path, args: argparse.Namespace) -> None:
 def check_plan(
     before: Mapping[str, Any], now: Mapping[str, Any], args: argparse.Namespace, accelerator: Accelerator
 ) -> None:
-    """Check that a run can be resumed with the plan of now.
+    """Check that a run can be resumed with the current plan.
 
     Raises:
-        InputError: It cannot.
+        InputError: A setting differs.
     """
 
     def differ(what: str, then: object, found: object, hint: str = "", *parameters: str) -> InputError:
-        message = f"the run in {args.output} was started with {what} {then}, and has now {found}{hint}"
-        return InputError(message, *parameters)
+        return InputError(f"the run in {args.output} was started with {what} {then}, not {found}{hint}", *parameters)
 
     if before["model"] != now["model"]:
         raise differ("the model", before["model"], now["model"])
@@ -303,13 +302,13 @@ def check_plan(
         raise differ("images a step:", then, now["images a step"], hint, "batch_size")
     if before != now and accelerator.is_main_process:
         warn(
-            "with other processes, workers or batches than before, the rest of this epoch's stream comes in another "
-            "order: some images come twice, others not at all"
+            "processes, workers or batches have changed, so the rest of this epoch's stream has a different order: "
+            "some images are repeated, others are missing"
         )
 
 
 def announce(objective: Classification, settings: Settings) -> None:
-    """Start trackers, and write and print the settings, before the first step."""
+    """Start trackers, and write and print the settings."""
     args, data, state = objective.args, objective.data, objective.state
     report, accelerator = objective.report, objective.accelerator
     if accelerator.log_with:
@@ -329,25 +328,25 @@ def announce(objective: Classification, settings: Settings) -> None:
         f"run: recipe {args.recipe or 'as before'}, {args.epochs} epochs of {settings.steps} steps of "
         f"{settings.step_images} images, {args.opt}, learning rate {learning_rate(args, settings):g}, {args.sched}; "
         f"{report.hardware}, {accelerator.mixed_precision.replace('no', 'float32')}",
-        *([f"goes on after step {state.done} of {settings.total}"] if state.done else []),
+        *([f"resumes after step {state.done} of {settings.total}"] if state.done else []),
         sep="\n",
         flush=True,
     )
 
 
 def finish(objective: Classification, check: Callable[[str], str]) -> None:
-    """Evaluate the best model once more, as others will load it, in float32; write its pictures and its card.
+    """Load the best model from its folder and evaluate it in float32; write its plots and card.
 
     Args:
         objective: What was trained.
-        check: Returns the command that measures the model on a split again.
+        check: Returns the command that repeats the evaluation of the model on a split.
     """
     args, report, accelerator = objective.args, objective.report, objective.accelerator
     best = build_model(args, objective.data.names, pretrained=False)
     best = best.to(accelerator.device, memory_format=torch.channels_last)
     load_everywhere(best, args.output, accelerator)
     mistakes = Mistakes(len(objective.data.names))
-    counts = objective.measure(best, desc="look at it", observe=mistakes, full_precision=True)
+    counts = objective.measure(best, desc="evaluate", observe=mistakes, full_precision=True)
     mistakes.gather(accelerator)
     if accelerator.is_main_process:
         report.finish(mistakes, objective.state.rates, counts)
@@ -356,13 +355,13 @@ def finish(objective: Classification, check: Callable[[str], str]) -> None:
             f"best in epoch {epoch}{', by EMA' if kind else ''}: top-1 {counts.percent(counts.top1):.3f}; "
             f"the model is in {args.output}"
         )
-        print(f"measure it again: {check(report.data.valid.split)}")
+        print(f"to reproduce: {check(report.data.valid.split)}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
 def load_everywhere(model: nn.Module, folder: Path, accelerator: Accelerator) -> None:
-    """Load the weights of a model folder in all processes; only the main one need be able to read the folder."""
+    """Load the weights of a model folder in all processes; only the main one reads the folder."""
     if accelerator.is_main_process:
         model.load_state_dict(load_file(folder / WEIGHTS))
     for tensor in model.state_dict().values():

@@ -1,8 +1,8 @@
-"""Batches of training images, in an order that a run can resume anywhere.
+"""Batches of training images, in an order that can be resumed at any step.
 
-The order of an epoch's images follows from (seed, epoch), and the augmentation of each from (seed, epoch, place in the
-order). So a run that is resumed within an epoch sees what it would have seen without the interruption, and P processes
-with batches of B images see together what one process with batches of P * B sees.
+The order of the images is a function of (seed, epoch), and the augmentation of an image a function of (seed, epoch,
+position in the order). A run that is resumed within an epoch therefore gets the same batches as without interruption,
+and P processes with batches of B images together get the same images as one process with batches of P * B.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,19 +32,18 @@ def seed_of(*parts: int) -> int:
 
 
 class Order(Sampler[list[tuple[int, int, int]]]):
-    """The batches of one process in an epoch, as (epoch, place, index) of each image.
+    """The batches of one process in an epoch, as (epoch, position, index) of each image.
 
     Args:
         indices: Images to choose from.
-        batch_size: Images a batch, in this process.
+        batch_size: Images per batch of this process.
         rank: Index of this process.
         world: Number of processes.
-        seed: Decides the order, with the epoch.
-        weights: Probability of each image, to draw with replacement; None to show each image once.
-        repeats: How many times in succession each image is shown, differently augmented, an epoch
-            then showing that many times fewer different ones (repeated augmentation: Hoffer et al.,
-            2020, arXiv 1901.09335).
-        batches: Batches an epoch.
+        seed: Random seed of the order.
+        weights: Probability of each image, for sampling with replacement; None to use each image once.
+        repeats: Number of consecutive copies of each image, with different augmentations; the number of different
+            images per epoch decreases by this factor (repeated augmentation: Hoffer et al., 2020, arXiv 1901.09335).
+        batches: Batches per epoch.
     """
 
     def __init__(
@@ -92,7 +91,7 @@ class Order(Sampler[list[tuple[int, int, int]]]):
 
 
 class Augmented(torch.utils.data.Dataset):
-    """Training samples of a map-style dataset, by the keys of `Order`."""
+    """Training samples of a map-style dataset, indexed by the keys of `Order`."""
 
     def __init__(self, rows: datasets.Dataset, samples: Samples, seed: int) -> None:
         self.rows = rows
@@ -108,18 +107,18 @@ class Augmented(torch.utils.data.Dataset):
 
 
 class AugmentedStream(IterableDataset):
-    """Endless training samples of one process's share of a stream, shuffled again in each pass.
+    """Endless training samples of one process's share of a stream, reshuffled in each pass.
 
     A pass over the share is not an epoch: shares differ in length, but an epoch has the same length in
-    every process. Images of batches before the first that is needed are not decoded.
+    every process. Images of skipped batches are not decoded.
 
     Args:
         rows: The process's share.
-        samples: Makes samples of rows.
-        seed: Decides order and augmentation, with the epoch.
-        batch_size: Images a batch.
-        buffer: Images to shuffle among; files are shuffled as well.
-        name: Name of these rows in a message.
+        samples: Converts rows to samples.
+        seed: Random seed of order and augmentation.
+        batch_size: Images per batch.
+        buffer: Buffer size for shuffling, in images; files are shuffled as well.
+        name: Name of the rows in messages.
     """
 
     def __init__(
@@ -134,7 +133,7 @@ class AugmentedStream(IterableDataset):
         self.start(0)
 
     def start(self, epoch: int, batch: int = 0) -> None:
-        """Set the epoch of the next iteration, and the first batch that is needed."""
+        """Set the epoch of the next iteration, and its first batch."""
         self.epoch = epoch
         self.first = batch
 
@@ -143,12 +142,12 @@ class AugmentedStream(IterableDataset):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         done = passes = 0
         while True:
-            # The same in all workers, which share the files; their epoch would be one that all of them set.
+            # The order must be the same in all workers, which divide the files among them.
             rows = self.rows.shuffle(seed_of(self.seed, 4, self.epoch, passes), buffer_size=self.buffer)
             before = done
             try:
                 for row in rows:
-                    # The loader takes its batches from the workers in turn.
+                    # The data loader takes batches from its workers in turn.
                     if done // self.batch_size * workers + worker < self.first:
                         yield Sample("left out")
                     else:
@@ -158,7 +157,7 @@ class AugmentedStream(IterableDataset):
             except Exception as error:
                 # `datasets` has no single type of error for truncated and for foreign files.
                 yield Sample(
-                    self.name, fatal=f"cannot read on after {done} images: {str(error) or type(error).__name__}"
+                    self.name, fatal=f"cannot continue after {done} images: {str(error) or type(error).__name__}"
                 )
             if done == before:
                 yield Sample(self.name, fatal="has no images")
@@ -168,10 +167,10 @@ class AugmentedStream(IterableDataset):
 def share_of_stream(
     rows: datasets.IterableDataset, rank: int, world: int, workers: int
 ) -> tuple[datasets.IterableDataset, bool]:
-    """Return one process's share of a stream, and whether it reads that share only.
+    """Return one process's share of a stream, and whether the process reads only this share.
 
-    Whole files, or where they are Parquet row groups, go to processes; with fewer of them than
-    processes each process reads everything and takes every world-th image.
+    Files, or row groups of Parquet files, are distributed over the processes. If there are fewer of them than
+    processes, each process reads everything and uses every world-th image.
     """
     if rows.num_shards < world * max(1, workers):
         rows = rows.reshard()
@@ -197,22 +196,22 @@ def training_loader(
 
     Args:
         data: The images.
-        samples: Makes samples of its rows.
+        samples: Converts rows to samples.
         accelerator: The processes.
-        batch_size: Images a batch, in this process.
-        workers: Loader processes; of a stream, no more are started than there are files.
-        seed: Decides the order.
-        batches: Batches an epoch.
-        balance: Whether to draw all classes with the same probability, with replacement.
+        batch_size: Images per batch of this process.
+        workers: Data-loading workers; for a stream, at most one per file.
+        seed: Random seed of the order.
+        batches: Batches per epoch.
+        balance: Whether to sample all classes with the same probability, with replacement.
         repeats: As for `Order`.
-        buffer: Images of a stream to shuffle among; files are shuffled as well.
+        buffer: Buffer size for shuffling a stream, in images; files are shuffled as well.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     pin_memory = accelerator.device.type == "cuda"
     if data.indices is None:
         rows, alone = share_of_stream(data.train.rows, rank, world, workers)
         if not alone and accelerator.is_main_process:
-            warn(f"{data.train.name} has fewer files than there are processes; each reads all")
+            warn(f"{data.train.name} has fewer files than there are processes; each process reads all files")
         name = "the stream" if world == 1 else f"process {rank}'s share of the stream"
         return DataLoader(
             AugmentedStream(rows, samples, seed_of(seed, rank), batch_size, buffer, name),
@@ -243,16 +242,16 @@ def batches(
 
     Args:
         loader: From `training_loader`.
-        epoch: Which epoch, from 0.
-        first: Batch to begin with.
+        epoch: Epoch, from 0.
+        first: First batch.
         skip_corrupt: Whether to skip images that cannot be decoded.
-        left_out: Set to add their indices to, or, of a stream, their places.
+        left_out: Set to which indices of skipped images are added, or positions for a stream.
 
     Yields:
         Images (N, C, H, W) and classes (N,).
 
     Raises:
-        InputError: An image cannot be decoded and is not to be skipped, or a whole batch cannot.
+        InputError: An image cannot be decoded and `skip_corrupt` is false, or no image of a batch can be decoded.
     """
     source: Any = loader.batch_sampler if isinstance(loader.batch_sampler, Order) else loader.dataset
     source.start(epoch, first)
@@ -274,5 +273,5 @@ def batches(
             if left_out is not None:
                 left_out.add(sample.place if sample.index is None else sample.index)
         if images is None:
-            raise InputError(f"a whole batch cannot be decoded, such as {bad[0].place}")
+            raise InputError(f"no image of a batch can be decoded, such as {bad[0].place}")
         yield images, targets[:, 0]

@@ -1,11 +1,11 @@
-"""The training loop of classification and of every task.
+"""The training loop of classification and all tasks.
 
-An epoch is a number of steps; a step computes the loss of a batch or several, its gradients, and updates the weights.
-After each epoch the run is saved, the model evaluated, and the best so far written. What is trained and measured is
-an `Objective`.
+An epoch is a number of steps. A step computes the loss and gradients of one or several batches, and updates the
+weights. After each epoch, the loop saves a checkpoint, evaluates the model, and writes it if it is the best so far. An
+`Objective` defines loss and evaluation.
 
-All randomness follows from the place in the run, so that a run that is interrupted and resumed ends with the same
-bits.
+All randomness is a function of the position in the run, so that a run that is interrupted and resumed results in
+bit-identical weights.
 """
 
 import contextlib
@@ -43,20 +43,20 @@ from res2net_zoo.utils.console import progress_bar, with_options
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.shutdown import Stop
 
-SKIPPED_STEPS = 20  # in succession, after which a loss scale that still overflows means divergence
+SKIPPED_STEPS = 20  # consecutive steps skipped by the loss scaler after which training counts as diverged
 
 
 @dataclass
 class Settings:
-    """How long to train, and how.
+    """Settings of the loop.
 
     Attributes:
         epochs: Number of epochs.
-        steps: Optimizer steps of an epoch.
-        step_images: Images of a step, over all processes.
-        accumulate: Batches of a step.
-        clip_grad: Largest norm of the gradient; None for no limit.
-        patience: Epochs without a better model after which to stop; None or 0 for never.
+        steps: Optimizer steps per epoch.
+        step_images: Images per step, over all processes.
+        accumulate: Batches per step.
+        clip_grad: Maximum gradient norm; None to disable clipping.
+        patience: Number of epochs without improvement after which to stop; None or 0 to disable.
         save_minutes: Minutes between checkpoints within an epoch.
     """
 
@@ -70,24 +70,24 @@ class Settings:
 
     @property
     def total(self) -> int:
-        """Steps of the whole training."""
+        """Total number of steps."""
         return self.epochs * self.steps
 
 
 @dataclass
 class State:
-    """Everything that training changes, and a checkpoint holds.
+    """Everything that changes during training and is saved in checkpoints.
 
     Attributes:
         model: The model.
-        wrapped: The same model as Accelerate prepared it, for several processes or another precision.
-        optimizer: The optimizer, as Accelerate prepared it.
+        wrapped: The model prepared by Accelerate.
+        optimizer: The optimizer prepared by Accelerate.
         scheduler: timm's scheduler; None for a constant learning rate.
-        average: Moving average of the weights, if there is one.
+        average: Moving average of the weights, or None.
         losses: Sum of this process's losses in this epoch, and their number (2,).
-        done: Optimizer steps done.
+        done: Completed optimizer steps.
         metrics: A row for each evaluated epoch.
-        rates: Learning rates, as (epoch with its fraction, rate).
+        rates: Learning rates, as (fractional epoch, rate).
     """
 
     model: Any
@@ -116,14 +116,14 @@ class State:
 
 @dataclass
 class Epoch:
-    """What the loop knows of an epoch whose steps are done.
+    """Results of the training steps of an epoch.
 
     Attributes:
-        number: Which epoch, from 1.
+        number: Number of the epoch, from 1.
         step: Optimizer steps since the start of training.
         lr: Learning rate of the next step.
         loss: Mean training loss.
-        images_per_second: Speed of the steps of this process's last start; None if it did none.
+        images_per_second: Speed since the start or resumption of the run; None without steps.
     """
 
     number: int
@@ -134,10 +134,10 @@ class Epoch:
 
 
 class Objective(ABC):
-    """What is trained and measured.
+    """Defines loss and evaluation of a training run.
 
     Attributes:
-        figure: Name of the figure by which the best epoch is chosen.
+        figure: Name of the figure that selects the best epoch.
     """
 
     figure: str
@@ -148,22 +148,22 @@ class Objective(ABC):
 
     @abstractmethod
     def batches(self, epoch: int, first: int) -> Iterator[Any]:
-        """Yield this process's batches of an epoch (from 0), beginning with batch `first`."""
+        """Yield this process's batches of an epoch (from 0), starting with batch `first`."""
 
     @abstractmethod
     def loss(self, batch: Any, step: int, part: int) -> torch.Tensor:
         """Return the loss of a batch.
 
-        Its randomness must follow from the step, the batch's number in the step, and the process alone.
+        Its randomness must depend only on the step, the number of the batch in the step, and the process.
         """
 
     def checkpoint(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold beside the state. Every process calls it."""
+        """Return additional fields of checkpoints. Called in every process."""
         return {}
 
     @abstractmethod
     def evaluate(self, epoch: Epoch) -> dict[str, Any]:
-        """Evaluate the model after an epoch; return its row of metrics. Every process calls it."""
+        """Evaluate the model after an epoch; return its row of metrics. Called in every process."""
 
     @abstractmethod
     def best_epoch(self) -> int:
@@ -175,17 +175,17 @@ class Objective(ABC):
 
     @abstractmethod
     def write(self) -> None:
-        """Write all metrics and, if the last epoch is the best, the model. Only the main process calls it."""
+        """Write all metrics and, if the last epoch is the best, the model. Called only in the main process."""
 
 
 class Loop:
     """Trains a model.
 
     Args:
-        objective: What is trained.
-        state: Where training is; changed in place.
-        settings: How long and how to train.
-        checkpoints: Where checkpoints are written.
+        objective: Loss and evaluation.
+        state: The state of training; changed in place.
+        settings: The settings.
+        checkpoints: The checkpoints of the run.
         accelerator: The processes.
     """
 
@@ -203,13 +203,13 @@ class Loop:
         self.checkpoints = checkpoints
         self.accelerator = accelerator
         accelerator.gradient_accumulation_steps = settings.accumulate  # `backward` divides by it
-        self.bad_step = torch.zeros((), dtype=torch.long, device=accelerator.device)  # the first with a NaN loss
-        self.skipped = 0  # steps in succession that the loss scaler skipped
-        self.check_every = 1 if accelerator.device.type == "cpu" else 20  # steps: reading a loss makes a GPU wait
+        self.bad_step = torch.zeros((), dtype=torch.long, device=accelerator.device)  # first step with a NaN loss
+        self.skipped = 0  # consecutive steps skipped by the loss scaler
+        self.check_every = 1 if accelerator.device.type == "cpu" else 20  # steps; reading a loss synchronizes a GPU
         self.saved_at = time.monotonic()
 
     def run(self) -> int:
-        """Train to the last epoch.
+        """Train until the last epoch.
 
         Returns:
             0, or 128 + the number of the signal that stopped the training.
@@ -227,21 +227,23 @@ class Loop:
                     name = signal.Signals(number).name
                     message = f"stopped by {name} after step {state.done} of {settings.total}; resume it to go on"
                     self.accelerator.print(with_options(message, "resume"), flush=True)
-                    # While signals are still caught: launchers send them once more.
+                    # Signals are still handled here, because launchers send them again.
                     self.accelerator.wait_for_everyone()
                     self.accelerator.end_training()
                     return 128 + number
                 images = (state.done - first) * settings.step_images
                 self.finish_epoch(epoch, images / (time.perf_counter() - started) if images else None, progress)
                 if settings.patience and epoch + 1 - self.objective.best_epoch() >= settings.patience:
-                    self.accelerator.print(f"no better {self.objective.figure} in {settings.patience} epochs: stops")
+                    self.accelerator.print(
+                        f"no better {self.objective.figure} in {settings.patience} epochs: training stops"
+                    )
                     break
         return 0
 
     def train(self, epoch: int, stop: Stop, progress: tqdm) -> int:
-        """Do the remaining steps of an epoch; return the number of the signal that stopped it, or 0."""
+        """Run the remaining steps of an epoch; return the number of a received signal, or 0."""
         state, settings = self.state, self.settings
-        first = state.done - epoch * settings.steps  # not 0 if a run is resumed within an epoch
+        first = state.done - epoch * settings.steps  # not 0 if the run was resumed within an epoch
         self.objective.train_mode()
         batches = self.objective.batches(epoch, first * settings.accumulate)
         for _ in range(first, settings.steps):
@@ -272,7 +274,7 @@ class Loop:
                 loss = self.objective.loss(batch, state.done, part)
                 accelerator.backward(loss, create_graph=second_order)
             state.losses += torch.stack([loss.detach().nan_to_num(0, 0, 0), torch.ones_like(loss)])
-            if accelerator.scaler is None:  # which skips steps with such a loss
+            if accelerator.scaler is None:  # a scaler skips steps with such a loss
                 diverged = (self.bad_step == 0) & ~loss.detach().isfinite()
                 self.bad_step = torch.where(diverged, state.done + 1, self.bad_step)
         if settings.clip_grad is not None:
@@ -288,7 +290,7 @@ class Loop:
         return loss
 
     def log_step(self, loss: torch.Tensor) -> None:
-        """Record the learning rate now and then, 500 times in all, and send trackers some steps of each epoch."""
+        """Record the learning rate 500 times per run, and log 20 steps per epoch to trackers."""
         state, settings = self.state, self.settings
         rate = highest_rate(state.optimizer)
         if state.done % -(-settings.total // 500) == 0:
@@ -297,13 +299,13 @@ class Loop:
             self.accelerator.log({"loss": loss.item(), "lr": rate}, step=state.done)
 
     def finish_epoch(self, epoch: int, images_per_second: float | None, progress: tqdm) -> None:
-        """Save, evaluate and report after the last step of an epoch."""
+        """Save a checkpoint, evaluate and report after the last step of an epoch."""
         state, accelerator = self.state, self.accelerator
         loss_sum, number = accelerator.reduce(state.losses, "sum").tolist()
-        if accelerator.num_processes > 1:  # as each has seen other batches; checkpoints have those of the first
+        if accelerator.num_processes > 1:  # statistics differ between processes; the first process writes checkpoints
             for model in [state.model] if state.average is None else [state.model, state.average.module]:
                 distribute_bn(model, accelerator.num_processes, reduce=False)
-        self.save()  # before the evaluation, which a run that is resumed from here repeats
+        self.save()  # before the evaluation, which is repeated if the run is resumed from here
         rate, loss = highest_rate(state.optimizer), loss_sum / max(number, 1)
         row = self.evaluate(Epoch(epoch + 1, state.done, rate, loss, images_per_second))
         state.metrics.append(row)
@@ -326,7 +328,7 @@ class Loop:
             raise
 
     def save(self) -> None:
-        """Write a checkpoint, unless the weights are NaN or infinite. Every process calls it."""
+        """Write a checkpoint, unless the weights are NaN or infinite. Must be called in every process."""
         state, accelerator = self.state, self.accelerator
         good = torch.stack([p.isfinite().all() for p in state.model.parameters()]).all()
         bad_step = torch.where(good | (self.bad_step > 0), self.bad_step, state.done)
@@ -348,7 +350,7 @@ class Loop:
         self.saved_at = time.monotonic()
 
     def raise_if_diverged(self, bad_step: int) -> None:
-        """Raise an error if a loss or an output was NaN or infinite in a step, which is 0 if none was."""
+        """Raise an error if a loss or an output was NaN or infinite in `bad_step`; 0 for none."""
         if not bad_step:
             return
         paths = self.checkpoints.paths()
@@ -362,10 +364,10 @@ class Loop:
 
 
 def checkpoint_fields(figures: Mapping[str, Fits], average: bool) -> dict[str, Fits]:
-    """Return what a checkpoint must hold of the state, for `check_state`.
+    """Return the required fields of a checkpoint, for `check_state`.
 
     Args:
-        figures: What a row of metrics must hold.
+        figures: Required figures of a row of metrics.
         average: Whether there is a moving average of the weights.
     """
     return {
@@ -383,14 +385,14 @@ def checkpoint_fields(figures: Mapping[str, Fits], average: bool) -> dict[str, F
 def resume(
     state: State, saved: Mapping[str, Any], path: Path, output: Path, settings: Settings, accelerator: Accelerator
 ) -> None:
-    """Bring the state to that of a checkpoint.
+    """Restore the state from a checkpoint.
 
     Args:
         state: The state, changed in place.
-        saved: What the checkpoint holds, checked by `checkpoint_fields`.
+        saved: Content of the checkpoint, checked with `checkpoint_fields`.
         path: Its file.
         output: Folder of the best model so far.
-        settings: How long to train.
+        settings: The settings.
         accelerator: The processes.
 
     Raises:
@@ -412,6 +414,6 @@ def resume(
             f"the run in {output} has done {epochs} of {settings.epochs} epochs; raise their number", "epochs"
         )
     if state.scheduler is not None:
-        state.scheduler.step_update(state.done)  # a function of the step
+        state.scheduler.step_update(state.done)  # the schedule is a function of the step
     if accelerator.is_main_process:
         state.losses += saved["losses"].to(state.losses.device)

@@ -1,4 +1,4 @@
-"""What is optimized, and how: frozen stages, timm's optimizers and learning-rate schedules."""
+"""Frozen stages, and timm's optimizers and learning-rate schedules."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -14,7 +14,7 @@ from res2net_zoo.utils.errors import InputError
 
 # timm's own are subclasses of these.
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-# What timm.scheduler.create_scheduler_v2 documents; timm has no list of them.
+# As documented for timm.scheduler.create_scheduler_v2; timm does not export a list.
 SCHEDULES = ("cosine", "step", "multistep", "poly", "tanh", "constant", "wsd", "rsqrt", "plateau", "none")
 
 
@@ -23,11 +23,11 @@ def freeze(model: Any, stages: str, batch_norm: bool = False) -> list[nn.Module]
 
     Args:
         model: A model with timm's interface.
-        stages: How many, the stem being the first; `all` leaves the classifier only.
+        stages: Number of stages to freeze, including the stem; `all` for all but the classifier.
         batch_norm: Whether to freeze the statistics of every BatchNorm.
 
     Returns:
-        The modules that must stay in evaluation mode while the others train.
+        The modules that must remain in evaluation mode during training.
 
     Raises:
         InputError: The model has fewer stages.
@@ -52,17 +52,17 @@ def freeze(model: Any, stages: str, batch_norm: bool = False) -> list[nn.Module]
 
 
 def scaled_lr(lr: float, opt: str, batch: int, base: int | None) -> float:
-    """Scale a learning rate from the batch size that it was chosen for to another.
+    """Scale a learning rate to the actual batch size.
 
     Args:
         lr: Learning rate for batches of `base` images.
-        opt: timm's name of the optimizer. Adaptive ones scale with the root of the batch size, the
-            others linearly (Goyal et al., 2017, arXiv 1706.02677), as in timm's train.py.
-        batch: Images of an optimizer step, over all processes.
-        base: Images of an optimizer step that `lr` was chosen for; None if that is `batch`.
+        opt: timm's name of the optimizer. Learning rates of adaptive optimizers scale with the square root of the
+            batch size, those of others linearly (Goyal et al., 2017, arXiv 1706.02677), as in timm's train.py.
+        batch: Images per optimizer step, over all processes.
+        base: Images per optimizer step for which `lr` is given; None if this is `batch`.
 
     Returns:
-        The learning rate.
+        The scaled learning rate.
     """
     if base is None:
         return lr
@@ -77,18 +77,18 @@ class Optimization:
     Attributes:
         epochs: Length of the schedule.
         opt: timm's name of the optimizer.
-        lr: Highest learning rate.
+        lr: Maximum learning rate.
         momentum: Momentum.
         weight_decay: Weight decay.
         sched: timm's name of the schedule.
-        warmup_epochs: Epochs in which the learning rate grows, or a part of one; a quarter of `epochs` at
-            most, as a recipe's may be longer than a short training.
+        warmup_epochs: Epochs of linear warmup, or a fraction; at most a quarter of `epochs`, because the warmup of a
+            recipe may be longer than a short run.
         min_lr: Learning rate at the end.
-        decay_epochs: Epochs between two steps of the schedule `step`.
-        decay_milestones: Epochs after which the schedule `multistep` has one.
-        decay_rate: Factor of a step; the power of the schedule `poly`.
-        decay_all: Whether biases and BatchNorm have weight decay as well.
-        layer_decay: Factor of the learning rate from each layer to the one before.
+        decay_epochs: Epochs between steps of the schedule `step`.
+        decay_milestones: Epochs at which the schedule `multistep` decays.
+        decay_rate: Decay factor of a step; power of the schedule `poly`.
+        decay_all: Whether to apply weight decay to biases and BatchNorm as well.
+        layer_decay: Layer-wise decay factor of the learning rate, from the last layer to the first.
     """
 
     epochs: int
@@ -107,7 +107,7 @@ class Optimization:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Optimization":
-        """Select the settings of these names from those of a program."""
+        """Create an instance from the settings of a program."""
         return cls(**{one.name: settings[one.name] for one in fields(cls) if one.name in settings})
 
     def __post_init__(self) -> None:
@@ -119,20 +119,20 @@ class Optimization:
         name = self.opt.lower()
         if name.removeprefix("lookahead_").rpartition("_")[2] not in (optimizers := list(map(str, list_optimizers()))):
             hint = did_you_mean(name, optimizers, "timm.optim.list_optimizers() lists them")
-            raise InputError(f"timm makes no optimizer {self.opt}; {hint}")
+            raise InputError(f"timm has no optimizer {self.opt}; {hint}")
         if self.sched not in SCHEDULES:
-            hint = did_you_mean(self.sched, SCHEDULES, f"there are {', '.join(SCHEDULES)}")
-            raise InputError(f"timm makes no schedule {self.sched}; {hint}")
+            hint = did_you_mean(self.sched, SCHEDULES, f"choose from {', '.join(SCHEDULES)}")
+            raise InputError(f"timm has no schedule {self.sched}; {hint}")
 
     def create(self, model: nn.Module, steps: int) -> tuple[Any, Any]:
         """Return optimizer and schedule.
 
         Args:
-            model: The model; parameters to train require gradients.
-            steps: Optimizer steps of an epoch.
+            model: The model; frozen parameters do not require gradients.
+            steps: Optimizer steps per epoch.
 
         Returns:
-            The optimizer; timm's scheduler, whose `step_update` takes the number of steps done, or None for the
+            The optimizer, and timm's scheduler, whose `step_update` takes the number of completed steps; None for the
             schedule `none`.
 
         Raises:
@@ -163,7 +163,7 @@ class Optimization:
                 updates_per_epoch=steps,
             )
         except (AssertionError, ValueError, RuntimeError) as error:
-            raise InputError(f"timm makes no optimizer {self.opt} with schedule {self.sched}: {error}") from error
+            raise InputError(f"timm cannot create optimizer {self.opt} with schedule {self.sched}: {error}") from error
         return optimizer, scheduler
 
 

@@ -1,4 +1,4 @@
-"""The reports of a training run: settings, pictures, mistakes, and the best models with their cards."""
+"""The report of a training run: settings, plots, mistakes, and the best models with their cards."""
 
 import contextlib
 import functools
@@ -33,7 +33,7 @@ from res2net_zoo.weights.provenance import Provenance
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SHEET = 24  # mistakes on the picture
+SHEET = 24  # mistakes in the picture
 
 
 class Mistakes:
@@ -60,7 +60,7 @@ class Mistakes:
         pairs = torch.stack([right[kept], answer[kept]]).cpu()
         self.confusion.index_put_(tuple(pairs), torch.ones(pairs.shape[1], dtype=torch.long), accumulate=True)
         for i in ((right != answer) & kept).nonzero().flatten().tolist():
-            # The number keeps tuples from being compared any further, and ties in order.
+            # The number prevents comparison of the images, and keeps ties in order.
             entry = (confidence[i].item(), -len(self._heap), (int(right[i]), int(answer[i]), images[i].cpu()))
             if len(self._heap) < SHEET:
                 heapq.heappush(self._heap, entry)
@@ -91,12 +91,12 @@ def _save(folder: Path, name: str, figure: "Figure") -> None:
 
 
 def draw_learning_curve(folder: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
-    """Draw loss and accuracy over the epochs as learning_curve.png, of EMA weights beside the others."""
+    """Draw loss and accuracy over the epochs as learning_curve.png, also for EMA weights."""
     _save(folder, "learning_curve.png", learning_curve(metrics))
 
 
 def learning_curve(metrics: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Return the figure of loss and accuracy over the epochs, of EMA weights beside the others."""
+    """Return the figure of loss and accuracy over the epochs, also for EMA weights."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -114,11 +114,11 @@ def learning_curve(metrics: Sequence[Mapping[str, Any]]) -> "Figure":
     top, best, kind = best_of(metrics)
     about = f"best: {top:.2f} in epoch {best}"
     accuracy.plot(best, top, "o", color="tab:green" if kind else "tab:orange", label=about)
-    # From a little below the median: the first epochs would squeeze everything that matters.
+    # Start a little below the median, because the first epochs would compress the others.
     top1 = sorted(m[f"{kind}top1"] for m in metrics)
     accuracy.set(title="Accuracy in evaluation (%)", xlabel="epoch")
     accuracy.set_ylim(max(0, 2 * top1[len(top1) // 2] - 101), 100.5)
-    figure.legend(loc="outside lower right", ncols=3, fontsize=9)  # below the axes, where it covers no curve
+    figure.legend(loc="outside lower right", ncols=3, fontsize=9)  # below the axes, so that it covers no curve
     for axes in (loss, accuracy):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
@@ -130,7 +130,7 @@ def draw_learning_rate(folder: Path, rates: Sequence[tuple[float, float]]) -> No
 
     Args:
         folder: Folder of the picture.
-        rates: Epoch, with a fraction, and the learning rate from there on.
+        rates: Fractional epochs, and the learning rates from there on.
     """
     _save(folder, "learning_rate.png", learning_rate(rates))
 
@@ -151,7 +151,7 @@ def learning_rate(rates: Sequence[tuple[float, float]]) -> "Figure":
 
 
 def draw_mistakes(folder: Path, mistakes: Mistakes, names: Sequence[str]) -> bool:
-    """Draw the most confident mistakes as mistakes.png, as the model sees them; return False if there are none."""
+    """Draw the most confident mistakes as mistakes.png, after preprocessing; return False if there are none."""
     if not mistakes.worst:
         (folder / "mistakes.png").unlink(missing_ok=True)
         return False
@@ -166,20 +166,20 @@ def mistakes_sheet(mistakes: Mistakes, names: Sequence[str]) -> "Figure":
     columns = min(6, len(mistakes.worst))
     rows = -(-len(mistakes.worst) // columns)
     figure = Figure(figsize=(max(1.7 * columns, 5), 0.5 + 2.15 * rows), layout="constrained")
-    figure.suptitle("The most confident mistakes: answer, confidence, right class", fontsize=9)
+    figure.suptitle("The most confident mistakes: prediction, confidence, label", fontsize=9)
     for axes in (grid := figure.subplots(rows, columns, squeeze=False).flatten()):
         axes.axis("off")
     for axes, (confidence, right, answer, image) in zip(grid, mistakes.worst, strict=False):
         axes.imshow(image.permute(1, 2, 0).squeeze(2) if len(image) == 1 else image.permute(1, 2, 0), cmap="gray")
-        said, true = (
+        predicted, label = (
             textwrap.shorten(printable(names[i]).replace("_", " "), 22, placeholder="...") for i in (answer, right)
         )
-        axes.set_title(f"{said} {100 * confidence:.0f}%\n({true})", fontsize=8, parse_math=False)
+        axes.set_title(f"{predicted} {100 * confidence:.0f}%\n({label})", fontsize=8, parse_math=False)
     return figure
 
 
 def hardware(accelerator: Accelerator) -> str:
-    """Return a description of the hardware that this runs on."""
+    """Return a description of the hardware."""
     number = accelerator.num_processes
     if accelerator.device.type == "cuda":
         return f"{number} x {torch.cuda.get_device_name(accelerator.device)}"
@@ -189,7 +189,7 @@ def hardware(accelerator: Accelerator) -> str:
 
 
 def anchored(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with absolute paths, so that they are valid in another working directory."""
+    """Return settings with absolute paths, which are valid in any working directory."""
 
     def anchor(key: str, value: Any) -> Any:
         if not isinstance(value, str) or not value:
@@ -203,7 +203,7 @@ def anchored(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def start_run(run: Path, settings: Mapping[str, Any]) -> None:
-    """Write the settings of a run to its folder, from which any working directory can resume it."""
+    """Write the settings of a run to its folder, so that it can be resumed from any working directory."""
     run.mkdir(parents=True, exist_ok=True)
     write_recipe(run, anchored(settings))
 
@@ -216,7 +216,7 @@ def write_recipe(folder: Path, settings: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turn an error in writing a model folder into one line.
+    """Replace errors while writing a model folder by one-line messages.
 
     Raises:
         InputError: The folder cannot be written.
@@ -246,15 +246,15 @@ class Report:
     Attributes:
         folder: The model folder.
         run: Folder of the run's checkpoints and settings.
-        settings: All settings of the run that have a value.
-        data: The images to train on and to evaluate on.
-        config: The pretrained_cfg of the trained model.
+        settings: All settings of the run that are not None.
+        data: The training and evaluation images.
+        config: The `pretrained_cfg` of the trained model.
         origin: Provenance of its weights.
         hardware: Description of the hardware.
         command: The command that started it.
         metrics: A row for each epoch.
-        samples: Number of images that it was evaluated on.
-        final: The evaluation of the best model, in float32, at the end.
+        samples: Number of evaluation images.
+        final: The final evaluation of the best model in float32.
     """
 
     folder: Path
@@ -276,12 +276,12 @@ class Report:
 
     @_writing
     def epoch(self, model: nn.Module, average: nn.Module | None) -> None:
-        """Write the last epoch's metrics, and each model that is the best so far.
+        """Write the metrics, and the models that are the best so far.
 
         Args:
             model: The trained model.
-            average: That of the averaged weights. With both, the better is in the folder, and the
-                best of each kind in the run's.
+            average: The model with averaged weights, or None. If there are both, the model folder contains the better
+                one, and the run folder the best of each kind.
         """
         epoch = self.metrics[-1]["epoch"]
         both = ("", "ema_")
@@ -301,10 +301,10 @@ class Report:
 
     @_writing
     def finish(self, mistakes: Mistakes, rates: Sequence[tuple[float, float]], counts: Counts) -> None:
-        """Draw the pictures, and write the card that has them.
+        """Draw the plots, and write the card with them.
 
         Args:
-            mistakes: Those of the best model.
+            mistakes: Mistakes of the best model.
             rates: As for `draw_learning_rate`.
             counts: Its evaluation.
         """
@@ -316,6 +316,6 @@ class Report:
             pictures = ["learning_curve.png", "learning_rate.png"]
             pictures += ["mistakes.png"] * draw_mistakes(self.folder, mistakes, self.data.names)
         else:
-            print("no pictures: they need matplotlib; pip install 'res2net-zoo[train]'", file=sys.stderr)
+            print("plots are skipped: they need matplotlib; pip install 'res2net-zoo[train]'", file=sys.stderr)
         card = training_card(self, self.folder, ("", "ema_"), mistakes, pictures)
         write_atomically(self.folder / "README.md", card.save)

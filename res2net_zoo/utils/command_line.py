@@ -1,6 +1,6 @@
-"""Command lines: one line for what is wrong with one, and what it may have meant.
+"""Argument parser with one-line errors that suggest similar options and values.
 
-It imports nothing but the standard library, so that `--help` answers at once.
+It imports only the standard library, so that `--help` is fast.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def printable(text: object) -> str:
-    """Return text on one line, with what a terminal would obey or could not show as escape sequences.
+    """Return text on one line, with control and unprintable characters as escape sequences.
 
     Messages quote names and values from files, whose control characters would reach the terminal.
 
@@ -27,14 +27,14 @@ def printable(text: object) -> str:
 
 
 def closest(name: str, names: Iterable[str], number: int = 3) -> list[str]:
-    """Return the names that are most like one, in any case: first those that begin with it, in their order.
+    """Return the names most similar to a name, ignoring case: first those that start with it, in their order.
 
     Args:
-        name: What was asked for.
-        names: What there is.
-        number: How many to return at most.
+        name: The unknown name.
+        names: The known names.
+        number: Maximum number of names to return.
     """
-    wanted = name[:100].lower()  # comparing takes quadratic time, and no name is that long
+    wanted = name[:100].lower()  # comparing takes quadratic time
     by_lower: dict[str, str] = {}
     for other in names:
         by_lower.setdefault(other.lower(), other)
@@ -48,13 +48,13 @@ def closest(name: str, names: Iterable[str], number: int = 3) -> list[str]:
 
 
 def did_you_mean(name: str, names: Iterable[str], otherwise: str, number: int = 3) -> str:
-    """Return a hint at the names that one may have meant, or another hint where none is like it."""
+    """Return `did you mean ...?` with the names most similar to a name, or `otherwise` if none is similar."""
     close = closest(name, names, number)
     return f"did you mean {' or '.join(close)}?" if close else otherwise
 
 
 def within(kind: Callable[[str], float], low: float, high: float = math.inf) -> Callable[[str], float]:
-    """Return an argument type: a finite int or float from `low` to `high`."""
+    """Return an argparse type: a finite int or float between `low` and `high`, inclusive."""
 
     def parse(text: str) -> float:
         number = kind(text)
@@ -64,12 +64,12 @@ def within(kind: Callable[[str], float], low: float, high: float = math.inf) -> 
             raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
         return number
 
-    parse.__name__ = kind.__name__  # argparse names it when the text is no number at all
+    parse.__name__ = kind.__name__  # argparse prints it if the text is not a number
     return parse
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows a description as it is, defaults as one would type them, and values by their type: N, X, FILE or NAME."""
+    """Keeps line breaks of descriptions, prints defaults as typed in a shell, and derives metavars from types."""
 
     def _expand_help(self, action: argparse.Action) -> str:
         if isinstance(action.default, list | tuple):
@@ -86,10 +86,10 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, which suggests the option or value that may have been meant.
+    """A parser that prints errors on one line, with a suggestion for misspelled options and values.
 
     Attributes:
-        source: What an error begins with: where the words come from, if not from the command line.
+        source: Prefix of errors: the origin of the arguments, if not the command line.
     """
 
     source = ""
@@ -98,13 +98,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"usage": argparse.SUPPRESS, "formatter_class": HelpFormatter, **kwargs})
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse as `argparse` does, but refuse what is unknown, before something is found to be missing."""
+        """Parse arguments as argparse does, but report unknown options before missing ones."""
         words = list(sys.argv[1:] if args is None else args)
         options = list(self._option_string_actions)
         for word in words[: words.index("--")] if "--" in words else words:
             name = word.partition("=")[0]
             known = any(option.startswith(name) for option in options)
-            # A subcommand's options are its own parser's; with a space in it a word is a value.
+            # Options of a subcommand belong to its own parser; a word with a space is a value.
             if word.startswith("--") and not known and " " not in word and self._subparsers is None:
                 self._refuse(name, options)
         known_args, rest = super().parse_known_args(words, namespace)
@@ -113,7 +113,7 @@ class Parser(argparse.ArgumentParser):
         return known_args, rest
 
     def _refuse(self, word: str, options: Iterable[str]) -> None:
-        self.error(f"unrecognized argument {word}; {did_you_mean(word, options, '--help lists what there is')}")
+        self.error(f"unrecognized argument {word}; {did_you_mean(word, options, '--help lists all options')}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from tqdm import tqdm
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # errors of a disk, or of its owner's share, that is full
-LINE_INTERVAL = 30  # seconds from one line of progress to the next, where stderr is not a terminal
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk or the quota is full, or the file too large
+LINE_INTERVAL = 30  # seconds between progress lines if stderr is not a terminal
 NO_OPTIONS: Mapping[str, str] = MappingProxyType({})
 _options: ContextVar[Mapping[str, str]] = ContextVar("options", default=NO_OPTIONS)
 
@@ -47,11 +47,11 @@ def run_main(main: Callable[[], int]) -> int:
     """Run a program, turning bad input into one line on stderr and exit code 2.
 
     Args:
-        main: The program; returns its exit code, 0 for done or 1 for a check that failed.
+        main: The program; returns its exit code, 0 for success or 1 for a failed check.
 
     Returns:
-        The exit code: what `main` returns, 1 where a loader process has died, 2 for bad input or a full disk, 130
-        for an interruption, 141 where nobody reads the output any more.
+        The exit code: what `main` returns, 1 if memory is exhausted or a data-loading worker has died, 2 for bad input
+        or a full disk, 130 for an interruption, 141 if the reader of the output has closed the pipe.
     """
     quiet_libraries()
     quiet_logs()
@@ -83,18 +83,18 @@ def run_main(main: Callable[[], int]) -> int:
         return 1
     except KeyboardInterrupt:
         report("interrupted")
-        return 130  # as shells say it: 128 and the number of SIGINT
+        return 130  # as in shells: 128 plus the number of SIGINT
     except BrokenPipeError:
-        # Whoever read the output, such as `head`, has seen enough; what is left to be written, at
-        # the end of Python too, goes nowhere.
+        # The reader of the output, such as `head`, has closed it. Discard the rest, including what Python
+        # flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # 128 and the number of SIGPIPE
+        return 141  # 128 plus the number of SIGPIPE
     except OSError as error:
-        if error.errno is None:  # a library's own, not the operating system's
+        if error.errno is None:  # raised by a library, not by the operating system
             raise
         names = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         what = f"read or write {names}" if names else "write the output"
-        advice = "; make room and run it again" if error.errno in FULL else ""
+        advice = "; free some space and run it again" if error.errno in FULL else ""
         report(f"cannot {what}: {error.strerror}{advice}")
         return 2
     finally:
@@ -102,23 +102,23 @@ def run_main(main: Callable[[], int]) -> int:
 
 
 def quiet_logs() -> None:
-    """Log nothing that libraries also raise: it becomes the one line of `run`."""
+    """Silence library logs of errors that are also raised, because `run` prints those."""
     from huggingface_hub.utils.logging import set_verbosity_error
 
     if "HF_HUB_VERBOSITY" not in os.environ:
-        set_verbosity_error()  # its client logs each of its retries
-    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # read when it is imported, later than this
+        set_verbosity_error()  # the client logs every retry
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # read when `datasets` is imported, later than this
     logging.getLogger("timm").setLevel(logging.CRITICAL)
 
 
 def _out_of_memory() -> tuple[type[BaseException], ...]:
-    """Return what torch raises where a device's memory is full, if torch is imported."""
+    """Return the exceptions that torch raises if device memory is exhausted; empty if torch is not imported."""
     torch = sys.modules.get("torch")
     return () if torch is None else (torch.OutOfMemoryError,)
 
 
 def close_full_stdout() -> None:
-    """Have what standard output cannot take go nowhere, or Python would fail on it once more when it ends."""
+    """Discard buffered output that cannot be written; otherwise Python fails on it again at exit."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -141,39 +141,39 @@ def with_options(message: object, *parameters: str) -> str:
 
 
 def report(error: object) -> None:
-    """Write one line about an error to stderr, once for all processes.
+    """Print an error as one line on stderr, once for all processes.
 
     Args:
-        error: What went wrong; its text is put on one line.
+        error: The error or its message; put on one line.
     """
     if int(os.environ.get("RANK", "0")) > 0:
-        # The main process says the same thing and the launcher then ends this one. Only where
-        # the main process is well and goes on is there anything left to say.
+        # The main process prints the same error, and the launcher then ends this process. The message is only
+        # needed if the main process did not fail.
         time.sleep(10)
     with contextlib.suppress(OSError):  # on a full disk
         print(f"error: {printable(with_options(error))}", file=sys.stderr, flush=True)
 
 
 def warn(message: object, *parameters: str) -> None:
-    """Write one line with a warning to stderr, in the main process only.
+    """Print a warning as one line on stderr, in the main process only.
 
     Args:
-        message: What is doubtful; its text is put on one line.
-        *parameters: Names of the parameters to change, of which the line names the program's options.
+        message: The warning; put on one line.
+        *parameters: Names of the parameters to change; the program adds its options for them.
     """
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"warning: {printable(with_options(message, *parameters))}", file=sys.stderr, flush=True)
 
 
 def progress_bar(accelerator: "Accelerator | None", iterable: Iterable | None = None, **kwargs: Any) -> "tqdm":
-    """Return a progress bar with an ETA on a terminal, or what writes a plain line now and then anywhere else.
+    """Return a progress bar on a terminal, or an object that prints plain lines at intervals elsewhere.
 
-    Only the main process shows anything.
+    Only the main process prints progress.
 
     Args:
-        accelerator: The processes, or None where they are not at hand.
-        iterable: What to go through, or None to call `update`.
-        **kwargs: As for tqdm.
+        accelerator: The processes; None to take the rank from the environment.
+        iterable: The iterable to wrap, or None to update manually by `update`.
+        **kwargs: Passed to tqdm.
     """
     from tqdm import tqdm
 
@@ -200,7 +200,7 @@ def quiet_libraries() -> None:
 
 
 def similar_path(path: Path) -> str:
-    """Return a hint at the file or folder that a missing path may mean: `; did you mean ...?`, or ""."""
+    """Return `; did you mean ...?` with the file or folder that is most similar to a missing path, or ""."""
     try:
         names = sorted(os.listdir(path.parent))[:10_000]
     except (OSError, ValueError):
@@ -210,10 +210,10 @@ def similar_path(path: Path) -> str:
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """Return a hint that names what `name` may have meant, or how to list all there is.
+    """Return a hint for an unknown model name: the most similar names, or how to list all.
 
     Args:
-        name: What was asked for.
-        names: What there is.
+        name: The unknown name.
+        names: The known names.
     """
-    return did_you_mean(name, names, "`python -m res2net_zoo list` shows what there is", number=5)
+    return did_you_mean(name, names, "`res2net-zoo list` shows all models", number=5)

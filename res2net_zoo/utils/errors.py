@@ -1,16 +1,16 @@
-"""Errors for bad input, and what messages quote of the errors of others."""
+"""The error for bad input, and functions that shorten the messages of other errors."""
 
 import re
 
-LONGEST = 300  # characters that a message quotes of another one
+LONGEST = 300  # characters quoted from the message of another error
 
 
 class InputError(Exception):
-    """Bad input: the message is one line that says what is wrong and what to do.
+    """Bad input; the message is one line with the problem and how to fix it.
 
     Args:
         message: The line. It is complete without the names of options, which programs add.
-        *parameters: Names of the parameters to change, as the library's functions and settings have them.
+        *parameters: Names of the parameters to change, as in the library's functions and settings.
 
     Attributes:
         parameters: Those names.
@@ -26,18 +26,18 @@ def one_line(error: BaseException, limit: int = LONGEST) -> str:
 
     Args:
         error: Any error; one without text is named by its type.
-        limit: Most characters to return before " ...".
+        limit: Maximum number of characters before " ...".
     """
     text = " ".join(str(error).split()) or type(error).__name__
     return clipped(re.sub(r"(https?://)(?:[^\s/@]*@)?([^\s?#'\"]*)(?:[?#][^\s'\"]*)?", r"\1\2", text), limit)
 
 
 def first_line(error: BaseException, limit: int = LONGEST) -> str:
-    """Return the first line of an error's text, as `one_line`; those of compilers and runtimes can be pages."""
+    """Return the first line of an error's text, shortened; compilers and runtimes may write pages."""
     lines = str(error).strip().splitlines()
     return clipped(lines[0], limit) if lines else type(error).__name__
 
 
 def clipped(text: str, limit: int = LONGEST) -> str:
-    """Return a text, shortened to its first `limit` characters and " ..." where it is longer."""
+    """Return a text, truncated to `limit` characters and " ..." if it is longer."""
     return text if len(text) <= limit else f"{text[:limit]} ..."

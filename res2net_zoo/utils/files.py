@@ -344,8 +344,8 @@ def finish_replacing(folder: Path) -> None:
                     descriptor = _lock(new, os.O_RDONLY)
                 if not folder.exists():
                     (new if new.exists() else old).rename(folder)
-                for left in (old, new):
-                    shutil.rmtree(left, ignore_errors=True)
+                for remaining in (old, new):
+                    shutil.rmtree(remaining, ignore_errors=True)
             except OSError:
                 continue  # its process is alive
             finally:
@@ -354,9 +354,9 @@ def finish_replacing(folder: Path) -> None:
 
 
 def is_special(path: Path) -> bool:
-    """Return whether a path is a device, such as /dev/null, or what /dev/stdout or /dev/fd leads to.
+    """Return whether a path is a device, such as /dev/null, or a pipe behind /dev/stdout or /dev/fd.
 
-    Other pipes are not, as writing to one waits for a reader: a file takes their place.
+    Other pipes are replaced by a file, because writing to a pipe blocks until it is read.
     """
     if path.is_file() or path.is_dir() or not path.exists():
         return False
@@ -428,10 +428,10 @@ def check_writable(folder: Path) -> None:
 
 
 def check_writable_file(path: Path) -> None:
-    """Check before any work is done that a file can be written.
+    """Check that a file can be written, before starting work.
 
     Raises:
-        InputError: It is a folder, or as `check_writable` of the folder that it belongs into.
+        InputError: The path is a folder, or its parent folder is missing or not writable.
     """
     if path.is_dir():
         raise InputError(f"{path} is a folder; name a file")

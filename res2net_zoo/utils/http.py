@@ -30,7 +30,7 @@ class SilentServerError(httpx2.ConnectTimeout):
 
 
 def install() -> None:
-    """Apply these limits to huggingface_hub's client, whatever factory creates it. Idempotent."""
+    """Apply these limits to huggingface_hub's client, independent of its factory. Idempotent."""
     factory = hub_client_factory()
     if not isinstance(factory, BoundedFactory):
         set_client_factory(BoundedFactory(factory))
@@ -78,7 +78,7 @@ class State:
         """
         limit = read_timeout()
         if request.method not in ("GET", "HEAD"):
-            limit *= 6  # the server has to process the data before it responds
+            limit *= 6  # the server processes the data before it responds
         given = request.extensions.get("timeout", {})
         known = {kind: given.get(kind) for kind in ("connect", "read", "write", "pool")}
         timeouts = {kind: limit if seconds is None else min(seconds, limit) for kind, seconds in known.items()}

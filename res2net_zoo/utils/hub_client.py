@@ -122,7 +122,7 @@ def download(url: str, path: Path, headers: dict[str, str] | None = None, size: 
     if not urllib.parse.urlsplit(url).hostname:
         raise InputError(f"{name} is not a URL that can be downloaded")
 
-    def go_on() -> None:
+    def resume() -> None:
         done = path.stat().st_size if path.exists() else 0
         with path.open("ab") as file:
             try:
@@ -139,7 +139,7 @@ def download(url: str, path: Path, headers: dict[str, str] | None = None, size: 
                     raise
 
     try:
-        with_retries(go_on)
+        with_retries(resume)
     except OfflineModeIsEnabled as error:
         raise InputError(f"cannot download {name}: HF_HUB_OFFLINE is set; unset it") from error
     except HTTPError as error:
@@ -233,7 +233,7 @@ def readable_errors(repo_id: str) -> Iterator[None]:
                 "run it again later to continue"
             )
         elif status >= 500:
-            reason = f"the Hub is out of order (status {status}); run it again later to continue"
+            reason = f"the Hub reports an internal error (status {status}); run it again later to continue"
         else:
             reason = f"the Hub refused {repo_id}: {reasons.get(status) or one_line(error)}"
         unavailable = status is None or status in (408, 429) or status >= 500
@@ -263,7 +263,7 @@ def check_cached(hub_id: str, filename: str, cache_dir: str | Path | None = None
     if not isinstance(link, str):
         return
     blob = Path(link).resolve()
-    named = blob.name if re.fullmatch(r"[0-9a-f]{64}", blob.name) else ""  # no hash on file systems without links
+    named = blob.name if re.fullmatch(r"[0-9a-f]{64}", blob.name) else ""  # without links there is no hash
     stat = blob.stat()
     stamp = f"{stat.st_size} {stat.st_mtime_ns}"
     key = hashlib.sha256(str(blob).encode()).hexdigest()[:32]

@@ -1,7 +1,7 @@
-"""What the zoo uses of other libraries that these do not document: all of it, in this one file.
+"""All uses of undocumented names of other libraries.
 
-`tests/utils/test_private_apis.py` fails where an entry has moved or does something else. Nothing is imported before it
-is used: `from res2net_zoo.utils.private_apis import NAME` imports what NAME needs.
+`tests/utils/test_private_apis.py` fails if a name has moved or changed its behaviour. Libraries are imported on first
+use: `from res2net_zoo.utils.private_apis import NAME` imports what NAME needs.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ class PrivateApi(NamedTuple):
     Attributes:
         module: The library's module.
         name: Its name there.
-        checked_with: The library's version that the zoo is tested with.
-        reason: Why no documented name does the same.
+        checked_with: The version of the library that was tested.
+        reason: Why no documented name is sufficient.
     """
 
     module: str
@@ -51,7 +51,7 @@ PRIVATE_APIS = [
         "timm.models._hub",
         "load_model_config_from_path",
         TIMM,
-        "reads config.json of a `local-dir:`; the exported `load_model_config_from_hf` reads the Hub's only",
+        "reads config.json of a `local-dir:`; the exported `load_model_config_from_hf` reads only from the Hub",
     ),
     PrivateApi(
         "torch._C",
@@ -69,25 +69,25 @@ PRIVATE_APIS = [
         "torch.nn.modules.module",
         "_has_any_global_hook",
         TORCH,
-        "global hooks would be skipped by fused modules; there are only functions that register them",
+        "fused modules would skip global hooks; torch has only functions that register them",
     ),
     PrivateApi(
         "torchvision.ops.poolers",
         "initLevelMapper",
         TORCHVISION,
-        "`MultiScaleRoIAlign` guesses its levels from the first image, which small images mislead",
+        "`MultiScaleRoIAlign` infers its levels from the first image, wrongly for small images",
     ),
     PrivateApi(
         "datasets.packaged_modules.webdataset.webdataset",
         "WebDataset",
         DATASETS,
-        "its subclass reads one column of images, whatever their formats; `load_dataset` takes no builder class",
+        "a subclass reads images of all formats as one column; `load_dataset` accepts no builder class",
     ),
     PrivateApi(
         "datasets.packaged_modules.webdataset.webdataset",
         "base_plus_ext",
         DATASETS,
-        "splits the names of a tar's members as that builder does",
+        "splits the names of tar members as that builder does",
     ),
 ]
 _BY_NAME = {api.name: api for api in PRIVATE_APIS}
@@ -100,9 +100,9 @@ def __getattr__(name: str) -> Any:
 
 
 def wrap_timm_torch_load(wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replace the function by which timm reads every weight file but safetensors, `_torch_load`, by a wrapped one.
+    """Wrap `_torch_load`, the function by which timm reads all weight files except safetensors.
 
-    timm has no hook that sees a pickle before it is read. Checked with timm 1.0.31, two of whose modules import the
+    timm has no hook to check a pickle before it is loaded. Checked with timm 1.0.31, two of whose modules import the
     function by its name.
     """
     from timm.models import _helpers, _hub
@@ -131,7 +131,7 @@ def has_hooks(module: "nn.Module") -> bool:
 
 
 def has_bfloat16_convolutions() -> bool:
-    """Return whether oneDNN convolves in bfloat16 on this CPU; `torch.backends.mkldnn` only has whether it is built in.
+    """Return whether oneDNN supports bfloat16 on this CPU; `torch.backends.mkldnn` reports only if it is built in.
 
     Checked with torch 2.15.
     """
@@ -141,7 +141,7 @@ def has_bfloat16_convolutions() -> bool:
 
 
 def fail_at_recompile_limit() -> None:
-    """Make `torch.compile` fail where it would run uncompiled code because it has compiled a function too often.
+    """Make `torch.compile` raise an error at its recompile limit instead of running uncompiled code.
 
     `torch.compiler` has no such setting: `fullgraph=True` also refuses graph breaks. Checked with torch 2.15.
     """
@@ -151,15 +151,15 @@ def fail_at_recompile_limit() -> None:
 
 
 def row_indices(rows: "datasets.Dataset") -> Any:
-    """Return the rows of its table that a dataset selects, as a table of one column, or None for all.
+    """Return the row indices that a dataset selects, as a table with one column, or None for all rows.
 
-    Columns of a selection are read through Python otherwise, in seconds a million rows. Checked with datasets 5.2.
+    Without them, columns of a selection are read in Python, in seconds per million rows. Checked with datasets 5.2.
     """
     return rows._indices
 
 
 def fingerprint_of(rows: "datasets.Dataset") -> str:
-    """Return the hash by which `datasets` caches a dataset; it has no documented one.
+    """Return the hash by which `datasets` caches a dataset.
 
     Checked with datasets 5.2.
     """
@@ -167,7 +167,7 @@ def fingerprint_of(rows: "datasets.Dataset") -> str:
 
 
 def hub_client_factory() -> Callable[[], "httpx2.Client"]:
-    """Return what makes huggingface_hub's client now; `set_client_factory` has no counterpart.
+    """Return the current factory of huggingface_hub's client; only the setter, `set_client_factory`, is public.
 
     Checked with huggingface_hub 2.4.
     """
@@ -177,10 +177,10 @@ def hub_client_factory() -> Callable[[], "httpx2.Client"]:
 
 
 def wrap_network(client: "httpx2.Client", wrapper: Callable[[Any], Any]) -> None:
-    """Replace the network below a client's connections by a wrapped one, where its transports have one.
+    """Wrap the network backends of a client's transports.
 
-    A client takes transports and a transport's pool takes a network, but a client that another factory has made
-    cannot be asked for them. Checked with httpx2 and httpcore2 as huggingface_hub 2.4 requires them.
+    Transports and their backends can be passed to constructors, but not read from a client that another factory has
+    created. Checked with httpx2 and httpcore2 as huggingface_hub 2.4 requires them.
     """
     import httpcore2
 
@@ -192,14 +192,14 @@ def wrap_network(client: "httpx2.Client", wrapper: Callable[[Any], Any]) -> None
 
 @contextlib.contextmanager
 def hidden(module: str) -> Iterator[None]:
-    """Make a module that is not imported yet impossible to import in the block.
+    """Make the import of a module fail inside the context, unless it is already imported.
 
-    OpenVINO reports each import to its makers through `openvino_telemetry` unless that is missing; what it takes as
-    a refusal is a file in the user's home. Checked with OpenVINO 2026.4.
+    OpenVINO sends usage data on import through `openvino_telemetry` if that is installed; the only way to opt out is a
+    file in the user's home. Checked with OpenVINO 2026.4.
     """
     is_new = module not in sys.modules
     if is_new:
-        sys.modules[module] = None  # type: ignore[assignment]  # Python's import then raises ImportError
+        sys.modules[module] = None  # type: ignore[assignment]  # makes Python raise ImportError
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Several processes: starting them, and doing work in all of them or in none."""
+"""Starting Accelerate, and running functions in several processes so that all fail if one fails."""
 
 import os
 from collections.abc import Callable
@@ -16,20 +16,20 @@ T = TypeVar("T")
 
 
 def all_or_none(work: Callable[[], T]) -> T:
-    """Do some work in every process, and fail in all of them if it fails in one.
+    """Call a function in every process, and raise an error in all of them if it fails in one.
 
-    A process that failed alone would leave the others waiting for it.
+    If only one process failed, the others would wait for it.
 
     Args:
-        work: What to do; must not itself wait for other processes.
+        work: The function; must not contain collective operations.
 
     Returns:
-        What `work` returned in this process.
+        The result of `work` in this process.
 
     Raises:
         InputError: `work` raised it, in this process or another.
-        Exception: What else `work` raised in this process.
-        RuntimeError: `work` raised something else in another process.
+        Exception: `work` raised another error in this process.
+        RuntimeError: `work` raised another error in another process.
     """
     from accelerate.utils import gather_object
 
@@ -42,10 +42,10 @@ def all_or_none(work: Callable[[], T]) -> T:
     if problem is not None:
         parameters = problem.parameters if isinstance(problem, InputError) else None
         failure = (str(problem) or type(problem).__name__, parameters)
-    everyone: list[tuple[str, tuple[str, ...] | None] | None] = gather_object([failure])
+    failures: list[tuple[str, tuple[str, ...] | None] | None] = gather_object([failure])
     if problem is not None:
         raise problem
-    for rank, other in enumerate(everyone):
+    for rank, other in enumerate(failures):
         if other is not None:
             message, parameters = other
             if parameters is None:
@@ -55,24 +55,24 @@ def all_or_none(work: Callable[[], T]) -> T:
 
 
 def main_first(accelerator: "Accelerator", work: Callable[[], T]) -> T:
-    """Do some work in every process, on each machine in one process before the others.
+    """Call a function in every process, in the main process of each machine before the others.
 
-    For work whose result one process leaves in a cache and the others find there. Unlike
-    `Accelerator.local_main_process_first` it does not leave the others waiting if it fails.
+    For functions that cache their result on disk. Unlike `Accelerator.local_main_process_first`, the other processes do
+    not wait forever if it fails.
 
     Args:
         accelerator: The processes.
-        work: What to do.
+        work: The function.
 
     Returns:
-        What `work` returned in this process.
+        The result of `work` in this process.
     """
     first = all_or_none(lambda: [work()] if accelerator.is_local_main_process else [])
     return all_or_none(lambda: first[0] if first else work())
 
 
 def share_of_cores() -> int:
-    """Return how many of the machine's cores each of its processes can have to itself."""
+    """Return the number of CPU cores for each process on this machine."""
     from accelerate.utils import get_int_from_env
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -80,45 +80,43 @@ def share_of_cores() -> int:
 
 
 def start_processes(threads: int | None = None, mixed_precision: str | None = None, **options: Any) -> "Accelerator":
-    """Start Accelerate as every program of the zoo does.
+    """Create the `Accelerator` with the defaults of the zoo's programs.
 
-    All cores are used, shared among the processes of the machine, where `accelerate launch` leaves
-    each process a single one.
+    The cores of the machine are divided among its processes; `accelerate launch` would give each process one thread.
 
     Args:
-        threads: Threads for this process, or None for its share of the cores.
-        mixed_precision: `no`, `bf16` or `fp16`, or None for what `accelerate config` says.
-        **options: Others of Accelerator's, such as trackers.
+        threads: Threads of this process; None to divide the cores evenly.
+        mixed_precision: `no`, `bf16` or `fp16`; None for the setting of `accelerate config`.
+        **options: Further arguments of `Accelerator`, such as trackers.
 
     Returns:
-        The processes.
+        The accelerator.
 
     Raises:
-        InputError: This machine has no such precision.
+        InputError: The precision is not supported on this machine.
     """
     import torch
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     torch.set_num_threads(threads or share_of_cores())
-    # Processes wait while one fetches and converts the data, which takes hours for ImageNet. One
-    # that has died ends them all the same: the launcher sees to that.
+    # Processes wait while one downloads and converts the data, which takes hours for ImageNet. If a process dies,
+    # the launcher ends the others before this time-out.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
-    # Gradients are views of what is sent, and not a copy of it.
+    # Gradients are views of the communication buckets, which saves a copy.
     views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     try:
         accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[patience, views], **options)
     except ValueError as error:
         raise InputError(str(error)) from error
-    quiet_libraries()  # again: only now is the rank known, where MPI has started the processes
+    quiet_libraries()  # again, because with MPI the rank is known only now
     return accelerator
 
 
 def default_workers(device: "torch.device") -> int:
-    """Return how many loader processes one process should have.
+    """Return the default number of data-loading workers of a process.
 
     Args:
-        device: Where the model runs. On a CPU it needs the cores itself, and a worker more than
-            one takes them away from it.
+        device: The device of the model. On a CPU, additional workers would compete with the model for the cores.
     """
     return 1 if device.type == "cpu" else min(16, share_of_cores())

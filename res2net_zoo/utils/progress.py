@@ -1,4 +1,4 @@
-"""Progress where no terminal can redraw a bar: a plain line now and then."""
+"""Progress as plain lines, for pipes and log files."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ from tqdm import tqdm
 
 
 class ProgressLines(tqdm):
-    """A tqdm that writes whole lines, without control characters, for pipes and log files."""
+    """A tqdm that prints a line at each interval, without control characters."""
 
-    monitor_interval = 0  # no thread that redraws a bar which has not moved
+    monitor_interval = 0  # disables the monitor thread, which redraws stalled bars
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Write a line such as `train: 120 of 1,000, 00:30 elapsed, 03:40 left, loss=0.123`."""
@@ -22,16 +22,16 @@ class ProgressLines(tqdm):
             parts.append(f"{self.format_interval(max(total - n, 0) / rate)} left")
         if facts["postfix"]:
             parts.append(facts["postfix"])
-        # `desc` ends in a colon, where it is not empty.
+        # `prefix` ends in a colon if it is not empty.
         print(f"{facts['prefix'].removesuffix(': ') or 'progress'}: {', '.join(parts)}", file=self.fp, flush=True)
 
     @classmethod
     @contextlib.contextmanager
     def external_write_mode(cls, file: Any = None, nolock: bool = False) -> Iterator[None]:
-        """Do nothing: other output needs no room made for it."""
+        """Do nothing, because no bar has to be cleared before other output."""
         yield
 
     def close(self) -> None:
-        """Stop, and leave the lines that are written."""
-        self.delay = float("inf")  # as if nothing had been displayed yet: there is nothing to clear
+        """Stop, without clearing printed lines."""
+        self.delay = float("inf")  # tqdm clears nothing before its delay has passed
         super().close()

@@ -10,18 +10,18 @@ from accelerate import Accelerator
 
 
 def spare_worker(worker: int = 0) -> None:
-    """Make a loader process ignore signals that are sent to a whole job: a `worker_init_fn`.
+    """Make a data-loading worker ignore signals that are sent to a whole job; for `worker_init_fn`.
 
-    Its parent ends it. A second SIGTERM ends it as well, which is how a loader ends workers that do not react.
+    Its parent process ends it. The second SIGTERM is not ignored, because `DataLoader` ends hanging workers by it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL) and None)
 
 
 class Stop:
-    """Catches SIGTERM and Ctrl-C, and makes all processes agree on a signal that any of them received.
+    """Handles SIGTERM and SIGINT (Ctrl-C), and synchronizes a received signal across all processes.
 
-    A context manager, which restores the handlers at its end. Schedulers send SIGTERM to every process of a job,
+    A context manager, which restores the previous handlers on exit. Schedulers send SIGTERM to every process of a job,
     but it arrives at a different step in each. Launchers forward signals, so each may arrive twice; a second Ctrl-C
     more than two seconds after the first ends the process at once.
 
@@ -29,23 +29,23 @@ class Stop:
         accelerator: The processes.
 
     Attributes:
-        heard: Number of the signal that this process received, or 0.
+        received: Number of the signal that this process received, or 0.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.heard = 0
+        self.received = 0
         self._since = 0.0
-        self._before = {number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
         # A process group on the CPU, so that it never waits for a GPU.
         several = accelerator.num_processes > 1
         self._group: Any = torch.distributed.new_group(backend="gloo") if several else None
         self._asked: tuple[torch.Tensor, Any] | None = None
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.heard and time.monotonic() - self._since > 2:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received and time.monotonic() - self._since > 2:
             raise KeyboardInterrupt
-        if not self.heard:
-            self.heard, self._since = number, time.monotonic()
+        if not self.received:
+            self.received, self._since = number, time.monotonic()
 
     def __enter__(self) -> "Stop":
         return self
@@ -56,19 +56,19 @@ class Stop:
             signal.signal(number, handler)
 
     def agree(self, bad_step: int = 0, save: bool = False) -> tuple[int, int, bool]:
-        """Return what all processes agree on. Each must call it once in every step.
+        """Combine the states of all processes. Every process must call it once per step.
 
-        With several processes the answer is that of the previous step, which needs no waiting.
+        With several processes, the result is that of the previous step, so that no process waits.
 
         Args:
             bad_step: Step in which this process failed, or 0.
-            save: Whether this process wants to save.
+            save: Whether this process requests a checkpoint.
 
         Returns:
-            The number of a signal that any process received, or 0; the largest `bad_step`; whether any wants to
-            save.
+            The number of a signal that any process received, or 0; the largest `bad_step`; whether any requests
+            a checkpoint.
         """
-        mine = torch.tensor([self.heard, bad_step, save])
+        mine = torch.tensor([self.received, bad_step, save])
         answer = mine
         if self._group is not None:
             answer = torch.zeros_like(mine)
@@ -77,5 +77,5 @@ class Stop:
                 work.wait()
             work = torch.distributed.all_reduce(mine, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)
             self._asked = (mine, work)
-        heard, bad_step, wanted = answer.tolist()
-        return heard, bad_step, bool(wanted)
+        received, bad_step, save_requested = answer.tolist()
+        return received, bad_step, bool(save_requested)

@@ -1,4 +1,4 @@
-"""Timing calls by turns."""
+"""Timing of interleaved calls."""
 
 import statistics
 import time
@@ -11,11 +11,11 @@ import torch
 def latencies(
     calls: Sequence[Callable[[], object]], rounds: int, done: Callable[[], object] = lambda: None
 ) -> list[float]:
-    """Measure how long some calls take, by turns, so that what else the machine does hits all alike.
+    """Measure the latencies of several calls, interleaved, so that other load on the machine affects all equally.
 
     Args:
         calls: The calls.
-        rounds: How often each is measured, after one call to warm up.
+        rounds: Number of measurements of each, after one warm-up call.
         done: Called after each call.
 
     Returns:
@@ -32,19 +32,19 @@ def by_turns(
     pause: float | None = None,
     done: Callable[[], object] = lambda: None,
 ) -> list[list[list[float]]]:
-    """Time some calls by turns; in each round another one begins, so that none always follows the same.
+    """Time several calls, interleaved; each round starts with the next call, so that the order varies.
 
     Args:
         calls: The calls.
-        rounds: Turns of each, after one to warm up.
-        seconds: What a turn takes at least; there is one call at least.
-        pause: Seconds to rest before each turn, which then begins with a call that is not timed, or
-            None to do neither. For calls of several libraries: the threads of one keep spinning for a
-            while in wait of more work, and their data fill the caches.
+        rounds: Number of rounds, after one warm-up round.
+        seconds: Minimum duration of a turn; each turn has at least one call.
+        pause: Seconds to sleep before each turn, followed by a call that is not timed; None to skip both. For calls
+            of several libraries: the threads of one library spin for a while after its work, and its data fill the
+            caches.
         done: Called after each turn.
 
     Returns:
-        The seconds of every call, by turn, by the place of the call.
+        The durations in seconds: for each call, for each round, one or more values.
     """
     times: list[list[list[float]]] = [[] for _ in calls]
     for turn in range(rounds + 1):
@@ -68,6 +68,6 @@ def by_turns(
 
 
 def synchronize() -> None:
-    """Wait for a GPU to have done what it was told, if there is one."""
+    """Wait for all work on the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

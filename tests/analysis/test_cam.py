@@ -157,7 +157,7 @@ def test_models_must_have_the_same_classes(in_process, digits, tmp_path):
     other = timm.create_model("res2net_tiny", num_classes=2)
     write_model_folder(tmp_path / "other", other, model_card("other", "# other", None), ["cat", "dog"])
     result = in_process(CAM, digits, "--model", f"local-dir:{SHIPPED_MODEL}", f"local-dir:{tmp_path / 'other'}")
-    assert "have other classes; compare models of the same" in input_error(result)
+    assert "have different classes; choose models with the same classes" in input_error(result)
 
 
 @pytest.mark.full

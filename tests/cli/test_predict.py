@@ -92,7 +92,7 @@ def test_two_processes_say_the_same_in_the_same_order(program, in_process, digit
         (digits / "b" / "3_broken.png").unlink()
     assert (one.returncode, two.returncode) == (1, 1), two.stderr
     for result in (one, two):
-        assert result.stderr.count("3_broken.png is left out: not an image of a supported format") == 1
+        assert result.stderr.count("3_broken.png is skipped: not an image of a supported format") == 1
     a, b = (list(csv.DictReader((tmp_path / f"{n}.csv").open())) for n in (1, 2))
     assert [(row["path"], row["rank"], row["name"]) for row in a] == [(r["path"], r["rank"], r["name"]) for r in b]
     assert [float(row["score"]) for row in a] == pytest.approx([float(row["score"]) for row in b], abs=1e-5)

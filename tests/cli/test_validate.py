@@ -133,7 +133,7 @@ def test_strange_figures_on_a_card_are_not_published(tmp_path):
 
 def test_nothing_published_cannot_pass_a_check(in_process, tiny_folder, tmp_path):
     result = in_process(VALIDATE, "--model", f"local-dir:{tiny_folder}", "--check", "--output", tmp_path / "r.json")
-    assert "nothing is published" in input_error(result)
+    assert "no published accuracy" in input_error(result)
     assert not (tmp_path / "r.json").exists()  # it was not measured
 
 
@@ -146,27 +146,27 @@ def test_weights_data_and_figures_that_have_changed_are_noticed(in_process, tmp_
     def says(*more: object) -> str:
         result = in_process(VALIDATE, *args, *more)
         assert len(results(tmp_path / "r.json")) == 1
-        return "done already" if "is done already" in result.stdout else result.stdout
+        return "already done" if "is already done" in result.stdout else result.stdout
 
     says()
     first = results(tmp_path / "r.json")[0]
     assert re.fullmatch("[0-9a-f]{64}", first["weights_sha256"])
-    assert says() == "done already"
+    assert says() == "already done"
     weights = load_file(folder / "model.safetensors")
     weights["fc.weight"].zero_()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    assert "is measured again: weights changed" in says()
-    assert says() == "done already"
+    assert "because of changed or missing records: weights" in says()
+    assert says() == "already done"
     config = json.loads((folder / "config.json").read_text())
     config["pretrained_cfg"]["crop_pct"] = 0.5
     (folder / "config.json").write_text(json.dumps(config))
-    assert "is measured again: crop_pct changed" in says()
+    assert "because of changed or missing records: crop_pct" in says()
     Image.new("RGB", (50, 60)).save(images / "3" / "0.jpg")
-    assert "is measured again: data changed" in says()
+    assert "because of changed or missing records: data" in says()
     # A file of an earlier version, without the hash.
     old = [{k: v for k, v in results(tmp_path / "r.json")[0].items() if k != "weights_sha256"}]
     (tmp_path / "r.json").write_text(json.dumps(old))
-    assert "is measured again: weights changed since, or not recorded" in says()
+    assert "because of changed or missing records: weights" in says()
 
 
 def test_two_runs_cannot_write_one_results_file(in_process, tmp_path):
@@ -189,7 +189,7 @@ def test_results_of_other_content_are_one_line(in_process, tmp_path, key, value)
     result |= {"options": {}, "benchmark": None, "published_top1": None, "published_top5": None, key: value}
     (tmp_path / "r.json").write_text(json.dumps([result]))
     line = input_error(in_process(VALIDATE, "--resume", "--output", tmp_path / "r.json"))
-    assert f"r.json holds no results of this program: {key} of result 1 cannot be" in line
+    assert f"r.json was not written by this program: {key} of result 1 cannot be" in line
 
 
 def test_a_full_disk_costs_no_measurement(in_process, tmp_path):
@@ -224,7 +224,7 @@ def test_images_that_the_model_was_trained_on_are_named(in_process, tmp_path):
     assert result.returncode == 0 and "it was trained on images of train of digits" in result.stderr
     assert "of the split train/held-out-0.5-0 (--split)" in result.stderr
     line = input_error(in_process(VALIDATE, *args, "--check"))
-    assert "nothing is published" in line and "of the split train/held-out-0.5-0 (--split)" in line
+    assert "no published accuracy" in line and "of the split train/held-out-0.5-0 (--split)" in line
     assert "trained on" not in in_process(VALIDATE, *args, "--split", "train/held-out-0.5-0").stderr
 
 
@@ -397,7 +397,7 @@ class TestBadInput:
         for content in ('{"not": "results"}', "{}", "[1]", '[{"model": "x"}]', "half of"):
             (tmp_path / "r.json").write_text(content)
             line = input_error(in_process(VALIDATE, "--resume", "--output", tmp_path / "r.json"))
-            assert "no results of this program" in line or "is not JSON" in line
+            assert "was not written by this program" in line or "is not JSON" in line
             assert (tmp_path / "r.json").read_text() == content
 
     @pytest.mark.full
@@ -422,7 +422,7 @@ def test_corrupt_images_can_be_left_out(in_process, tmp_path, streaming):
     assert result.returncode == 1
     measured = results(tmp_path / "r.json")[0]
     assert (measured["samples"], measured["skipped"]) == (8, 2)
-    assert "2 corrupt images left out" in result.stderr and "0/1.jpg" in result.stderr and "1/3.jpg" in result.stderr
+    assert "2 corrupt images skipped" in result.stderr and "0/1.jpg" in result.stderr and "1/3.jpg" in result.stderr
 
 
 def test_one_model_that_fails_costs_the_others_nothing(in_process, tmp_path):
@@ -432,7 +432,7 @@ def test_one_model_that_fails_costs_the_others_nothing(in_process, tmp_path):
     assert "res2net_nonsense" in input_error(result)
     assert [r["passed"] for r in results(output)] == [True, False]
     again = in_process(VALIDATE, *args, "--resume")
-    assert again.returncode == 2 and again.stdout.count("is done already") == 2
+    assert again.returncode == 2 and again.stdout.count("is already done") == 2
     assert len(results(output)) == 2
 
 
@@ -444,14 +444,14 @@ def test_what_changes_the_result_is_measured_again(in_process, tmp_path):
     args = ["--output", tmp_path / "r.json", "--resume"]
     assert in_process(VALIDATE, "--model", wrong, *args, "--check", "--tolerance", "1").returncode == 0
     stricter = in_process(VALIDATE, "--model", wrong, *args, "--check")
-    assert "is done already" in stricter.stdout and stricter.returncode == 1
+    assert "is already done" in stricter.stdout and stricter.returncode == 1
     assert results(tmp_path / "r.json")[0]["passed"] is False
     shipped = in_process(VALIDATE, *args, "--check")
     assert shipped.returncode == 0 and len(table(shipped)) == 1
     other = in_process(VALIDATE, "--data", images, *args)
-    assert "is done already" not in other.stdout
+    assert "is already done" not in other.stdout
     skipping = in_process(VALIDATE, "--data", images, *args, "--skip-corrupt")
-    assert "is done already" not in skipping.stdout
+    assert "is already done" not in skipping.stdout
     assert len(results(tmp_path / "r.json")) == 4
 
 
@@ -512,7 +512,7 @@ def test_killed_and_resumed(tmp_path):
     assert len(before) == 1
     again = subprocess.run([sys.executable, VALIDATE, *args, "--resume"], cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("is done already") == 1
+    assert again.stdout.count("is already done") == 1
     assert results(output)[0] == before[0] and len(results(output)) == 2
     assert {path.name for path in tmp_path.iterdir()} == {"images", "slow", "r.json"}
 
@@ -599,7 +599,7 @@ def test_what_is_left_out_of_class_folders_is_reported(in_process, tmp_path):
     assert result.returncode == 0, result.stderr
     assert results(tmp_path / "r.json")[0]["samples"] == 4
     line = result.stderr.splitlines()[0]
-    assert line.startswith(f"warning: left out of {tmp_path / 'val'}: hidden or system folders: 1 (such as ")
+    assert line.startswith(f"warning: skipped in {tmp_path / 'val'}: hidden or system folders: 1 (such as ")
     assert "links to parent folders or folders already included: 1 (such as " in line
 
 

@@ -174,7 +174,7 @@ class TestPublish:
         assert publish(folder, "--repo-id", "zoo/open").returncode == 0
         assert not hub.repositories["models/zoo/open"].private and collection["private"]
         assert [item["id"] for item in collection["items"]] == [REPO, "zoo/open"]
-        assert "is public already" in input_error(publish(folder, "--repo-id", "zoo/open", "--private"))
+        assert "is already public" in input_error(publish(folder, "--repo-id", "zoo/open", "--private"))
 
     @pytest.mark.first_case
     @pytest.mark.parametrize(
@@ -236,14 +236,14 @@ class TestPublish:
         ("args", "words"),
         [
             ([], "name a model folder"),
-            (["x", "--repo-id", "zoo/x", "--org", "zoo"], "go with --all"),
+            (["x", "--repo-id", "zoo/x", "--org", "zoo"], "need --all"),
             (["--all"], "--all takes --org"),
             (["no/such/folder", "--repo-id", "zoo/x"], "there is no model folder"),
             ([SHIPPED_MODEL, "--repo-id", "a b/c"], "is not a repository id"),
             (["--all", "--org", "zoo", "--model", "nothing"], "no checkpoint nothing"),
-            ([SHIPPED_MODEL, "--repo-id", "zoo/x", "--create-pr", "--revision", "v2"], "leave --revision out"),
+            ([SHIPPED_MODEL, "--repo-id", "zoo/x", "--create-pr", "--revision", "v2"], "remove --revision"),
             ([SHIPPED_MODEL, "--repo-id", "zoo/x", "--create-pr", "--dry-run"], "no model zoo/x on the Hub"),
-            ([SHIPPED_MODEL, "--repo-id", "zoo/x", "--collection", "x" * 61], "has 61 letters"),
+            ([SHIPPED_MODEL, "--repo-id", "zoo/x", "--collection", "x" * 61], "has 61 characters"),
         ],
     )
     def test_bad_arguments(self, publish, hub, args, words):
@@ -283,9 +283,9 @@ class TestPublishAll:
         assert publish(*args, "--dry-run").returncode == 0 and not writes(hub) and catalogue.read_text() == before
         result = publish(*args)
         assert result.returncode == 0, result.stderr
-        assert "res2net101d.in1k: left alone, since timm/res2net101d.in1k has it" in result.stdout
-        assert "res2net152d.in1k: left out, since it is no direct download" in result.stdout
-        assert f"{self.HOLOCRON}: left out; the licence" in result.stdout
+        assert "res2net101d.in1k: skipped, already published as timm/res2net101d.in1k" in result.stdout
+        assert "res2net152d.in1k: skipped, no direct download" in result.stdout
+        assert f"{self.HOLOCRON}: skipped; the licence" in result.stdout
         assert list(hub.repositories) == [f"models/zoo-org/{self.PADDLE}"]
         digest = sha256_of(tmp_path / "mirror" / self.PADDLE / "model.safetensors")
         (entry,) = [e for e in tomllib.loads(catalogue.read_text())["checkpoints"] if e["hub_id"].startswith("zoo-org")]
@@ -328,7 +328,7 @@ class TestPublishAll:
         result = publish("--all", "--org", "zoo-org", "--mirror", tmp_path / "mirror", "--despite-license")
         errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         assert result.returncode == 2 and len(errors) == 2 and "different model.safetensors" in errors[0]
-        assert f"1 are not published ({self.PADDLE})" in errors[1]
+        assert f"1 could not be published ({self.PADDLE})" in errors[1]
         assert f"models/zoo-org/{self.HOLOCRON}" in hub.repositories
         recorded = {e["hub_id"] for e in tomllib.loads(catalogue.read_text())["checkpoints"]}
         assert f"zoo-org/{self.HOLOCRON}" in recorded and f"zoo-org/{self.PADDLE}" not in recorded
@@ -573,8 +573,7 @@ class TestVerify:
         (folder / "fingerprint.json").unlink()
         result = in_process("hub/verify.py", folder)
         assert (
-            result.returncode == 0
-            and "the hash that its weights should have is unknown" in result.stdout.splitlines()[-1]
+            result.returncode == 0 and "the expected hash of its weights is unknown" in result.stdout.splitlines()[-1]
         )
 
     @pytest.mark.parametrize(

@@ -287,7 +287,7 @@ def test_the_two_files_of_an_ir_are_never_mixed(tmp_path, monkeypatch):
         (["--batch-size", "0"], "--batch-size"),
         (["--opset", "17"], "opset 17 cannot be written; name one from 18"),
         (["--opset", "99"], "opset 99 cannot be written"),
-        (["--format", "openvino", "--output", "m.xml", "--opset", "18"], "--opset is ONNX's"),
+        (["--format", "openvino", "--output", "m.xml", "--opset", "18"], "--opset needs --format onnx"),
         (["--precision", "float16"], "needs --format openvino"),
         (["--images", "no/such.png"], "there is no file or folder"),
         (["--images", "README.md"], "README.md) is corrupt (not an image of a supported format)"),

@@ -640,7 +640,7 @@ def test_boxes_are_clipped_after_rounding(people, tmp_path):
 
 def test_published_metrics_need_a_detectors_boxes(wild, people, in_process):
     line = input_error(in_process(VALIDATE, wild, "--data", people, "--published", "COCO"))
-    assert "what is published of keypoints is in a detector's boxes" in line and "--boxes" in line
+    assert "published keypoint figures are measured in a detector's boxes" in line and "--boxes" in line
 
 
 @pytest.mark.first_case

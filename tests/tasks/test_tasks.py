@@ -159,11 +159,11 @@ def test_locked_folders_and_invalid_checkpoints(trained, voc, in_process, tmp_pa
     last = Checkpoints(tmp_path / "unet.run" / "checkpoints").paths()[-1]
     state = Checkpoints(tmp_path / "unet.run" / "checkpoints").load()
     for changed, words in (
-        ([1], "it holds a list"),
-        ({**state, "metrics": [{}]}, "its metrics cannot be right"),
-        ({**state, "done": -1}, "its done cannot be right"),
+        ([1], "it contains a list"),
+        ({**state, "metrics": [{}]}, "its metrics is invalid"),
+        ({**state, "done": -1}, "its done is invalid"),
         ({**state, "model": {}}, "is not a checkpoint of this run"),
-        ({**state, "optimizer": [1]}, "its optimizer cannot be right"),
+        ({**state, "optimizer": [1]}, "its optimizer is invalid"),
         ({k: v for k, v in state.items() if k != "plan"}, "plan missing"),
     ):
         torch.save(changed, last)
@@ -253,7 +253,7 @@ def test_prediction_writes_pictures_and_records(trained, voc, in_process, tmp_pa
     assert "predictions of segmentation have no scores" in line
     before = pictures[0].read_bytes()
     line = input_error(in_process(PREDICT, trained, f"{tmp_path}/seen/*.png", "--output", f"{tmp_path}/./seen"))
-    assert "holds some of the images, which the pictures would replace" in line
+    assert "contains some of the images, which the pictures would replace" in line
     assert pictures[0].read_bytes() == before
     assert Image.open(pictures[0]).size == Image.open(images / "val_00000.jpg").size
 
@@ -549,8 +549,8 @@ def test_decompression_bomb(voc, trained, tmp_path, in_process, monkeypatch):
         ),
         (["--batch-size", 1], "raise the number of images or their size (--batch-size, --img-size)"),
         (["--model", "convnext_atto", "--head", "unet"], "convnext_atto is unsupported as the backbone of a task: its"),
-        (["--freeze", "some", "--head", "unet"], "some is no number of stages, nor all"),
-        (["--opt", "sgdd", "--head", "unet"], "timm makes no optimizer sgdd"),
+        (["--freeze", "some", "--head", "unet"], "some is neither a number of stages nor all"),
+        (["--opt", "sgdd", "--head", "unet"], "timm has no optimizer sgdd"),
         (["--sched", "polly", "--head", "unet"], "no schedule polly; did you mean poly?"),
         (["--output", "docs"], "docs holds other things than a model; name another folder"),
         (

@@ -112,14 +112,14 @@ def test_bad_input(in_process, tmp_path):
         assert not (tmp_path / "out").exists()
         return line
 
-    assert "no recipe nonsense; there are cifar" in refused("--recipe", "nonsense")
+    assert "no recipe nonsense; available: cifar" in refused("--recipe", "nonsense")
     assert "no recipe finetun; did you mean finetune?" in refused("--recipe", "finetun")
     assert "did you mean" in refused("--model", "res2net_tinny")
     assert "no split holdout" in refused("--eval-split", "holdout")
     line = refused("--eval-split", "train")
     assert "would both be on train" in line and "(--train-split, --eval-split)" in line
-    assert "less than a batch of 5000" in refused("--batch-size", "5000")
-    assert "timm makes no optimizer nonsense" in refused("--opt", "nonsense")
+    assert "fewer than a batch of 5000" in refused("--batch-size", "5000")
+    assert "timm has no optimizer nonsense" in refused("--opt", "nonsense")
     for option, value in (
         ("--drop-path", "2"),
         ("--smoothing", "5"),
@@ -131,26 +131,28 @@ def test_bad_input(in_process, tmp_path):
         assert f"argument {option}: {value} is not" in refused(option, value)
     line = refused("--auto-augment", "nonsense")
     assert "nonsense is not a policy of timm's" in line and "(--auto-augment)" in line
-    assert "this learns from a larger model" in refused("--recipe", "distill")
-    assert "this learns from a larger model" in refused("--task-weight", 0.1)
+    assert "distillation needs a teacher" in refused("--recipe", "distill")
+    assert "distillation needs a teacher" in refused("--task-weight", 0.1)
     assert "would both be on train" in refused("--eval-split", "training")
     assert "no split train/held-out-1.5-0" in refused("--eval-split", "train/held-out-1.5-0")
     assert "has 10 classes and not 7" in refused("--num-classes", 7)
     assert "cannot be trained with batches of 1 images of 3 x 8 x 8" in refused("--batch-size", 1, "--img-size", 8)
     for folder in (".", "/", "tests/.."):
-        assert "is a folder that this runs in" in input_error(in_process(FINETUNE, "--output", folder))
+        assert "contains the current folder" in input_error(in_process(FINETUNE, "--output", folder))
     (tmp_path / "file").touch()
     assert "is a file" in input_error(in_process(FINETUNE, "--output", tmp_path / "file"))
     assert "cannot write into" in input_error(in_process(FINETUNE, "--output", "/proc/model"))
-    assert "is odd" in refused("--mixup", "0.2", "--batch-size", "31")
+    assert "need an even --batch-size" in refused("--mixup", "0.2", "--batch-size", "31")
     folder = tmp_path / "photos"
     save_images(folder, ["0", "1"], 1)
-    assert "holds other things than a model" in input_error(in_process(FINETUNE, "--output", folder))
+    assert "is not empty and not a model folder" in input_error(in_process(FINETUNE, "--output", folder))
     assert sorted(p.name for p in folder.iterdir()) == ["0", "1"]
     images = save_images(tmp_path / "images" / "train", ["a", "b"], 3)
     save_images(tmp_path / "images" / "val", ["a", "b"], 1)
     save_images(tmp_path / "images" / "test", ["a", "c"], 1)
-    assert "classes in test that train has not: c" in refused("--data", tmp_path / "images", "--eval-split", "test")
+    assert "classes in test that are missing in train: c" in refused(
+        "--data", tmp_path / "images", "--eval-split", "test"
+    )
     (images / "b" / "1.jpg").write_bytes(b"no image")
     args = ("--data", tmp_path / "images", "--batch-size", "2", "--workers", "0")
     assert "b/1.jpg" in refused(*args)
@@ -165,8 +167,8 @@ def test_images_left_out_while_training_are_counted(in_process, tmp_path):
     args = ["--data", data, "--skip-corrupt", "--no-check", "--epochs", 2, "--batch-size", 4, "--workers", 0]
     result = in_process(FINETUNE, *args, "--tracker", "none", "--output", folder)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count("3 images of train cannot be decoded and are left out") == 1
-    assert result.stderr.count("1 images of validation cannot be decoded and are left out") == 1
+    assert result.stderr.count("3 images of train cannot be decoded and are skipped") == 1
+    assert result.stderr.count("1 images of validation cannot be decoded and are skipped") == 1
     card = (folder / "README.md").read_text()
     assert "Trained on 13 images, 6 to 7 of each class, of the split `train`; evaluated on 5 of" in " ".join(
         card.split()
@@ -326,9 +328,9 @@ def test_a_new_users_folder_of_pictures(in_process, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "evaluated on 14 of train/held-out-0.2-0, 0.2 of each class held out" in result.stdout
     card = (folder / "README.md").read_text()
-    assert "4 classes: `cross`, `ring`, `star`, `triangle`" in card and "| right class" in card
+    assert "4 classes: `cross`, `ring`, `star`, `triangle`" in card and "| class" in card
     assert "Input: 3 x 48 x 48" in card and "![Mistakes](mistakes.png)" in card
-    command = result.stdout.splitlines()[-1].removeprefix("measure it again: res2net-zoo ")
+    command = result.stdout.splitlines()[-1].removeprefix("to reproduce: res2net-zoo ")
     checked = in_process("res2net_zoo/__main__.py", *shlex.split(command))
     assert "passed" in checked.stdout, (checked.stdout, checked.stderr)
     with Image.open(folder / "mistakes.png") as picture:
@@ -354,7 +356,7 @@ def test_a_stream_on_two_processes(program, in_process, tmp_path):
     args = ["--resume", "--output", folder, "--epochs", 2, "--batch-size", 32, "--workers", 0]
     result = in_process(FINETUNE, *args)
     assert result.returncode == 0, result.stderr
-    assert "order: some images come twice" in result.stderr
+    assert "order: some images are repeated" in result.stderr
 
 
 @pytest.mark.full

@@ -136,7 +136,7 @@ def test_it_stops_when_nothing_gets_better(accelerator, tmp_path, capsys):
     objective = Toy(state, scores=(1, 3, 2, 2, 9))
     assert Loop(objective, state, settings, Checkpoints(tmp_path), accelerator).run() == 0
     assert objective.written == [1, 2, 3, 4]
-    assert "no better accuracy in 2 epochs: stops" in capsys.readouterr().out
+    assert "no better accuracy in 2 epochs: training stops" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_nan_ends_it_at_once(accelerator, tmp_path):

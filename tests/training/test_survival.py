@@ -115,7 +115,7 @@ def test_killed_at_any_moment_and_taken_up_again_it_ends_the_same_to_the_bit(in_
     (killed.with_name("killed.run") / "checkpoints" / ".step-000000030-x.pt").write_bytes(b"half")
     result = in_process(FINETUNE, "--resume", "--output", killed, "--workers", 0)
     assert result.returncode == 0, result.stderr
-    assert "goes on after step" in result.stdout
+    assert "resumes after step" in result.stdout
     assert not differences(final(whole), final(killed))
     assert measured(whole) == measured(killed)
     assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
@@ -259,13 +259,13 @@ def test_what_a_run_does_not_go_on_with(in_process, tmp_path):
         "--resume", "--model", "res2next50"
     )
     assert "--lr 0.002, not 0.1" in refused("--resume", "--lr", 0.1)
-    assert "images a step: 128, and has now 64; batches of 128 make them as many (--batch-size)" in refused(
+    assert "images a step: 128, not 64; batches of 128 make them as many (--batch-size)" in refused(
         "--resume", "--batch-size", 64
     )
     assert "choose one" in refused("--resume", "--overwrite")
     # It may go on for longer.
     result = in_process(FINETUNE, "--resume", "--epochs", 2, "--output", folder)
-    assert result.returncode == 0 and "goes on after step 11 of 22" in result.stdout
+    assert result.returncode == 0 and "resumes after step 11 of 22" in result.stdout
     assert len(measured(folder)) == 2
     result = in_process(FINETUNE, "--resume", "--epochs", 1, "--output", folder)
     assert "has done 1 of 1 epochs; raise their number (--epochs)" in input_error(result)
@@ -287,13 +287,13 @@ def test_what_a_run_does_not_go_on_with(in_process, tmp_path):
 
 
 OTHER_CONTENT = {
-    "list": (lambda s: [1], "it holds a list, not a dictionary"),
+    "list": (lambda s: [1], "it contains a list, not a dictionary"),
     "missing": (lambda s: {k: v for k, v in s.items() if k != "done"}, "done missing"),
-    "metrics": (lambda s: {**s, "metrics": [{}]}, "its metrics cannot be right"),
-    "negative": (lambda s: {**s, "done": -3}, "its done cannot be right"),
+    "metrics": (lambda s: {**s, "metrics": [{}]}, "its metrics is invalid"),
+    "negative": (lambda s: {**s, "done": -3}, "its done is invalid"),
     "too far": (lambda s: {**s, "done": 10**9}, "steps and 0 epochs of 4 steps do not fit together"),
-    "rates": (lambda s: {**s, "rates": [1, 2]}, "its rates cannot be right"),
-    "plan": (lambda s: {**s, "plan": {"model": 1}}, "its plan cannot be right"),
+    "rates": (lambda s: {**s, "rates": [1, 2]}, "its rates is invalid"),
+    "plan": (lambda s: {**s, "plan": {"model": 1}}, "its plan is invalid"),
     "weights": (lambda s: {**s, "model": {"a": 1}}, "is not a checkpoint of this run"),
     "shapes": (lambda s: {**s, "model": {**s["model"], "fc.bias": torch.zeros(3)}}, "size mismatch for fc.bias"),
     "types": (lambda s: {**s, "model": {**s["model"], "fc.bias": torch.zeros(10, dtype=torch.long)}}, "torch.int64"),
@@ -309,7 +309,7 @@ OTHER_CONTENT = {
         },
         "exp_avg of shape (7,)",
     ),
-    "losses": (lambda s: {**s, "losses": torch.zeros(5)}, "its losses cannot be right"),
+    "losses": (lambda s: {**s, "losses": torch.zeros(5)}, "its losses is invalid"),
 }
 
 
@@ -361,7 +361,7 @@ def test_killed_while_it_replaced_its_model_a_run_goes_on(in_process, tmp_path):
     (tmp_path / ".model-old-abcdefgh").mkdir()
     assert in_process("scripts/validate.py", "--model", f"local-dir:{folder}").returncode == 0
     result = in_process(FINETUNE, "--resume", "--epochs", 2, "--output", folder)
-    assert result.returncode == 0 and "goes on after step 2 of 4" in result.stdout
+    assert result.returncode == 0 and "resumes after step 2 of 4" in result.stdout
 
 
 def test_a_run_goes_on_with_the_classes_that_it_began_with_only(in_process, tmp_path):
@@ -373,12 +373,12 @@ def test_a_run_goes_on_with_the_classes_that_it_began_with_only(in_process, tmp_
     assert in_process(FINETUNE, *args, "--output", folder).returncode == 0
     (data / "b").rename(data / "d")
     line = input_error(in_process(FINETUNE, "--resume", "--output", folder))
-    assert "was started with the class b, and has now d" in line
+    assert "was started with the class b, not d" in line
     save_images(data / "more", ["c"], 5)
     (data / "more" / "c").rename(data / "c")
     (data / "more").rmdir()
     line = input_error(in_process(FINETUNE, "--resume", "--output", folder))
-    assert "was started with a number of classes of 2, and has now 3" in line
+    assert "was started with a number of classes of 2, not 3" in line
 
 
 class Payload:

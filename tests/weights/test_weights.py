@@ -300,7 +300,7 @@ class TestConvertCommand:
         torch.save(model.state_dict(), tmp_path / "mine.pth")
         args = ["--model", "dla60_res2next.in1k", "--checkpoint", tmp_path / "mine.pth", "--output", tmp_path / "out"]
         result = in_process("hub/convert.py", *args)
-        assert result.returncode == 0 and "not that of dla60_res2next.in1k" in result.stdout
+        assert result.returncode == 0 and "different from dla60_res2next.in1k" in result.stdout
         (warning,) = result.stderr.splitlines()
         assert warning.startswith("warning: ") and "is not the released dla60_res2next.in1k" in warning
         ours = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
