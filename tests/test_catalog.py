@@ -110,13 +110,13 @@ def test_a_wrong_field_of_an_architecture_is_named(pattern, wrong, words):
         assert words in refuse(text)
 
 
-def test_other_mistakes():
+def test_other_invalid_entries():
     assert "not TOML" in refuse("= 1")
     assert "is listed twice" in refuse(TEXT + TEXT[TEXT.rindex("[[checkpoints]]") :])
     assert "'res2net51' is not listed" in refuse(changed(r"^architecture = .*", 'architecture = "res2net51"'))
 
 
-def test_the_file_that_is_wrong_is_named(tmp_path, monkeypatch):
+def test_errors_name_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(catalog, "path", lambda: tmp_path / "catalog.toml")
     for content, words in (
         (b"= 1", "the catalogue is not TOML"),
@@ -130,7 +130,7 @@ def test_the_file_that_is_wrong_is_named(tmp_path, monkeypatch):
             catalog.load.__wrapped__()
 
 
-def test_what_is_in_it():
+def test_content():
     everything = catalog.load()
     assert len(everything.checkpoints) == 28
     on_the_hub = {name: c for name, c in everything.checkpoints.items() if c.hub_id}
@@ -147,7 +147,7 @@ def test_what_is_in_it():
     assert everything.checkpoint("res2net_tiny") is None
 
 
-def test_the_other_checkpoints():
+def test_checkpoints_of_other_publishers():
     everything = catalog.load().checkpoints
     tags = Counter(c.tag for c in everything.values())
     assert tags == dict(in1k=12, pd_in1k=5, ssld_in1k=3, mindcv_in1k=4, mmpretrain_in1k=3, holocron_imagenette=1)
@@ -192,7 +192,7 @@ def test_list_and_its_filters(in_process):
     assert len(names("--license", "cc-by-nc", "--released-by", "authors")) == 12
 
 
-def test_show_tells_every_fact(in_process):
+def test_show_prints_every_fact(in_process):
     result = cli("show", "res2net50_26w_8s")
     assert result.returncode == 0, result.stderr
     checkpoint = catalog.load().checkpoint("res2net50_26w_8s")
@@ -211,7 +211,7 @@ def test_show_tells_every_fact(in_process):
     assert "did you mean res2net50_26w" in input_error(in_process("res2net_zoo/__main__.py", "show", "res2net50_26w"))
 
 
-def test_show_tells_what_is_printed_of_a_model_and_why_ours_differs(in_process):
+def test_show_prints_published_sizes_and_differences(in_process):
     out = in_process("res2net_zoo/__main__.py", "show", "dla60_res2next").stdout
     assert "17.33 M parameters, 3.6 GMACs (official release table)" in out and "outputs are unused" in out
     out = in_process("res2net_zoo/__main__.py", "show", "res2net50_18w_4s").stdout

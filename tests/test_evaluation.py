@@ -81,7 +81,7 @@ def process(rank: int, world: int) -> Accelerator:
     seed=st.integers(0, 9),
 )
 @settings(max_examples=80, deadline=None)
-def test_every_image_counts_once(n, batch_size, world, shards, seed):
+def test_every_image_is_counted_once(n, batch_size, world, shards, seed):
     answers, labels = answers_and_labels(n, seed)
     source = make_source(answers, labels, min(shards, n))
     model, classes = ReadsItsAnswer(), Classes(NUM_CLASSES)
@@ -100,7 +100,7 @@ def test_every_image_counts_once(n, batch_size, world, shards, seed):
 
 @pytest.mark.parametrize("shards", [0, 3])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(shards, workers):
+def test_result_does_not_depend_on_workers(shards, workers):
     answers, labels = answers_and_labels(23)
     counts = evaluate(
         ReadsItsAnswer(), make_source(answers, labels, shards), Classes(NUM_CLASSES), Accelerator(cpu=True), 4, workers
@@ -111,7 +111,7 @@ def test_workers_change_nothing(shards, workers):
 
 @pytest.mark.full
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_real_processes_count_alike(program, processes):
+def test_result_does_not_depend_on_processes(program, processes):
     """The same property with real processes: one launch, many sizes and batches, map-style and streamed."""
     result = program("tests/count_in_processes.py", processes=processes)
     assert result.returncode == 0, result.stderr
@@ -131,7 +131,7 @@ def test_a_subset_of_fewer_than_five_classes():
     assert (counts.samples, counts.top1, counts.top5) == (4, 2, 4)
 
 
-def test_no_class_is_right_for_some_images():
+def test_images_without_a_correct_class():
     class Some(Classes):
         def targets(self, label, path):
             return {0: [], 1: [1], 2: [2, 3]}[label % 3]
@@ -141,7 +141,7 @@ def test_no_class_is_right_for_some_images():
     assert (counts.samples, counts.top1, counts.unlabelled, counts.num_rows) == (4, 3, 1, 5)
 
 
-def test_output_that_is_no_number_is_refused():
+def test_nan_output_is_refused():
     class Broken(ReadsItsAnswer):
         def forward(self, x):
             return super().forward(x) * float("nan")
@@ -222,7 +222,7 @@ def test_agrees_with_timm_prediction_for_prediction(agreement):
     assert evaluate(model, labelled(folder, sixth), classes, Accelerator(cpu=True), 32, 0).top5 == 0
 
 
-def test_loads_the_very_pixels_that_timm_loads(agreement):
+def test_loads_the_same_pixels_as_timm(agreement):
     folder, names, model, images, _ = agreement
     source = labelled(folder, [0] * len(names))
     loader = zoo_loader(source, model, match_classes(None, 10), process(0, 1), 16, 0)
@@ -232,7 +232,7 @@ def test_loads_the_very_pixels_that_timm_loads(agreement):
     assert torch.allclose((ours - mean) / std, images, atol=1e-6)
 
 
-def test_turning_images_by_their_exif_orientation_would_be_noticed(agreement):
+def test_applying_the_exif_orientation_changes_predictions(agreement):
     """The agreement above can fail: `datasets`' own decoding, which turns images, disagrees."""
     folder, _, model, _, answers = agreement
     rows = open_source(str(folder)).rows.cast_column("image", datasets.Image())

@@ -65,7 +65,7 @@ def options_of(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.
             yield option, action
 
 
-def test_the_overview_lists_every_command(capfd):
+def test_overview_lists_every_command(capfd):
     text = help_of(capfd)
     modules = [path.stem.replace("_", "-") for path in Path(cli.__file__).parent.glob("*.py")]
     assert set(COMMANDS) == {name for name in modules if name != "--init--" and hasattr(module_of(name), "main")}
@@ -102,14 +102,14 @@ def test_an_option_has_the_same_form_in_every_command(monkeypatch):
     assert len(forms["--output"]) == 2  # FILE and DIR
 
 
-def test_both_spellings_of_a_precision_are_read():
+def test_both_spellings_of_a_precision_are_accepted():
     for words in (["--precision", "bfloat16"], ["--precision", "bf16"], ["--mixed-precision", "bf16"]):
         assert module_of("validate").parse_args(words).mixed_precision == "bf16"
     assert module_of("validate").parse_args([]).mixed_precision is None
 
 
 @pytest.mark.parametrize(("path", "command"), LAUNCHERS.items(), ids=LAUNCHERS)
-def test_a_launcher_is_its_command(in_process, capfd, path, command):
+def test_launchers_run_their_command(in_process, capfd, path, command):
     assert in_process(path, "--help").stdout == help_of(capfd, command)
     result = in_process(path, "--frobnicate")
     assert result.returncode == 2 and result.stderr.startswith(f"res2net-zoo {command}: error: ")
@@ -126,7 +126,7 @@ def test_a_command_is_required():
 
 
 @pytest.mark.parametrize("words", [["--help"], ["validate", "--help"], ["show", "--frobnicate"]], ids=" ".join)
-def test_the_console_script_answers_at_once(words):
+def test_console_script_parses_options_quickly(words):
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
@@ -136,7 +136,7 @@ def test_the_console_script_answers_at_once(words):
     assert statistics.median(seconds) < 2, seconds
 
 
-def test_the_console_script_runs_the_package_after_the_options():
+def test_console_script_imports_the_package_after_parsing():
     code = "import sys, res2net_zoo_cli\nassert res2net_zoo_cli.main(['show', 'res2net_tiny']) == 0\n"
     code += "import res2net_zoo, timm\nassert timm.is_model('blres2net50') and res2net_zoo.optimize"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -155,7 +155,7 @@ def wheel(tmp_path_factory) -> Path:
     return folder / "site"
 
 
-def test_the_wheel_has_what_the_repository_ships(wheel):
+def test_wheel_contains_shipped_files(wheel):
     shipped = read_tree(wheel / "res2net_zoo" / "shipped")
     expected = {}
     for kind, folder in {"recipes": "scripts/recipes", "models": "hub/models", "datasets": "hub/datasets"}.items():
@@ -172,7 +172,7 @@ def test_the_wheel_has_what_the_repository_ships(wheel):
     assert "res2net-zoo = res2net_zoo_cli:main" in entry_points.read_text()
 
 
-def test_the_wheel_alone_validates_the_shipped_model(wheel, tmp_path, monkeypatch):
+def test_wheel_validates_the_shipped_model(wheel, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(wheel))
     run = [sys.executable, "-c", ENTRY, "validate", "--check"]
     result = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=300)

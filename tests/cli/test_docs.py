@@ -23,12 +23,12 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
-def test_the_readme_fits_on_three_screens():
+def test_readme_has_at_most_150_lines():
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_local_links_lead_to_files_and_headings(page):
+def test_local_links_resolve(page):
     for link in links(page.read_text(encoding="utf-8")):
         if link.startswith("https://"):
             continue
@@ -52,7 +52,7 @@ def test_the_description_on_pypi_has_no_local_links():
     assert "as read from the plot in\nBenchmark. " in text and "| Training " in text
 
 
-def test_classifying_an_image_as_the_readme_shows_it(tmp_path, monkeypatch, capsys):
+def test_readme_example_classifies_an_image(tmp_path, monkeypatch, capsys):
     code = next(code for code in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "topk" in code)
     online = re.search(r'timm\.create_model\("([^"]+)", pretrained=True\)', code)
     assert timm.is_model(online[1]) and timm.is_model_pretrained(online[1])

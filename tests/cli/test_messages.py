@@ -48,7 +48,7 @@ def plain(text: str) -> bool:
 
 
 @pytest.mark.parametrize("program_args", PROGRAMS.items(), ids=PROGRAMS)
-def test_a_misspelt_option_is_named_before_a_missing_one(in_process, program_args):
+def test_misspelt_options_are_reported_before_missing_ones(in_process, program_args):
     path, args = program_args
     line = input_error(in_process(path, *args, "--ouput", "x"))
     assert "unrecognized argument --ouput; did you mean --output" in line
@@ -86,7 +86,7 @@ def test_a_misspelt_option_is_named_before_a_missing_one(in_process, program_arg
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_one_line_says_what_was_meant(in_process, monkeypatch, tmp_path, args, says):
+def test_errors_are_one_line_with_a_suggestion(in_process, monkeypatch, tmp_path, args, says):
     if "cam.py" in args[0]:
         Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
         args = (args[0], tmp_path, *args[2:], "--output", tmp_path / "cam.png")
@@ -106,7 +106,7 @@ def test_one_line_says_what_was_meant(in_process, monkeypatch, tmp_path, args, s
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_the_catalogues_commands_suggest_as_well(capfd, args, says):
+def test_catalogue_commands_suggest_names(capfd, args, says):
     with pytest.raises(SystemExit) as stopped:
         raise SystemExit(main(args))
     _, err = capfd.readouterr()
@@ -140,7 +140,7 @@ def test_the_catalogues_commands_suggest_as_well(capfd, args, says):
     ],
     ids=lambda value: value[:30],
 )
-def test_names_of_models(monkeypatch, name, says):
+def test_model_names_are_suggested(monkeypatch, name, says):
     monkeypatch.chdir(SHIPPED_MODEL.parents[2])
     with pytest.raises(InputError) as refused:
         create_model(name)
@@ -164,21 +164,21 @@ def test_names_of_models(monkeypatch, name, says):
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_a_wrong_recipe_is_named(in_process, tmp_path, content, says):
+def test_errors_name_the_recipe(in_process, tmp_path, content, says):
     path = tmp_path / "mine.toml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     line = input_error(in_process("scripts/finetune.py", "--recipe", path, "--output", tmp_path / "out"))
     assert says in line and ("mine.toml" in line or "--tracker" in line)
 
 
-def test_a_recipe_may_begin_with_a_byte_order_mark(in_process, tmp_path):
+def test_recipe_with_byte_order_mark(in_process, tmp_path):
     (tmp_path / "mine.toml").write_bytes(b'\xef\xbb\xbfopt = "adamm"\n')
     args = ("--recipe", tmp_path / "mine.toml", "--output", tmp_path / "out")
     assert "no optimizer adamm" in input_error(in_process("scripts/finetune.py", *args))
 
 
 @pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e999"])
-def test_a_number_is_finite(in_process, value):
+def test_numbers_must_be_finite(in_process, value):
     line = input_error(in_process("scripts/finetune.py", f"--lr={value}"))
     assert "is not 0 or more" in line
 
@@ -193,7 +193,7 @@ def test_a_number_is_finite(in_process, value):
     ],
     ids=["control characters", "full disk", "memory", "memory of a GPU"],
 )
-def test_what_a_program_raises_is_one_plain_line(capfd, error, code, says):
+def test_exceptions_are_printed_on_one_line(capfd, error, code, says):
     def main() -> int:
         raise error
 
@@ -202,13 +202,13 @@ def test_what_a_program_raises_is_one_plain_line(capfd, error, code, says):
     assert err.count("\n") == 1 and err.startswith(says) and plain(err)
 
 
-def test_what_is_wrong_on_a_command_line_is_printed_plainly(in_process):
+def test_command_line_errors_escape_control_characters(in_process):
     line = input_error(in_process("scripts/predict.py", "a.jpg", f"--{HOSTILE}"))
     assert r"\x1b[31m" in line and plain(line)
     assert plain(input_error(in_process("scripts/finetune.py", "--recipe", f"{HOSTILE}.toml")))
 
 
-def test_tables_keep_their_columns_and_the_terminal():
+def test_tables_escape_bars_and_control_characters():
     header, rule, row = markdown_table((HOSTILE, "top-1"), [(HOSTILE, "1.0")]).splitlines()
     assert plain(header + row)
     cell = r"a\x1b[31m\|b\u202e\udcff<i>"
@@ -226,7 +226,7 @@ def hostile_model(tmp_path_factory):
 
 
 @pytest.mark.parametrize("program", ["predict", "cam", "class"])
-def test_class_names_reach_no_terminal(in_process, tmp_path, hostile_model, program):
+def test_class_names_are_escaped_on_terminals(in_process, tmp_path, hostile_model, program):
     image = tmp_path / "$_^a\x1b[2J.png"
     Image.new("RGB", (8, 8)).save(image)
     args = {
@@ -244,7 +244,7 @@ def test_class_names_reach_no_terminal(in_process, tmp_path, hostile_model, prog
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
-def test_predictions_reach_no_terminal_raw_and_keep_names_in_files(in_process, tmp_path, monkeypatch, form):
+def test_predictions_are_escaped_on_terminals_but_not_in_files(in_process, tmp_path, monkeypatch, form):
     name = "a\x1b[2J\x9b1m\u202eé.png"
     Image.new("RGB", (8, 8)).save(tmp_path / name)
     args = ("scripts/predict.py", tmp_path, "--format", form, "--topk", 1)
@@ -257,7 +257,7 @@ def test_predictions_reach_no_terminal_raw_and_keep_names_in_files(in_process, t
     assert [row["path"] for row in rows] == [str(tmp_path / name)]
 
 
-def test_warnings_are_printed_plainly(in_process, tmp_path):
+def test_warnings_escape_control_characters(in_process, tmp_path):
     (tmp_path / "a\x1b[31m.png").write_bytes(b"no image")
     Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
     result = in_process("scripts/predict.py", tmp_path, "--skip-corrupt")
@@ -265,7 +265,7 @@ def test_warnings_are_printed_plainly(in_process, tmp_path):
     assert result.stderr.count("\n") == 1 and plain(result.stderr + result.stdout)
 
 
-def test_cards_show_names_literally():
+def test_cards_escape_markdown_in_names():
     assert markdown("<b>*x*</b>") == r"\<b>\*x\*\</b>"
     assert markdown("[a](http://b) `c`") == r"[a\](http://b) \`c\`"
     assert markdown("n01440764_x a-b") == "n01440764_x a-b"

@@ -50,7 +50,7 @@ def timms(paths: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.first_case
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_every_form_says_what_timm_computes(in_process, digits, tmp_path, batch_size):
+def test_every_format_agrees_with_timm(in_process, digits, tmp_path, batch_size):
     args = [digits, "--topk", 3, "--batch-size", batch_size, "--embeddings", tmp_path / "e.parquet"]
     paths = sorted(str(path) for path in digits.rglob("*.png"))
     scores, pooled = timms(paths)
@@ -80,7 +80,7 @@ def test_every_form_says_what_timm_computes(in_process, digits, tmp_path, batch_
 
 
 @pytest.mark.full
-def test_two_processes_say_the_same_in_the_same_order(program, in_process, digits, tmp_path):
+def test_two_processes_print_the_same_in_the_same_order(program, in_process, digits, tmp_path):
     (digits / "b" / "3_broken.png").write_bytes(b"nothing")
     try:
         args = [f"{digits}/*/*.png", "--format", "csv", "--batch-size", 2, "--skip-corrupt"]
@@ -100,7 +100,7 @@ def test_two_processes_say_the_same_in_the_same_order(program, in_process, digit
     assert e["path"].to_pylist() == f["path"].to_pylist() and len(e) == 10
 
 
-def test_names_of_imagenet(in_process, digits, tmp_path):
+def test_imagenet_class_names(in_process, digits, tmp_path):
     model = spread(timm.create_model("res2net_tiny"))
     write_model_folder(tmp_path / "m", model, model_card("m", "# m", None))
     file = digits / "a" / next(path.name for path in (digits / "a").iterdir())
@@ -138,7 +138,7 @@ def test_bad_input(in_process, args, words):
     assert words in lines
 
 
-def test_a_failure_leaves_the_old_files(in_process, digits, tmp_path):
+def test_failure_keeps_the_old_files(in_process, digits, tmp_path):
     (tmp_path / "p.csv").write_text("old")
     (digits / "b" / "9_broken.png").write_bytes(b"nothing")
     try:
@@ -155,7 +155,7 @@ def test_a_failure_leaves_the_old_files(in_process, digits, tmp_path):
 
 @pytest.mark.first_case
 @pytest.mark.parametrize("form", ["jsonl", "csv", "table"])
-def test_names_that_are_not_utf8_lose_no_prediction(in_process, digits, tmp_path, form):
+def test_predictions_of_file_names_that_are_not_utf8(in_process, digits, tmp_path, form):
     folder = tmp_path / "images"
     folder.mkdir()
     source = next(digits.rglob("*.png")).read_bytes()
@@ -174,7 +174,7 @@ def test_names_that_are_not_utf8_lose_no_prediction(in_process, digits, tmp_path
     assert r"\udcff\udcfe.png" in in_process(PREDICT, folder, "--format", form).stdout
 
 
-def test_files_are_predicted_without_what_only_data_sets_need(program, tmp_path):
+def test_predict_does_not_import_datasets(program, tmp_path):
     """Importing it would cost half a second."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     code = "import runpy, sys; sys.path.insert(0, 'scripts'); sys.argv = ['predict.py', sys.argv[1]]\n"
@@ -183,7 +183,7 @@ def test_files_are_predicted_without_what_only_data_sets_need(program, tmp_path)
     assert program("-c", code, tmp_path / "a.png").stdout.splitlines()[-1] == "0 set()"
 
 
-def test_what_is_left_out_of_folders_is_reported(in_process, tmp_path):
+def test_skipped_files_are_reported(in_process, tmp_path):
     for name in ("a/0.png", "a/@eaDir/1.png", "a/.x/2.png", "b/3.GIF"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name)
@@ -198,7 +198,7 @@ def test_what_is_left_out_of_folders_is_reported(in_process, tmp_path):
         assert ".txt files: 1 (such as" in line or "**" in args[0]
 
 
-def test_pixels_of_more_than_eight_bits(in_process, tmp_path):
+def test_pixels_with_more_than_eight_bits(in_process, tmp_path):
     values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     Image.fromarray(values).save(tmp_path / "16.png")
     Image.fromarray(np.round(values / 257).astype(np.uint8)).save(tmp_path / "8.png")
@@ -210,7 +210,7 @@ def test_pixels_of_more_than_eight_bits(in_process, tmp_path):
     assert "float.tiff" in line and "floating-point pixels are unsupported" in line
 
 
-def test_images_of_very_many_pixels(in_process, tmp_path):
+def test_very_large_images(in_process, tmp_path):
     """Up to 179 million are read, without Pillow's own warning; a file too small for what it claims is not decoded."""
     Image.new("1", (9500, 9500)).save(tmp_path / "large.png")
     result = in_process(PREDICT, tmp_path / "large.png")

@@ -51,7 +51,7 @@ def imagenet_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_what_the_readme_says_first(program, tmp_path):
+def test_first_readme_command_on_one_and_two_processes(program, tmp_path):
     """One and two processes measure the shipped model alike, and find what its card publishes."""
     rows, files = [], []
     for processes in (1, 2):
@@ -71,7 +71,7 @@ def test_what_the_readme_says_first(program, tmp_path):
     assert {"published_source", "passed", "images_per_second", "num_processes"} <= one.keys()
 
 
-def test_streamed_and_in_bf16(in_process, tmp_path):
+def test_streaming_in_bf16(in_process, tmp_path):
     for args in (["--streaming"], ["--mixed-precision", "bf16"], ["--batch-size", "7", "--workers", "0"]):
         result = in_process(VALIDATE, "--check", "--output", tmp_path / "r.json", *args)
         assert result.returncode == 0, result.stderr
@@ -88,7 +88,7 @@ def copy_with_card(tmp_path: Path, top1: float) -> Path:
     return folder
 
 
-def test_check_fails_where_the_published_accuracy_is_another(in_process, tmp_path):
+def test_check_fails_if_the_published_accuracy_differs(in_process, tmp_path):
     measured = json.loads((in_process(VALIDATE, "--output", tmp_path / "r.json"), (tmp_path / "r.json").read_text())[1])
     claim = measured[0]["top1"] - 0.2
     model = f"local-dir:{copy_with_card(tmp_path, claim)}"
@@ -100,7 +100,7 @@ def test_check_fails_where_the_published_accuracy_is_another(in_process, tmp_pat
 
 
 @pytest.mark.full
-def test_the_tolerance_itself_is_within_the_tolerance(in_process, tmp_path):
+def test_a_difference_equal_to_the_tolerance_passes(in_process, tmp_path):
     """Though in binary 100 - 99.9 is more than 0.1."""
     top1 = published_accuracies(SHIPPED)[0].top1
     for claim, code in ((round(top1 - 0.1, 3), 0), (round(top1 - 0.101, 3), 1)):
@@ -113,7 +113,7 @@ def test_the_tolerance_itself_is_within_the_tolerance(in_process, tmp_path):
     "front_matter",
     ["model-index: {", "model-index: 7", "license: 3", "model-index:\n- name: x\n  results:\n  - task: {type: t}"],
 )
-def test_a_card_that_nobody_can_read_publishes_nothing(in_process, tmp_path, front_matter):
+def test_unreadable_cards_have_no_published_accuracy(in_process, tmp_path, front_matter):
     folder = shutil.copytree(SHIPPED_MODEL, tmp_path / "model")
     (folder / "README.md").write_text(f"---\n{front_matter}\n---\n# A model")
     result = in_process(VALIDATE, "--model", f"local-dir:{folder}")
@@ -121,7 +121,7 @@ def test_a_card_that_nobody_can_read_publishes_nothing(in_process, tmp_path, fro
     assert table(result)[0][-1] == "nothing published"
 
 
-def test_strange_figures_on_a_card_are_not_published(tmp_path):
+def test_invalid_accuracies_on_cards_are_ignored(tmp_path):
     folder = shutil.copytree(SHIPPED_MODEL, tmp_path / "model")
     card = (folder / "README.md").read_text()
     for value in ("null", "'99 %'", "150", "[1]"):
@@ -131,13 +131,13 @@ def test_strange_figures_on_a_card_are_not_published(tmp_path):
     assert published_accuracies(f"local-dir:{folder}") == []
 
 
-def test_nothing_published_cannot_pass_a_check(in_process, tiny_folder, tmp_path):
+def test_check_needs_a_published_accuracy(in_process, tiny_folder, tmp_path):
     result = in_process(VALIDATE, "--model", f"local-dir:{tiny_folder}", "--check", "--output", tmp_path / "r.json")
     assert "no published accuracy" in input_error(result)
     assert not (tmp_path / "r.json").exists()  # it was not measured
 
 
-def test_weights_data_and_figures_that_have_changed_are_noticed(in_process, tmp_path):
+def test_resume_repeats_measurements_after_changes(in_process, tmp_path):
     """Resuming with --check must not pass for what was never measured."""
     images = save_images(tmp_path / "digits", [str(i) for i in range(10)], 1)
     folder = shutil.copytree(SHIPPED_MODEL, tmp_path / "model")
@@ -169,7 +169,7 @@ def test_weights_data_and_figures_that_have_changed_are_noticed(in_process, tmp_
     assert "because of changed or missing records: weights" in says()
 
 
-def test_two_runs_cannot_write_one_results_file(in_process, tmp_path):
+def test_results_file_is_locked(in_process, tmp_path):
     with locked(tmp_path / "r.json"):
         for options in ([], ["--resume"]):
             line = input_error(in_process(VALIDATE, "--output", tmp_path / "r.json", *options))
@@ -183,7 +183,7 @@ def test_two_runs_cannot_write_one_results_file(in_process, tmp_path):
     [("top1", "100"), ("top5", None), ("published_top1", []), ("samples", {}), ("images_per_second", math.nan),
      ("model", 3), ("options", []), ("benchmark", 1)],
 )  # fmt: skip
-def test_results_of_other_content_are_one_line(in_process, tmp_path, key, value):
+def test_invalid_results_files_are_refused(in_process, tmp_path, key, value):
     result = dict.fromkeys(("model", "data", "split", "precision"), "")
     result |= dict.fromkeys(("samples", "skipped", "images_per_second", "top1", "top5"), 1)
     result |= {"options": {}, "benchmark": None, "published_top1": None, "published_top5": None, key: value}
@@ -192,7 +192,7 @@ def test_results_of_other_content_are_one_line(in_process, tmp_path, key, value)
     assert f"r.json was not written by this program: {key} of result 1 cannot be" in line
 
 
-def test_a_full_disk_costs_no_measurement(in_process, tmp_path):
+def test_full_disk_does_not_stop_measurements(in_process, tmp_path):
     other = dict.fromkeys(("model", "data", "split", "precision"), "other" * 200)
     other |= dict.fromkeys(("samples", "skipped", "images_per_second", "top1", "top5"), 1)
     other |= {"options": {}, "benchmark": None, "published_top1": None, "published_top5": None}
@@ -207,14 +207,14 @@ def test_a_full_disk_costs_no_measurement(in_process, tmp_path):
 
 
 @pytest.mark.full
-def test_a_full_disk_behind_the_standard_output_is_one_line(program):
+def test_full_disk_on_stdout_is_reported_on_one_line(program):
     for args in (["scripts/validate.py"], ["-m", "res2net_zoo", "list"]):
         command = " ".join(f"'{word}'" for word in (sys.executable, *args))
         result = program("-c", f"import os; os._exit(os.system({command + ' > /dev/full'!r}) >> 8)")
         assert "cannot write the output: No space left on device" in input_error(result)
 
 
-def test_images_that_the_model_was_trained_on_are_named(in_process, tmp_path):
+def test_warning_about_training_images(in_process, tmp_path):
     images = save_images(tmp_path / "digits", [str(i) for i in range(10)], 2)
     folder = shutil.copytree(SHIPPED_MODEL, tmp_path / "model")
     card = (folder / "README.md").read_text().replace("split: validation", "split: train/held-out-0.5-0")
@@ -246,7 +246,7 @@ class TestBadInput:
         assert "did you mean res2net50_48w_2s.in1k?" in line
         assert "no published weights" in self.refused(in_process, tmp_path, "--model", "res2net_tiny")
 
-    def test_name_that_is_a_path(self, in_process, tmp_path):
+    def test_model_name_that_is_a_path(self, in_process, tmp_path):
         assert "local-dir:" in self.refused(in_process, tmp_path, "--model", "hub/models/res2net_tiny.digits")
 
     def test_missing_folders(self, in_process, tmp_path):
@@ -324,7 +324,7 @@ class TestBadInput:
         (folder / "config.json").write_text(json.dumps(config))
         assert "cannot load" in self.refused(in_process, tmp_path, "--model", f"local-dir:{folder}")
 
-    def test_label_names_that_are_none(self, in_process, tmp_path):
+    def test_invalid_label_names(self, in_process, tmp_path):
         folder = shutil.copytree(SHIPPED_MODEL, tmp_path / "model")
         config = json.loads((folder / "config.json").read_text())
         names = config["label_names"]
@@ -333,7 +333,7 @@ class TestBadInput:
             assert "label_names" in self.refused(in_process, tmp_path, "--model", f"local-dir:{folder}")
 
     @pytest.mark.full
-    def test_files_that_are_something_else(self, program, tmp_path):
+    def test_files_with_wrong_content(self, program, tmp_path):
         """Two libraries log what they also raise; that must not make a second line."""
         pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         (tmp_path / "val.parquet").write_text(pointer)
@@ -343,7 +343,7 @@ class TestBadInput:
         (folder / "model.safetensors").mkdir()
         assert "cannot load" in self.refused(program, tmp_path, "--model", f"local-dir:{folder}")
 
-    def test_output_that_cannot_be_written_is_refused_before_any_work(self, in_process, tmp_path):
+    def test_unwritable_output_is_refused_before_work(self, in_process, tmp_path):
         assert "is a folder" in input_error(in_process(VALIDATE, "--output", tmp_path))
         assert "is a folder" in input_error(in_process(VALIDATE, "--output", ""))
         assert "cannot write into /proc" in input_error(in_process(VALIDATE, "--output", "/proc/results.json"))
@@ -370,13 +370,13 @@ class TestBadInput:
         assert "not reachable" in self.refused(in_process, tmp_path, "--model", "hf-hub:some/model")
         assert "reach" in self.refused(in_process, tmp_path, "--data", "some/data")
 
-    def test_no_server_behind_the_hubs_address(self, in_process, monkeypatch, hub):
+    def test_unreachable_hub(self, in_process, monkeypatch, hub):
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
         template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         assert "not reachable" in input_error(in_process(VALIDATE, "--model", "hf-hub:some/model"))
 
-    def test_file_that_breaks_off_while_it_is_streamed(self, in_process, tmp_path):
+    def test_file_truncated_during_streaming(self, in_process, tmp_path):
         """A Parquet file whose end is whole and whose middle is not: found out half-way through."""
         import datasets
 
@@ -401,7 +401,7 @@ class TestBadInput:
             assert (tmp_path / "r.json").read_text() == content
 
     @pytest.mark.full
-    def test_in_two_processes_one_line_all_the_same(self, program, tmp_path):
+    def test_two_processes_print_one_error_line(self, program, tmp_path):
         """An image that only the second process reads; both stop, and one line says why."""
         images = save_images(tmp_path / "images", ["0", "1"], 3)
         (images / "1" / "0.jpg").write_bytes(b"")
@@ -413,7 +413,7 @@ class TestBadInput:
 
 @pytest.mark.first_case
 @pytest.mark.parametrize("streaming", [False, True])
-def test_corrupt_images_can_be_left_out(in_process, tmp_path, streaming):
+def test_corrupt_images_can_be_skipped(in_process, tmp_path, streaming):
     images = save_images(tmp_path / "images", ["0", "1"], 5)
     for name in ("0/1.jpg", "1/3.jpg"):
         (images / name).write_bytes(b"\xff\xd8 broken")
@@ -425,7 +425,7 @@ def test_corrupt_images_can_be_left_out(in_process, tmp_path, streaming):
     assert "2 corrupt images skipped" in result.stderr and "0/1.jpg" in result.stderr and "1/3.jpg" in result.stderr
 
 
-def test_one_model_that_fails_costs_the_others_nothing(in_process, tmp_path):
+def test_other_models_are_measured_after_a_failure(in_process, tmp_path):
     output = tmp_path / "r.json"
     args = ["--model", SHIPPED, "res2net_nonsense", f"local-dir:{copy_with_card(tmp_path, 50.0)}", "--output", output]
     result = in_process(VALIDATE, *args)
@@ -437,7 +437,7 @@ def test_one_model_that_fails_costs_the_others_nothing(in_process, tmp_path):
 
 
 @pytest.mark.full
-def test_what_changes_the_result_is_measured_again(in_process, tmp_path):
+def test_resume_depends_on_all_options(in_process, tmp_path):
     """Resuming keeps a figure only for the same question, and judges only the models that are asked for."""
     images = save_images(tmp_path / "images", ["0", "1"], 2)
     wrong = f"local-dir:{copy_with_card(tmp_path, 99.5)}"
@@ -461,7 +461,7 @@ def heed_the_keyboard() -> None:
 
 
 @pytest.mark.full
-def test_interrupted_by_the_keyboard(tmp_path):
+def test_interruption_by_ctrl_c(tmp_path):
     images = save_images(tmp_path / "images", [str(i) for i in range(10)], 60)
     args = [VALIDATE, "--model", SHIPPED, "local-dir:hub/models/res2net_tiny.digits", "--data", str(images)]
     args += ["--batch-size", "1", "--workers", "0", "--output", str(tmp_path / "r.json")]
@@ -485,7 +485,7 @@ def test_interrupted_by_the_keyboard(tmp_path):
 
 
 @pytest.mark.full
-def test_killed_and_resumed(tmp_path):
+def test_resume_after_sigkill(tmp_path):
     """kill -9 between two models loses nothing that was measured, and nothing is measured twice."""
     images = save_images(tmp_path / "images", [str(i) for i in range(10)], 40)
     slow = shutil.copytree(SHIPPED_MODEL, tmp_path / "slow")
@@ -534,7 +534,7 @@ class TestImageNet:
         assert measured["correct5"] > other["correct5"]  # of 200 rather than of 1000
 
     @pytest.mark.full
-    def test_imagenet_v2_counts_its_folders_as_numbers(self, in_process, imagenet_folder, tmp_path):
+    def test_imagenet_v2_uses_numeric_folder_names(self, in_process, imagenet_folder, tmp_path):
         images = save_images(tmp_path / "v2", [str(i) for i in range(1000)], 1)
         args = ["--model", f"local-dir:{imagenet_folder}", "--data", images, "--batch-size", "100"]
         result = in_process(VALIDATE, *args, "--benchmark", "imagenet-v2", "--output", tmp_path / "r.json")
@@ -542,7 +542,7 @@ class TestImageNet:
         assert results(tmp_path / "r.json")[0]["samples"] == 1000
 
     @pytest.mark.full
-    def test_imagenet_real_takes_its_labels_by_name(self, in_process, imagenet_folder, tmp_path):
+    def test_imagenet_real_uses_labels_by_file_name(self, in_process, imagenet_folder, tmp_path):
         images = save_images(tmp_path / "all" / "val", ["n01440764"], 30)
         for i, path in enumerate(sorted((images / "n01440764").iterdir()), start=1):
             path.rename(path.with_name(f"ILSVRC2012_val_{i:08d}.JPEG"))
@@ -558,7 +558,7 @@ class TestImageNet:
 
 
 @pytest.mark.full
-def test_from_the_hub_and_back(program, tmp_path):
+def test_model_and_data_from_the_hub(program, tmp_path):
     """Model and data by their Hub ids, through the real clients, over HTTP."""
     repositories = {"models/zoo/digits-model": SHIPPED_MODEL, "datasets/zoo/digits": SHIPPED_DATA}
     with serve(repositories) as hub:
@@ -590,7 +590,7 @@ def test_image_files_from_the_hub(program, tmp_path, streaming):
         assert results(tmp_path / "r.json")[0]["samples"] == 8
 
 
-def test_what_is_left_out_of_class_folders_is_reported(in_process, tmp_path):
+def test_skipped_files_in_class_folders_are_reported(in_process, tmp_path):
     save_images(tmp_path / "val", ["crash test", "wheel"], 2)
     save_images(tmp_path / "val" / "wheel", ["@eaDir"], 3)
     (tmp_path / "val" / "metadata.txt").write_text("by a camera")
@@ -636,7 +636,7 @@ def test_shards_of_several_image_formats_on_two_processes(program, tmp_path, str
 
 
 @pytest.mark.parametrize("path", ["scripts/validate.py", "scripts/finetune.py", "hub/datasets/make_digits.py"])
-def test_help_and_wrong_arguments_answer_at_once(path):
+def test_help_and_option_errors_are_fast(path):
     for args, code in ((["--help"], 0), (["--frobnicate"], 2)):
         before = os.times().children_user
         result = subprocess.run([sys.executable, path, *args], cwd=ROOT, capture_output=True, text=True)

@@ -8,7 +8,7 @@ from res2net_zoo.data.labels import imagenet_synsets, match_classes, real_labels
 from res2net_zoo.utils.errors import InputError
 
 
-def test_timms_lists_are_what_they_should_be():
+def test_timm_class_lists():
     synsets = imagenet_synsets()
     assert len(synsets) == 1000 and synsets == sorted(synsets) and synsets[0] == "n01440764"
     for benchmark in ("imagenet-a", "imagenet-r"):
@@ -19,7 +19,7 @@ def test_timms_lists_are_what_they_should_be():
 
 @given(st.permutations(range(30)), st.integers(1, 30))
 @settings(deadline=None)
-def test_wnids_are_imagenets_classes_in_any_order_and_number(order, n):
+def test_wordnet_ids_map_to_imagenet_classes(order, n):
     names = [imagenet_synsets()[30 * i] for i in order[:n]]
     classes = match_classes(names, 1000)
     assert [classes.targets(label, None) for label in range(n)] == [[30 * i] for i in order[:n]]
@@ -37,14 +37,14 @@ def test_integer_names_are_in_numeric_order():
     assert "number i is taken for class i" in some.warning
 
 
-def test_the_models_own_names_go_first():
+def test_label_names_of_the_model_take_precedence():
     classes = match_classes(["2", "0"], 3, model_labels=["0", "1", "2"])
     assert [classes.targets(label, None) for label in (0, 1)] == [[2], [0]]
     cats = match_classes(["cat", "dog"], 3, model_labels=["dog", "eel", "cat"])
     assert [cats.targets(label, None) for label in (0, 1)] == [[2], [0]]
 
 
-def test_unknown_names_are_taken_in_order_and_doubtful_ones_warned_of():
+def test_unknown_names_are_mapped_in_order_with_a_warning():
     assert match_classes(["cat", "dog"], 2).warning is None
     assert "label i is taken for class i" in match_classes(["cat", "dog"], 2, ["cat", "eel"]).warning
     classes = match_classes(["cat", "dog"], 5)
@@ -52,7 +52,7 @@ def test_unknown_names_are_taken_in_order_and_doubtful_ones_warned_of():
 
 
 @pytest.mark.parametrize("benchmark", ["imagenet-a", "imagenet-r"])
-def test_subsets_choose_among_their_own_classes(benchmark):
+def test_subsets_predict_among_their_classes(benchmark):
     names = subset_synsets(benchmark)
     for classes in (
         match_classes(names, 1000, benchmark=benchmark),
@@ -72,7 +72,7 @@ def test_subsets_choose_among_their_own_classes(benchmark):
     assert reversed_names.targets(0, None) == [199]
 
 
-def test_real_labels_go_by_file_name():
+def test_real_labels_are_found_by_file_name():
     classes = match_classes(None, 1000, benchmark="imagenet-real")
     # As the Hub's copy names them, with the wnid behind the number; the label says nothing.
     assert (
@@ -84,7 +84,7 @@ def test_real_labels_go_by_file_name():
             classes.targets(0, path)
 
 
-def test_what_cannot_meet_is_refused():
+def test_incompatible_classes_are_refused():
     with pytest.raises(InputError, match="3 classes and the model only 2"):
         match_classes(["a", "b", "c"], 2)
     with pytest.raises(InputError, match="1000 classes"):
@@ -97,7 +97,7 @@ def test_what_cannot_meet_is_refused():
         classes.targets(None, None)
 
 
-def test_benchmarks_are_recognised():
+def test_benchmarks_are_recognized():
     synsets = imagenet_synsets()
     numbers = [str(i) for i in range(1000)]
     assert recognise("ILSVRC/imagenet-1k", "validation", None, None) == "imagenet-1k"

@@ -89,7 +89,7 @@ KINDS = [make_parquet, make_parquet_folder, make_parquet_shards, make_saved, mak
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("make", KINDS)
-def test_reads_every_kind_of_file(tmp_path, make, streaming):
+def test_reads_all_file_formats(tmp_path, make, streaming):
     source = open_source(make(tmp_path), streaming=streaming)
     assert source.split == "validation"
     assert greys(source) == EXPECTED
@@ -99,7 +99,7 @@ def test_reads_every_kind_of_file(tmp_path, make, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_reads_class_folders_whatever_their_names(tmp_path, streaming):
+def test_reads_class_folders_with_any_names(tmp_path, streaming):
     """`datasets` by itself would take these for splits, or one alone for no label at all."""
     save_images(tmp_path / "val", ["bus", "test tube", "train"], 2)
     source = open_source(str(tmp_path / "val"), streaming=streaming)
@@ -126,7 +126,7 @@ def tree(folder: Path, *names: str) -> Path:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_names_are_no_patterns(tmp_path, streaming):
+def test_brackets_in_names_are_not_patterns(tmp_path, streaming):
     """Brackets in names of folders and files: `datasets` takes a name that it is given for a pattern."""
     folder = tree(tmp_path / "d[1]", "a[1]/1.png", "a[1]/x1.png", "a[1]/x[1].png", "b/*.png", "c/0?.png")
     source = open_source(str(folder), streaming=streaming)
@@ -150,13 +150,13 @@ def test_follows_links(tmp_path, streaming):
     assert [label for _, label in greys(source)] == [0, 1, 1, 2]
 
 
-def test_a_readme_beside_class_folders_changes_nothing(tmp_path):
+def test_readme_next_to_class_folders_is_ignored(tmp_path):
     tree(tmp_path, "only/0.png")
     (tmp_path / "README.md").write_text("# My images")
     assert open_source(str(tmp_path)).class_names == ["only"]
 
 
-def test_images_that_need_no_labels(tmp_path):
+def test_images_without_labels(tmp_path):
     """ImageNet's own val folder is flat; ImageNet-ReaL has its labels by file name."""
     tree(tmp_path / "val", "ILSVRC2012_val_00000001.JPEG", "ILSVRC2012_val_00000002.JPEG")
     for streaming in (False, True):
@@ -179,7 +179,7 @@ def test_reads_splits_of_class_folders(tmp_path):
         open_source(str(tmp_path), "test")
 
 
-def test_the_shipped_digits_by_either_way():
+def test_shipped_digits():
     for streaming in (False, True):
         source = open_source(str(SHIPPED_DATA), streaming=streaming)
         assert (source.name, source.split) == ("digits", "validation")
@@ -191,7 +191,7 @@ def test_the_shipped_digits_by_either_way():
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("images", ["", "images"])
 @pytest.mark.parametrize("split", ["", "validation"])
-def test_folders_with_metadata_are_what_it_says(tmp_path, streaming, images, split):
+def test_folders_with_metadata_files(tmp_path, streaming, images, split):
     """Not class folders, though there are folders in them."""
     for part in (split, "train") if split else ("",):
         names = [str(Path(images) / f"{i}.png") for i in range(3)]
@@ -209,7 +209,7 @@ def test_folders_with_metadata_are_what_it_says(tmp_path, streaming, images, spl
 @pytest.mark.parametrize(
     "name", ["metadata.txt", "metadata.json", "metadata.csv", "metadata.jsonl", "metadata.parquet"]
 )
-def test_a_stray_file_named_metadata_changes_nothing(tmp_path, streaming, place, name):
+def test_unrelated_metadata_files_are_ignored(tmp_path, streaming, place, name):
     """`datasets` would read two of these classes as a test split and the others as no images at all."""
     names = ("crash test", "door", "engine test", "wheel")
     data = tree(tmp_path / "data", *(f"{name}/{i}.png" for name in names for i in range(4)))
@@ -220,7 +220,7 @@ def test_a_stray_file_named_metadata_changes_nothing(tmp_path, streaming, place,
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_metadata_of_images_is_read_where_it_names_files(tmp_path, kind):
+def test_metadata_with_file_names_is_read(tmp_path, kind):
     data = tree(tmp_path, "0.png", "sub/1.png")
     rows = datasets.Dataset.from_dict({"label": [7, 8], "file_name": ["0.png", "sub/1.png"]})
     write = {"csv": rows.to_csv, "jsonl": rows.to_json, "parquet": rows.to_parquet}[kind]
@@ -228,7 +228,7 @@ def test_metadata_of_images_is_read_where_it_names_files(tmp_path, kind):
     assert sorted(greys(open_source(str(data)))) == [(0, 7), (1, 8)]
 
 
-def test_a_class_named_as_a_split_hides_no_other(tmp_path):
+def test_class_named_like_a_split(tmp_path):
     tree(tmp_path / "flat", "bus/0.png", "test/1.png", "train/2.png")
     assert greys(open_source(str(tmp_path / "flat"))) == [(0, 0), (1, 1), (2, 2)]
     for name in ("train", "test", "Eval"):
@@ -245,7 +245,7 @@ def test_a_class_named_as_a_split_hides_no_other(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_what_systems_leave_between_images_is_left_out_and_counted(tmp_path, streaming):
+def test_system_files_are_skipped_and_counted(tmp_path, streaming):
     names = [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(3)]
     hidden = ("cat/@eaDir/0.png/THUMB.jpg", "cat/.ipynb_checkpoints/0.png", "dog/.thumbnails/x.png", "@eaDir/a.png",
               "__MACOSX/cat/0.png", "dog/._0.png", "dog/Thumbs.db")  # fmt: skip
@@ -266,7 +266,7 @@ def test_what_systems_leave_between_images_is_left_out_and_counted(tmp_path, str
     assert open_source(str(tree(tmp_path / "clean", "a/0.png")), streaming=streaming).skipped == ""
 
 
-def test_images_are_found_by_the_extensions_of_the_formats_that_are_opened(tmp_path):
+def test_image_extensions_match_supported_formats(tmp_path):
     Image.init()
     registered = {end for end, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO")}
     assert registered == EXTENSIONS
@@ -282,7 +282,7 @@ def test_images_are_found_by_the_extensions_of_the_formats_that_are_opened(tmp_p
     assert [Path(path).name for path in find_images([str(folder)])] == names
 
 
-def test_a_link_to_itself_is_a_file_that_cannot_be_read(tmp_path):
+def test_link_to_itself_is_unreadable(tmp_path):
     data = tree(tmp_path / "data", "cat/0.png", "dog/1.png")
     for link in ("cat/x.png", "self"):
         (data / link).symlink_to(data / link)
@@ -293,7 +293,7 @@ def test_a_link_to_itself_is_a_file_that_cannot_be_read(tmp_path):
         source.read(source.rows[1]["image"])
 
 
-def test_links_that_lead_back_are_followed_once(tmp_path):
+def test_circular_links_are_followed_once(tmp_path):
     data = tree(tmp_path / "data", "cat/0.png", "cat/more/1.png", "dog/2.png")
     tree(tmp_path / "elsewhere", "bird/0.png")
     for link, target in (
@@ -316,7 +316,7 @@ def test_links_that_lead_back_are_followed_once(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.tar", "x.arrow"])
-def test_images_in_folders_beside_data_files_are_not_guessed_at(tmp_path, name):
+def test_images_next_to_data_files_are_refused(tmp_path, name):
     for place in ("", "data/deep"):
         folder = tree(tmp_path / f"beside{len(place)}", "a/0.png", "b/1.png", "data/deep/images/2.png")
         shutil.copy(make_parquet(tmp_path), folder / place / name)
@@ -327,7 +327,7 @@ def test_images_in_folders_beside_data_files_are_not_guessed_at(tmp_path, name):
 
 
 @pytest.mark.parametrize("stray", [False, True])
-def test_parquet_deep_in_folders_or_beside_other_files(tmp_path, stray):
+def test_parquet_in_subfolders_or_next_to_other_files(tmp_path, stray):
     for split, n in (("train", 3), ("validation", 7)):
         folder = tmp_path / split if stray else tmp_path / "default" / split
         folder.mkdir(parents=True)
@@ -337,21 +337,21 @@ def test_parquet_deep_in_folders_or_beside_other_files(tmp_path, stray):
     assert greys(open_source(str(tmp_path))) == EXPECTED
 
 
-def test_a_pattern_keeps_splits_apart(tmp_path):
+def test_pattern_separates_splits(tmp_path):
     for name, n in (("train-0", 3), ("validation-0", 7)):
         dataset(n).to_parquet(tmp_path / f"{name}.parquet")
     assert greys(open_source(str(tmp_path / "*.parquet"))) == EXPECTED
     assert len(open_source(str(tmp_path / "*.parquet"), "train").rows) == 3
 
 
-def test_the_column_called_image_is_the_image(tmp_path):
+def test_column_named_image_is_used(tmp_path):
     rows = dataset(7).rename_column("image", "mask").add_column("image", [png(i + 100) for i in range(7)])
     rows = rows.cast_column("image", datasets.Image()).select_columns(["mask", "image", "label"])
     rows.to_parquet(tmp_path / "val.parquet")
     assert greys(open_source(str(tmp_path / "val.parquet"))) == [(i + 100, i % 3) for i in range(7)]
 
 
-def test_label_column_can_be_chosen(tmp_path):
+def test_label_column(tmp_path):
     rows = dataset(4).rename_column("label", "species").add_column("coarse", [1, 1, 0, 0])
     rows.to_parquet(tmp_path / "test.parquet")
     assert [r["label"] for r in open_source(str(tmp_path / "test.parquet")).rows] == [0, 1, 2, 0]
@@ -360,7 +360,7 @@ def test_label_column_can_be_chosen(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_images_are_left_as_they_are_stored(tmp_path, streaming):
+def test_exif_orientation_is_ignored(tmp_path, streaming):
     """EXIF orientation is ignored, as timm does; `datasets` would turn the image."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -372,7 +372,7 @@ def test_images_are_left_as_they_are_stored(tmp_path, streaming):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "JPEG2000"])
-def test_sixteen_bits_become_eight_by_their_whole_range(kind):
+def test_sixteen_bits_are_scaled_to_eight(kind):
     """Pillow by itself makes 255 of nearly all of them."""
     values = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
     for part in (values, values // 16):  # the same for an image that uses few of them, such as of a 12-bit camera
@@ -389,7 +389,7 @@ def test_eight_bits_are_converted_as_timm_does(mode):
         assert to_mode(image, target).tobytes() == image.convert(target).tobytes()
 
 
-def test_sixteen_bits_are_turned_upright():
+def test_exif_orientation_of_sixteen_bit_images():
     values = np.arange(6, dtype=np.uint16).reshape(2, 3) * 257
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -409,7 +409,7 @@ def test_sixteen_bits_are_turned_upright():
         ("some_org/some_dataset", "there is no folder or file some_org/some_dataset; the Hub cannot be reached"),
     ],
 )
-def test_what_is_not_there(name, words):
+def test_missing_data(name, words):
     with pytest.raises(InputError, match=words):
         open_source(name)
 
@@ -417,7 +417,7 @@ def test_what_is_not_there(name, words):
 @pytest.mark.parametrize(
     "word", ["../no_images", "./no_images", "~/no_images", "a/b/no_images", "no\\images", "/no/images"]
 )
-def test_what_looks_like_a_path_is_not_asked_of_the_hub(hub, tmp_path, monkeypatch, word):
+def test_paths_are_not_requested_from_the_hub(hub, tmp_path, monkeypatch, word):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(InputError, match=r"^there is no folder or file .*images; name a folder"):
@@ -425,13 +425,13 @@ def test_what_looks_like_a_path_is_not_asked_of_the_hub(hub, tmp_path, monkeypat
     assert not hub.requests
 
 
-def test_a_folder_in_the_home_folder(tmp_path, monkeypatch):
+def test_tilde_expands_to_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tree(tmp_path, "data/a/0.png")))
     assert greys(open_source("~/data")) == [(0, 0)]
     assert find_images(["~/data"]) == find_images(["~/data/a/*.png"]) == [str(tmp_path / "data/a/0.png")]
 
 
-def test_a_misspelt_name_names_those_that_are_near(hub, tmp_path, monkeypatch):
+def test_misspelt_names_get_suggestions(hub, tmp_path, monkeypatch):
     tree(tmp_path, "my_images/train/a/0.png")
     monkeypatch.chdir(tmp_path)
     for word, near in (("my_imagse", "my_images"), ("my_images/trian", "my_images/train"), ("./my_image", "my_images")):
@@ -442,7 +442,7 @@ def test_a_misspelt_name_names_those_that_are_near(hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("silent", [False, True])
-def test_a_hub_out_of_reach_is_reported_at_once(monkeypatch, silent):
+def test_unreachable_hub_is_reported_immediately(monkeypatch, silent):
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
@@ -455,7 +455,7 @@ def test_a_hub_out_of_reach_is_reported_at_once(monkeypatch, silent):
         assert time.perf_counter() - start < 5
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+def test_unwritable_cache_is_reported(tmp_path, monkeypatch):
     data = make_parquet(tmp_path)
     (tmp_path / "file").touch()
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
@@ -468,7 +468,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     assert greys(open_source(str(tree(tmp_path / "folders", "a/0.png")))) == [(0, 0)]
 
 
-def test_what_cannot_be_read(tmp_path):
+def test_unreadable_data(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nonsense")
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "empty").mkdir()
@@ -512,7 +512,7 @@ def test_shards_of_several_image_formats(tmp_path, streaming):
 
 
 @pytest.mark.parametrize("label", [b"x", b"1.5", b"", b"9" * 30])
-def test_labels_of_shards_that_are_no_whole_numbers(tmp_path, label):
+def test_shard_labels_must_be_integers(tmp_path, label):
     save_shard(tmp_path / "val.tar", ("0.png", png(0)), ("0.cls", label))
     with pytest.raises(InputError, match=rf"the label {label[:20].decode()} is not a whole number"):
         open_source(str(tmp_path / "val.tar"))
@@ -528,7 +528,7 @@ def test_labels_of_shards_that_are_no_whole_numbers(tmp_path, label):
         lambda content: content[: 512 * 4] + b"damaged " * 64 + content[512 * 5 :],
     ],
 )
-def test_a_tar_file_that_was_cut_off_or_damaged(tmp_path, streaming, damage):
+def test_truncated_or_damaged_tar_file(tmp_path, streaming, damage):
     """Its readers take the damage for the end, and some images would not be counted."""
     make_webdataset(tmp_path)
     (tmp_path / "bad.tar").write_bytes(damage((tmp_path / "val-0.tar").read_bytes()))
@@ -536,7 +536,7 @@ def test_a_tar_file_that_was_cut_off_or_damaged(tmp_path, streaming, damage):
         open_source(str(tmp_path / "bad.tar"), streaming=streaming)
 
 
-def test_columns_that_are_missing(tmp_path):
+def test_missing_columns(tmp_path):
     rows = dataset(3)
     rows.remove_columns("label").to_parquet(tmp_path / "no_label.parquet")
     rows.remove_columns("image").to_parquet(tmp_path / "no_image.parquet")
@@ -553,7 +553,7 @@ def test_columns_that_are_missing(tmp_path):
         open_source(str(tmp_path / "good.parquet"), label_column="colour")
 
 
-def test_several_splits_and_none_to_evaluate_on(tmp_path):
+def test_several_splits_without_an_evaluation_split(tmp_path):
     datasets.DatasetDict({"train": dataset(3), "more": dataset(3)}).save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(InputError, match="choose one: train, more") as error:
         open_source(str(tmp_path / "saved"))
@@ -570,7 +570,7 @@ def test_columns_of_other_types(tmp_path):
     assert greys(open_source(str(tmp_path / "bare.parquet"))) == [(3, 0), (4, 1)]
 
 
-def test_a_corrupt_image_is_told_and_not_raised(tmp_path):
+def test_corrupt_image_is_returned_as_an_error(tmp_path):
     save_images(tmp_path, ["a"], 2)
     content = (tmp_path / "a" / "0.jpg").read_bytes()
     (tmp_path / "a" / "0.jpg").write_bytes(content[: len(content) // 2])
@@ -590,6 +590,6 @@ def test_only_the_chosen_split_is_converted(tmp_path):
     assert greys(open_source(str(folder))) == EXPECTED
 
 
-def test_metadata_of_the_shipped_digits_is_not_needed(tmp_path):
+def test_shipped_digits_without_metadata(tmp_path):
     shutil.copytree(SHIPPED_DATA / "data", tmp_path / "data")
     assert json.dumps(open_source(str(tmp_path)).class_names) == json.dumps([str(i) for i in range(10)])

@@ -57,7 +57,7 @@ def timms_loop(model: torch.nn.Module, folder: Path, memory_format: torch.memory
 
 
 @pytest.mark.slow
-def test_faster_than_timms_loader_and_loop(photographs):
+def test_throughput_against_timm(photographs):
     accelerator = start_processes()
     theirs = timm.create_model(NAME).eval()
     ours = timm.create_model(NAME)

@@ -96,7 +96,7 @@ def requests_made():
     ],
     ids=lambda program: Path(program[0]).stem,
 )  # fmt: skip
-def test_no_program_runs_a_postscript_file(in_process, ghostscript, tmp_path, two_classes, program):
+def test_programs_do_not_run_postscript_files(in_process, ghostscript, tmp_path, two_classes, program):
     for name in ("a/holiday.jpg", "a/sea.png", "b/holiday.jpg", "b/sea.png"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).write_bytes(EPS)
@@ -108,7 +108,7 @@ def test_no_program_runs_a_postscript_file(in_process, ghostscript, tmp_path, tw
 
 @pytest.mark.first_case
 @pytest.mark.parametrize("task", ["segmentation", "saliency", "detection", "keypoints"])
-def test_no_task_runs_a_postscript_file(in_process, ghostscript, tmp_path, task):
+def test_tasks_do_not_run_postscript_files(in_process, ghostscript, tmp_path, task):
     """As an image, and as the mask of one."""
     data = tmp_path / "data"
     size = picture("JPEG", (100, 100))
@@ -144,7 +144,7 @@ def test_no_task_runs_a_postscript_file(in_process, ghostscript, tmp_path, task)
 
 
 @pytest.mark.parametrize("format", [*FORMATS, "MPO", "TIFF-LZW"])
-def test_the_formats_that_people_have_are_read(tmp_path, format):
+def test_common_image_formats_are_read(tmp_path, format):
     kind, _, packing = format.partition("-")
     content = picture(kind, **({"compression": "tiff_lzw"} if packing else {}))
     (tmp_path / "image.jpg").write_bytes(content)
@@ -203,7 +203,7 @@ def hostile_path(kind: str, folder: Path, port: int) -> str:
 @pytest.mark.first_case
 @pytest.mark.parametrize("kind", HOSTILE_PATHS)
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_path_in_a_dataset_leads_nowhere_else(tmp_path, requests_made, kind, streaming):
+def test_paths_in_a_dataset_must_stay_inside(tmp_path, requests_made, kind, streaming):
     port, paths = requests_made
     data = image_table(tmp_path / "data" / "validation.parquet", [hostile_path(kind, tmp_path, port)]).parent
     (data / "link").symlink_to(tmp_path)
@@ -214,7 +214,7 @@ def test_a_path_in_a_dataset_leads_nowhere_else(tmp_path, requests_made, kind, s
     assert not paths and not (tmp_path / "ran").exists()
 
 
-def test_no_program_follows_a_path_in_a_dataset(in_process, tmp_path, requests_made):
+def test_programs_do_not_follow_paths_out_of_a_dataset(in_process, tmp_path, requests_made):
     """With --skip-corrupt too: it is not the image that is damaged."""
     port, paths = requests_made
     data = image_table(tmp_path / "data" / "train.parquet", [f"http://127.0.0.1:{port}/x.png"] * 4, [0, 1, 0, 1])
@@ -231,7 +231,7 @@ def test_no_program_follows_a_path_in_a_dataset(in_process, tmp_path, requests_m
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_relative_path_beside_a_parquet_file_is_read(tmp_path, streaming):
+def test_relative_paths_next_to_a_parquet_file_are_read(tmp_path, streaming):
     data = image_table(tmp_path / "data" / "deep" / "validation.parquet", ["images/0.png", "./images/../images/0.png"])
     (data.parent / "images").mkdir()
     (data.parent / "images" / "0.png").write_bytes(picture())
@@ -257,7 +257,7 @@ def test_folders_of_images_with_metadata_are_read(tmp_path, streaming, monkeypat
     ["http://127.0.0.1:{port}/x.parquet", "reference://k::http://127.0.0.1:{port}/spec.json", "../other/*.parquet",
      "/{tmp}/other/*.parquet", "zip://*.parquet::http://127.0.0.1:{port}/a.zip"],
 )  # fmt: skip
-def test_a_card_names_no_files_elsewhere(tmp_path, requests_made, name, pattern):
+def test_cards_cannot_refer_to_files_elsewhere(tmp_path, requests_made, name, pattern):
     port, paths = requests_made
     image_table(tmp_path / "other" / "train.parquet", ["x.png"])
     data = save_images(tmp_path / "data", ["a", "b"], 1)
@@ -272,7 +272,7 @@ def test_a_card_names_no_files_elsewhere(tmp_path, requests_made, name, pattern)
     assert not paths
 
 
-def test_jpegs_that_claim_more_pixels_than_they_hold(in_process, tmp_path):
+def test_jpegs_with_a_false_size(in_process, tmp_path):
     content = picture("JPEG", (1600, 1600))
     with open_image(content) as image:  # of one colour: hardly a JPEG holds more pixels in a byte
         assert image.convert("RGB").getpixel((800, 800))[0] > 190
@@ -285,7 +285,7 @@ def test_jpegs_that_claim_more_pixels_than_they_hold(in_process, tmp_path):
 
 @pytest.mark.first_case
 @pytest.mark.parametrize("name", ["../other.arrow", "/other.arrow", "pipe.arrow", "zero.arrow", 7, "https://x/y.arrow"])
-def test_a_saved_dataset_names_regular_files_of_its_own(tmp_path, name):
+def test_saved_datasets_refer_only_to_their_own_files(tmp_path, name):
     import datasets
 
     folder = tmp_path / "saved"
@@ -300,7 +300,7 @@ def test_a_saved_dataset_names_regular_files_of_its_own(tmp_path, name):
 
 
 @pytest.mark.parametrize("split", ["../other", "/tmp", "https://x/y", ".."])
-def test_a_saved_dataset_names_splits_of_its_own(tmp_path, split):
+def test_saved_datasets_refer_only_to_their_own_splits(tmp_path, split):
     (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": [split]}))
     with pytest.raises(InputError, match="outside of their folder"):
         open_source(str(tmp_path))

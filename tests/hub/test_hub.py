@@ -67,7 +67,7 @@ def writes(hub: Hub) -> list[str]:
 
 
 class TestPublish:
-    def test_one_commit_and_again_nothing(self, hub, publish, folder):
+    def test_publishing_is_one_commit_and_idempotent(self, hub, publish, folder):
         result = publish(folder, "--repo-id", REPO)
         assert result.returncode == 0, result.stderr
         files = read_tree(folder)
@@ -89,7 +89,7 @@ class TestPublish:
         assert publish(folder, "--repo-id", REPO).returncode == 0
         assert len(commits(hub)) == 3 and "2 files" in commits(hub)[0] and not [r for r in writes(hub) if "PUT" in r]
 
-    def test_dry_run_shows_exactly_what_would_go_and_sends_nothing(self, hub, publish, folder):
+    def test_dry_run_lists_the_upload_and_sends_nothing(self, hub, publish, folder):
         result = publish(folder, "--repo-id", REPO, "--dry-run")
         assert result.returncode == 0 and not writes(hub) and not hub.repositories
         rows = [[cell.strip() for cell in line.split("|")[1:5]] for line in result.stdout.splitlines() if "|" in line]
@@ -111,14 +111,14 @@ class TestPublish:
             "metrics.csv"
         ]
 
-    def test_what_tools_leave_does_not_go(self, hub, publish, folder):
+    def test_hidden_files_are_not_uploaded(self, hub, publish, folder):
         for name in (".cache/huggingface/download/x.metadata", ".git/config", "model.safetensors.0123.part", ".env"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text("x")
         assert publish(folder, "--repo-id", REPO).returncode == 0
         assert set(hub.files(KEY)) == {*read_tree(SHIPPED_MODEL), ".gitattributes"}
 
-    def test_a_different_weight_is_not_overwritten_without_force(self, hub, publish, folder):
+    def test_different_weights_are_not_overwritten_without_force(self, hub, publish, folder):
         publish(folder, "--repo-id", REPO)
         before = hub.sha(KEY)
         change_weights(folder)
@@ -129,7 +129,7 @@ class TestPublish:
         assert hub.files(KEY)["model.safetensors"] == (folder / "model.safetensors").read_bytes()
 
     @pytest.mark.full
-    def test_a_different_weight_on_a_branch_of_its_own(self, hub, publish, folder):
+    def test_different_weights_on_a_new_branch(self, hub, publish, folder):
         publish(folder, "--repo-id", REPO)
         before = hub.sha(KEY)
         change_weights(folder)
@@ -142,20 +142,20 @@ class TestPublish:
         change_weights(folder)  # now there is something to lose
         assert "at v2" in input_error(publish(folder, "--repo-id", REPO, "--revision", "v2"))
 
-    def test_somebody_else_puts_a_weight_there_meanwhile(self, hub, publish, folder):
+    def test_concurrent_commit_of_weights(self, hub, publish, folder):
         hub.add(KEY, {"README.md": "# theirs"})
         theirs = {"model.safetensors": b"theirs"}
         hub.before("POST .*/commit/", lambda: hub.commit(KEY, theirs, author="other"))
         assert "different model.safetensors" in input_error(publish(folder, "--repo-id", REPO))
         assert hub.files(KEY)["model.safetensors"] == b"theirs"
 
-    def test_somebody_else_commits_something_else_meanwhile(self, hub, publish, folder):
+    def test_concurrent_commit_of_other_files(self, hub, publish, folder):
         hub.add(KEY, {"README.md": "# theirs"})
         hub.before("POST .*/commit/", lambda: hub.commit(KEY, {"theirs.txt": b"1"}, author="other"))
         assert publish(folder, "--repo-id", REPO).returncode == 0
         assert hub.files(KEY) == {**read_tree(folder), "theirs.txt": b"1"} and len(commits(hub)) == 3
 
-    def test_pull_request_once(self, hub, publish, folder):
+    def test_pull_request_is_idempotent(self, hub, publish, folder):
         hub.add("models/other/tiny", {"README.md": "# theirs", "model.safetensors": b"theirs"})
         for words in ("proposed: ", "already proposed: "):
             result = publish(folder, "--repo-id", "other/tiny", "--create-pr")
@@ -181,7 +181,7 @@ class TestPublish:
         ("license", "words"),
         [(None, "states no licence"), ("other", "unknown"), ("cc-by-nc-nd-4.0", "forbids"), ("unknown", "unknown")],
     )
-    def test_a_licence_that_does_not_allow_it(self, hub, publish, folder, license, words):
+    def test_publishing_refuses_restrictive_licences(self, hub, publish, folder, license, words):
         card = ModelCard.load(folder / "README.md")
         card.data.license = license
         card.save(folder / "README.md")
@@ -191,11 +191,11 @@ class TestPublish:
         assert publish(folder, "--repo-id", "zoo/open", "--despite-license").returncode == 0
 
     @pytest.mark.parametrize("license", ["apache-2.0", "mit", "cc-by-nc-sa-4.0", "bsd-3-clause", "cc0-1.0", "gpl-3.0"])
-    def test_a_licence_that_allows_it(self, license):
+    def test_redistributable_licences(self, license):
         assert re.fullmatch(publishing.REDISTRIBUTABLE, license)
 
     @pytest.mark.parametrize("license", ["apache-2x0", "cc-by-nd-4.0", "", "llama3", "cc-by-nc-nd-4.0"])
-    def test_a_licence_that_does_not(self, license):
+    def test_other_licences(self, license):
         assert not re.fullmatch(publishing.REDISTRIBUTABLE, license)
 
     @pytest.mark.first_case
@@ -208,7 +208,7 @@ class TestPublish:
             ("", "log in"),
         ],
     )
-    def test_who_may_not(self, hub, publish, folder, monkeypatch, token, words):
+    def test_missing_permissions(self, hub, publish, folder, monkeypatch, token, words):
         monkeypatch.setenv("HF_TOKEN", token)
         assert words in input_error(publish(folder, "--repo-id", REPO)) and not hub.repositories
         hub.add(KEY, {"README.md": "# theirs"})
@@ -228,7 +228,7 @@ class TestPublish:
             (lambda f: (f / "link.txt").symlink_to(ROOT / "LICENSE"), "is a link to a file outside"),
         ],
     )
-    def test_a_folder_that_is_not_right(self, hub, publish, folder, spoil, words):
+    def test_invalid_folders(self, hub, publish, folder, spoil, words):
         spoil(folder)
         assert words in input_error(publish(folder, "--repo-id", REPO)) and not writes(hub)
 
@@ -277,7 +277,7 @@ class TestPublishAll:
 
     PADDLE, HOLOCRON = "res2net50_pd_14w_8s.pd_in1k", "res2net50_26w_4s.holocron_imagenette"
 
-    def test_what_no_hub_has_goes_and_is_recorded(self, hub, publish, catalogue, tmp_path):
+    def test_unpublished_checkpoints_are_published_and_recorded(self, hub, publish, catalogue, tmp_path):
         before = catalogue.read_text()
         args = ["--all", "--org", "zoo-org", "--mirror", tmp_path / "mirror"]
         assert publish(*args, "--dry-run").returncode == 0 and not writes(hub) and catalogue.read_text() == before
@@ -305,7 +305,7 @@ class TestPublishAll:
         assert len(hub.repositories) == 2 and all(r.private for r in hub.repositories.values())
         assert catalogue.read_text() == before
 
-    def test_a_weight_is_known_by_what_it_is_from(self, hub, publish, catalogue, tmp_path):
+    def test_weights_are_identified_by_their_source(self, hub, publish, catalogue, tmp_path):
         """Another tag and another licence on the card do not make another weight of it."""
         folder = tmp_path / "mirror" / self.HOLOCRON
         config = json.loads((folder / "config.json").read_text())
@@ -323,7 +323,7 @@ class TestPublishAll:
         assert "states mit, the release Apache-2.0" in line and not hub.repositories
 
     @pytest.mark.full
-    def test_one_that_fails_does_not_keep_the_others_back(self, hub, publish, catalogue, tmp_path):
+    def test_failure_does_not_stop_other_checkpoints(self, hub, publish, catalogue, tmp_path):
         hub.add(f"models/zoo-org/{self.PADDLE}", {"model.safetensors": b"another"})
         result = publish("--all", "--org", "zoo-org", "--mirror", tmp_path / "mirror", "--despite-license")
         errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -351,7 +351,7 @@ class TestFaults:
     @pytest.mark.first_case
     @pytest.mark.parametrize("pattern", CALLS)
     @pytest.mark.parametrize("fault", ["503 twice", "429", "lost answer"])
-    def test_publish_bears_it(self, hub, publish, folder, pattern, fault):
+    def test_publish_retries(self, hub, publish, folder, pattern, fault):
         if fault == "lost answer":
             hub.drop_answer(pattern)
         else:
@@ -372,7 +372,7 @@ class TestFaults:
         assert len(hub.repositories["models/other/tiny"].pulls) == 1
 
     @pytest.mark.full
-    def test_interrupted_for_good_it_goes_on_when_run_again(self, hub, publish, folder):
+    def test_interrupted_upload_is_resumed_by_the_next_run(self, hub, publish, folder):
         hub.fail("POST .*/commit/", 503, times=99)
         assert "run it again" in input_error(publish(folder, "--repo-id", REPO))
         assert len(commits(hub)) == 1
@@ -381,7 +381,7 @@ class TestFaults:
         assert publish(folder, "--repo-id", REPO).returncode == 0 and len(commits(hub)) == 2
         assert not [r for r in hub.requests if r.startswith("PUT")]  # the weights are there already
 
-    def test_a_server_that_is_not_there(self, publish, folder, monkeypatch):
+    def test_unreachable_server(self, publish, folder, monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
         assert "cannot reach http://127.0.0.1:9" in input_error(publish(folder, "--repo-id", REPO))
 
@@ -389,7 +389,7 @@ class TestFaults:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         assert "HF_HUB_OFFLINE is set" in input_error(publish(folder, "--repo-id", REPO))
 
-    def test_a_wrong_byte_never_gets_into_a_model(self, hub, folder):
+    def test_corrupted_downloads_are_not_loaded(self, hub, folder):
         hub.add(KEY, folder)
         size = len(hub.files(KEY)["model.safetensors"])
         for place in (20, size - 100):  # in the header, which safetensors notices, and in a weight
@@ -400,7 +400,7 @@ class TestFaults:
         timm.create_model(f"hf-hub:{REPO}", pretrained=True)
         assert len(list(Path(constants.HF_HUB_CACHE).rglob("model.safetensors"))) == 1
 
-    def test_a_weight_is_hashed_once(self, hub, folder, monkeypatch):
+    def test_weights_are_hashed_once(self, hub, folder, monkeypatch):
         hub.add(KEY, folder)
         seen = []
         monkeypatch.setattr("res2net_zoo.utils.hub_client.sha256_of", lambda path: seen.append(path) or sha256_of(path))
@@ -414,7 +414,7 @@ class TestFaults:
         with pytest.raises(InputError, match="removed from the cache"):
             timm.create_model(f"hf-hub:{REPO}", pretrained=True)
 
-    def test_a_wrong_byte_in_a_repository_without_safetensors(self, hub, folder):
+    def test_corrupted_download_without_safetensors(self, hub, folder):
         torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
         hub.add(KEY, folder)
@@ -423,7 +423,7 @@ class TestFaults:
             timm.create_model(f"hf-hub:{REPO}", pretrained=True)
         timm.create_model(f"hf-hub:{REPO}", pretrained=True)
 
-    def test_a_mirror_is_of_the_catalogue_alone(self, hub, folder, monkeypatch, tmp_path):
+    def test_mirror_applies_to_the_catalogue_only(self, hub, folder, monkeypatch, tmp_path):
         """Repositories and weights that somebody names otherwise are theirs."""
         monkeypatch.setenv("RES2NET_ZOO_MIRROR", str(tmp_path / "empty"))
         config = json.loads((folder / "config.json").read_text())
@@ -451,7 +451,7 @@ class TestFaults:
             assert "cannot store zoo/tiny in the cache" in input_error(in_process("hub/verify.py", REPO))
         assert in_process("hub/verify.py", REPO).returncode == 0
 
-    def test_a_hash_that_the_catalogue_records(self, hub, folder, monkeypatch):
+    def test_hash_in_the_catalogue(self, hub, folder, monkeypatch):
         from res2net_zoo.utils.hub_client import check_cached
 
         hub.add(KEY, folder)
@@ -504,7 +504,7 @@ class TestVerify:
         assert result.returncode == 1 and {name.split(" of ")[0] for name in failed} == failing
         assert f"{len(failing)} of" in result.stdout.splitlines()[-1]
 
-    def test_another_wiring_shows_in_the_logits_alone(self, in_process, folder):
+    def test_wrong_wiring_changes_only_the_logits(self, in_process, folder):
         config = json.loads((folder / "config.json").read_text())
         config["model_args"]["block_args"] = {"wiring": "paddle"}
         (folder / "config.json").write_text(json.dumps(config))
@@ -512,7 +512,7 @@ class TestVerify:
         failed = [line.split("|")[1].strip() for line in result.stdout.splitlines() if "| FAILED |" in line]
         assert result.returncode == 1 and failed == ["logits"]
 
-    def test_what_timm_saves_after_training_is_not_the_catalogues(self, in_process, tmp_path):
+    def test_weights_saved_by_timm_are_not_identified_as_the_catalogues(self, in_process, tmp_path):
         """It keeps the tag of the weight that it started from."""
         trained = timm.create_model("dla60_res2next", drop_rate=0.1)
         trained.pretrained_cfg |= dict(tag="in1k", crop_pct=0.95)
@@ -520,7 +520,7 @@ class TestVerify:
         result = in_process("hub/verify.py", tmp_path)
         assert result.returncode == 0 and "preprocessing" not in result.stdout
 
-    def test_preprocessing_of_the_catalogues(self, in_process, tmp_path):
+    def test_preprocessing_must_match_the_catalogue(self, in_process, tmp_path):
         from res2net_zoo.weights.model_folder import write_converted
 
         checkpoint = catalog.load().checkpoints["dla60_res2next.in1k"]
@@ -552,24 +552,24 @@ class TestVerify:
         ],
         ids=str,
     )
-    def test_a_fingerprint_that_cannot_be(self, in_process, folder, change):
+    def test_invalid_fingerprint(self, in_process, folder, change):
         content = json.loads((folder / "fingerprint.json").read_text())
         (folder / "fingerprint.json").write_text(json.dumps(content | change))
         assert "is not a valid fingerprint" in input_error(in_process("hub/verify.py", folder))
 
     @pytest.mark.first_case
     @pytest.mark.parametrize("name", ["fingerprint.json", "config.json"])
-    def test_json_of_great_depth(self, in_process, folder, name):
+    def test_deeply_nested_json(self, in_process, folder, name):
         (folder / name).write_text("[" * 100_000)
         assert name.partition(".")[0] in input_error(in_process("hub/verify.py", folder)) or name == "config.json"
 
-    def test_a_new_classifier_of_zeros_has_a_fingerprint(self, in_process, folder):
+    def test_fingerprint_of_a_zero_classifier(self, in_process, folder):
         tensors = load_file(folder / "model.safetensors")
         save_weights({k: t * (not k.startswith("fc.")) for k, t in tensors.items()}, folder / "model.safetensors", {})
         fingerprint.write(folder)
         assert in_process("hub/verify.py", folder).returncode == 0
 
-    def test_without_a_fingerprint_it_says_so(self, in_process, folder):
+    def test_missing_fingerprint_is_reported(self, in_process, folder):
         (folder / "fingerprint.json").unlink()
         result = in_process("hub/verify.py", folder)
         assert (
@@ -588,13 +588,13 @@ class TestVerify:
     def test_bad_input(self, hub, in_process, target, words):
         assert words in input_error(in_process("hub/verify.py", target))
 
-    def test_a_revision_that_is_not_there(self, hub, in_process, folder):
+    def test_missing_revision(self, hub, in_process, folder):
         hub.add(KEY, folder)
         assert "revision not found" in input_error(in_process("hub/verify.py", REPO, "--revision", "v9"))
 
     @pytest.mark.first_case
     @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-    def test_wrong_bytes_on_the_way(self, hub, in_process, folder, name):
+    def test_corrupted_download(self, hub, in_process, folder, name):
         hub.add(KEY, folder)
         hub.corrupt(f"GET .*{name}", at_byte=400)
         line = input_error(in_process("hub/verify.py", REPO))
@@ -608,7 +608,7 @@ class TestVerify:
             monkeypatch.setenv("HF_TOKEN", token)
             assert "is private and you are not logged in" in input_error(in_process("hub/verify.py", REPO))
 
-    def test_what_a_user_sees_when_the_hub_is_busy(self, hub, in_process, folder):
+    def test_message_for_a_busy_hub(self, hub, in_process, folder):
         hub.add(KEY, folder)
         hub.fail("GET /api/models/zoo/tiny", times=2)
         assert in_process("hub/verify.py", REPO).returncode == 0
@@ -650,14 +650,14 @@ class TestCards:
             assert entry.value == imagenet[0].top1 and entry.source_name == imagenet[0].source and entry.source_url
 
     @pytest.mark.full
-    def test_timms_own_names(self):
+    def test_names_of_timm(self):
         from res2net_zoo.weights.card import in_timm
 
         code = "import timm; print(*timm.list_models('*res2ne*'))"
         timms = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
         assert len(timms) == 11 and {name for name in catalog.load().architectures if in_timm(name)} == set(timms)
 
-    def test_the_code_of_a_card_runs(self, tmp_path, monkeypatch, hub):
+    def test_code_in_cards_runs(self, tmp_path, monkeypatch, hub):
         """All of it, one block after the other, on a mirror of random weights."""
         from PIL import Image
 
@@ -696,7 +696,7 @@ class TestMirror:
         hub.add(f"models/{checkpoint.hub_id}", made)
         return checkpoint.name
 
-    def test_from_the_hub_and_used_with_no_network(self, hub, in_process, entry, tmp_path, monkeypatch):
+    def test_mirror_from_the_hub_is_used_offline(self, hub, in_process, entry, tmp_path, monkeypatch):
         root = tmp_path / "mirror"
         result = in_process("hub/mirror.py", "--to", root, "--model", entry)
         assert result.returncode == 0, result.stderr
@@ -719,7 +719,7 @@ class TestMirror:
         assert in_process("hub/verify.py", root / entry).returncode == 0
 
     @pytest.mark.full
-    def test_a_server_that_dies_is_gone_on_with(self, hub, in_process, entry, tmp_path):
+    def test_interrupted_download_is_resumed(self, hub, in_process, entry, tmp_path):
         root = tmp_path / "mirror"
         hub.cut("GET /cdn/", at_byte=50_000_000, reset=True)
         hub.cut("GET /cdn/", at_byte=100_000, reset=True, times=3)
@@ -736,7 +736,7 @@ class TestMirror:
         assert not list(root.rglob("*.part"))
 
     @pytest.mark.full
-    def test_a_wrong_byte(self, hub, in_process, entry, tmp_path):
+    def test_corrupted_file(self, hub, in_process, entry, tmp_path):
         hub.corrupt("GET /cdn/", at_byte=9_000_000)
         line = input_error(in_process("hub/mirror.py", "--to", tmp_path / "mirror", "--model", entry))
         assert "model.safetensors of timm/dla60_res2next.in1k has the hash" in line
@@ -752,14 +752,14 @@ class TestMirror:
         assert in_process("hub/mirror.py", "--to", root, "--model", entry).returncode == 0
 
     @pytest.mark.full
-    def test_a_damaged_mirror_is_told(self, hub, in_process, entry, tmp_path):
+    def test_damaged_mirror_is_reported(self, hub, in_process, entry, tmp_path):
         root = tmp_path / "mirror"
         in_process("hub/mirror.py", "--to", root, "--model", entry)
         os.truncate(root / entry / "model.safetensors", 1000)
         line = input_error(in_process("hub/mirror.py", "--to", root, "--model", entry))
         assert "is damaged (SHA-256 of model.safetensors" in line
 
-    def test_a_repository_that_is_not_the_checkpoint(self, hub, in_process, entry, tmp_path):
+    def test_repository_with_another_checkpoint(self, hub, in_process, entry, tmp_path):
         from res2net_zoo.weights.model_folder import write_converted
 
         checkpoint = catalog.load().checkpoints[entry]
@@ -776,7 +776,7 @@ class TestMirror:
 
     @pytest.mark.first_case
     @pytest.mark.parametrize("config", [None, "{", '{"architecture": "resnet18"}', "tiny"])
-    def test_a_repository_that_holds_another_model(self, hub, in_process, entry, tmp_path, config):
+    def test_repository_with_another_model(self, hub, in_process, entry, tmp_path, config):
         key = f"models/timm/{entry}"
         if config == "tiny":
             hub.commit(key, read_tree(SHIPPED_MODEL))
@@ -794,7 +794,7 @@ class TestMirror:
         assert mine <= hub.files(key).keys()
 
     @pytest.mark.full
-    def test_what_cannot_be_had_does_not_keep_the_others_back(self, hub, in_process, entry, tmp_path):
+    def test_unavailable_checkpoints_do_not_stop_others(self, hub, in_process, entry, tmp_path):
         root = tmp_path / "mirror"
         args = ["--to", root, "--model", "res2net101_26w_4s.in1k", entry, "res2net152d.in1k"]
         result = in_process("hub/mirror.py", *args)
@@ -805,7 +805,7 @@ class TestMirror:
         assert "2 of 3 are missing" in errors[2] and (root / entry / "config.json").is_file()
 
     @pytest.mark.full
-    def test_two_at_once(self, hub, in_process, entry, tmp_path):
+    def test_concurrent_mirrors(self, hub, in_process, entry, tmp_path):
         from huggingface_hub.utils import WeakFileLock
 
         root = tmp_path / "mirror"
@@ -838,7 +838,7 @@ def house(tmp_path) -> Path:
 
 
 @pytest.mark.full
-def test_the_whole_journey(original, model, house, tmp_path):  # noqa: F811
+def test_from_release_to_hub_and_back(original, model, house, tmp_path):  # noqa: F811
     """From a release to the Hub, and by every way back, each step a process of its own."""
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():

@@ -112,7 +112,7 @@ class TestReading:
         assert api(hub).list_repo_files(NAME) == sorted(hub.files(KEY))
         assert len(asked(hub, "/tree/")) == 5  # 8 files and 2 folders
 
-    def test_what_is_missing(self, hub, tmp_path):
+    def test_missing_files_and_repositories(self, hub, tmp_path):
         for token in (TOKEN, False):
             with pytest.raises(RepositoryNotFoundError) as caught:
                 api(hub, token).model_info("zoo/nothing")
@@ -224,7 +224,7 @@ class TestWriting:
             commit(hub, {"README.md": b"---\nlicense: mit\n"})
         commit(hub, {"README.md": b"---\nlicense: mit\n---\n# net\n"})
 
-    def test_many_at_once(self, hub):
+    def test_concurrent_requests(self, hub):
         threads = [threading.Thread(target=commit, args=(hub, {f"{i}.bin": WEIGHTS[i:]})) for i in range(6)]
         for thread in threads:
             thread.start()
@@ -296,7 +296,7 @@ class TestFaults:
         return Path(hf_hub_download(NAME, name, endpoint=hub.endpoint, cache_dir=cache, **more)).read_bytes()
 
     @pytest.mark.parametrize("what", ["/preupload/", "/objects/batch", "PUT ", "/verify$", "/tree/", "/commits/"])
-    def test_tried_again(self, hub, quick, what):
+    def test_retried_requests(self, hub, quick, what):
         for fault in (hub.fail, hub.drop_answer):
             fault(what, times=2)
             hub.fail(what, 429, headers={"Retry-After": "0"})
@@ -306,7 +306,7 @@ class TestFaults:
             api(hub).list_repo_commits(NAME)
             assert len(asked(hub, what.strip("$ "))) >= 4 and not hub.faults
 
-    def test_six_times_and_no_more(self, hub, quick):
+    def test_at_most_six_attempts(self, hub, quick):
         hub.fail("PUT ", times=99)
         with pytest.raises(RuntimeError) as caught:
             commit(hub, {"w.bin": b"1"})
@@ -315,7 +315,7 @@ class TestFaults:
     @pytest.mark.parametrize(
         "what", ["/commit/", "repos/create", "validate-yaml", "GET /api/models/[^/]+/[^/]+$", "paths-info"]
     )
-    def test_not_tried_again(self, hub, what):
+    def test_requests_without_retries(self, hub, what):
         def call() -> None:
             api(hub).create_repo("zoo/other", exist_ok=True)
             api(hub).model_info(NAME)
@@ -332,7 +332,7 @@ class TestFaults:
         assert not isinstance(caught.value, OSError)  # as a HfHubHTTPError would be
         assert not hub.faults
 
-    def test_the_commit_that_landed(self, hub):
+    def test_commit_with_lost_response(self, hub):
         before = hub.sha(KEY)
         operation = CommitOperationAdd("new", b"1")
         hub.drop_answer("/commit/")
@@ -360,7 +360,7 @@ class TestFaults:
         assert hub.files(KEY)["w.bin"] == WEIGHTS[::-1]
 
     @pytest.mark.parametrize("redirect", [True, False])
-    def test_cut_download_goes_on(self, hub, tmp_path, quick, redirect):
+    def test_cut_download_is_resumed(self, hub, tmp_path, quick, redirect):
         hub.redirect = redirect
         hub.cut("GET .*safetensors", 100_000, times=2)
         assert self.download(hub, tmp_path) == WEIGHTS and len(asked(hub, "GET")) == 3
@@ -371,7 +371,7 @@ class TestFaults:
         assert len(asked(hub, "GET")) == 3 + 6
         assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".incomplete")]
 
-    def test_reset_download_does_not(self, hub, tmp_path):
+    def test_reset_download_is_not_resumed(self, hub, tmp_path):
         hub.cut("GET /cdn", 100_000, reset=True)
         with pytest.raises(HTTPError, match="reset"):
             self.download(hub, tmp_path)
@@ -417,7 +417,7 @@ class TestFaults:
         hub.delay("GET /cdn", 1)
         assert self.download(hub, tmp_path) == WEIGHTS and len(asked(hub, "GET /cdn")) == 2
 
-    def test_planned_for_later(self, hub, tmp_path):
+    def test_delayed_fault(self, hub, tmp_path):
         hub.fail("GET .*/api/models", 500, after=1)
         api(hub).model_info(NAME)
         with pytest.raises(HfHubHTTPError, match="500"):

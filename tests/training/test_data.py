@@ -39,7 +39,7 @@ def keys(order: Order, epoch: int = 0, first: int = 0) -> list[list[tuple[int, i
 @given(
     images=st.integers(1, 200), batch=st.integers(1, 8), world=st.integers(1, 4), seed=st.integers(0, 9), data=st.data()
 )
-def test_several_processes_see_what_one_sees_with_larger_batches(images, batch, world, seed, data):
+def test_several_processes_get_the_images_of_one_with_larger_batches(images, batch, world, seed, data):
     steps = images // (batch * world)
     first = data.draw(st.integers(0, steps))
     one = keys(Order(range(images), batch * world, 0, 1, seed, None, 1, steps), 3)
@@ -49,20 +49,20 @@ def test_several_processes_see_what_one_sees_with_larger_batches(images, batch, 
     assert len(set(seen)) == len(seen) == steps * batch * world
 
 
-def test_each_epoch_has_an_order_of_its_own():
+def test_each_epoch_has_a_different_order():
     order = Order(range(100), 10, 0, 1, 0, None, 1, 10)
     first, second = ([index for part in keys(order, epoch) for _, _, index in part] for epoch in (0, 1))
     assert sorted(first) == sorted(second) == list(range(100)) and first != second != sorted(second)
     assert keys(order) == keys(Order(range(100), 10, 0, 1, 0, None, 1, 10))
 
 
-def test_repeated_augmentation_shows_fewer_images_more_often():
+def test_repeated_augmentation_uses_fewer_images_more_often():
     order = Order(range(99), 9, 0, 1, 0, None, 3, 11)
     for part in keys(order):
         assert sorted(np.unique([index for _, _, index in part], return_counts=True)[1]) == [3, 3, 3]
 
 
-def test_balanced_sampling_draws_all_classes_alike():
+def test_balanced_sampling_draws_all_classes_equally():
     labels = torch.tensor([0] * 900 + [1] * 100)
     weights = balanced([900, 100])[labels]
     order = Order(range(1000), 100, 0, 1, 0, weights, 1, 10)
@@ -70,7 +70,7 @@ def test_balanced_sampling_draws_all_classes_alike():
     assert 0.4 < drawn.float().mean() < 0.6
 
 
-def test_class_weights_are_the_same_over_one_batch_or_its_parts():
+def test_class_weights_do_not_depend_on_batches():
     """And they make two classes count alike, whichever of them is rare."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(8, 2, generator=generator)
@@ -103,7 +103,7 @@ def same(some, others) -> bool:
     )
 
 
-def test_augmentation_is_the_same_with_any_workers_and_from_any_batch_on(accelerator, tmp_path):
+def test_augmentation_does_not_depend_on_workers_or_first_batch(accelerator, tmp_path):
     save_images(tmp_path / "train", ["a", "b"], 12)
     save_images(tmp_path / "val", ["a", "b"], 2)
     data = open_training_data(str(tmp_path), accelerator)
@@ -130,7 +130,7 @@ def images_in(loaded) -> list[bytes]:
     return [image[:3].numpy().tobytes() for images, _ in loaded for image in images]
 
 
-def test_a_stream_is_shuffled_goes_around_and_can_be_taken_up_again(accelerator, shards):
+def test_stream_is_shuffled_repeated_and_resumable(accelerator, shards):
     data = open_training_data(str(shards), accelerator, streaming=True)
     assert data.num_images == 40 and len(data.names) == 10 and data.valid.num_rows == 10
     whole = load(data, accelerator, workers=2, count=10, buffer=20)
@@ -144,7 +144,7 @@ def test_a_stream_is_shuffled_goes_around_and_can_be_taken_up_again(accelerator,
 
 
 @pytest.mark.full
-def test_a_streams_order_does_not_depend_on_which_worker_is_faster(accelerator, tmp_path):
+def test_stream_order_does_not_depend_on_worker_speed(accelerator, tmp_path):
     """Over many passes, in which workers come to be in different ones."""
     save_images(tmp_path / "train", ["a", "b"], 5)
     save_images(tmp_path / "val", ["a", "b"], 1)
@@ -154,7 +154,7 @@ def test_a_streams_order_does_not_depend_on_which_worker_is_faster(accelerator, 
         assert same(first, load(data, accelerator, workers=2, batch=3, count=40, buffer=4))
 
 
-def test_processes_read_files_of_their_own(shards):
+def test_processes_read_different_files(shards):
     rows = open_source(str(shards), "train", streaming=True).rows
     shares = [share_of_stream(rows, rank, 4, 1) for rank in range(4)]
     assert all(alone for _, alone in shares)
@@ -174,7 +174,7 @@ def test_processes_read_files_of_their_own(shards):
     fraction=st.integers(5, 50).map(lambda percent: percent / 100),
     seed=st.integers(0, 5),
 )
-def test_a_held_out_part_has_its_share_of_each_class(sizes, fraction, seed):
+def test_held_out_part_is_stratified(sizes, fraction, seed):
     labels = np.repeat(np.arange(len(sizes)), sizes)
     rows = datasets.Dataset.from_dict({"label": labels, "number": np.arange(len(labels))})
     source = open_source(str(SHIPPED_DATA))
@@ -186,7 +186,7 @@ def test_a_held_out_part_has_its_share_of_each_class(sizes, fraction, seed):
     assert hold_out(source, fraction, seed)[1].rows["number"][:] == held.rows["number"][:]
 
 
-def test_a_held_out_part_is_found_again_by_its_name(accelerator, tmp_path):
+def test_held_out_part_is_reproduced_by_its_name(accelerator, tmp_path):
     pictures = save_images(tmp_path / "pictures", ["a", "b"], 10)
     data = open_training_data(str(pictures), accelerator, fraction=0.3, seed=7)
     assert data.valid.split == "train/held-out-0.3-7" and (data.num_images, data.valid.num_rows) == (14, 6)
@@ -211,7 +211,7 @@ def test_a_held_out_part_is_found_again_by_its_name(accelerator, tmp_path):
     assert error.value.parameters == ("eval_split", "split")
 
 
-def test_data_that_cannot_be_trained_on(accelerator, tmp_path, shards):
+def test_invalid_training_data(accelerator, tmp_path, shards):
     def refused(folder: str, **options) -> str:
         with pytest.raises(InputError) as error:
             open_training_data(str(tmp_path / folder), accelerator, **options)
@@ -239,7 +239,7 @@ def test_data_that_cannot_be_trained_on(accelerator, tmp_path, shards):
     assert "images of a stream cannot be held out" in refused("only", streaming=True)
 
 
-def test_batches_larger_than_the_data(accelerator):
+def test_batch_size_larger_than_the_data(accelerator):
     source = open_source(str(SHIPPED_DATA))
     data = TrainingData(source, source, list("ab"), [1, 1], np.arange(100))
     assert steps_of(data, 33, None) == 3 and steps_of(data, 33, 2) == 2
@@ -254,7 +254,7 @@ def test_batches_larger_than_the_data(accelerator):
     assert steps_of(data, 33, 4) == 4
 
 
-def test_images_that_cannot_be_decoded_are_told_or_left_out(accelerator, tmp_path, capsys):
+def test_undecodable_images_are_reported_or_skipped(accelerator, tmp_path, capsys):
     save_images(tmp_path / "train", ["a", "b"], 5)
     save_images(tmp_path / "val", ["a", "b"], 2)
     whole = (tmp_path / "train" / "a" / "1.jpg").read_bytes()
@@ -269,7 +269,7 @@ def test_images_that_cannot_be_decoded_are_told_or_left_out(accelerator, tmp_pat
     assert len(load(data, accelerator, batch=2)) == 4
 
 
-def test_pixels_of_unknown_range_are_found_before_training(accelerator, tmp_path):
+def test_pixels_of_unknown_range_are_refused_before_training(accelerator, tmp_path):
     """Pillow turns floating-point numbers into 0 and 1, and 32-bit ones into 255."""
     save_images(tmp_path / "train", ["a", "b"], 5)
     save_images(tmp_path / "val", ["a", "b"], 2)
@@ -307,7 +307,7 @@ def test_pixels_of_unknown_range_are_found_before_training(accelerator, tmp_path
         (pa.string(), ["a", "b"], "column label of .* is not of class numbers"),
     ],
 )
-def test_labels_are_checked_before_anything_of_their_size_is_made(accelerator, tmp_path, kind, labels, words):
+def test_large_labels_are_refused_before_memory_is_allocated(accelerator, tmp_path, kind, labels, words):
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "PNG")
     image = {"bytes": buffer.getvalue(), "path": None}
@@ -325,7 +325,7 @@ def test_labels_are_checked_before_anything_of_their_size_is_made(accelerator, t
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 2**20  # kB
 
 
-def test_what_is_left_out_of_class_folders_is_reported_once(accelerator, tmp_path, capsys):
+def test_skipped_files_are_reported_once(accelerator, tmp_path, capsys):
     data = save_images(tmp_path / "data", ["a", "b"], 5)
     (data / "a" / "x.heic").touch()
     open_training_data(str(data), accelerator)

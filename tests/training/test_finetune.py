@@ -21,7 +21,7 @@ from tests.pictures import save_mnist, save_shapes
 FINETUNE = "scripts/finetune.py"
 
 
-def test_trains_in_two_processes_and_leaves_a_model_folder(program, in_process, tmp_path):
+def test_training_on_two_processes_writes_a_model_folder(program, in_process, tmp_path):
     folder = tmp_path / "model"
     args = ["--epochs", 2, "--batch-size", 16, "--workers", 1, "--threads", 1, "--output", folder]
     result = program(FINETUNE, *args, processes=2)
@@ -42,7 +42,7 @@ def test_trains_in_two_processes_and_leaves_a_model_folder(program, in_process, 
     assert in_process("scripts/validate.py", "--model", f"local-dir:{folder}", "--check").returncode == 0
 
 
-def test_fine_tunes_a_folder_of_images_from_given_weights(in_process, tmp_path):
+def test_fine_tuning_on_a_folder_of_images(in_process, tmp_path):
     save_images(tmp_path / "data" / "train", ["cat", "dog", "eel"], 8)
     save_images(tmp_path / "data" / "val", ["cat", "dog", "eel"], 2, seed=1)
     folder = tmp_path / "model"
@@ -61,7 +61,7 @@ def test_fine_tunes_a_folder_of_images_from_given_weights(in_process, tmp_path):
 
 
 @pytest.mark.full
-def test_a_recipes_values_stand_behind_the_command_lines(in_process, tmp_path):
+def test_options_override_the_recipe(in_process, tmp_path):
     (tmp_path / "mine.toml").write_text("epochs = 1\nlr = 0.5\nbatch_size = 32\nscale = [0.9, 1.0]\nworkers = 0\n")
     args = ["--recipe", tmp_path / "mine.toml", "--lr", "0.01", "--output", tmp_path / "model"]
     result = in_process(FINETUNE, *args)
@@ -72,7 +72,7 @@ def test_a_recipes_values_stand_behind_the_command_lines(in_process, tmp_path):
 
 
 @pytest.mark.full
-def test_the_card_has_the_licence_of_the_weights_it_started_from(in_process, tmp_path):
+def test_card_has_the_licence_of_the_initial_weights(in_process, tmp_path):
     """Whatever the recipe; only the command line can state another."""
     start = shutil.copytree(SHIPPED_MODEL, tmp_path / "start")
     config = json.loads((start / "config.json").read_text())
@@ -158,7 +158,7 @@ def test_bad_input(in_process, tmp_path):
     assert "b/1.jpg" in refused(*args)
 
 
-def test_images_left_out_while_training_are_counted(in_process, tmp_path):
+def test_images_skipped_during_training_are_counted(in_process, tmp_path):
     data, folder = tmp_path / "data", tmp_path / "model"
     save_images(data / "train", ["a", "b"], 8)
     save_images(data / "val", ["a", "b"], 3)
@@ -180,7 +180,7 @@ def test_images_left_out_while_training_are_counted(in_process, tmp_path):
 
 @pytest.mark.first_case
 @pytest.mark.parametrize("options", [[], ["--no-check"], ["--no-check", "--streaming"]])
-def test_an_evaluation_split_without_a_readable_image_is_one_line(in_process, tmp_path, options):
+def test_evaluation_split_without_readable_images_is_refused(in_process, tmp_path, options):
     data, folder = tmp_path / "data", tmp_path / "model"
     save_images(data / "train", ["a", "b"], 4)
     save_images(data / "val", ["a", "b"], 1)
@@ -206,7 +206,7 @@ def test_a_constant_learning_rate(in_process, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_shipped_models_command_makes_it_again(program, tmp_path):
+def test_shipped_model_is_reproducible(program, tmp_path):
     """By hand, 2 minutes: the same weights to the bit on the same machine and versions, elsewhere as good."""
     result = program(FINETUNE, "--license", "apache-2.0", "--output", tmp_path / "again", processes=1, timeout=1800)
     assert result.returncode == 0, result.stderr
@@ -226,7 +226,7 @@ def settings_of(folder):
 
 @pytest.mark.first_case
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "scripts" / "recipes").glob("*.toml")))
-def test_every_recipe_trains_and_is_stored(in_process, tmp_path, recipe):
+def test_every_recipe_trains_and_is_saved(in_process, tmp_path, recipe):
     folder = tmp_path / "model"
     args = [*QUICK, "--steps-per-epoch", 2, "--no-check", "--recipe", recipe, "--output", folder]
     args += ["--teacher", f"local-dir:{SHIPPED_MODEL}"] if recipe == "distill" else []
@@ -244,14 +244,14 @@ def test_every_recipe_trains_and_is_stored(in_process, tmp_path, recipe):
 
 
 @pytest.mark.full
-def test_the_learning_rate_follows_the_images_a_step(in_process, tmp_path):
+def test_learning_rate_scales_with_the_global_batch_size(in_process, tmp_path):
     args = [*QUICK, "--steps-per-epoch", 1, "--no-check", "--lr", 0.1, "--lr-base-size", 64, "--accumulate", 2]
     for opt, rate in (("sgd", "0.05"), ("adamw", "0.0707")):
         result = in_process(FINETUNE, *args, "--opt", opt, "--output", tmp_path / opt)
         assert f"{opt}, learning rate {rate}" in result.stdout, result.stderr
 
 
-def test_frozen_stages_do_not_move_and_a_linear_probe_moves_the_classifier_only(in_process, tmp_path):
+def test_frozen_stages_and_linear_probe(in_process, tmp_path):
     start = load_file(SHIPPED_MODEL / "model.safetensors")
     for stages, moving in (("2", ("layer2", "layer3", "layer4", "fc")), ("all", ("fc",))):
         folder = tmp_path / stages
@@ -268,7 +268,7 @@ def test_frozen_stages_do_not_move_and_a_linear_probe_moves_the_classifier_only(
 
 
 @pytest.mark.full
-def test_layers_near_the_image_change_less_with_layer_decay(in_process, tmp_path):
+def test_layer_decay_reduces_changes_of_early_layers(in_process, tmp_path):
     folder = tmp_path / "model"
     args = [*QUICK, *SHIPPED, "--layer-decay", 0.5, "--opt", "sgd", "--lr", 0.1, "--weight-decay", 0]
     args += ["--warmup-epochs", 0]
@@ -280,7 +280,7 @@ def test_layers_near_the_image_change_less_with_layer_decay(in_process, tmp_path
 
 
 @pytest.mark.full
-def test_a_student_learns_from_its_teacher_alone(in_process, tmp_path):
+def test_distillation_without_labels(in_process, tmp_path):
     """Its labels are shuffled, so that whatever it knows of digits it knows from the teacher."""
     data = tmp_path / "data"
     data.mkdir()
@@ -316,7 +316,7 @@ def test_a_student_learns_from_its_teacher_alone(in_process, tmp_path):
 
 
 @pytest.mark.full
-def test_a_new_users_folder_of_pictures(in_process, tmp_path):
+def test_folder_without_splits_with_a_corrupt_image(in_process, tmp_path):
     """No split, a skewed class, a corrupt image: held out, balanced, left out; and measured again by what it prints."""
     data, folder = save_shapes(tmp_path / "shapes", 20), tmp_path / "model"
     for path in sorted((data / "ring").iterdir())[8:]:
@@ -338,7 +338,7 @@ def test_a_new_users_folder_of_pictures(in_process, tmp_path):
 
 
 @pytest.mark.full
-def test_a_stream_on_two_processes(program, in_process, tmp_path):
+def test_streaming_on_two_processes(program, in_process, tmp_path):
     data, folder = tmp_path / "data", tmp_path / "model"
     data.mkdir()
     for split in ("train", "validation"):
@@ -379,7 +379,7 @@ def test_trackers_and_early_stopping(in_process, tmp_path):
 
 
 @pytest.mark.full
-def test_parts_of_batches_checkpointing_and_memory_format_change_nothing(in_process, tmp_path):
+def test_accumulation_checkpointing_and_memory_format_are_equivalent(in_process, tmp_path):
     args = [*QUICK, "--steps-per-epoch", 4, "--no-check", "--opt", "sgd", "--lr", 0.01, "--freeze-bn"]
     weights = []
     for name, options in (
@@ -397,7 +397,7 @@ def test_parts_of_batches_checkpointing_and_memory_format_change_nothing(in_proc
 
 
 @pytest.mark.slow
-def test_compiled_it_learns_the_same(in_process, tmp_path):
+def test_training_a_compiled_model(in_process, tmp_path):
     """By hand: inductor takes a minute."""
     args = [*QUICK, "--steps-per-epoch", 4, "--opt", "sgd", "--lr", 0.01, "--freeze-bn"]
     for name in ("plain", "compile"):
@@ -409,7 +409,7 @@ def test_compiled_it_learns_the_same(in_process, tmp_path):
 
 
 @pytest.mark.slow
-def test_five_thousand_digits_of_mnist(program, in_process, tmp_path):
+def test_training_on_mnist(program, in_process, tmp_path):
     """By hand: real data, larger than what is shipped, 4,000 to learn from."""
     data, folder = save_mnist(tmp_path / "mnist"), tmp_path / "model"
     args = ["--data", data, "--recipe", "digits", "--epochs", 20, "--output", folder]
@@ -420,7 +420,7 @@ def test_five_thousand_digits_of_mnist(program, in_process, tmp_path):
 
 
 @pytest.mark.slow
-def test_shapes_in_colour(program, in_process, tmp_path):
+def test_training_on_coloured_shapes(program, in_process, tmp_path):
     """By hand: 2,000 pictures of four shapes; 400 others tell how much was learnt."""
     save_shapes(tmp_path / "data" / "train", 500)
     save_shapes(tmp_path / "data" / "val", 100, seed=1)

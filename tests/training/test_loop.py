@@ -90,7 +90,7 @@ def same(a: State, b: State) -> bool:
 
 
 @pytest.mark.parametrize("step", [3, 8, 13])
-def test_interrupted_and_resumed_it_ends_with_the_same_bits(accelerator, tmp_path, capsys, step):
+def test_resumed_run_is_bit_identical(accelerator, tmp_path, capsys, step):
     settings = Settings(epochs=3, steps=4, step_images=16, accumulate=2, clip_grad=1.0)
     whole = start(accelerator, settings)
     assert Loop(Toy(whole), whole, settings, Checkpoints(tmp_path / "whole"), accelerator).run() == 0
@@ -117,7 +117,7 @@ def test_interrupted_and_resumed_it_ends_with_the_same_bits(accelerator, tmp_pat
     assert Checkpoints(tmp_path / "whole").load()["losses"].tolist() == checkpoints.load()["losses"].tolist()
 
 
-def test_accumulated_batches_are_as_good_as_a_large_one(accelerator, tmp_path):
+def test_accumulated_batches_equal_a_large_one(accelerator, tmp_path):
     losses = []
     for batch_size, accumulate in ((16, 1), (8, 2)):
         settings = Settings(epochs=1, steps=4, step_images=16, accumulate=accumulate)
@@ -130,7 +130,7 @@ def test_accumulated_batches_are_as_good_as_a_large_one(accelerator, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_it_stops_when_nothing_gets_better(accelerator, tmp_path, capsys):
+def test_early_stopping(accelerator, tmp_path, capsys):
     settings = Settings(epochs=9, steps=2, step_images=8, patience=2)
     state = start(accelerator, settings)
     objective = Toy(state, scores=(1, 3, 2, 2, 9))
@@ -139,7 +139,7 @@ def test_it_stops_when_nothing_gets_better(accelerator, tmp_path, capsys):
     assert "no better accuracy in 2 epochs: training stops" in capsys.readouterr().out
 
 
-def test_a_loss_that_is_nan_ends_it_at_once(accelerator, tmp_path):
+def test_nan_loss_stops_training(accelerator, tmp_path):
     settings = Settings(epochs=2, steps=4, step_images=8)
     state = start(accelerator, settings)
     objective = Toy(state)
@@ -150,7 +150,7 @@ def test_a_loss_that_is_nan_ends_it_at_once(accelerator, tmp_path):
     assert [path.name for path in Checkpoints(tmp_path).paths()] == ["step-000000004.pt"]
 
 
-def test_weights_whose_output_is_nan_are_not_kept(accelerator, tmp_path):
+def test_checkpoint_with_nan_output_is_deleted(accelerator, tmp_path):
     settings = Settings(epochs=2, steps=4, step_images=8)
     state = start(accelerator, settings)
     objective = Toy(state)
@@ -164,7 +164,7 @@ def test_weights_whose_output_is_nan_are_not_kept(accelerator, tmp_path):
     assert not Checkpoints(tmp_path).paths()
 
 
-def test_checkpoints_are_written_now_and_then(accelerator, tmp_path):
+def test_checkpoints_within_an_epoch(accelerator, tmp_path):
     settings = Settings(epochs=1, steps=4, step_images=8, save_minutes=0)
     state = start(accelerator, settings)
     Loop(Toy(state), state, settings, Checkpoints(tmp_path, keep=9), accelerator).run()
@@ -179,7 +179,7 @@ def test_checkpoints_are_written_now_and_then(accelerator, tmp_path):
         (lambda saved: saved, "the best model so far is missing from"),
     ],
 )
-def test_what_is_not_resumed(accelerator, tmp_path, change, words):
+def test_invalid_resume_is_refused(accelerator, tmp_path, change, words):
     settings = Settings(epochs=2, steps=4, step_images=8)
     state = start(accelerator, settings)
     objective = Toy(state)

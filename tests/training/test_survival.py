@@ -100,7 +100,7 @@ def measured(folder: Path) -> list[dict]:
 
 
 @pytest.mark.full
-def test_killed_at_any_moment_and_taken_up_again_it_ends_the_same_to_the_bit(in_process, tmp_path):
+def test_run_resumed_after_sigkill_is_bit_identical(in_process, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     args = [*SHORT, "--batch-size", 32, "--workers", 1, *EVERYTHING, "--save-minutes", 0]
     result = in_process(FINETUNE, *args, "--workers", 0, "--output", whole)  # which only load
@@ -126,7 +126,7 @@ def test_killed_at_any_moment_and_taken_up_again_it_ends_the_same_to_the_bit(in_
 
 
 @pytest.mark.full
-def test_two_processes_equal_one_with_larger_batches_and_outlive_sigterm(in_process, tmp_path):
+def test_two_processes_equal_one_and_resume_after_sigterm(in_process, tmp_path):
     one, two, stopped = tmp_path / "one", tmp_path / "two", tmp_path / "stopped"
     args = [*SHORT, "--workers", 1, "--accumulate", 2, "--opt", "sgd", "--lr", 0.005, "--freeze-bn", "--ema", 0.9]
     result = in_process(FINETUNE, *args, "--workers", 0, "--batch-size", 32, "--output", one)
@@ -158,7 +158,7 @@ def test_two_processes_equal_one_with_larger_batches_and_outlive_sigterm(in_proc
 
 
 @pytest.mark.full
-def test_two_processes_that_diverge_say_so_once_and_save_nothing_of_it(tmp_path):
+def test_divergence_on_two_processes_is_reported_once_and_not_saved(tmp_path):
     args = [*SHORT, "--no-check", "--lr", "1e30", "--opt", "momentum", "--warmup-epochs", 0, "--save-minutes", 0]
     ended = Running(tmp_path / "model", *args, processes=2).end()
     lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
@@ -168,7 +168,7 @@ def test_two_processes_that_diverge_say_so_once_and_save_nothing_of_it(tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_saves_and_ends_a_single_process(tmp_path, number):
+def test_signal_saves_a_checkpoint_and_stops(tmp_path, number):
     folder = tmp_path / "model"
     running = Running(folder, *SHORT, "--epochs", 100)
     deadline = time.monotonic() + 120
@@ -183,7 +183,7 @@ def test_a_signal_saves_and_ends_a_single_process(tmp_path, number):
 
 
 @pytest.mark.full
-def test_a_dead_process_ends_the_others(tmp_path):
+def test_death_of_a_process_ends_the_others(tmp_path):
     running = Running(tmp_path / "model", *SHORT, "--epochs", 100, "--save-minutes", 0, processes=2)
     running.wait_for_step(3)
     children = subprocess.run(["pgrep", "-P", str(running.process.pid)], capture_output=True, text=True)
@@ -198,7 +198,7 @@ def test_a_dead_process_ends_the_others(tmp_path):
 
 
 @pytest.mark.full
-def test_a_dead_loader_process_is_one_line(in_process, tmp_path, monkeypatch):
+def test_death_of_a_worker_is_reported_on_one_line(in_process, tmp_path, monkeypatch):
     from res2net_zoo.training.loader import Augmented
 
     load = Augmented.__getitem__
@@ -215,7 +215,7 @@ def test_a_dead_loader_process_is_one_line(in_process, tmp_path, monkeypatch):
 
 
 @pytest.mark.full
-def test_a_loss_that_is_no_number_names_the_step_and_the_last_good_checkpoint(in_process, tmp_path):
+def test_divergence_error_names_step_and_last_good_checkpoint(in_process, tmp_path):
     folder = tmp_path / "model"
     args = [*SHORT, "--workers", 0, "--opt", "momentum", "--warmup-epochs", 0, "--clip-grad", 1]
     args += ["--sched", "multistep", "--decay-milestones", 1, "--lr", "1e30"]
@@ -241,7 +241,7 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_last_good_checkpoint(in
 
 
 @pytest.mark.full
-def test_what_a_run_does_not_go_on_with(in_process, tmp_path):
+def test_resume_refuses_changed_settings(in_process, tmp_path):
     folder = tmp_path / "model"
     args = [*SHORT, "--epochs", 1, "--workers", 0, "--batch-size", 128]
     assert in_process(FINETUNE, *args, "--output", folder).returncode == 0
@@ -314,7 +314,7 @@ OTHER_CONTENT = {
 
 
 @pytest.mark.full
-def test_a_checkpoint_of_other_content_is_one_line(in_process, tmp_path):
+def test_invalid_checkpoints_are_refused(in_process, tmp_path):
     folder = tmp_path / "model"
     args = ["--epochs", 1, "--steps-per-epoch", 4, "--no-check", "--workers", 0, "--threads", 1, "--tracker", "none"]
     args += ["--opt", "adamw", "--save-minutes", 0, "--batch-size", 16, "--output", folder]
@@ -328,7 +328,7 @@ def test_a_checkpoint_of_other_content_is_one_line(in_process, tmp_path):
 
 
 @pytest.mark.full
-def test_two_trainings_cannot_write_one_folder(in_process, tmp_path):
+def test_output_folder_is_locked(in_process, tmp_path):
     """While one runs, others that would write its folder end; killed, it does not keep them out."""
     folder = tmp_path / "model"
     running = Running(folder, *SHORT, "--epochs", 100, "--save-minutes", 0, "--workers", 1)
@@ -347,7 +347,7 @@ def test_two_trainings_cannot_write_one_folder(in_process, tmp_path):
     assert not list((tmp_path / "model.run").glob(".*"))
 
 
-def test_killed_while_it_replaced_its_model_a_run_goes_on(in_process, tmp_path):
+def test_resume_after_sigkill_while_replacing_the_model(in_process, tmp_path):
     """Between the two renames: the old model and the new one stand beside their place."""
     folder = tmp_path / "model"
     args = [*SHORT, "--epochs", 1, "--steps-per-epoch", 2, "--no-check", "--workers", 0, "--output", folder]
@@ -364,7 +364,7 @@ def test_killed_while_it_replaced_its_model_a_run_goes_on(in_process, tmp_path):
     assert result.returncode == 0 and "resumes after step 2 of 4" in result.stdout
 
 
-def test_a_run_goes_on_with_the_classes_that_it_began_with_only(in_process, tmp_path):
+def test_resume_refuses_changed_classes(in_process, tmp_path):
     from tests.conftest import save_images
 
     data, folder = tmp_path / "data", tmp_path / "model"
@@ -386,7 +386,7 @@ class Payload:
         return os.mkdir, ("unpickled",)
 
 
-def test_checkpoints_are_whole_few_and_never_unpickled(tmp_path, monkeypatch):
+def test_checkpoints_are_atomic_limited_and_never_unpickled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
     assert checkpoints.load() is None
@@ -409,7 +409,7 @@ def test_checkpoints_are_whole_few_and_never_unpickled(tmp_path, monkeypatch):
 
 
 @pytest.mark.full
-def test_trained_weights_load_and_check(in_process, tmp_path):
+def test_trained_weights_pass_validation(in_process, tmp_path):
     """With moving averages there are three folders; each is a model whose card tells the truth."""
     folder = tmp_path / "model"
     args = [*SHORT, "--workers", 0, "--ema", 0.9, "--output", folder]

@@ -11,12 +11,12 @@ from res2net_zoo.utils.processes import all_or_none
 OPTIONS = {"eval_split": "--eval-split", "train_split": "--train-split"}
 
 
-def test_one_line_without_credentials_and_queries():
+def test_one_line_removes_credentials_and_queries():
     error = RuntimeError("cannot read\n  https://user:secret@host/file?token=secret#part now")
     assert one_line(error) == "cannot read https://host/file now"
 
 
-def test_an_error_without_text_is_named_by_its_type():
+def test_error_without_text_is_named_by_its_type():
     assert one_line(MemoryError()) == first_line(MemoryError("\n")) == "MemoryError"
 
 
@@ -26,7 +26,7 @@ def test_long_texts_are_clipped():
     assert clipped("x" * 300) == "x" * 300
 
 
-def test_the_first_line_alone():
+def test_first_line():
     assert first_line(RuntimeError("\nno kernel\nC++ frames:\n" + "frame\n" * 100)) == "no kernel"
 
 

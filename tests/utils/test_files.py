@@ -33,7 +33,7 @@ from res2net_zoo.weights.published import published_accuracies
 from tests.conftest import ROOT, SHIPPED_DATA, SHIPPED_MODEL, spread
 
 
-def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
+def test_files_are_replaced_atomically(tmp_path):
     path = tmp_path / "file.txt"
     write_atomically(path, lambda new: new.write_text("old"))
 
@@ -50,12 +50,12 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
-def test_where_no_lock_can_be_made_is_refused():
+def test_lock_in_unwritable_folder_is_refused():
     with pytest.raises(InputError, match="cannot write into /proc"), locked(Path("/proc/model")):
         pass
 
 
-def test_a_planted_lock_overwrites_and_hangs_nothing(tmp_path):
+def test_foreign_lock_files_are_not_overwritten(tmp_path):
     (tmp_path / "precious").write_text("text")
     os.link(tmp_path / "precious", tmp_path / ".linked.lock")
     os.mkfifo(tmp_path / ".piped.lock")
@@ -65,7 +65,7 @@ def test_a_planted_lock_overwrites_and_hangs_nothing(tmp_path):
     assert (tmp_path / "precious").read_text() == "text"
 
 
-def test_a_device_is_written_to_and_stays(tmp_path):
+def test_devices_are_written_but_not_replaced(tmp_path):
     null = tmp_path / "null"
     null.symlink_to("/dev/null")
     with locked(null), locked(null):  # two programs may write it
@@ -78,13 +78,13 @@ def test_a_device_is_written_to_and_stays(tmp_path):
         assert reader.read() == "text"
 
 
-def test_a_pipe_without_a_reader_is_replaced(tmp_path):
+def test_pipe_without_reader_is_replaced(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     write_atomically(tmp_path / "fifo", lambda new: new.write_text("text"))
     assert (tmp_path / "fifo").read_text() == "text"
 
 
-def test_a_model_folder_is_the_old_one_or_the_new_one(tmp_path):
+def test_model_folders_are_replaced_atomically(tmp_path):
     folder = tmp_path / "model"
     model = spread(timm.create_model("res2net_tiny", num_classes=3))
     write_model_folder(folder, model, model_card("one", "# one", None))
@@ -107,7 +107,7 @@ def test_a_model_folder_is_the_old_one_or_the_new_one(tmp_path):
 
 
 @pytest.mark.full
-def test_killed_at_any_moment_a_model_folder_is_whole(tmp_path):
+def test_model_folder_is_complete_after_sigkill(tmp_path):
     """kill -9 while a folder is written over and over: it can always be read, weights and card of one time."""
     folder = tmp_path / "model"
     code = f"""
@@ -150,7 +150,7 @@ with locked(path), temporary_file(path) as temporary:
 
 
 @pytest.mark.full
-def test_a_lock_and_what_is_half_written_last_as_long_as_their_process(tmp_path):
+def test_locks_and_partial_files_of_killed_processes_are_removed(tmp_path):
     path = tmp_path / "file.txt"
     (tmp_path / ".notes-new-mine").mkdir()  # a user's own
     process = subprocess.Popen([sys.executable, "-c", WRITER, path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -169,7 +169,7 @@ def test_a_lock_and_what_is_half_written_last_as_long_as_their_process(tmp_path)
 
 
 @pytest.mark.full
-def test_a_lock_does_not_outlive_its_process_in_its_children(tmp_path):
+def test_child_processes_do_not_keep_locks(tmp_path):
     """Loader processes are forked, and may live some seconds longer."""
     code = """
 import os, sys, time
@@ -200,7 +200,7 @@ with locked(Path(sys.argv[1])):
 
 
 @pytest.mark.full
-def test_killed_between_the_two_renames_the_new_folder_takes_its_place(tmp_path):
+def test_replacement_is_completed_after_sigkill_between_renames(tmp_path):
     folder = tmp_path / "model"
     code = """
 import os, pathlib, sys
@@ -228,7 +228,7 @@ for text in ("old", "new"):
     assert {p.name for p in folder.iterdir()} == {"card", "mine"}
 
 
-def test_what_is_being_written_is_not_published(tmp_path):
+def test_partial_files_are_not_published(tmp_path):
     folder = shutil.copytree(SHIPPED_MODEL, tmp_path / "model")
     whole = files_of(folder)
     for name in (".README.md-new-abcdefgh", ".eval_results/.imagenet-1k.yaml-new-abcdefgh"):
@@ -237,7 +237,7 @@ def test_what_is_being_written_is_not_published(tmp_path):
     assert files_of(folder) == whole
 
 
-def test_what_timm_writes_and_reads(tmp_path):
+def test_model_folders_agree_with_timm(tmp_path):
     """Our folder loads by timm alone, weights and labels; published accuracies come back from the card."""
     accuracies = [Accuracy(dataset="digits", split="validation", top1=12.345, top5=67.8, source="here")]
     model = spread(timm.create_model("res2net_tiny", num_classes=3, in_chans=1)).eval()
@@ -270,7 +270,7 @@ def test_tables_align():
 # What the repository ships
 
 
-def test_shipped_digits_are_scikit_learns():
+def test_shipped_digits_match_scikit_learn():
     """Every image is there once, pixel for pixel, and the split keeps the share of each digit."""
     from sklearn.datasets import load_digits
 
@@ -293,14 +293,14 @@ def test_shipped_digits_are_scikit_learns():
 
 
 @pytest.mark.full
-def test_make_digits_makes_them_again(tmp_path):
+def test_make_digits_is_reproducible(tmp_path):
     subprocess.run([sys.executable, "hub/datasets/make_digits.py", "--output", tmp_path], cwd=ROOT, check=True)
     for split in ("train", "validation"):
         made, shipped = (open_source(str(folder), split).rows for folder in (tmp_path, SHIPPED_DATA))
         assert made[:] == shipped[:]
 
 
-def test_shipped_model_has_the_accuracy_that_its_card_publishes():
+def test_shipped_model_reaches_the_accuracy_of_its_card():
     model = create_model(f"local-dir:{SHIPPED_MODEL}")
     assert sum(p.numel() for p in model.parameters()) < 1_000_000
     assert model.pretrained_cfg["label_names"] == [str(i) for i in range(10)]
@@ -311,7 +311,7 @@ def test_shipped_model_has_the_accuracy_that_its_card_publishes():
     assert published.top1 >= 98.5
 
 
-def test_shipped_model_card_says_how_it_was_made():
+def test_shipped_model_card_documents_its_training():
     card = (SHIPPED_MODEL / "README.md").read_text()
     assert "accelerate launch scripts/finetune.py --license apache-2.0 --output hub/models/res2net_tiny.digits" in card
     assert "| seed " in card and "license: apache-2.0" in card
@@ -321,7 +321,7 @@ def test_shipped_model_card_says_how_it_was_made():
         assert str(ROOT).encode() not in path.read_bytes() and str(Path.home()).encode() not in path.read_bytes()
 
 
-def test_a_file_without_a_size_is_not_read_without_end():
+def test_files_without_a_size_are_read_up_to_the_limit():
     assert read_bytes(Path("/proc/self/status"), 2**30).startswith(b"Name:")
     with pytest.raises(InputError, match="more bytes than its size of 0"):
         read_bytes(Path("/proc/self/pagemap"), 2**40)

@@ -141,7 +141,7 @@ def run(in_process: Callable, program: str, url: str, tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("answer", [silent, drip_headers, drip_body])
-def test_a_server_that_is_silent_or_slow(in_process, point_at, tmp_path, program, answer):
+def test_silent_or_slow_server(in_process, point_at, tmp_path, program, answer):
     with listening(answer) as (url, asked):
         point_at(url)
         line = run(in_process, program, url, tmp_path)
@@ -150,7 +150,7 @@ def test_a_server_that_is_silent_or_slow(in_process, point_at, tmp_path, program
         assert len(asked) <= 6
 
 
-def test_publish_dry_run_lists_the_files_all_the_same(in_process, point_at):
+def test_publish_dry_run_lists_files_without_a_server(in_process, point_at):
     with listening(silent) as (url, _):
         point_at(url)
         result = in_process("hub/publish.py", SHIPPED_MODEL, "--repo-id", "zoo/tiny", "--dry-run")
@@ -169,7 +169,7 @@ def test_publish_dry_run_lists_the_files_all_the_same(in_process, point_at):
     ],
     ids=["429", "503", "ratelimit", "digits"],
 )
-def test_a_server_that_asks_for_a_days_patience(in_process, point_at, tmp_path, monkeypatch, program, status, headers):
+def test_server_that_asks_to_wait_for_a_day(in_process, point_at, tmp_path, monkeypatch, program, status, headers):
     slept: list[float] = []
     with listening(reply(status, headers)) as (url, _):
         point_at(url)
@@ -181,7 +181,7 @@ def test_a_server_that_asks_for_a_days_patience(in_process, point_at, tmp_path, 
 
 
 @pytest.mark.parametrize("location", ["/again", "URL/again"])
-def test_a_server_that_redirects_in_a_circle(in_process, point_at, tmp_path, location):
+def test_server_that_redirects_in_a_loop(in_process, point_at, tmp_path, location):
     holder: list[str] = []
 
     def answer(connection: socket.socket, head: bytes) -> None:
@@ -196,7 +196,7 @@ def test_a_server_that_redirects_in_a_circle(in_process, point_at, tmp_path, loc
         assert len(asked) < 120
 
 
-def test_an_answer_without_end(in_process, point_at, tmp_path, monkeypatch):
+def test_endless_response(in_process, point_at, tmp_path, monkeypatch):
     monkeypatch.setattr(http, "LARGEST_ANSWER", 2**22)
     with listening(huge) as (url, _):
         point_at(url)
@@ -204,7 +204,7 @@ def test_an_answer_without_end(in_process, point_at, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("length", ["1000000000000000000", "-5", "abc", "9" * 5000])
-def test_a_content_length_that_cannot_be(point_at, tmp_path, length):
+def test_invalid_content_length(point_at, tmp_path, length):
     def answer(connection: socket.socket, head: bytes) -> None:
         headers = f'Content-Length: {length}\r\nETag: "abc"\r\nX-Repo-Commit: {"a" * 40}\r\n'
         connection.sendall(f"HTTP/1.1 200 OK\r\n{headers}\r\n".encode() + b"{}" * (not head.startswith(b"HEAD")))
@@ -219,7 +219,7 @@ def test_a_content_length_that_cannot_be(point_at, tmp_path, length):
         assert time.monotonic() - start < 30
 
 
-def test_answers_that_take_their_time_are_waited_for(point_at):
+def test_slow_but_steady_responses_are_accepted(point_at):
     """Many small ones, each within the time-out, over one connection; and a slow but steady one."""
 
     def answer(connection: socket.socket, head: bytes) -> None:
@@ -233,7 +233,7 @@ def test_answers_that_take_their_time_are_waited_for(point_at):
     assert len(asked) == 8
 
 
-def test_a_silent_server_is_asked_again_after_a_while(point_at, monkeypatch):
+def test_silent_server_is_retried_after_a_while(point_at, monkeypatch):
     answers = [silent, silent, silent, reply("200 OK"), reply("200 OK")]
 
     def answer(connection: socket.socket, head: bytes) -> None:
@@ -249,7 +249,7 @@ def test_a_silent_server_is_asked_again_after_a_while(point_at, monkeypatch):
         assert hub_client.get_session().get(f"{url}/api/x", timeout=None).json() == {}
 
 
-def test_a_model_in_the_cache_is_used_where_the_hub_is_silent(point_at):
+def test_cached_model_is_used_if_the_hub_is_silent(point_at):
     from tests.hub_server import serve
 
     with serve() as server:
@@ -263,7 +263,7 @@ def test_a_model_in_the_cache_is_used_where_the_hub_is_silent(point_at):
 
 
 @pytest.mark.slow
-def test_data_sets_end_too(point_at):
+def test_datasets_time_out(point_at):
     from datasets import load_dataset
 
     with listening(silent) as (url, _):

@@ -36,7 +36,7 @@ def private_names(path: Path) -> list[str]:
     return found
 
 
-def test_they_are_all_in_one_file():
+def test_private_names_are_used_in_one_file_only():
     rest = [path for path in FILES if path.name != "private_apis.py"]
     names = {str(path.relative_to(ROOT)): private_names(path) for path in rest}
     others = {
@@ -63,7 +63,7 @@ def defined(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("api", private_apis.PRIVATE_APIS, ids=lambda api: api.name)
-def test_each_is_where_it_is_expected(api):
+def test_private_names_exist(api):
     library = api.module.partition(".")[0]
     try:
         getattr(private_apis, api.name)
@@ -73,7 +73,7 @@ def test_each_is_where_it_is_expected(api):
         )
 
 
-def test_importing_the_file_imports_no_library():
+def test_import_does_not_import_libraries():
     code = (
         "import sys; import res2net_zoo.utils.private_apis as p; print({'torch', 'timm', 'datasets'} & {*sys.modules})"
     )
@@ -84,7 +84,7 @@ def test_importing_the_file_imports_no_library():
     assert done.stdout == "set()\n", done.stderr
 
 
-def test_unknown_names_are_refused():
+def test_unknown_names_raise_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         private_apis.nothing  # noqa: B018
 
@@ -106,7 +106,7 @@ def test_transforms_and_forward_mode():
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_a_backward_pass_knows_whether_it_may_be_repeated(keep):
+def test_retain_graph_is_detected(keep):
     seen = []
 
     class Identity(torch.autograd.Function):
@@ -165,7 +165,7 @@ def test_datasets():
     assert callable(builder._get_pipeline_from_tar) and callable(builder._generate_examples)
 
 
-def test_the_hubs_client():
+def test_hub_client_factory():
     before, wrapped = private_apis.hub_client_factory(), []
     try:
         set_client_factory(httpx2.Client)
@@ -177,7 +177,7 @@ def test_the_hubs_client():
     assert wrapped
 
 
-def test_a_hidden_module_cannot_be_imported():
+def test_hidden_module_cannot_be_imported():
     with private_apis.hidden("wave"), pytest.raises(ImportError):
         import wave
     import wave

@@ -46,7 +46,7 @@ def control_characters(text: str) -> set[str]:
     return {c for c in text if unicodedata.category(c) in ("Cc", "Cf") and c != "\n"}
 
 
-def test_plain_lines_in_a_pipe():
+def test_progress_in_a_pipe_is_plain_lines():
     done = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, env=environment(), capture_output=True, timeout=120)
     text = done.stderr.decode()
     assert done.returncode == 0 and not control_characters(text), text
@@ -57,7 +57,7 @@ def test_plain_lines_in_a_pipe():
     assert all(re.fullmatch(r"count: \d+ of 16, 00:0\d elapsed, 00:0\d left, loss=\d+", line) for line in lines), text
 
 
-def test_a_bar_on_a_terminal():
+def test_progress_on_a_terminal_is_a_bar():
     main, end = pty.openpty()
     termios.tcsetwinsize(end, (24, 80))
     process = subprocess.Popen(

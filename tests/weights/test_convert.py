@@ -40,7 +40,7 @@ def small_model(format: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(("file", "format"), SMALL)
-def test_a_real_file_of_each_framework_tensor_by_tensor(file, format):
+def test_real_files_of_each_framework(file, format):
     state = convert(ORIGINALS / file, format, small_model(format).state_dict())
     rows = json.loads((ORIGINALS / "small.json").read_text())[format]
     assert len(rows) == sum(1 for key in state if format in ("holocron", "mmengine") or "num_batches" not in key)
@@ -53,7 +53,7 @@ def test_a_real_file_of_each_framework_tensor_by_tensor(file, format):
 
 
 @pytest.mark.parametrize(("file", "format"), SMALL[-2:])
-def test_logits_are_those_that_the_framework_computed(file, format):
+def test_logits_match_the_framework(file, format):
     model = small_model(format)
     model.load_state_dict(convert(ORIGINALS / file, format, model.state_dict()), strict=True)
     logits = json.loads((ORIGINALS / f"logits_{format}.json").read_text())
@@ -116,16 +116,16 @@ class TestFitIsStrict:
         told = refuse(changed(format, tmp_path, lambda tensors: tensors.pop(first)), format)
         assert "of the model is missing" in told and "conv1" in told and "1 of its tensors" in told
 
-    def test_left_over(self, format, tmp_path):
+    def test_unexpected_tensor(self, format, tmp_path):
         told = refuse(changed(format, tmp_path, lambda t: t.update({"layer9.weight": np.zeros((2, 3), "f")})), format)
         assert "layer9.weight (2, 3) is not in the model" in told
 
-    def test_another_shape(self, format, tmp_path):
+    def test_wrong_shape(self, format, tmp_path):
         first = self.first(format)
         told = refuse(changed(format, tmp_path, lambda tensors: tensors.update({first: np.zeros((7, 7), "f")})), format)
         assert re.search(rf"{re.escape(first)} .*has shape \(7, 7\) in the file and \(\d.*\) in the model", told), told
 
-    def test_many_are_listed_in_one_line(self, format, tmp_path):
+    def test_many_mismatches_are_listed_on_one_line(self, format, tmp_path):
         told = refuse(
             changed(format, tmp_path, lambda t: t.update({f"x{i}": np.zeros(1, "f") for i in range(30)})), format
         )
@@ -141,7 +141,7 @@ def test_a_truncated_file_is_refused(file, format, share, tmp_path):
     assert file in refuse(tmp_path / file, format)
 
 
-def test_a_file_that_is_not_there_or_a_folder(tmp_path):
+def test_missing_file_or_folder(tmp_path):
     assert "No such file" in refuse(tmp_path / "none", "paddle")
     assert "directory" in refuse(tmp_path, "mindspore")
 
@@ -154,7 +154,7 @@ class Dangerous:
 @pytest.mark.first_case
 @pytest.mark.parametrize("format", ["paddle", "torch", "mmengine", "holocron"])
 @pytest.mark.parametrize("zipped", [False, True])
-def test_no_file_runs_code(format, zipped, tmp_path, capsys):
+def test_files_do_not_execute_code(format, zipped, tmp_path, capsys):
     path = tmp_path / "file"
     if format == "paddle":
         path.write_bytes(pickle.dumps({"w": Dangerous()}, 4))
@@ -164,20 +164,20 @@ def test_no_file_runs_code(format, zipped, tmp_path, capsys):
     assert "this code ran" not in capsys.readouterr().out
 
 
-def test_what_a_training_run_leaves_in_a_file_is_refused_in_one_line():
+def test_training_state_in_a_file_is_refused():
     """mmengine's runner pickles its message hub along, which nothing may unpickle."""
     assert "HistoryBuffer" in refuse(ORIGINALS / "mmengine_small_trained.pth", "mmengine")
 
 
 @pytest.mark.parametrize("name", ["builtins.eval", "os.system", "numpy.load", "builtins.getattr"])
-def test_paddle_files_name_nothing_but_arrays(name, tmp_path):
+def test_paddle_files_may_contain_only_arrays(name, tmp_path):
     module, function = name.split(".")
     path = tmp_path / "file"
     path.write_bytes(b"\x80\x04}\x8c\x01w" + f"c{module}\n{function}\n".encode() + b"\x8c\x011\x85Rs.")
     assert name in refuse(path, "paddle")
 
 
-def test_a_packed_archive_is_refused(tmp_path):
+def test_zip_bomb_is_refused(tmp_path):
     """A zip bomb: 1 GB of zeros in 1 MB."""
     path = tmp_path / "bomb.pth"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -224,7 +224,7 @@ def forge(path: Path, numel: int, legacy: bool) -> Path:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_no_memory_is_taken_for_what_a_torch_file_only_declares(legacy, tmp_path, monkeypatch):
+def test_declared_sizes_in_torch_files_allocate_no_memory(legacy, tmp_path, monkeypatch):
     assert read_torch(forge(tmp_path / "whole", 4, legacy))["w"].tolist() == [0, 0, 0, 0]
     path = forge(tmp_path / "huge", 5 * 10**9, legacy)
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: pytest.fail("memory was taken"))
@@ -232,7 +232,7 @@ def test_no_memory_is_taken_for_what_a_torch_file_only_declares(legacy, tmp_path
         read_torch(path)
 
 
-def test_no_memory_is_taken_for_what_a_paddle_file_only_declares(tmp_path):
+def test_declared_sizes_in_paddle_files_allocate_no_memory(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"\x80\x04\x8e" + struct.pack("<Q", 5 * 10**9) + b"abc")
     assert "truncated" in refuse(path, "paddle")
@@ -263,7 +263,7 @@ PADDLE_ATTACKS = {
 @pytest.mark.first_case
 @pytest.mark.parametrize("attack", PADDLE_ATTACKS)
 @pytest.mark.parametrize("format", ["paddle", "torch"])
-def test_no_memory_is_taken_for_a_hostile_pickle(attack, format, tmp_path):
+def test_hostile_pickles_allocate_no_memory(attack, format, tmp_path):
     body, words = PADDLE_ATTACKS[attack]
     tracemalloc.start()
     line = refuse(long_steps(tmp_path / "file", body), format)
@@ -272,7 +272,7 @@ def test_no_memory_is_taken_for_a_hostile_pickle(attack, format, tmp_path):
     assert peak < 100e6 and (re.search(words, line) or format == "torch"), line
 
 
-def test_a_paddle_file_that_has_the_same_bytes_many_times(tmp_path):
+def test_paddle_file_with_repeated_bytes(tmp_path):
     path, array = tmp_path / "file", np.zeros(1000, "f")
     path.write_bytes(pickle.dumps({str(i): array for i in range(9)}, 4))
     assert "not an array of numbers" in refuse(path, "paddle")
@@ -297,7 +297,7 @@ def test_torch_storages_of_other_kinds_are_refused(tmp_path):
     assert "not a PyTorch file" in refuse(other, "torch")
 
 
-def test_a_file_of_two_formats_is_looked_at_as_torch_reads_it(tmp_path):
+def test_file_of_two_formats_is_checked_as_torch_reads_it(tmp_path):
     """A legacy file that would take memory, with an archive of harmless content behind it."""
     torch.save({"w": torch.zeros(3)}, tmp_path / "harmless")
     torch.save({"b": bytearray(9)}, tmp_path / "file", _use_new_zipfile_serialization=False)
@@ -317,7 +317,7 @@ def test_hostile_mindspore_messages(tmp_path):
     assert "9 dimensions" in refuse(path, "mindspore")
 
 
-def test_mindspore_pieces_join_and_must_fill_their_shape(tmp_path):
+def test_mindspore_slices_are_joined_and_checked(tmp_path):
     path = tmp_path / "file"
     array = np.arange(12, dtype="float32").reshape(3, 4)
     raw = array.tobytes()
@@ -334,7 +334,7 @@ def test_mindspore_pieces_join_and_must_fill_their_shape(tmp_path):
     assert "checksum" in refuse(path, "mindspore")
 
 
-def test_paddle_joins_what_protocol_2_cannot_write_whole(tmp_path):
+def test_paddle_slices_are_joined(tmp_path):
     path = tmp_path / "file"
     array = np.arange(6, dtype="float32")
     parts = {"w@@.0": array[:4], "w@@.1": array[4:]}
@@ -345,7 +345,7 @@ def test_paddle_joins_what_protocol_2_cannot_write_whole(tmp_path):
     assert torch.equal(read_paddle(path)["w"], torch.arange(6.0).reshape(2, 3))
 
 
-def test_a_state_dict_that_went_through_timm_comes_back_unchanged(tmp_path):
+def test_conversion_round_trip(tmp_path):
     model = spread(timm.create_model("res2net_tiny"))
     torch.save(model.state_dict(), tmp_path / "file")
     state = convert(tmp_path / "file", "torch", model.state_dict())
@@ -354,7 +354,7 @@ def test_a_state_dict_that_went_through_timm_comes_back_unchanged(tmp_path):
 
 @pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.", "module.backbone.encoder."])
 @pytest.mark.parametrize("format", ["torch", "mmengine"])
-def test_a_prefix_that_all_names_share_is_left_out(prefix, format, tmp_path):
+def test_common_prefix_is_removed(prefix, format, tmp_path):
     """As `DataParallel`, `torch.compile` or a larger model puts it before the names."""
     model = small_model(format)
     state = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
@@ -363,7 +363,7 @@ def test_a_prefix_that_all_names_share_is_left_out(prefix, format, tmp_path):
     assert all(torch.equal(converted[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_a_prefix_is_left_out_only_if_all_names_share_it(tmp_path):
+def test_prefix_is_removed_only_if_all_names_share_it(tmp_path):
     model = small_model("torch")
     state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save({**state, "epoch": torch.ones(1)}, tmp_path / "file")
@@ -376,7 +376,7 @@ def test_a_prefix_is_left_out_only_if_all_names_share_it(tmp_path):
     assert "none of its 900 tensor names" in refuse(tmp_path / "file", "torch")
 
 
-def test_a_mismatch_names_the_files_shape_and_the_models_and_the_classes(tmp_path):
+def test_mismatch_message_has_both_shapes_and_class_counts(tmp_path):
     model = small_model("torch")
     state = model.state_dict()
     classes, channels = state["fc.weight"].shape
@@ -393,7 +393,7 @@ def test_a_mismatch_names_the_files_shape_and_the_models_and_the_classes(tmp_pat
     assert explain(caught.value) == line.split(": ", 1)[1].replace("2 of its tensors do not fit: ", "")
 
 
-def test_torchs_errors_about_a_state_dict_on_one_line():
+def test_torch_state_dict_errors_are_put_on_one_line():
     model = torch.nn.Linear(2, 3)
     with pytest.raises(RuntimeError) as caught:
         model.load_state_dict({"w": torch.ones(1), "weight": torch.ones(3, 1)})

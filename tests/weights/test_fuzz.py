@@ -331,7 +331,7 @@ def test_image_headers(worker, tmp_path):
     run_images(reader=worker("image"), folder=tmp_path, images=images)
 
 
-def test_a_worker_is_bounded(worker, tmp_path):
+def test_limits_of_the_worker(worker, tmp_path):
     """The bounds of this file are those that it claims."""
     torch.save({"a": torch.zeros(3 * 2**28)}, tmp_path / "file.torch")  # 3 GiB
     answer = worker("weights")(tmp_path / "file.torch")

@@ -325,7 +325,7 @@ def answers(request, tmp_path_factory) -> dict[str, tuple[int, str]]:
     """What came of each selected file: the status of the process, and its line."""
     folder = tmp_path_factory.mktemp("hostile")
     files = []
-    test = "test_a_hostile_file_is_refused_within_bounds"
+    test = "test_hostile_files_are_refused_within_limits"
     cases = [item.callspec.params["case"] for item in request.session.items if item.originalname == test]
     for i, (format, write, _) in enumerate(map(CASES.__getitem__, cases)):
         write(folder / str(i))
@@ -339,7 +339,7 @@ def answers(request, tmp_path_factory) -> dict[str, tuple[int, str]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_hostile_file_is_refused_within_bounds(case, answers):
+def test_hostile_files_are_refused_within_limits(case, answers):
     status, line = answers[case]
     assert status == 0 and re.search(CASES[case][2], line), (status, line)
     assert "\n" not in line and len(line) < 1500 and "converted" not in line
@@ -347,7 +347,7 @@ def test_a_hostile_file_is_refused_within_bounds(case, answers):
 
 @pytest.mark.parametrize("place", ["a FIFO", "/dev/zero", "a folder", "a socket"])
 @pytest.mark.parametrize("format", ["torch", "paddle", "mindspore"])
-def test_what_is_not_a_file_is_not_read(place, format, tmp_path):
+def test_devices_and_pipes_are_not_read(place, format, tmp_path):
     path = tmp_path / "file"
     if place == "a FIFO":
         os.mkfifo(path)
@@ -364,7 +364,7 @@ def test_what_is_not_a_file_is_not_read(place, format, tmp_path):
         reader(path)
 
 
-def test_names_of_parts_that_are_not_utf_8(tmp_path):
+def test_part_names_that_are_not_utf_8(tmp_path):
     of_zip(tmp_path / "file", tensor((4,), (1,)))
     content = (tmp_path / "file").read_bytes().replace(b"w/version", b"w/ver\xff\x1b\x00n")
     (tmp_path / "file").write_bytes(content)
@@ -403,7 +403,7 @@ def same(a: object, b: object) -> bool:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_checkpoint_is_what_torch_itself_reads(zipped, tmp_path):
+def test_checkpoints_are_read_as_by_torch(zipped, tmp_path):
     checkpoints = Checkpoints(tmp_path)
     state = training_state()
     if zipped:
@@ -423,7 +423,7 @@ def test_a_checkpoint_is_what_torch_itself_reads(zipped, tmp_path):
     optimizer.step()
 
 
-def test_a_checkpoint_of_a_call_or_a_huge_tensor_is_refused(tmp_path):
+def test_checkpoints_with_calls_or_huge_tensors_are_refused(tmp_path):
     path = tmp_path / "step-000000001.pt"
     for content, words in TENSORS.values():
         of_zip(path, content)
@@ -435,13 +435,13 @@ def test_a_checkpoint_of_a_call_or_a_huge_tensor_is_refused(tmp_path):
         Checkpoints(tmp_path).load()
 
 
-def test_python_2_wrote_ordered_dicts_as_pairs_and_texts_as_bytes(tmp_path):
+def test_files_of_python_2(tmp_path):
     one = tensor((2,), (2,), offset=1)[len(b"}U\x01w") : -len(b"s.")]
     of_legacy(tmp_path / "file", b"ccollections\nOrderedDict\n](](U\x01w" + one + b"ee\x85R.")
     assert read_torch(tmp_path / "file")["w"].tolist() == [0, 0]
 
 
-def test_a_part_of_a_storage_as_torch_wrote_it_before_0_4(tmp_path):
+def test_storage_views_of_torch_before_0_4(tmp_path):
     head = b"".join(pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
     storage = b"(U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuK\x04(U\x011K\x01K\x03ttQ"
     body = (
@@ -464,7 +464,7 @@ def pickled_folder(folder: Path, tiny_folder: Path) -> Path:
     return folder
 
 
-def test_a_pickle_that_timm_would_read_is_checked_before(tiny_folder, tmp_path):
+def test_pickles_are_checked_before_timm_reads_them(tiny_folder, tmp_path):
     folder = pickled_folder(tmp_path / "folder", tiny_folder)
     name = f"local-dir:{folder}"
     model, expected = (timm.create_model(n, pretrained=True) for n in (name, f"local-dir:{tiny_folder}"))
@@ -479,7 +479,7 @@ def test_a_pickle_that_timm_would_read_is_checked_before(tiny_folder, tmp_path):
             timm.create_model(name, pretrained=True)
 
 
-def test_a_pickle_of_another_architecture_is_checked_before(tmp_path):
+def test_pickles_of_other_architectures_are_checked(tmp_path):
     folder = tmp_path / "folder"
     model = timm.create_model("resnet10t", num_classes=3)
     timm.models.save_for_hf(model, str(folder), safe_serialization=False)
@@ -509,7 +509,7 @@ SAFETENSORS = {
 
 
 @pytest.mark.parametrize("case", SAFETENSORS)
-def test_a_hostile_safetensors_file_is_refused(case, tiny_folder, tmp_path):
+def test_hostile_safetensors_files_are_refused(case, tiny_folder, tmp_path):
     content = SAFETENSORS[case]
     if content.startswith(b"{"):
         header = content[: content.rindex(b"}") + 1]

@@ -44,7 +44,7 @@ BOMBS = {
 
 @pytest.mark.first_case
 @pytest.mark.parametrize("name", BOMBS)
-def test_metadata_that_stands_for_more_than_it_has_is_refused_by_every_reader(tmp_path, name):
+def test_expanding_metadata_is_refused_by_all_readers(tmp_path, name):
     bomb, bound = BOMBS[name]
     folder = shutil.copytree(SHIPPED, tmp_path / "model")
     (folder / "README.md").write_text(f"---\nlicense: mit\n{bomb}\n---\n\nText\n")
@@ -60,7 +60,7 @@ def test_metadata_that_stands_for_more_than_it_has_is_refused_by_every_reader(tm
         open_source(str(tmp_path / "data"))
 
 
-def test_a_card_with_a_few_anchors_is_read(tmp_path):
+def test_card_with_few_anchors_is_read(tmp_path):
     card = "---\nlicense: mit\na: &a [x, y]\nb: *a\nc: &c {k: *a}\nd: {<<: *c, n: 1}\n---\n\nText\n"
     (tmp_path / "README.md").write_text(card)
     data = card_metadata.read_card(tmp_path / "README.md").data.to_dict()

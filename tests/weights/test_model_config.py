@@ -112,7 +112,7 @@ def refused(in_process: Callable, folder: Path, tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("key", BAD_CONFIGS)
-def test_a_config_that_cannot_be_right_is_refused_by_all(in_process, folder, tmp_path, key):
+def test_invalid_config_values_are_refused_everywhere(in_process, folder, tmp_path, key):
     change(folder, json.loads(json.dumps(BAD_CONFIGS[key])))
     start = time.monotonic()
     lines = refused(in_process, folder, tmp_path)
@@ -124,7 +124,7 @@ def test_a_config_that_cannot_be_right_is_refused_by_all(in_process, folder, tmp
 @pytest.mark.parametrize(
     "content", ["", "[]", "3", "null", '"a"', "{}", "[" * 100_000, '{"a":' * 100_000, "1" * 5000, "\xff", "NaN"]
 )
-def test_a_config_that_is_none_is_refused_by_all(in_process, folder, tmp_path, content):
+def test_malformed_configs_are_refused_everywhere(in_process, folder, tmp_path, content):
     (folder / "config.json").write_bytes(content.encode("latin-1"))
     assert all("config.json" in line for line in refused(in_process, folder, tmp_path))
 
@@ -145,20 +145,20 @@ def put_huge(path: Path) -> None:
 
 
 @pytest.mark.parametrize("put", [put_fifo, put_zero, put_huge])
-def test_files_that_never_end(in_process, folder, tmp_path, put):
+def test_endless_config_files(in_process, folder, tmp_path, put):
     put(folder / "config.json")
     assert all("config.json" in line for line in refused(in_process, folder, tmp_path))
 
 
 @pytest.mark.parametrize("put", [put_fifo, put_zero])
-def test_weights_that_never_end(in_process, folder, tmp_path, put):
+def test_endless_weights(in_process, folder, tmp_path, put):
     put(folder / "model.safetensors")
     assert all("model.safetensors" in line for line in refused(in_process, folder, tmp_path))
 
 
 @pytest.mark.parametrize("put", [put_fifo, put_zero, put_huge])
 @pytest.mark.parametrize("name", ["fingerprint.json", "README.md"])
-def test_other_files_that_never_end(in_process, folder, put, name):
+def test_other_endless_files(in_process, folder, put, name):
     put(folder / name)
     result = in_process("hub/verify.py", folder)
     assert result.returncode in (1, 2) and name in result.stdout + result.stderr
@@ -170,7 +170,7 @@ def test_other_files_that_never_end(in_process, folder, put, name):
 @pytest.mark.parametrize(
     "readme", ["", "# A model\n\nwithout metadata\n", "---\n- a\n- b\n---\n", "---\n" + "[" * 5000 + "\n---\n", "---\n"]
 )
-def test_a_readme_without_a_card_does_not_pass(in_process, folder, readme):
+def test_readme_without_metadata_fails(in_process, folder, readme):
     (folder / "README.md").write_text(readme)
     result = in_process("hub/verify.py", folder)
     assert result.returncode == 1 and "card" in result.stdout and "README.md" in result.stdout
@@ -180,7 +180,7 @@ def test_a_readme_without_a_card_does_not_pass(in_process, folder, readme):
 @pytest.mark.parametrize(
     "dtype", [torch.int8, torch.uint8, torch.bool, torch.int64, torch.complex64, torch.float8_e4m3fn], ids=str
 )
-def test_weights_of_another_kind_do_not_pass(in_process, folder, tmp_path, dtype):
+def test_weights_of_unsupported_types_fail(in_process, folder, tmp_path, dtype):
     tensors = load_file(folder / "model.safetensors")
     tensors["fc.weight"] = tensors["fc.weight"].to(dtype)
     save_file(tensors, folder / "model.safetensors")
@@ -197,7 +197,7 @@ def test_weights_of_another_precision_pass(in_process, folder, dtype):
     assert in_process("hub/verify.py", folder).returncode == 0
 
 
-def test_names_that_all_begin_alike(in_process, folder, tmp_path):
+def test_tensor_names_with_a_common_prefix(in_process, folder, tmp_path):
     tensors = {f"module.{key}": tensor for key, tensor in load_file(folder / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(InputError, match=r"their names begin with 'module\.'") as caught:
@@ -206,7 +206,7 @@ def test_names_that_all_begin_alike(in_process, folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["link.txt", "sub"])
-def test_links_out_of_the_folder_are_not_published(in_process, folder, tmp_path, name):
+def test_links_to_outside_are_not_published(in_process, folder, tmp_path, name):
     (tmp_path / "blobs").mkdir()
     (tmp_path / "blobs" / "secret.txt").write_text("secret")
     (folder / name).symlink_to(tmp_path / "blobs" / ("secret.txt" if "." in name else ""))
@@ -214,7 +214,7 @@ def test_links_out_of_the_folder_are_not_published(in_process, folder, tmp_path,
     assert f"{name} is a link to a file outside" in line
 
 
-def test_a_pipe_is_not_published(in_process, folder):
+def test_pipes_are_not_published(in_process, folder):
     (folder / ".eval_results").mkdir()
     os.mkfifo(folder / ".eval_results" / "a.yaml")
     assert "a.yaml: it is a device, a pipe" in input_error(
@@ -222,7 +222,7 @@ def test_a_pipe_is_not_published(in_process, folder):
     )
 
 
-def test_timms_own_folders_load(tmp_path):
+def test_folders_saved_by_timm_load(tmp_path):
     """Of timm's architectures, with arguments and other inputs and classes, as safetensors and as a pickle."""
     for number, (name, arguments) in enumerate(
         {
@@ -248,7 +248,7 @@ def test_timms_own_folders_load(tmp_path):
     assert other.fc.weight.shape[0] == 11 and other.conv1[0].weight.shape[1] == 1
 
 
-def test_nothing_is_built_before_it_is_compared(folder):
+def test_shapes_are_compared_before_the_model_is_built(folder):
     """A config that fits other weights must not take the memory of its model first."""
     import resource
 
@@ -272,20 +272,20 @@ def test_nothing_is_built_before_it_is_compared(folder):
         ("res2net_tiny", dict(num_classes=10**9), "num_classes is 1000000000"),
     ],
 )
-def test_timms_create_model_has_bounds_for_our_architectures(name, arguments, words):
+def test_create_model_limits_arguments(name, arguments, words):
     start = time.monotonic()
     with pytest.raises(ValueError, match=words):
         timm.create_model(name, **arguments)
     assert time.monotonic() - start < 5
 
 
-def test_every_architecture_fits_the_bounds():
+def test_all_architectures_are_within_the_limits():
     with torch.device("meta"), model_config.at_most(model_config.MOST_MODULES):
         for name in ("resnetrs420", "ghostnetv3_050", "res2net200_vd_26w_4s"):
             timm.create_model(name)
 
 
-def test_a_repository_is_checked_as_a_folder_is(hub, in_process, folder, tmp_path):
+def test_repositories_are_checked_like_folders(hub, in_process, folder, tmp_path):
     hub.add("models/zoo/good", folder)
     assert create_model("hf-hub:zoo/good").pretrained_cfg["hf_hub_id"] == "zoo/good"
     asked = len(hub.requests)
@@ -300,7 +300,7 @@ def test_a_repository_is_checked_as_a_folder_is(hub, in_process, folder, tmp_pat
     assert "hf_hub_filename" in input_error(in_process("hub/verify.py", "zoo/bad"))
 
 
-def test_a_cache_that_cannot_be_written_is_named(hub, folder, monkeypatch):
+def test_unwritable_cache_is_reported(hub, folder, monkeypatch):
     from huggingface_hub import constants
 
     hub.add("models/zoo/good", folder)
@@ -333,7 +333,7 @@ def test_a_cache_that_cannot_be_written_is_named(hub, folder, monkeypatch):
     ],
     ids=lambda change: str(change)[:60],
 )
-def test_a_tasks_config_that_cannot_be_right(in_process, tmp_path_factory, change):
+def test_invalid_task_configs(in_process, tmp_path_factory, change):
     from res2net_zoo import tasks
     from res2net_zoo.weights.card import model_card
 

@@ -166,7 +166,7 @@ def release_record(release: Path, **more: Any) -> dict[str, Any]:
 class TestFromScratch:
     @pytest.mark.first_case
     @pytest.mark.parametrize("license", [None, "mit"])
-    def test_nothing_is_claimed_but_what_the_user_states(self, release, finetune, in_process, tmp_path, license):
+    def test_only_stated_facts_are_recorded(self, release, finetune, in_process, tmp_path, license):
         """Although published weights of the architecture have a licence, a URL and a repository."""
         given = {} if license is None else {"license": license}
         folder = finetune("scratch", "--model", "res2net_tiny", *([] if license is None else ["--license", license]))
@@ -191,7 +191,7 @@ class TestFromScratch:
         assert "cc-by" not in text and "http" not in text and "timm/" not in text and "arXiv:1904.01169" in text
         assert described(folder) == {"license": None, "base_model": None, "origin": "random", "trained": True}
 
-    def test_papers_of_weights_that_timm_has(self, tmp_path):
+    def test_papers_of_timm_weights(self, tmp_path):
         """Those of timm's other models describe how published weights were trained."""
         model = timm.create_model("resnet18", num_classes=2)
         assert model.pretrained_cfg["paper_ids"] and model.pretrained_cfg["license"]
@@ -199,13 +199,13 @@ class TestFromScratch:
         assert not claims(tmp_path / "m")
         assert "paper_ids" not in json.loads((tmp_path / "m" / "config.json").read_text())["pretrained_cfg"]
 
-    def test_a_folders_model_without_its_weights(self, mirror, finetune):
+    def test_architecture_of_a_folder_without_its_weights(self, mirror, finetune):
         folder = finetune("scratch", "--model", f"local-dir:{mirror}", "--no-pretrained")
         assert stated(folder) == {"origin": "random", "trained": True} and not claims(folder)
 
 
 class TestFromACheckpoint:
-    def test_released_and_fine_tuned_and_fine_tuned_again(self, mirror, release, finetune, in_process, tmp_path):
+    def test_provenance_after_repeated_fine_tuning(self, mirror, release, finetune, in_process, tmp_path):
         # Converted from a file that its hash shows to be the released one.
         assert stated(mirror) == release_record(release, repository=HUB_ID)
         assert claims(mirror) == {"license": LICENSE, "origin_url": URL, "tag": "own_in1k"}
@@ -231,7 +231,7 @@ class TestFromACheckpoint:
         done = in_process(VERIFY, again)
         assert done.returncode == 0 and f"trained from tuned, base model {HUB_ID}, licence {LICENSE}" in done.stdout
 
-    def test_another_licence_than_the_inherited_one(self, mirror, release, in_process, pictures, tmp_path):
+    def test_licence_that_differs_from_the_inherited_one(self, mirror, release, in_process, pictures, tmp_path):
         args = [*QUICK, "--data", pictures, "--model", NAME, "--pretrained", "--license", "mit"]
         done = in_process(FINETUNE, *args, "--output", tmp_path / "mit")
         (line,) = [line for line in done.stderr.splitlines() if "licence" in line]
@@ -242,7 +242,7 @@ class TestFromACheckpoint:
         with pytest.raises(LicenseError, match=f"states the licence mit, but .* have {LICENSE}"):
             check_license(tmp_path / "mit")
 
-    def test_a_file_that_is_not_the_released_one(self, release, finetune, in_process, tmp_path):
+    def test_file_that_differs_from_the_release(self, release, finetune, in_process, tmp_path):
         torch.save(spread(timm.create_model("res2net_tiny", num_classes=10), seed=1).state_dict(), tmp_path / "my.pth")
         folder = tmp_path / "mine"
         args = ["--model", NAME, "--checkpoint", tmp_path / "my.pth", "--output", folder]
@@ -254,7 +254,7 @@ class TestFromACheckpoint:
         tuned = finetune("tuned", "--model", f"local-dir:{folder}", "--pretrained")
         assert stated(tuned) == {**record, "trained": True, "start": "mine"} and not claims(tuned)
 
-    def test_a_mirror_with_another_file_in_its_place(self, release, in_process, tmp_path, monkeypatch):
+    def test_mirror_with_a_different_file(self, release, in_process, tmp_path, monkeypatch):
         torch.save(spread(timm.create_model("res2net_tiny", num_classes=10), seed=1).state_dict(), tmp_path / "my.pth")
         args = ["--model", NAME, "--checkpoint", tmp_path / "my.pth", "--output", tmp_path / "mirror" / NAME]
         assert in_process(CONVERT, *args).returncode == 0
@@ -262,7 +262,7 @@ class TestFromACheckpoint:
         record = of_model(NAME, create_model(NAME).pretrained_cfg)  # type: ignore[arg-type]
         assert (record.origin, record.license, record.repository) == ("file", None, None)
 
-    def test_a_file_whose_hash_was_never_published(self, in_process, tmp_path):
+    def test_file_without_a_published_hash(self, in_process, tmp_path):
         """Whether it is what is found at the release's URL cannot be known."""
         from tests.weights.test_convert import write
         from tests.weights.test_weights import to_paddle
@@ -275,7 +275,7 @@ class TestFromACheckpoint:
         assert (record["checkpoint"], record["source"]) == (name, "a file called original.pdparams")
         assert claims(tmp_path / "m") == {"license": "apache-2.0", "tag": "ssld_in1k"}
 
-    def test_a_licence_that_does_not_plainly_cover_the_weights(self, tmp_path):
+    def test_licence_that_may_not_cover_the_weights(self, tmp_path):
         """Is not plainly one for what derives from them either."""
         checkpoint = catalog.load().checkpoints["res2net50_26w_4s.in1k"]
         model = timm.create_model("res2net_tiny", num_classes=10)
@@ -290,7 +290,7 @@ class TestFromACheckpoint:
             check_license(tmp_path / "m")
 
     @pytest.mark.parametrize(("tag", "license"), [("a1_in1k", "apache-2.0"), ("fb_swsl_ig1b_ft_in1k", "cc-by-nc-4.0")])
-    def test_a_checkpoint_of_timms(self, tag, license):
+    def test_timm_checkpoint(self, tag, license):
         config = timm.create_model(f"resnet18.{tag}").pretrained_cfg
         record = of_model(f"resnet18.{tag}", config)
         assert (record.checkpoint, record.repository, record.license) == (
@@ -302,7 +302,7 @@ class TestFromACheckpoint:
 
 
 class TestFromAFolder:
-    def test_the_shipped_one(self, finetune, in_process, tmp_path):
+    def test_shipped_model(self, finetune, in_process, tmp_path):
         own = {"origin": "random", "trained": True, "license": "apache-2.0"}
         assert stated(SHIPPED_MODEL) == own and in_process(VERIFY, SHIPPED_MODEL).returncode == 0
         assert described(SHIPPED_MODEL) == {**own, "base_model": None}
@@ -320,7 +320,7 @@ class TestFromAFolder:
             "random initialisation, trained, teacher teacher, licence not stated" in (student / "README.md").read_text()
         )
 
-    def test_a_repository_on_the_hub(self, hub, finetune, publish, tmp_path):  # noqa: F811
+    def test_hub_repository(self, hub, finetune, publish, tmp_path):  # noqa: F811
         hub.add("models/zoo/digits", SHIPPED_MODEL)
         folder = finetune("tuned", "--model", "hf-hub:zoo/digits", "--pretrained")
         record = stated(folder)
@@ -335,7 +335,7 @@ class TestFromAFolder:
 
     @pytest.mark.first_case
     @pytest.mark.parametrize("license", [None, "apache-2.0"])
-    def test_what_timm_saves(self, release, finetune, in_process, tmp_path, license):
+    def test_folder_saved_by_timm(self, release, finetune, in_process, tmp_path, license):
         """It states the licence and the tag of published weights for any; the folder's card alone counts."""
         model = spread(timm.create_model("res2net_tiny", num_classes=10))
         timm.models.save_for_hf(model, str(tmp_path / "saved"), safe_serialization=True)
@@ -349,13 +349,13 @@ class TestFromAFolder:
         assert stated(folder) == record | ({"inherited_license": license} if license else {})
         assert claims(folder) == ({"license": license} if license else {})
 
-    def test_what_an_older_version_converted(self, mirror, release):
+    def test_folder_converted_by_an_earlier_version(self, mirror, release):
         config = json.loads((mirror / "config.json").read_text())
         del config["provenance"]
         (mirror / "config.json").write_text(json.dumps(config))
         assert of_folder(mirror).to_dict() == release_record(release, repository=HUB_ID)
 
-    def test_a_licence_that_is_added_to_the_card(self, finetune):
+    def test_licence_added_to_the_card(self, finetune):
         """As `publish` advises."""
         folder = finetune("scratch", "--model", "res2net_tiny")
         card = ModelCard.load(folder / "README.md")
@@ -364,13 +364,13 @@ class TestFromAFolder:
         check_license(folder)
         assert of_folder(folder).license == "mit"
 
-    def test_a_model_of_a_builder(self, tmp_path):
+    def test_random_weights_have_no_provenance(self, tmp_path):
         name = "seres2next29_6c_24w_4s"
         write_model_folder(tmp_path / "m", timm.create_model(name, **SMALL[name]), model_card("m", "# m", None))
         assert stated(tmp_path / "m") == {} and not claims(tmp_path / "m")
 
 
-def test_a_tasks_model_and_its_backbone(mirror, release, in_process, tmp_path):
+def test_task_model_and_its_backbone(mirror, release, in_process, tmp_path):
     voc = save_voc(tmp_path / "voc", train=4, val=2)
     args = ["--task", "segmentation", "--head", "unet", "--img-size", 64, "--workers", 0, "--threads", 1, "--epochs", 1]
     args += ["--data", voc, "--batch-size", 4]
@@ -439,12 +439,12 @@ class TestHostileRecords:
         ],
         ids=str,
     )
-    def test_are_refused_in_one_line(self, in_process, folder, record, words):
+    def test_invalid_records_are_refused(self, in_process, folder, record, words):
         self.spoil(folder, {"origin": "random", **record} if isinstance(record, dict) else record)
         line = input_error(in_process(VERIFY, folder))
         assert words in line and str(folder / "config.json") in line and line.isprintable()
 
-    def test_by_every_program(self, hub, in_process, publish, pictures, folder, tmp_path):  # noqa: F811
+    def test_invalid_records_are_refused_by_all_programs(self, hub, in_process, publish, pictures, folder, tmp_path):  # noqa: F811
         self.spoil(folder, dict(origin="random", license="mit\x1b[2J"))
         start = ["--model", f"local-dir:{folder}"]
         for program, args in (
@@ -461,11 +461,11 @@ class TestHostileRecords:
         assert of_folder(folder).license == "mit"
 
     @pytest.mark.parametrize("card", ["license: 3", "license: [mit, x]", 'license: "a\\eb"', "license: unknown", ": ["])
-    def test_a_card_without_a_plain_licence(self, tmp_path, card):
+    def test_card_without_a_valid_licence(self, tmp_path, card):
         (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
         assert of_folder(tmp_path).to_dict() == {"origin": "unknown", "trained": False}
 
     @pytest.mark.parametrize("license", ["a\nb", "\x07"])
-    def test_a_licence_on_the_command_line(self, in_process, pictures, tmp_path, license):
+    def test_licence_option(self, in_process, pictures, tmp_path, license):
         done = in_process(FINETUNE, *QUICK, "--data", pictures, "--license", license, "--output", tmp_path / "m")
         assert "license must be" in input_error(done) and not (tmp_path / "m").exists()

@@ -16,5 +16,5 @@ def test_both_accuracies_must_be_within_the_tolerance(top1, top5, expected):
     assert agrees(top1, top5, PUBLISHED, 0.1) is expected
 
 
-def test_nothing_published_neither_passes_nor_fails():
+def test_without_published_accuracy_the_result_is_none():
     assert agrees(80.0, 95.0, None, 0.1) is None

@@ -84,7 +84,7 @@ def left_over() -> list[str]:
     return [re.sub(r"original-[0-9a-f]{16}\.part", "original.part", name) for name in names]
 
 
-def test_pretrained_from_the_release_as_any_timm_model(hub, model, original):
+def test_pretrained_weights_from_the_release(hub, model, original):
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         with pytest.warns(UserWarning, match="could not be verified; the SHA-256 of the downloaded file is") as told:
@@ -109,7 +109,7 @@ def test_another_cache_dir(hub, tmp_path, recwarn):
     assert list((tmp_path / "elsewhere").rglob("model.safetensors")) and not left_over()
 
 
-def test_a_cut_connection_is_taken_up_again_by_the_next_call(hub, original, recwarn):
+def test_interrupted_download_is_resumed_by_the_next_call(hub, original, recwarn):
     hub.cut("original.pdparams", at_byte=60_000_000, reset=True)
     hub.cut("original.pdparams", at_byte=1_000_000, reset=True, times=TRIES - 1)
     with pytest.raises(InputError, match=r"cannot download .*; run it again to continue"):
@@ -124,7 +124,7 @@ def test_a_cut_connection_is_taken_up_again_by_the_next_call(hub, original, recw
 
 @pytest.mark.first_case
 @pytest.mark.parametrize("fault", [dict(status=503, times=2), dict(at_byte=60_000_000, reset=True)])
-def test_what_passes_is_waited_for(hub, original, recwarn, fault):
+def test_temporary_failures_are_retried(hub, original, recwarn, fault):
     (hub.fail if "status" in fault else hub.cut)("original.pdparams", **fault)
     timm.create_model(NAME, pretrained=True)
     with safe_open(converted_file(), "pt") as file:
@@ -132,7 +132,7 @@ def test_what_passes_is_waited_for(hub, original, recwarn, fault):
 
 
 @pytest.mark.full
-def test_another_file_at_the_same_url_is_not_gone_on_with(hub, original, recwarn):
+def test_download_of_a_changed_file_is_restarted(hub, original, recwarn):
     hub.cut("original.pdparams", at_byte=60_000_000, reset=True)
     hub.cut("original.pdparams", at_byte=1_000_000, reset=True, times=TRIES - 1)
     with pytest.raises(InputError, match="run it again"):
@@ -147,7 +147,7 @@ def test_another_file_at_the_same_url_is_not_gone_on_with(hub, original, recwarn
         assert file.metadata()["source_sha256"] == hashlib.sha256(content).hexdigest()
 
 
-def test_a_secret_in_a_url_is_neither_stored_nor_told(hub, in_process, original, tmp_path):
+def test_secrets_in_urls_are_neither_stored_nor_printed(hub, in_process, original, tmp_path):
     url = f"{hub.endpoint}/{FILE}?signature=hunter2"
     args = ["--model", NAME, "--checkpoint", url, "--output", tmp_path / "out"]
     result = in_process("hub/convert.py", *args)
@@ -159,19 +159,19 @@ def test_a_secret_in_a_url_is_neither_stored_nor_told(hub, in_process, original,
 
 
 @pytest.mark.parametrize("source", ["https://", "http:///x", "/dev/zero", "tests"])
-def test_what_is_no_file(in_process, tmp_path, source):
+def test_invalid_sources(in_process, tmp_path, source):
     args = ["--model", NAME, "--checkpoint", source, "--output", tmp_path / "out"]
     assert re.search("is not a URL|not a regular file|Is a directory", input_error(in_process("hub/convert.py", *args)))
 
 
-def test_a_cache_that_cannot_be_written(hub, monkeypatch, in_process, tmp_path):
+def test_unwritable_cache(hub, monkeypatch, in_process, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "file" / "assets"))
     args = ["--model", NAME, "--checkpoint", f"{hub.endpoint}/{FILE}", "--output", tmp_path / "out"]
     assert "cannot write into the cache" in input_error(in_process("hub/convert.py", *args))
 
 
-def test_a_wrong_byte_is_noticed_before_the_weight_is_used(hub, original, monkeypatch):
+def test_corrupted_weights_are_detected_before_use(hub, original, monkeypatch):
     point_to(monkeypatch, hub, sha256=originals.sha256_of(original)[:8])
     hub.corrupt("original.pdparams", at_byte=50_000_000)
     with pytest.raises(InputError, match="is not the released"):
@@ -182,7 +182,7 @@ def test_a_wrong_byte_is_noticed_before_the_weight_is_used(hub, original, monkey
 
 
 @pytest.mark.parametrize("status", [404, 403, 500])
-def test_a_server_that_refuses(hub, status):
+def test_server_that_refuses(hub, status):
     hub.fail("original.pdparams", status, times=9)
     with pytest.raises(InputError, match="cannot download"):
         timm.create_model(NAME, pretrained=True)
@@ -202,7 +202,7 @@ def test_a_full_disk(hub, original, size, recwarn):
     assert left_over() == ["model.safetensors"]
 
 
-def test_offline_says_which_command_fetches_it(hub, monkeypatch):
+def test_offline_error_names_the_command(hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
         InputError, match=f"^{NAME} is not in the cache .*; on a machine with a network, `res2net-zoo mirror` "
@@ -210,14 +210,14 @@ def test_offline_says_which_command_fetches_it(hub, monkeypatch):
         timm.create_model(NAME, pretrained=True)
 
 
-def test_what_is_no_download_says_so():
+def test_checkpoints_without_download_are_reported():
     with pytest.raises(
         InputError, match=r"^res2net152d.in1k .*share link.*`res2net-zoo convert`, and load it as local-dir:DIR"
     ):
         timm.create_model("res2net152d.in1k", pretrained=True)
 
 
-def test_a_mirror_is_read_in_place_of_anything_else(hub, monkeypatch, tmp_path, model):
+def test_mirror_takes_precedence(hub, monkeypatch, tmp_path, model):
     for name in (NAME, "res2net50_vd_26w_4s.pd_in1k"):
         (tmp_path / "mirror" / name).mkdir(parents=True)
     state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
@@ -231,7 +231,7 @@ def test_a_mirror_is_read_in_place_of_anything_else(hub, monkeypatch, tmp_path, 
 
 
 @pytest.mark.full
-def test_processes_that_start_at_once_download_once(hub, tmp_path):
+def test_concurrent_processes_download_once(hub, tmp_path):
     script = tmp_path / "load.py"
     script.write_text(
         "import sys, warnings; warnings.simplefilter('ignore')\n"
@@ -248,7 +248,7 @@ def test_processes_that_start_at_once_download_once(hub, tmp_path):
 
 
 @pytest.mark.full
-def test_save_weights_gives_the_same_bytes_every_time(tmp_path):
+def test_save_weights_is_reproducible(tmp_path):
     script = (
         "import sys, torch; from res2net_zoo.weights.originals import *; path = Path(sys.argv[1])\n"
         "save_weights({'b': torch.ones(3), 'a': torch.zeros(2, 2)}, path, dict(x='1', y='2', z='3', w='4'))\n"
@@ -268,7 +268,7 @@ def test_save_weights_gives_the_same_bytes_every_time(tmp_path):
 class TestConvertCommand:
     """`res2net-zoo convert`."""
 
-    def test_from_a_file_to_a_folder_that_timm_loads_twice_alike(self, in_process, original, model, tmp_path):
+    def test_convert_from_a_file_is_reproducible(self, in_process, original, model, tmp_path):
         folder = tmp_path / "out" / "model"
         args = ["--model", NAME, "--checkpoint", original, "--output", folder]
         contents = []
@@ -294,7 +294,7 @@ class TestConvertCommand:
         )  # nobody can tell that it is from there
         assert "license: apache-2.0" in card and "83.1" in card and "import res2net_zoo" in card
 
-    def test_a_file_that_is_not_the_released_one_goes_without_its_name(self, in_process, tmp_path):
+    def test_convert_of_another_file_omits_the_tag(self, in_process, tmp_path):
         """Such as weights that were trained on with the authors' code."""
         model = spread(timm.create_model("dla60_res2next")).eval()
         torch.save(model.state_dict(), tmp_path / "mine.pth")
@@ -325,12 +325,12 @@ class TestConvertCommand:
             (["--model", "res2net50_26w_4s.in1k", "--checkpoint", "README.md"], "is not the released"),
         ],
     )
-    def test_bad_input_in_one_line_and_nothing_written(self, in_process, args, words, tmp_path):
+    def test_bad_input_writes_nothing(self, in_process, args, words, tmp_path):
         assert words in input_error(in_process("hub/convert.py", *args, "--output", tmp_path / "out"))
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.full
-    def test_from_a_url_on_a_full_disk_and_then_on(self, hub, in_process, original, tmp_path):
+    def test_convert_from_a_url_resumes_after_a_full_disk(self, hub, in_process, original, tmp_path):
         url, out = f"{hub.endpoint}/{FILE}", tmp_path / "out" / "model"
         args = ["--model", NAME, "--checkpoint", url, "--output", out]
         with full_disk(30_000_000):
@@ -349,7 +349,7 @@ class TestConvertCommand:
         assert read_tree(out) == before
 
     @pytest.mark.full
-    def test_from_a_url_goes_on_after_a_kill(self, hub, original, tmp_path):
+    def test_convert_from_a_url_resumes_after_sigkill(self, hub, original, tmp_path):
         """A download that a kill -9 ends in its middle is not lost."""
         env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ASSETS_CACHE": str(tmp_path / "assets")}
         url = f"{hub.endpoint}/{FILE}"
@@ -370,7 +370,7 @@ class TestConvertCommand:
         subprocess.run([*command, tmp_path / "out"], cwd=ROOT, env=env, check=True, timeout=100)
         assert hub.faults and (tmp_path / "out" / "model.safetensors").exists()
 
-    def test_help_answers_at_once(self):
+    def test_help_is_fast(self):
         run = subprocess.run(
             [sys.executable, "hub/convert.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=3
         )
