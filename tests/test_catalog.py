@@ -1,4 +1,4 @@
-"""The catalogue: every fact is checked as it is read, and the command line tells all of them."""
+"""The catalogue: validation of all fields, and the commands that print them."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ FIRST = "res2net50_26w_4s.in1k"
 
 
 def changed(pattern: str, replacement: str, after: str = "") -> str:
-    """Change the catalogue in one place, the first one after a piece of text."""
+    """Change the first match of a pattern in the catalogue, after a given text."""
     start = TEXT.index(after)
     text, n = re.subn(pattern, replacement, TEXT[start:], count=1, flags=re.M)
     assert n == 1 and TEXT[:start] + text != TEXT
@@ -33,7 +33,7 @@ def refuse(text: str) -> str:
     return str(caught.value)
 
 
-OPTIONAL = ("architecture", "tag", "base_model")  # and what is tested by itself
+OPTIONAL = ("architecture", "tag", "base_model")  # and those tested separately
 
 
 @pytest.mark.parametrize("field", [f.name for f in fields(Checkpoint) if f.name not in OPTIONAL])
@@ -95,7 +95,7 @@ def test_a_wrong_field_is_named(pattern, wrong, field):
         (r"^reduction = 32", "reduction = 0", "reduction"),
         (r"^papers = .*", 'papers = ["1611.05431"]', "papers"),
         (r"^crop_pct = 1.0", "crop_pct = 100", "crop_pct"),
-        # A difference is required if a printed size differs from the rounded one, and only then.
+        # A difference is required if and only if a printed size differs from the rounded one.
         (r"^difference = .*\n", "", "differing: 4.2"),
         (r'^  \{ parameters = "25.29"', '  { parameters = "25.3"', None),
         (r'^  \{ parameters = "25.29"', '  { parameters = "25.28"', "differing: 25.28"),

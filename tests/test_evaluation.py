@@ -29,7 +29,7 @@ NUM_CLASSES = 7
 
 
 class ReadsItsAnswer(nn.Module):
-    """Answers with the class that an image's grey value says; its four next answers are the classes after that."""
+    """Predicts the class encoded in the grey value of an image, followed by the next four classes."""
 
     num_classes = NUM_CLASSES
     pretrained_cfg: ClassVar = dict(
@@ -37,8 +37,8 @@ class ReadsItsAnswer(nn.Module):
     )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        said = (x.mean((1, 2, 3)) * 255 / 10).round().long()
-        order = (torch.arange(NUM_CLASSES) - said[:, None]) % NUM_CLASSES
+        prediction = (x.mean((1, 2, 3)) * 255 / 10).round().long()
+        order = (torch.arange(NUM_CLASSES) - prediction[:, None]) % NUM_CLASSES
         return -order.float()
 
 
@@ -48,7 +48,7 @@ def answers_and_labels(n: int, seed: int = 0) -> tuple[list[int], list[int]]:
 
 
 def make_source(answers: list[int], labels: list[int], shards: int = 0) -> Source:
-    """Make images that ReadsItsAnswer answers so; a stream of some shards, or map-style for 0."""
+    """Return images for which ReadsItsAnswer gives these answers; a stream of shards, or map-style for 0 shards."""
     images = []
     for answer in answers:
         buffer = io.BytesIO()
@@ -67,7 +67,7 @@ def truth(answers: list[int], labels: list[int]) -> Counts:
 
 
 def process(rank: int, world: int) -> Accelerator:
-    """Stand in for one of several processes; counting asks no more of an Accelerator than this."""
+    """Return a substitute for the Accelerator of one of several processes, sufficient for counting."""
     autocast = Accelerator(cpu=True).autocast
     stand_in = SimpleNamespace(process_index=rank, num_processes=world, device=torch.device("cpu"), autocast=autocast)
     return stand_in  # type: ignore[return-value]
@@ -112,7 +112,7 @@ def test_result_does_not_depend_on_workers(shards, workers):
 @pytest.mark.full
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_result_does_not_depend_on_processes(program, processes):
-    """The same property with real processes: one launch, many sizes and batches, map-style and streamed."""
+    """The same property with real processes: one launch, many sizes and batches, map-style and streaming."""
     result = program("tests/count_in_processes.py", processes=processes)
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
@@ -124,7 +124,7 @@ def test_result_does_not_depend_on_processes(program, processes):
 
 
 def test_a_subset_of_fewer_than_five_classes():
-    """Among classes 4, 5 and 6, an image that says 5 is answered 5, 6, 4, and one that says 0 is answered 4, 5, 6."""
+    """Among classes 4, 5 and 6, predictions are 5, 6, 4 for an image of class 5, and 4, 5, 6 for class 0."""
     classes = Classes(NUM_CLASSES, of_label=[4, 5, 6], subset=[4, 5, 6])
     source = make_source([5, 5, 0, 0], [1, 0, 0, 2])
     counts = evaluate(ReadsItsAnswer(), source, classes, Accelerator(cpu=True), 3, 0)
@@ -150,11 +150,11 @@ def test_nan_output_is_refused():
         evaluate(Broken(), make_source([1], [1]), Classes(NUM_CLASSES), Accelerator(cpu=True), 2, 0)
 
 
-# Agreement with timm's own loader and loop
+# Agreement with timm's loader and loop
 
 
 def save_in_many_modes(folder: Path) -> list[str]:
-    """Save real digits as JPEG and PNG of every kind that people have: sizes, modes, EXIF orientation."""
+    """Save digits as JPEG and PNG in many sizes, modes and EXIF orientations."""
     rows = datasets.load_dataset("parquet", data_files=str(SHIPPED_DATA / "data" / "validation-*"), split="train")
     rng = np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
@@ -176,7 +176,7 @@ def save_in_many_modes(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def agreement(tmp_path_factory):
-    """Images of many modes, and what timm's validation loop answers to each."""
+    """Images of many modes, and the predictions of timm's validation loop."""
     folder = tmp_path_factory.mktemp("modes")
     names = save_in_many_modes(folder)
     model = timm.create_model(f"local-dir:{SHIPPED_MODEL}", pretrained=True).eval()
@@ -198,7 +198,7 @@ def agreement(tmp_path_factory):
 
 
 def labelled(folder: Path, labels: list[int]) -> Source:
-    """Open the images with other labels than their folder's."""
+    """Open the images with labels that differ from their folders."""
     source = open_source(str(folder))
     rows = source.rows.remove_columns("label").add_column("label", labels)
     return Source("modes", "test", rows, None, len(rows), source.read)
@@ -213,7 +213,7 @@ def test_agrees_with_timm_prediction_for_prediction(agreement):
     assert [Path(row["image"]["path"]).name for row in source.rows] == names
     counts = evaluate(model, source, classes, Accelerator(cpu=True), batch_size=32, workers=1)
     assert (counts.samples, counts.top1) == (len(names), len(names))
-    # Each of timm's first five answers is among ours, and its sixth is not.
+    # Our top five predictions are exactly timm's.
     for rank in range(5):
         counts = evaluate(model, labelled(folder, answers[:, rank].tolist()), classes, Accelerator(cpu=True), 32, 0)
         assert (counts.top5, counts.top1) == (len(names), len(names) if rank == 0 else 0)
@@ -233,7 +233,7 @@ def test_loads_the_same_pixels_as_timm(agreement):
 
 
 def test_applying_the_exif_orientation_changes_predictions(agreement):
-    """The agreement above can fail: `datasets`' own decoding, which turns images, disagrees."""
+    """The comparison above is sensitive: with the decoding of `datasets`, which rotates images, it fails."""
     folder, _, model, _, answers = agreement
     rows = open_source(str(folder)).rows.cast_column("image", datasets.Image())
     config = resolve_model_data_config(model)

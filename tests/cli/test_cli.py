@@ -45,7 +45,7 @@ def help_of(capfd: pytest.CaptureFixture, *words: str) -> str:
 
 
 def parser_of(monkeypatch: pytest.MonkeyPatch, command: str) -> Parser:
-    """Return a command's parser, caught where it would parse."""
+    """Return a command's parser, intercepted when it parses."""
     caught = []
 
     def stop(self, *args, **kwargs):
@@ -145,7 +145,7 @@ def test_console_script_imports_the_package_after_parsing():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel's content, in a folder that can go on Python's path."""
+    """The content of the wheel, in a folder for `sys.path`."""
     pytest.importorskip("hatchling")
     folder = tmp_path_factory.mktemp("wheel")
     build = f"from hatchling.build import build_wheel; print(build_wheel({str(folder)!r}))"

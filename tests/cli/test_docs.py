@@ -1,4 +1,4 @@
-"""The README and the pages in docs/: their length, their links and the Python that they show."""
+"""README and docs: length, links and Python examples."""
 
 import re
 import tomllib

@@ -1,4 +1,4 @@
-"""What programs print where something is wrong: one line that names the culprit and what may have been meant."""
+"""Error messages of programs: one line that names the cause and suggests a correction."""
 
 import ast
 import csv
@@ -43,7 +43,7 @@ HOSTILE = "a\x1b[31m|b\u202e\udcff<i>"
 
 
 def plain(text: str) -> bool:
-    """Return whether a terminal shows all of a text as it is."""
+    """Return whether a text has only printable characters."""
     return all(c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in text)
 
 
@@ -55,7 +55,7 @@ def test_misspelt_options_are_reported_before_missing_ones(in_process, program_a
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "expected"),
     [
         (("hub/mirror.py", "--too", "x"), "--too; did you mean --to?"),
         (("hub/verify.py", "x", "--revison=v1"), "--revison; did you mean --revision?"),
@@ -86,15 +86,15 @@ def test_misspelt_options_are_reported_before_missing_ones(in_process, program_a
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_errors_are_one_line_with_a_suggestion(in_process, monkeypatch, tmp_path, args, says):
+def test_errors_are_one_line_with_a_suggestion(in_process, monkeypatch, tmp_path, args, expected):
     if "cam.py" in args[0]:
         Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
         args = (args[0], tmp_path, *args[2:], "--output", tmp_path / "cam.png")
-    assert says in input_error(in_process(*args))
+    assert expected in input_error(in_process(*args))
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "expected"),
     [
         (("lst",), "invalid choice: 'lst'; did you mean list?"),
         (("list", "--pretraind"), "unrecognized argument --pretraind; did you mean --pretrained?"),
@@ -106,15 +106,15 @@ def test_errors_are_one_line_with_a_suggestion(in_process, monkeypatch, tmp_path
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_catalogue_commands_suggest_names(capfd, args, says):
+def test_catalogue_commands_suggest_names(capfd, args, expected):
     with pytest.raises(SystemExit) as stopped:
         raise SystemExit(main(args))
     _, err = capfd.readouterr()
-    assert stopped.value.code == 2 and err.count("\n") == 1 and says in err
+    assert stopped.value.code == 2 and err.count("\n") == 1 and expected in err
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "expected"),
     [
         ("res2net50", "did you mean res2net50_26w_4s or res2net50_48w_2s or"),
         ("Res2Net50_26w_4s", "did you mean res2net50_26w_4s?"),
@@ -140,15 +140,15 @@ def test_catalogue_commands_suggest_names(capfd, args, says):
     ],
     ids=lambda value: value[:30],
 )
-def test_model_names_are_suggested(monkeypatch, name, says):
+def test_model_names_are_suggested(monkeypatch, name, expected):
     monkeypatch.chdir(SHIPPED_MODEL.parents[2])
     with pytest.raises(InputError) as refused:
         create_model(name)
-    assert says in str(refused.value)
+    assert expected in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "expected"),
     [
         ('lr = "fast"', "--lr: invalid float value: 'fast'"),
         ("lr = inf", "--lr: inf is not 0 or more and finite"),
@@ -164,11 +164,11 @@ def test_model_names_are_suggested(monkeypatch, name, says):
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_errors_name_the_recipe(in_process, tmp_path, content, says):
+def test_errors_name_the_recipe(in_process, tmp_path, content, expected):
     path = tmp_path / "mine.toml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     line = input_error(in_process("scripts/finetune.py", "--recipe", path, "--output", tmp_path / "out"))
-    assert says in line and ("mine.toml" in line or "--tracker" in line)
+    assert expected in line and ("mine.toml" in line or "--tracker" in line)
 
 
 def test_recipe_with_byte_order_mark(in_process, tmp_path):
@@ -184,7 +184,7 @@ def test_numbers_must_be_finite(in_process, value):
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "says"),
+    ("error", "code", "expected"),
     [
         (InputError(f"no {HOSTILE}"), 2, r"error: no a\x1b[31m|b\u202e\udcff<i>"),
         (OSError(28, "No space left on device", "out.json"), 2, "error: cannot read or write out.json: No space left"),
@@ -193,13 +193,13 @@ def test_numbers_must_be_finite(in_process, value):
     ],
     ids=["control characters", "full disk", "memory", "memory of a GPU"],
 )
-def test_exceptions_are_printed_on_one_line(capfd, error, code, says):
+def test_exceptions_are_printed_on_one_line(capfd, error, code, expected):
     def main() -> int:
         raise error
 
     assert run(main) == code
     _, err = capfd.readouterr()
-    assert err.count("\n") == 1 and err.startswith(says) and plain(err)
+    assert err.count("\n") == 1 and err.startswith(expected) and plain(err)
 
 
 def test_command_line_errors_escape_control_characters(in_process):
@@ -218,7 +218,7 @@ def test_tables_escape_bars_and_control_characters():
 
 @pytest.fixture(scope="module")
 def hostile_model(tmp_path_factory):
-    """A model folder whose classes have names that a terminal, Markdown and matplotlib would obey."""
+    """A model folder with class names that a terminal, Markdown and matplotlib would interpret."""
     folder = tmp_path_factory.mktemp("hostile") / "model"
     names = ["red\x1b[31m|pipe", "right\u202eleft", "cost_$5^_$", "<script>x</script>", "`code` [a](b)"]
     write_model_folder(folder, timm.create_model("res2net_tiny", num_classes=5), model_card("m", "# m", None), names)

@@ -1,4 +1,4 @@
-"""`scripts/predict.py`: what it answers, in every form, on one and on two processes."""
+"""`scripts/predict.py`: predictions in every format, on one and two processes."""
 
 import csv
 import io
@@ -25,7 +25,7 @@ PREDICT = "scripts/predict.py"
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory) -> Path:
-    """Ten digits in two folders, named by what they are."""
+    """Ten digits in two folders, named by their class."""
     folder = tmp_path_factory.mktemp("digits")
     files = sorted(str(path) for path in SHIPPED_DATA.rglob("*validation*"))
     rows = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(folder / "cache"))
@@ -36,7 +36,7 @@ def digits(tmp_path_factory) -> Path:
 
 
 def timms(paths: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return timm's own scores and pooled features, one image at a time."""
+    """Return timm's scores and pooled features, one image at a time."""
     model = timm.create_model(f"local-dir:{SHIPPED_MODEL}", pretrained=True).eval()
     transform = create_transform(**resolve_model_data_config(model))
     scores, pooled = [], []
@@ -105,7 +105,7 @@ def test_imagenet_class_names(in_process, digits, tmp_path):
     write_model_folder(tmp_path / "m", model, model_card("m", "# m", None))
     file = digits / "a" / next(path.name for path in (digits / "a").iterdir())
     args = [file, file, "--model", f"local-dir:{tmp_path / 'm'}", "--format", "jsonl", "--topk", 2000]
-    (line,) = in_process(PREDICT, *args).stdout.splitlines()  # named twice, told once
+    (line,) = in_process(PREDICT, *args).stdout.splitlines()  # given twice, reported once
     answers = json.loads(line)["predictions"]
     assert sorted(a["class"] for a in answers) == list(range(1000))
     info = ImageNetInfo()
@@ -147,7 +147,7 @@ def test_failure_keeps_the_old_files(in_process, digits, tmp_path):
         (digits / "b" / "9_broken.png").unlink()
     assert "9_broken.png is corrupt" in line and (tmp_path / "p.csv").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["p.csv"]
-    with full_disk(2000):  # which would also hold for what workers pass on
+    with full_disk(2000):  # also applies to data from workers
         args = ["--output", tmp_path / "p.csv", "--embeddings", tmp_path / "e", "--workers", 0]
         line = input_error(in_process(PREDICT, digits, *args))
     assert "cannot write" in line and [path.name for path in tmp_path.iterdir()] == ["p.csv"]
@@ -175,7 +175,7 @@ def test_predictions_of_file_names_that_are_not_utf8(in_process, digits, tmp_pat
 
 
 def test_predict_does_not_import_datasets(program, tmp_path):
-    """Importing it would cost half a second."""
+    """Importing it takes half a second."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     code = "import runpy, sys; sys.path.insert(0, 'scripts'); sys.argv = ['predict.py', sys.argv[1]]\n"
     code += "try:\n    runpy.run_path('scripts/predict.py', run_name='__main__')\nexcept SystemExit as end:\n"
@@ -211,7 +211,7 @@ def test_pixels_with_more_than_eight_bits(in_process, tmp_path):
 
 
 def test_very_large_images(in_process, tmp_path):
-    """Up to 179 million are read, without Pillow's own warning; a file too small for what it claims is not decoded."""
+    """Up to 179 million pixels are read, without Pillow's warning; files too small for their claimed size are not."""
     Image.new("1", (9500, 9500)).save(tmp_path / "large.png")
     result = in_process(PREDICT, tmp_path / "large.png")
     assert (result.returncode, result.stderr) == (0, "")

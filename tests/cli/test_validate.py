@@ -1,4 +1,4 @@
-"""scripts/validate.py, run as a user runs it: figures, comparison, bad input, many models, interruption."""
+"""scripts/validate.py as a program: accuracies, comparison, bad input, many models, interruption."""
 
 import io
 import json
@@ -34,7 +34,7 @@ SHIPPED = f"local-dir:{SHIPPED_MODEL}"
 
 
 def table(result: subprocess.CompletedProcess) -> list[list[str]]:
-    """Return the cells of the rows that a run printed."""
+    """Return the cells of the printed rows."""
     lines = [line for line in result.stdout.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
@@ -52,7 +52,7 @@ def imagenet_folder(tmp_path_factory) -> Path:
 
 
 def test_first_readme_command_on_one_and_two_processes(program, tmp_path):
-    """One and two processes measure the shipped model alike, and find what its card publishes."""
+    """One and two processes measure the same accuracy of the shipped model, which is that of its card."""
     rows, files = [], []
     for processes in (1, 2):
         result = program(VALIDATE, "--check", "--output", tmp_path / f"{processes}.json", processes=processes)
@@ -79,7 +79,7 @@ def test_streaming_in_bf16(in_process, tmp_path):
 
 
 def copy_with_card(tmp_path: Path, top1: float) -> Path:
-    """Copy the shipped model with a card that claims another top-1."""
+    """Copy the shipped model with a card that states another top-1."""
     folder = shutil.copytree(SHIPPED_MODEL, tmp_path / f"claims_{top1}")
     card = (folder / "README.md").read_text()
     changed = re.sub(r"(type: accuracy\n\s+value: )[\d.]+", rf"\g<1>{top1}", card)
@@ -95,13 +95,13 @@ def test_check_fails_if_the_published_accuracy_differs(in_process, tmp_path):
     result = in_process(VALIDATE, "--model", model, "--check")
     assert result.returncode == 1
     assert table(result)[0][-1] == "FAILED" and f"{claim:.3f}" in table(result)[0]
-    assert in_process(VALIDATE, "--model", model).returncode == 0  # not asked to check
+    assert in_process(VALIDATE, "--model", model).returncode == 0  # without --check
     assert in_process(VALIDATE, "--model", model, "--check", "--tolerance", "0.25").returncode == 0
 
 
 @pytest.mark.full
 def test_a_difference_equal_to_the_tolerance_passes(in_process, tmp_path):
-    """Though in binary 100 - 99.9 is more than 0.1."""
+    """In floating-point numbers, 100 - 99.9 is more than 0.1."""
     top1 = published_accuracies(SHIPPED)[0].top1
     for claim, code in ((round(top1 - 0.1, 3), 0), (round(top1 - 0.101, 3), 1)):
         folder = copy_with_card(tmp_path, claim)
@@ -134,39 +134,39 @@ def test_invalid_accuracies_on_cards_are_ignored(tmp_path):
 def test_check_needs_a_published_accuracy(in_process, tiny_folder, tmp_path):
     result = in_process(VALIDATE, "--model", f"local-dir:{tiny_folder}", "--check", "--output", tmp_path / "r.json")
     assert "no published accuracy" in input_error(result)
-    assert not (tmp_path / "r.json").exists()  # it was not measured
+    assert not (tmp_path / "r.json").exists()  # nothing was measured
 
 
 def test_resume_repeats_measurements_after_changes(in_process, tmp_path):
-    """Resuming with --check must not pass for what was never measured."""
+    """Resuming with --check must not pass without a measurement."""
     images = save_images(tmp_path / "digits", [str(i) for i in range(10)], 1)
     folder = shutil.copytree(SHIPPED_MODEL, tmp_path / "model")
     args = ["--model", f"local-dir:{folder}", "--data", images, "--output", tmp_path / "r.json", "--resume"]
 
-    def says(*more: object) -> str:
+    def resumed(*more: object) -> str:
         result = in_process(VALIDATE, *args, *more)
         assert len(results(tmp_path / "r.json")) == 1
         return "already done" if "is already done" in result.stdout else result.stdout
 
-    says()
+    resumed()
     first = results(tmp_path / "r.json")[0]
     assert re.fullmatch("[0-9a-f]{64}", first["weights_sha256"])
-    assert says() == "already done"
+    assert resumed() == "already done"
     weights = load_file(folder / "model.safetensors")
     weights["fc.weight"].zero_()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    assert "because of changed or missing records: weights" in says()
-    assert says() == "already done"
+    assert "because of changed or missing records: weights" in resumed()
+    assert resumed() == "already done"
     config = json.loads((folder / "config.json").read_text())
     config["pretrained_cfg"]["crop_pct"] = 0.5
     (folder / "config.json").write_text(json.dumps(config))
-    assert "because of changed or missing records: crop_pct" in says()
+    assert "because of changed or missing records: crop_pct" in resumed()
     Image.new("RGB", (50, 60)).save(images / "3" / "0.jpg")
-    assert "because of changed or missing records: data" in says()
-    # A file of an earlier version, without the hash.
+    assert "because of changed or missing records: data" in resumed()
+    # A file of an earlier version has no hash.
     old = [{k: v for k, v in results(tmp_path / "r.json")[0].items() if k != "weights_sha256"}]
     (tmp_path / "r.json").write_text(json.dumps(old))
-    assert "because of changed or missing records: weights" in says()
+    assert "because of changed or missing records: weights" in resumed()
 
 
 def test_results_file_is_locked(in_process, tmp_path):
@@ -198,7 +198,7 @@ def test_full_disk_does_not_stop_measurements(in_process, tmp_path):
     other |= {"options": {}, "benchmark": None, "published_top1": None, "published_top5": None}
     before = json.dumps([other] * 10)
     (tmp_path / "r.json").write_text(before)
-    with full_disk(len(before)):  # enough for what is printed, which goes to a file here as well
+    with full_disk(len(before)):  # sufficient for the output, which is also written to a file here
         result = in_process(VALIDATE, "--output", tmp_path / "r.json", "--resume", "--workers", 0)
     line = input_error(result)
     assert "cannot write" in line and "r.json: File too large; the results are in the table above" in line
@@ -229,7 +229,7 @@ def test_warning_about_training_images(in_process, tmp_path):
 
 
 class TestBadInput:
-    """One line that says what is wrong and what to do, exit code 2, and no result."""
+    """One line with the problem and a hint, exit code 2, and no result."""
 
     def refused(self, run, tmp_path, *args) -> str:
         output = tmp_path / "results.json"
@@ -334,7 +334,7 @@ class TestBadInput:
 
     @pytest.mark.full
     def test_files_with_wrong_content(self, program, tmp_path):
-        """Two libraries log what they also raise; that must not make a second line."""
+        """Two libraries also log the errors that they raise; there must be only one line."""
         pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         (tmp_path / "val.parquet").write_text(pointer)
         assert "val.parquet" in self.refused(program, tmp_path, "--data", tmp_path / "val.parquet")
@@ -364,7 +364,7 @@ class TestBadInput:
         assert not (tmp_path / "was_here").exists()
 
     def test_no_network(self, in_process, tmp_path):
-        """Offline mode stands in for a dead network: the same error without its five retries."""
+        """Offline mode replaces a missing network: the same error without retries."""
         line = self.refused(in_process, tmp_path, "--model", "res2net50_26w_4s")
         assert "not reachable" in line and "`hf download timm/res2net50_26w_4s.in1k`" in line
         assert "not reachable" in self.refused(in_process, tmp_path, "--model", "hf-hub:some/model")
@@ -377,7 +377,7 @@ class TestBadInput:
         assert "not reachable" in input_error(in_process(VALIDATE, "--model", "hf-hub:some/model"))
 
     def test_file_truncated_during_streaming(self, in_process, tmp_path):
-        """A Parquet file whose end is whole and whose middle is not: found out half-way through."""
+        """A Parquet file with a valid footer and a damaged middle."""
         import datasets
 
         rows = datasets.load_dataset("parquet", data_files=str(SHIPPED_DATA / "data/validation-*"), split="train")
@@ -402,7 +402,7 @@ class TestBadInput:
 
     @pytest.mark.full
     def test_two_processes_print_one_error_line(self, program, tmp_path):
-        """An image that only the second process reads; both stop, and one line says why."""
+        """Only the second process reads the image; both stop, and one line is printed."""
         images = save_images(tmp_path / "images", ["0", "1"], 3)
         (images / "1" / "0.jpg").write_bytes(b"")
         result = program(VALIDATE, "--data", images, processes=2)
@@ -438,7 +438,7 @@ def test_other_models_are_measured_after_a_failure(in_process, tmp_path):
 
 @pytest.mark.full
 def test_resume_depends_on_all_options(in_process, tmp_path):
-    """Resuming keeps a figure only for the same question, and judges only the models that are asked for."""
+    """Resuming keeps a result only for the same options, and checks only the requested models."""
     images = save_images(tmp_path / "images", ["0", "1"], 2)
     wrong = f"local-dir:{copy_with_card(tmp_path, 99.5)}"
     args = ["--output", tmp_path / "r.json", "--resume"]
@@ -455,8 +455,8 @@ def test_resume_depends_on_all_options(in_process, tmp_path):
     assert len(results(tmp_path / "r.json")) == 4
 
 
-def heed_the_keyboard() -> None:
-    """Listen to SIGINT, which the children of a shell's background job do not."""
+def restore_sigint() -> None:
+    """Restore the SIGINT handler, because background jobs of a shell ignore SIGINT."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -470,9 +470,9 @@ def test_interruption_by_ctrl_c(tmp_path):
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=heed_the_keyboard,
+        preexec_fn=restore_sigint,
     )
-    while not (tmp_path / "r.json").exists():  # the first model is done, the second under way
+    while not (tmp_path / "r.json").exists():  # the first model is done, the second in progress
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
@@ -480,13 +480,13 @@ def test_interruption_by_ctrl_c(tmp_path):
     assert process.returncode == 130, stderr
     lines = [
         line for line in stderr.splitlines() if line.strip() and " elapsed" not in line
-    ]  # a slow machine's progress
+    ]  # progress on a slow machine
     assert lines == ["error: interrupted"]
 
 
 @pytest.mark.full
 def test_resume_after_sigkill(tmp_path):
-    """kill -9 between two models loses nothing that was measured, and nothing is measured twice."""
+    """After kill -9 between two models, no result is lost and none is measured twice."""
     images = save_images(tmp_path / "images", [str(i) for i in range(10)], 40)
     slow = shutil.copytree(SHIPPED_MODEL, tmp_path / "slow")
     output = tmp_path / "r.json"
@@ -518,7 +518,7 @@ def test_resume_after_sigkill(tmp_path):
 
 
 class TestImageNet:
-    """The benchmarks' labels from end to end, on made images of the true structure."""
+    """The labels of the ImageNet benchmarks, on generated images in the original layouts."""
 
     def test_imagenet_a_chooses_among_its_200_classes(self, in_process, imagenet_folder, tmp_path):
         images = save_images(tmp_path / "imagenet-a", subset_synsets("imagenet-a"), 1)
@@ -526,12 +526,12 @@ class TestImageNet:
         in_process(VALIDATE, *args, tmp_path / "a.json")
         measured = results(tmp_path / "a.json")[0]
         assert (measured["benchmark"], measured["samples"]) == ("imagenet-a", 200)
-        # With another folder more it is no ImageNet-A, and all 1000 classes stand for choice.
+        # With an additional folder it is not ImageNet-A, and all 1000 classes are predicted.
         save_images(images, [next(s for s in imagenet_synsets() if s not in subset_synsets("imagenet-a"))], 1)
         in_process(VALIDATE, *args, tmp_path / "b.json")
         other = results(tmp_path / "b.json")[0]
         assert (other["benchmark"], other["samples"]) == (None, 201)
-        assert measured["correct5"] > other["correct5"]  # of 200 rather than of 1000
+        assert measured["correct5"] > other["correct5"]  # among 200 instead of 1000 classes
 
     @pytest.mark.full
     def test_imagenet_v2_uses_numeric_folder_names(self, in_process, imagenet_folder, tmp_path):
@@ -559,7 +559,7 @@ class TestImageNet:
 
 @pytest.mark.full
 def test_model_and_data_from_the_hub(program, tmp_path):
-    """Model and data by their Hub ids, through the real clients, over HTTP."""
+    """Model and data by their Hub ids, with the real clients over HTTP."""
     repositories = {"models/zoo/digits-model": SHIPPED_MODEL, "datasets/zoo/digits": SHIPPED_DATA}
     with serve(repositories) as hub:
         hub.tag("models/zoo/digits-model", "v1.0")
@@ -570,7 +570,7 @@ def test_model_and_data_from_the_hub(program, tmp_path):
         assert result.returncode == 0, result.stderr
         assert results(tmp_path / "r.json")[0]["samples"] == 360
         assert not any("train-00000" in request for request in requests)
-        # Weights, config and the card with the published figures are those of the revision.
+        # Weights, config and card are those of the revision.
         files = [r for r in requests if "digits-model/resolve" in r]
         assert files and all("resolve/v1.0/" in r or hub.sha("models/zoo/digits-model") in r for r in files), files
         line = input_error(program(VALIDATE, "--model", "hf-hub:zoo/nothing", **env))
@@ -580,7 +580,7 @@ def test_model_and_data_from_the_hub(program, tmp_path):
 @pytest.mark.full
 @pytest.mark.parametrize("streaming", [False, True])
 def test_image_files_from_the_hub(program, tmp_path, streaming):
-    """A dataset of plain image files, with a dot in its name: streamed, each is read over the network."""
+    """A dataset of image files, with a dot in its name, which are read over the network when streaming."""
     save_images(tmp_path / "repository" / "validation", ["0", "1"], 4)
     with serve({"datasets/zoo/images.v2": tmp_path / "repository"}) as hub:
         env = dict(HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hf"))
@@ -611,7 +611,7 @@ def test_labels_out_of_range(in_process, tmp_path, streaming, kind, label):
     table = pa.table({"image": [image] * 2, "label": pa.array([0, label], kind)})
     pyarrow.parquet.write_table(table, tmp_path / "val.parquet")
     line = input_error(in_process(VALIDATE, "--data", tmp_path / "val.parquet", *["--streaming"] * streaming))
-    limit = "9" if streaming else "999999 at most"  # a file's labels are checked before the model is known
+    limit = "9" if streaming else "999999 at most"  # labels of files are checked before the model is loaded
     assert "image 1" in line and f"label {label}" in line and f"labels go from 0 to {limit}" in line
 
 
@@ -640,6 +640,6 @@ def test_help_and_option_errors_are_fast(path):
     for args, code in ((["--help"], 0), (["--frobnicate"], 2)):
         before = os.times().children_user
         result = subprocess.run([sys.executable, path, *args], cwd=ROOT, capture_output=True, text=True)
-        assert os.times().children_user - before < 1  # of the CPU, whatever else runs
+        assert os.times().children_user - before < 1  # CPU seconds, independent of other load
         assert result.returncode == code
     assert len(result.stderr.splitlines()) == 1 and "--frobnicate" in result.stderr

@@ -674,8 +674,8 @@ class TestCards:
         scope: dict = {}
         exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.S)), scope)
         assert scope["top5"].indices.shape == (1, 5) and len(scope["features"]) == 5
-        told = re.search(r"embedding = .*# \((\d+), (\d+)\)", text)
-        assert told and scope["embedding"].shape == tuple(map(int, told.groups()))
+        shape = re.search(r"embedding = .*# \((\d+), (\d+)\)", text)
+        assert shape and scope["embedding"].shape == tuple(map(int, shape.groups()))
 
 
 class TestMirror:

@@ -1,4 +1,4 @@
-"""What messages quote of the errors of others, and the options that programs add to messages."""
+"""Shortened messages of other errors, and the options that programs add to messages."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""What is written to disk is whole at every moment; what is shipped is what it says it is."""
+"""Atomic writes, locks, and the shipped model and data."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_foreign_lock_files_are_not_overwritten(tmp_path):
 def test_devices_are_written_but_not_replaced(tmp_path):
     null = tmp_path / "null"
     null.symlink_to("/dev/null")
-    with locked(null), locked(null):  # two programs may write it
+    with locked(null), locked(null):  # two programs may write to it
         write_atomically(null, lambda new: new.write_text("text"))
     assert null.is_symlink() and null.is_char_device()
     read, write = os.pipe()
@@ -108,7 +108,7 @@ def test_model_folders_are_replaced_atomically(tmp_path):
 
 @pytest.mark.full
 def test_model_folder_is_complete_after_sigkill(tmp_path):
-    """kill -9 while a folder is written over and over: it can always be read, weights and card of one time."""
+    """kill -9 while a folder is written repeatedly: it is always readable, with weights and card of the same write."""
     folder = tmp_path / "model"
     code = f"""
 import sys, timm, torch, res2net_zoo
@@ -152,7 +152,7 @@ with locked(path), temporary_file(path) as temporary:
 @pytest.mark.full
 def test_locks_and_partial_files_of_killed_processes_are_removed(tmp_path):
     path = tmp_path / "file.txt"
-    (tmp_path / ".notes-new-mine").mkdir()  # a user's own
+    (tmp_path / ".notes-new-mine").mkdir()  # a folder of the user
     process = subprocess.Popen([sys.executable, "-c", WRITER, path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline()
     with pytest.raises(InputError, match=f"another run .process {process.pid} .* is writing .*file.txt"), locked(path):
@@ -170,7 +170,7 @@ def test_locks_and_partial_files_of_killed_processes_are_removed(tmp_path):
 
 @pytest.mark.full
 def test_child_processes_do_not_keep_locks(tmp_path):
-    """Loader processes are forked, and may live some seconds longer."""
+    """Data-loading workers are forked, and may live some seconds longer."""
     code = """
 import os, sys, time
 from pathlib import Path
@@ -194,7 +194,7 @@ with locked(Path(sys.argv[1])):
     process.wait()
     try:
         with locked(tmp_path / "f"):
-            os.kill(child, 0)  # it lives
+            os.kill(child, 0)  # it is alive
     finally:
         os.kill(child, signal.SIGKILL)
 
@@ -217,10 +217,10 @@ for text in ("old", "new"):
 """
     assert subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT).returncode == -9
     assert not folder.exists() and len(list(tmp_path.iterdir())) == 2
-    sweep(tmp_path)  # must not take the only whole folders for left over
+    sweep(tmp_path)  # must not remove the only complete folders
     finish_replacing(folder)
     assert (folder / "card").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["model"]
-    # What was left in the folder itself does not move along.
+    # Temporary files in the folder are not kept.
     (folder / ".card-new-abcdefgh").mkdir()
     (folder / "mine").write_text("kept")
     with replaced_folder(folder) as new:
@@ -238,7 +238,7 @@ def test_partial_files_are_not_published(tmp_path):
 
 
 def test_model_folders_agree_with_timm(tmp_path):
-    """Our folder loads by timm alone, weights and labels; published accuracies come back from the card."""
+    """timm alone loads weights and labels of our folders; published accuracies are read from the card."""
     accuracies = [Accuracy(dataset="digits", split="validation", top1=12.345, top5=67.8, source="here")]
     model = spread(timm.create_model("res2net_tiny", num_classes=3, in_chans=1)).eval()
     write_model_folder(tmp_path / "m", model, model_card("m", "# m", "mit", accuracies), ["x", "y", "z"])
@@ -267,11 +267,11 @@ def test_tables_align():
     ]
 
 
-# What the repository ships
+# Shipped files
 
 
 def test_shipped_digits_match_scikit_learn():
-    """Every image is there once, pixel for pixel, and the split keeps the share of each digit."""
+    """Every image occurs once with the same pixels, and the split is stratified."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -288,7 +288,7 @@ def test_shipped_digits_match_scikit_learn():
     assert found == expected
     assert (shares["train"].sum(), shares["validation"].sum()) == (1437, 360)
     assert np.abs(shares["validation"] - 0.2 * (shares["train"] + shares["validation"])).max() < 1
-    # No image of one part is in the other as well.
+    # The splits have no image in common.
     assert max(found.values()) == 1
 
 

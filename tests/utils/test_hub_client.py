@@ -1,4 +1,4 @@
-"""Servers on loopback that are silent, slow, redirect in circles or ask for a day's patience: every program ends."""
+"""Programs end if a server is silent or slow, redirects in a loop, or asks to wait for a day."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ TIMEOUT = 0.3
 
 @contextlib.contextmanager
 def listening(answer: Callable[[socket.socket, bytes], None]) -> Iterator[tuple[str, list[bytes]]]:
-    """Serve what `answer` sends to each connection; yield the URL and the first lines of all requests."""
+    """Run a server that calls `answer` for each connection; yield its URL and the first lines of all requests."""
     asked: list[bytes] = []
     done = threading.Event()
 
@@ -87,7 +87,7 @@ def huge(connection: socket.socket, head: bytes) -> None:
 
 @pytest.fixture
 def point_at(monkeypatch, tmp_path) -> Callable[[str], None]:
-    """Makes the client of this process take an URL for the Hub, with short time-outs and no waits between tries."""
+    """Sets the Hub's URL in this process, with short time-outs and no waits between retries."""
 
     def point(url: str) -> None:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -145,7 +145,10 @@ def test_silent_or_slow_server(in_process, point_at, tmp_path, program, answer):
     with listening(answer) as (url, asked):
         point_at(url)
         line = run(in_process, program, url, tmp_path)
-        if (answer, program) != (drip_body, "predict"):  # a HEAD without what the Hub says there is refused at once
+        if (answer, program) != (
+            drip_body,
+            "predict",
+        ):  # a HEAD response without the Hub's headers is refused immediately
             assert "0.3 s" in line or "0.6 s" in line or "6 s" in line, line
         assert len(asked) <= 6
 
@@ -220,7 +223,7 @@ def test_invalid_content_length(point_at, tmp_path, length):
 
 
 def test_slow_but_steady_responses_are_accepted(point_at):
-    """Many small ones, each within the time-out, over one connection; and a slow but steady one."""
+    """Many small responses over one connection, each within the time-out, and a slow but steady one."""
 
     def answer(connection: socket.socket, head: bytes) -> None:
         time.sleep(0.2)

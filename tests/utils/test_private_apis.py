@@ -1,4 +1,4 @@
-"""Undocumented names of other libraries: all in one file, where they are expected, and doing what is expected."""
+"""Undocumented names of other libraries are used in one file only, and still exist and behave as expected."""
 
 import ast
 import subprocess
@@ -23,7 +23,7 @@ ALLOWED = {"torch._assert", "._replace", "._actions", "._parameters"}
 
 
 def private_names(path: Path) -> list[str]:
-    """Return the private names that a file takes from other modules or from objects other than its own."""
+    """Return the private names of other modules and objects that a file uses."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("res2net_zoo"):
@@ -43,7 +43,7 @@ def test_private_names_are_used_in_one_file_only():
         path: [name for name in found if not any(name == allowed or name.endswith(allowed) for allowed in ALLOWED)]
         for path, found in names.items()
     }
-    # Values of one of our own classes may read each other.
+    # Instances of our own classes may access each other.
     own = {name for path in rest for name in defined(path)}
     left = {path: [name for name in found if name.rpartition(".")[2] not in own] for path, found in others.items()}
     assert not {path: found for path, found in left.items() if found}
@@ -77,7 +77,7 @@ def test_import_does_not_import_libraries():
     code = (
         "import sys; import res2net_zoo.utils.private_apis as p; print({'torch', 'timm', 'datasets'} & {*sys.modules})"
     )
-    # Without the package's own __init__, which registers the models.
+    # Without the __init__ of the package, which registers the models.
     package = "m = types.ModuleType('res2net_zoo'); m.__path__ = ['res2net_zoo']; sys.modules['res2net_zoo'] = m"
     code = f"import sys, types; {package}; {code}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -182,5 +182,5 @@ def test_hidden_module_cannot_be_imported():
         import wave
     import wave
 
-    with private_apis.hidden("wave"):  # what is imported stays
+    with private_apis.hidden("wave"):  # imported modules stay
         assert sys.modules["wave"] is wave

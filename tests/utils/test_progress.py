@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, plain lines in a pipe or a log file, and no bars of libraries there."""
+"""Progress: a bar on a terminal, plain lines in pipes and log files, without bars of libraries."""
 
 import os
 import pty
@@ -38,7 +38,7 @@ sys.exit(console.run(main))
 
 
 def environment() -> dict[str, str]:
-    """Return the environment without what programs that other tests run in this process have set."""
+    """Return the environment without variables set by programs that ran in this process."""
     return {name: value for name, value in os.environ.items() if not name.endswith("_DISABLE_PROGRESS_BARS")}
 
 
@@ -80,7 +80,7 @@ def test_progress_on_a_terminal_is_a_bar():
 
 
 def test_programs_write_plain_lines(in_process, monkeypatch):
-    """Every image counts once, in whole numbers; nothing of the libraries' own bars comes through."""
+    """Images are counted once, in integers; bars of libraries are disabled."""
     monkeypatch.setattr(console, "LINE_INTERVAL", 0)
     done = in_process(
         "scripts/validate.py", "--model", f"local-dir:{SHIPPED_MODEL}", "--batch-size", 64, "--workers", 0

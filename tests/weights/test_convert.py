@@ -113,23 +113,29 @@ class TestFitIsStrict:
 
     def test_missing(self, format, tmp_path):
         first = self.first(format)
-        told = refuse(changed(format, tmp_path, lambda tensors: tensors.pop(first)), format)
-        assert "of the model is missing" in told and "conv1" in told and "1 of its tensors" in told
+        message = refuse(changed(format, tmp_path, lambda tensors: tensors.pop(first)), format)
+        assert "of the model is missing" in message and "conv1" in message and "1 of its tensors" in message
 
     def test_unexpected_tensor(self, format, tmp_path):
-        told = refuse(changed(format, tmp_path, lambda t: t.update({"layer9.weight": np.zeros((2, 3), "f")})), format)
-        assert "layer9.weight (2, 3) is not in the model" in told
+        message = refuse(
+            changed(format, tmp_path, lambda t: t.update({"layer9.weight": np.zeros((2, 3), "f")})), format
+        )
+        assert "layer9.weight (2, 3) is not in the model" in message
 
     def test_wrong_shape(self, format, tmp_path):
         first = self.first(format)
-        told = refuse(changed(format, tmp_path, lambda tensors: tensors.update({first: np.zeros((7, 7), "f")})), format)
-        assert re.search(rf"{re.escape(first)} .*has shape \(7, 7\) in the file and \(\d.*\) in the model", told), told
+        message = refuse(
+            changed(format, tmp_path, lambda tensors: tensors.update({first: np.zeros((7, 7), "f")})), format
+        )
+        assert re.search(rf"{re.escape(first)} .*has shape \(7, 7\) in the file and \(\d.*\) in the model", message), (
+            message
+        )
 
     def test_many_mismatches_are_listed_on_one_line(self, format, tmp_path):
-        told = refuse(
+        message = refuse(
             changed(format, tmp_path, lambda t: t.update({f"x{i}": np.zeros(1, "f") for i in range(30)})), format
         )
-        assert "30 of its tensors do not fit" in told and "and 22 more" in told
+        assert "30 of its tensors do not fit" in message and "and 22 more" in message
 
 
 @pytest.mark.first_case

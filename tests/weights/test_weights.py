@@ -87,9 +87,9 @@ def left_over() -> list[str]:
 def test_pretrained_weights_from_the_release(hub, model, original):
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        with pytest.warns(UserWarning, match="could not be verified; the SHA-256 of the downloaded file is") as told:
+        with pytest.warns(UserWarning, match="could not be verified; the SHA-256 of the downloaded file is") as caught:
             ours = timm.create_model(NAME, pretrained=True).eval()
-        assert sum("could not be verified" in str(w.message) for w in told) == 1
+        assert sum("could not be verified" in str(w.message) for w in caught) == 1
         assert torch.equal(ours(x), model(x))
         before = downloads(hub)
         assert before >= 1 and left_over() == ["model.safetensors"]
@@ -100,8 +100,10 @@ def test_pretrained_weights_from_the_release(hub, model, original):
         assert torch.equal(features(x)[-1], model.forward_features(x))
         assert downloads(hub) == before
     with safe_open(converted_file(), "pt") as file:
-        said = file.metadata()
-    assert said["source"].endswith("original.pdparams") and said["source_sha256"] == originals.sha256_of(original)
+        metadata = file.metadata()
+    assert metadata["source"].endswith("original.pdparams") and metadata["source_sha256"] == originals.sha256_of(
+        original
+    )
 
 
 def test_another_cache_dir(hub, tmp_path, recwarn):
@@ -242,8 +244,8 @@ def test_concurrent_processes_download_once(hub, tmp_path):
     )
     env = {**os.environ, "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
     runs = [subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=env) for _ in range(4)]
-    said = {run.communicate(timeout=200)[0] for run in runs}
-    assert [run.returncode for run in runs] == [0] * 4 and len(said) == 1 and said != {""}
+    outputs = {run.communicate(timeout=200)[0] for run in runs}
+    assert [run.returncode for run in runs] == [0] * 4 and len(outputs) == 1 and outputs != {""}
     assert sum(request.startswith("GET") and request.endswith(FILE) for request in hub.requests) == 1
 
 
@@ -255,8 +257,8 @@ def test_save_weights_is_reproducible(tmp_path):
         "print(sha256_of(path))"
     )
     args = [sys.executable, "-c", script, str(tmp_path / "file")]
-    said = {subprocess.run(args, cwd=ROOT, capture_output=True, text=True, check=True).stdout for _ in range(2)}
-    assert len(said) == 1
+    outputs = {subprocess.run(args, cwd=ROOT, capture_output=True, text=True, check=True).stdout for _ in range(2)}
+    assert len(outputs) == 1
     with safe_open(tmp_path / "file", "pt") as file:
         assert file.metadata() == dict(format="pt", x="1", y="2", z="3", w="4") and file.get_tensor("b").tolist() == [
             1,
@@ -289,9 +291,7 @@ class TestConvertCommand:
         config = json.loads((folder / "config.json").read_text())
         assert config["architecture"] == "res2net50_vd_26w_4s" and config["pretrained_cfg"]["tag"] == "ssld_in1k"
         card = (folder / "README.md").read_text()
-        assert (
-            "a file called original.pdparams" in card and "bcebos" not in card
-        )  # nobody can tell that it is from there
+        assert "a file called original.pdparams" in card and "bcebos" not in card  # its origin cannot be verified
         assert "license: apache-2.0" in card and "83.1" in card and "import res2net_zoo" in card
 
     def test_convert_of_another_file_omits_the_tag(self, in_process, tmp_path):
@@ -340,8 +340,13 @@ class TestConvertCommand:
         assert f"cannot write {out}" in line and not list((tmp_path / "out").iterdir())
         assert in_process("hub/convert.py", *args).returncode == 0
         with safe_open(out / "model.safetensors", "pt") as file:
-            said = file.metadata()
-        assert said == {"converter": "1", "format": "pt", "source": url, "source_sha256": originals.sha256_of(original)}
+            metadata = file.metadata()
+        assert metadata == {
+            "converter": "1",
+            "format": "pt",
+            "source": url,
+            "source_sha256": originals.sha256_of(original),
+        }
         # An old folder stays as it is where there is no room for the new one.
         before = read_tree(out)
         with full_disk(50_000_000):
