@@ -170,10 +170,9 @@ def program() -> Program:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Program:
-    """Runs a program as `program` does, but in this process: for what needs no process of its own.
+    """Runs a program like `program`, but in this process, which is faster.
 
-    Nor has it loader processes, unless it is told to: each write to memory that is shared with one is a page
-    fault, of which this process, grown large with all that the tests import, has seconds' worth.
+    Data-loading workers are disabled by default, because forking this large process causes seconds of page faults.
     """
     from accelerate.state import AcceleratorState
 

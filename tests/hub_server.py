@@ -1,6 +1,6 @@
-"""A Hub on loopback: repositories and collections for the real clients to read and write, over real HTTP.
+"""A test Hub on loopback with repositories and collections, for the real clients over HTTP.
 
-It knows nothing of Xet: whoever uploads to it needs HF_HUB_DISABLE_XET=1 before huggingface_hub is imported.
+It does not support Xet: set HF_HUB_DISABLE_XET=1 before huggingface_hub is imported.
 """
 
 import base64
@@ -22,15 +22,15 @@ from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
-# Who may write: this one to the namespaces "zoo" and "zoo-org", the other to "other", the third nowhere.
+# Write permission: the first token for the namespaces "zoo" and "zoo-org", the second for "other", the third for none.
 TOKEN, OTHER_TOKEN, READ_TOKEN = "hf_owner", "hf_other", "hf_read"
-LARGE = 10 * 2**20  # the Hub takes no larger file outside of LFS
+LARGE = 10 * 2**20  # larger files must be in LFS
 LARGE_TYPES = ("bin", "gz", "h5", "npy", "npz", "onnx", "parquet", "pickle", "pt", "pth", "safetensors", "tar", "zip")
 ATTRIBUTES = "".join(f"*.{kind} filter=lfs diff=lfs merge=lfs -text\n" for kind in LARGE_TYPES).encode()
 
 
 class User(NamedTuple):
-    """Whose token it is, and what it may do."""
+    """Owner and permissions of a token."""
 
     name: str
     organizations: tuple[str, ...] = ()
@@ -39,7 +39,7 @@ class User(NamedTuple):
 
 @dataclass(frozen=True)
 class File:
-    """The content of a file and the names that git and LFS give it."""
+    """The content of a file, and its ids in git and LFS."""
 
     content: bytes
     lfs: bool
@@ -50,7 +50,7 @@ class File:
 
     @cached_property
     def in_git(self) -> bytes:
-        """What git stores: the content, or a pointer to it."""
+        """Content in git: the file, or an LFS pointer."""
         pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.content)}\n"
         return pointer.encode() if self.lfs else self.content
 
@@ -68,7 +68,7 @@ class File:
 
 
 class Commit(NamedTuple):
-    """One state of a repository, for good."""
+    """An immutable state of a repository."""
 
     sha: str
     parent: str | None
@@ -81,7 +81,7 @@ class Commit(NamedTuple):
 
 @dataclass
 class Repository:
-    """Commits by their sha, and the branches, tags and pull requests that point to them."""
+    """Commits by sha, and branches, tags and pull requests."""
 
     private: bool = False
     commits: dict[str, Commit] = field(default_factory=dict)
@@ -104,7 +104,7 @@ class Repository:
 
 
 class Refused(Exception):
-    """An answer that is an error, with the headers by which the client tells errors apart."""
+    """An error response, with the headers by which the client distinguishes errors."""
 
     def __init__(self, status: int, message: str, code: str = "", **more: Any) -> None:
         self.status, self.value = status, {"error": message, **more}
@@ -113,15 +113,15 @@ class Refused(Exception):
 
 @dataclass
 class Fault:
-    """Something that is to go wrong with the next requests whose "METHOD /path" holds a pattern."""
+    """A planned fault of the next requests whose "METHOD /path" contains a pattern."""
 
     kind: str
     pattern: str
     times: float
     after: int
-    value: Any  # what the kind needs: a status, a place, seconds, something to call
+    value: Any  # depends on the kind: a status, position, seconds or function
     headers: dict[str, str] = field(default_factory=dict)
-    reset: bool = False  # end with an error of the connection rather than an early end
+    reset: bool = False  # reset the connection instead of closing it
 
 
 def is_large(path: str, size: int, sample: bytes) -> bool:
@@ -133,7 +133,7 @@ def today() -> str:
 
 
 class Hub:
-    """What the server keeps, what has been asked of it, and what is to go wrong. Repositories: "models/ORG/NAME"."""
+    """Content, received requests and planned faults of the server. Keys of repositories: "models/ORG/NAME"."""
 
     def __init__(self) -> None:
         self.endpoint = ""
@@ -145,9 +145,9 @@ class Hub:
         self.repositories: dict[str, Repository] = {}
         self.collections: dict[str, dict[str, Any]] = {}
         self.requests: list[str] = []  # "METHOD /path", unquoted and without its query
-        self.senders: list[str | None] = []  # the name of the user who sent each of them; never a token
-        self.faults: list[Fault] = []  # those not yet spent
-        self.errors: list[str] = []  # mistakes of this server, which a client would take for a fault and retry
+        self.senders: list[str | None] = []  # user of each request; never a token
+        self.faults: list[Fault] = []  # remaining faults
+        self.errors: list[str] = []  # errors of this server itself, which a client would retry
         self.page_size = 1000
         self.redirect = True  # send LFS content from another origin, as the Hub does
         self.lock = threading.RLock()
@@ -156,7 +156,7 @@ class Hub:
     def add(
         self, key: str, content: Path | Mapping[str, bytes | str] | None = None, private: bool = False, **commit: Any
     ) -> str:
-        """Make a repository if there is none, and commit a folder or a mapping to it; return the sha."""
+        """Commit a folder or mapping to a repository, created if necessary; return the sha."""
         with self.lock:
             self.repositories.setdefault(key, Repository(private))
             if isinstance(content, Path):
@@ -175,7 +175,7 @@ class Hub:
         author: str = "zoo",
         parent: str | None = None,
     ) -> str:
-        """Put a commit on top of a branch, which is made if there is none; return the sha."""
+        """Add a commit to a branch, created if necessary; return the sha."""
         with self.lock:
             repository = self.repositories[key]
             before = repository.find(parent or revision)
@@ -202,7 +202,7 @@ class Hub:
         return self.commits(key, revision)[0].sha
 
     def commits(self, key: str, revision: str = "main") -> list[Commit]:
-        """Return the commits of a revision, the newest first."""
+        """Return the commits of a revision, newest first."""
         with self.lock:
             return list(self.repositories[key].history(revision))
 
@@ -219,36 +219,36 @@ class Hub:
         repository.refs[f"refs/pr/{number}"] = parent
         return pull
 
-    # What is to go wrong. All take `times` (once, if not given) and `after` (how many requests to leave alone first).
+    # Planned faults. All take `times` (default 1) and `after` (number of requests to serve first).
 
     def plan(self, kind: str, pattern: str, value: Any = None, times: float = 1, after: int = 0, **more: Any) -> None:
         self.faults.append(Fault(kind, pattern, times, after, value, **more))
 
     def fail(self, pattern: str, status: int = 503, headers: Mapping[str, str] | None = None, **when: Any) -> None:
-        """Answer with an error, and do nothing."""
+        """Respond with an error, without any effect."""
         self.plan("fail", pattern, status, headers=dict(headers or {}), **when)
 
     def cut(self, pattern: str, at_byte: int = 0, reset: bool = False, **when: Any) -> None:
-        """Close the connection in the middle of a body: of the answer to a GET, else of the request."""
+        """Close the connection within a body: of the response to a GET, otherwise of the request."""
         self.plan("cut", pattern, at_byte, reset=reset, **when)
 
     def corrupt(self, pattern: str, at_byte: int = 0, **when: Any) -> None:
-        """Send one wrong byte in the answer to a GET."""
+        """Send one wrong byte in the response to a GET."""
         self.plan("corrupt", pattern, at_byte, **when)
 
     def drop_answer(self, pattern: str, **when: Any) -> None:
-        """Do what is asked, and close the connection without an answer."""
+        """Process the request, and close the connection without a response."""
         self.plan("drop", pattern, **when)
 
     def delay(self, pattern: str, seconds: float, **when: Any) -> None:
         self.plan("before", pattern, lambda: time.sleep(seconds), **when)
 
     def before(self, pattern: str, action: Callable[[], object], **when: Any) -> None:
-        """Call something just before a request is served: somebody else's commit, say."""
+        """Call a function just before a request is served, such as a concurrent commit."""
         self.plan("before", pattern, action, **when)
 
     def take(self, kind: str, request: str, size: int | None = None) -> Fault | None:
-        """Return the fault that is due. One that has its place behind the end of the body is not."""
+        """Return the fault to apply; none if its position is beyond the end of the body."""
         with self.lock:
             for fault in [fault for fault in self.faults if fault.kind == kind and re.search(fault.pattern, request)]:
                 if size is not None and fault.value >= size:
@@ -269,7 +269,7 @@ COLLECTION = r"/api/collections/([^/]+/[^/]+)"
 
 
 def route(method: str, pattern: str) -> Callable[[Callable], Callable]:
-    """Have a method of the handler answer requests; it gets the groups of the pattern, unquoted."""
+    """Register a handler method for requests; it receives the groups of the pattern, unquoted."""
 
     def register(function: Callable) -> Callable:
         ROUTES.append((method, re.compile(pattern), function))
@@ -279,11 +279,11 @@ def route(method: str, pattern: str) -> Callable[[Callable], Callable]:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers what `huggingface_hub` and `datasets` ask for."""
+    """Handles requests of `huggingface_hub` and `datasets`."""
 
     hub: Hub
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # a connection that is kept would else wait 40 ms between head and body
+    disable_nagle_algorithm = True  # otherwise kept connections wait 40 ms between header and body
     user: User | None
     body: bytes
     query: dict[str, list[str]]
@@ -318,7 +318,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send(*answer) if isinstance(answer, tuple) else self.send(200, answer)
         except Refused as refusal:
             self.send(refusal.status, refusal.value, refusal.headers)
-        except ConnectionError:  # the client has gone
+        except ConnectionError:  # the client has disconnected
             self.close_connection = True
         except Exception as error:
             hub.errors.append(f"{self.line}: {error!r}")
@@ -327,7 +327,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
 
     def read_body(self) -> bool:
-        """Read the body of the request; return False if the connection was cut in its middle."""
+        """Read the body of the request; return False if the connection was cut."""
         size = int(self.headers.get("Content-Length", 0))
         cut = self.hub.take("cut", self.line, size)
         self.body = self.rfile.read(cut.value if cut else size)
@@ -352,7 +352,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def hang_up(self, reset: bool = False) -> None:
         self.close_connection = True
-        if reset:  # lingering for no time is what makes it one
+        if reset:  # a linger time of 0 resets the connection
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
         else:
@@ -369,7 +369,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         """Print nothing."""
 
-    # What a request may see and do.
+    # Permissions.
 
     @property
     def json(self) -> dict[str, Any]:
@@ -388,10 +388,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refused(403, f"Forbidden: you don't have the rights to write to {namespace}")
 
     def repository(self, key: str, write: bool = False) -> Repository:
-        """Find a repository, and hide a private one from those who may not see it, as the Hub does."""
+        """Return a repository; private ones are hidden without permission, as on the Hub."""
         found, namespace = self.hub.repositories.get(key), key.split("/")[1]
         if found is None or (found.private and not self.owns(namespace)):
-            # The client tells a 401 without this code for a missing repository only where the URL is https.
+            # Only for https URLs the client interprets a 401 without this code as a missing repository.
             raise Refused(404 if self.user else 401, "Repository not found", "RepoNotFound")
         if write:
             self.may_write(namespace)
@@ -403,7 +403,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return commit
 
     def writable(self, key: str, revision: str) -> Commit:
-        """Find the head to commit to. Anybody may open a pull request, or add to their own."""
+        """Return the head to commit to. Everyone may open pull requests and add to their own."""
         repository, user = self.repository(key), self.user
         mine = [f"refs/pr/{pull['num']}" for pull in repository.pulls if user and pull["author"]["name"] == user.name]
         if "create_pr" not in self.query and revision not in mine:
@@ -436,7 +436,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if key in self.hub.repositories:
             raise Refused(409, "You already created this repo", url=self.url(key))
         private = self.json.get("visibility") == "private" or bool(self.json.get("private"))
-        # A new repository is not empty: the Hub puts this file there.
+        # As on the Hub, a new repository contains this file.
         self.hub.add(key, {".gitattributes": ATTRIBUTES}, private, title="initial commit")
         return {"url": self.url(key), "name": key.split("/", 1)[1]}
 
@@ -480,7 +480,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         found: dict[str, dict[str, Any]] = {}
         for path, file in commit.files.items():
             for folder in [path[:i] for i, letter in enumerate(path) if letter == "/"]:
-                # Not git's id of the folder, but one that changes as it does.
+                # Not git's id of the folder, but it changes with the content.
                 inside = [f"{p} {f.blob_id}" for p, f in commit.files.items() if p.startswith(f"{folder}/")]
                 oid = hashlib.sha1("".join(inside).encode()).hexdigest()
                 found.setdefault(folder, {"type": "directory", "path": folder, "size": 0, "oid": oid})
@@ -537,7 +537,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if file.lfs:
             headers |= {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(len(file.content))}
         if file.lfs and self.hub.redirect:
-            # Another name of this machine is another origin: the client must not send its token there.
+            # Another host name is another origin, to which the client must not send its token.
             origin = self.hub.endpoint.replace("127.0.0.1", "localhost")
             location = f"{origin}/cdn/{kind or 'models/'}{name}/{file.sha256}/{urllib.parse.quote(path)}"
             return 302, b"", headers | {"Location": location}
@@ -671,7 +671,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         owners = self.query.get("owner", [])
         seen = [c for c in self.hub.collections.values() if not c["private"] or self.owns(c["owner"]["name"])]
         seen = [c for c in seen if not owners or c["owner"]["name"] in owners]
-        # In a list the Hub shows no more than four items of each, and not its place, which the client counts itself.
+        # Lists have at most four items per collection, without positions, which the client counts.
         return self.page([{k: v for k, v in c.items() if k != "position"} | {"items": c["items"][:4]} for c in seen])
 
     @route("POST", "/api/collections")
@@ -727,7 +727,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def hasten(monkeypatch: Any) -> None:
-    """Have nobody wait between two tries, in the client or in the zoo."""
+    """Disable waits between retries, in the client and the zoo."""
     hasty = SimpleNamespace(**vars(time))
     hasty.sleep = lambda seconds: None
     for module in (
@@ -755,13 +755,13 @@ def serve(repositories: Mapping[str, Path | Mapping[str, bytes | str]] | None = 
         server.shutdown()
         thread.join()
         server.server_close()
-        for connection in list(hub.connections):  # kept alive by a client of this process
+        for connection in list(hub.connections):  # kept alive by clients of this process
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
     assert not hub.errors, hub.errors
 
 
-if __name__ == "__main__":  # for trying things out by hand: `python -m tests.hub_server`
+if __name__ == "__main__":  # for manual tests: `python -m tests.hub_server`
     with serve() as started, contextlib.suppress(KeyboardInterrupt):
         print(f"export HF_ENDPOINT={started.endpoint} HF_TOKEN={TOKEN} HF_HUB_DISABLE_XET=1", flush=True)
         threading.Event().wait()

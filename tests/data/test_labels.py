@@ -1,4 +1,4 @@
-"""How a dataset's labels and a model's classes meet, ImageNet's variants among them."""
+"""Mapping of dataset labels to model classes, including ImageNet variants."""
 
 import pytest
 from hypothesis import given, settings
@@ -61,12 +61,12 @@ def test_subsets_predict_among_their_classes(benchmark):
     ):
         assert [imagenet_synsets()[i] for i in classes.subset] == names
         assert [classes.targets(label, None) for label in range(200)] == [[i] for i in range(200)]
-    # Folders 0 to 199 come sorted as text: 0, 1, 10, 100, ...
+    # Folders 0 to 199 are sorted as text: 0, 1, 10, 100, ...
     numbered = match_classes(sorted(str(i) for i in range(200)), 1000, benchmark=benchmark)
     assert [numbered.targets(label, None) for label in range(4)] == [[0], [1], [10], [100]]
     with pytest.raises(InputError, match="has 200 classes, named by WordNet id"):
         match_classes([*names[1:], "n01440764"][50:], 1000, benchmark=benchmark)
-    with pytest.raises(InputError, match="has 200 classes, named by WordNet id"):  # as many, but not the same
+    with pytest.raises(InputError, match="has 200 classes, named by WordNet id"):  # the same number of other classes
         match_classes([*names[1:], next(s for s in imagenet_synsets() if s not in names)], 1000, benchmark=benchmark)
     reversed_names = match_classes(names[::-1], 1000, benchmark=benchmark)
     assert reversed_names.targets(0, None) == [199]
@@ -74,7 +74,7 @@ def test_subsets_predict_among_their_classes(benchmark):
 
 def test_real_labels_are_found_by_file_name():
     classes = match_classes(None, 1000, benchmark="imagenet-real")
-    # As the Hub's copy names them, with the wnid behind the number; the label says nothing.
+    # Names as on the Hub, with the WordNet id after the number; the label is not used.
     assert (
         classes.targets(-1, "ILSVRC2012_val_00000001_n01751748.JPEG") == real_labels()["ILSVRC2012_val_00000001.JPEG"]
     )

@@ -1,4 +1,4 @@
-"""Reading labelled images through `datasets`: every kind of source, splits, labels, bad input."""
+"""Reading labelled images with `datasets`: all kinds of sources, splits, labels, bad input."""
 
 import io
 import json
@@ -27,7 +27,7 @@ def png(grey: int) -> bytes:
 
 
 def dataset(n: int, classes: int = 3) -> datasets.Dataset:
-    """Make n images whose grey value is their number, and their label its remainder."""
+    """Return n images with their index as grey value, and its remainder as label."""
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=[f"c{i}" for i in range(classes)])}
     )
@@ -93,14 +93,14 @@ def test_reads_all_file_formats(tmp_path, make, streaming):
     source = open_source(make(tmp_path), streaming=streaming)
     assert source.split == "validation"
     assert greys(source) == EXPECTED
-    unknown = streaming and make in (make_arrow, make_webdataset)  # which do not say before they are read
+    unknown = streaming and make in (make_arrow, make_webdataset)  # known only after reading
     assert source.num_rows == (None if unknown else 7)
     assert source.class_names == (None if make is make_webdataset else ["c0", "c1", "c2"])
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_reads_class_folders_with_any_names(tmp_path, streaming):
-    """`datasets` by itself would take these for splits, or one alone for no label at all."""
+    """`datasets` would interpret these as splits, or a single one as no label."""
     save_images(tmp_path / "val", ["bus", "test tube", "train"], 2)
     source = open_source(str(tmp_path / "val"), streaming=streaming)
     assert (source.split, source.class_names) == ("validation", ["bus", "test tube", "train"])
@@ -118,7 +118,7 @@ def test_images_without_class_folders_have_no_labels(tmp_path):
 
 
 def tree(folder: Path, *names: str) -> Path:
-    """Make images at these places below a folder; each is told by its grey value, its number here."""
+    """Write images to these paths in a folder; their grey values are their indices."""
     for i, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(png(i))
@@ -127,7 +127,7 @@ def tree(folder: Path, *names: str) -> Path:
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_brackets_in_names_are_not_patterns(tmp_path, streaming):
-    """Brackets in names of folders and files: `datasets` takes a name that it is given for a pattern."""
+    """`datasets` interprets given names as patterns."""
     folder = tree(tmp_path / "d[1]", "a[1]/1.png", "a[1]/x1.png", "a[1]/x[1].png", "b/*.png", "c/0?.png")
     source = open_source(str(folder), streaming=streaming)
     assert source.class_names == ["a[1]", "b", "c"]
@@ -157,7 +157,7 @@ def test_readme_next_to_class_folders_is_ignored(tmp_path):
 
 
 def test_images_without_labels(tmp_path):
-    """ImageNet's own val folder is flat; ImageNet-ReaL has its labels by file name."""
+    """ImageNet's original val folder is flat; ImageNet-ReaL has labels by file name."""
     tree(tmp_path / "val", "ILSVRC2012_val_00000001.JPEG", "ILSVRC2012_val_00000002.JPEG")
     for streaming in (False, True):
         source = open_source(str(tmp_path / "val"), labelled=False, streaming=streaming)
@@ -192,7 +192,7 @@ def test_shipped_digits():
 @pytest.mark.parametrize("images", ["", "images"])
 @pytest.mark.parametrize("split", ["", "validation"])
 def test_folders_with_metadata_files(tmp_path, streaming, images, split):
-    """Not class folders, though there are folders in them."""
+    """Their subfolders are not classes."""
     for part in (split, "train") if split else ("",):
         names = [str(Path(images) / f"{i}.png") for i in range(3)]
         tree(tmp_path / "data" / part, *names)
@@ -210,7 +210,7 @@ def test_folders_with_metadata_files(tmp_path, streaming, images, split):
     "name", ["metadata.txt", "metadata.json", "metadata.csv", "metadata.jsonl", "metadata.parquet"]
 )
 def test_unrelated_metadata_files_are_ignored(tmp_path, streaming, place, name):
-    """`datasets` would read two of these classes as a test split and the others as no images at all."""
+    """`datasets` would read two of these classes as a test split, and ignore the others."""
     names = ("crash test", "door", "engine test", "wheel")
     data = tree(tmp_path / "data", *(f"{name}/{i}.png" for name in names for i in range(4)))
     (data / place / name).write_text("camera,date\nA,2020\n")
@@ -238,7 +238,7 @@ def test_class_named_like_a_split(tmp_path):
     twice = tree(tmp_path / "twice", "train/a/0.png", "val/a/1.png", "validation/a/2.png")
     with pytest.raises(InputError, match="two folders for the split validation, val and validation"):
         open_source(str(twice))
-    # A test split without labels, and folders without images, are no classes beside the splits.
+    # A test split without labels and folders without images are not classes.
     splits = tree(tmp_path / "splits", "train/a/0.png", "val/a/1.png", "test/2.png", "train/.cache/a/3.png")
     (splits / "annotations").mkdir()
     assert greys(open_source(str(splits))) == [(1, 0)]
@@ -361,7 +361,7 @@ def test_label_column(tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_exif_orientation_is_ignored(tmp_path, streaming):
-    """EXIF orientation is ignored, as timm does; `datasets` would turn the image."""
+    """As in timm; `datasets` would rotate the image."""
     exif = Image.Exif()
     exif[0x0112] = 6
     folder = tmp_path / "a"
@@ -373,9 +373,9 @@ def test_exif_orientation_is_ignored(tmp_path, streaming):
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "JPEG2000"])
 def test_sixteen_bits_are_scaled_to_eight(kind):
-    """Pillow by itself makes 255 of nearly all of them."""
+    """Pillow would convert nearly all values to 255."""
     values = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
-    for part in (values, values // 16):  # the same for an image that uses few of them, such as of a 12-bit camera
+    for part in (values, values // 16):  # also for an image with fewer bits, such as of a 12-bit camera
         buffer = io.BytesIO()
         Image.fromarray(part).save(buffer, kind)
         grey, colour = (np.asarray(decode(buffer.getvalue(), mode)) for mode in ("L", "RGB"))
@@ -494,7 +494,7 @@ def save_shard(path: Path, *members: tuple[str, bytes]) -> None:
 @pytest.mark.first_case
 @pytest.mark.parametrize("streaming", [False, True])
 def test_shards_of_several_image_formats(tmp_path, streaming):
-    """`datasets` makes a column of each extension that the first samples have, and leaves the others out."""
+    """`datasets` creates a column for each extension in the first samples, and ignores others."""
     kinds = [("jpg", "JPEG")] * 6 + [("png", "PNG"), ("WEBP", "WEBP"), ("Jpeg", "JPEG"), ("bmp", "BMP")]
     members = [
         (f"a/{i:02}.{name}", content)
@@ -529,7 +529,7 @@ def test_shard_labels_must_be_integers(tmp_path, label):
     ],
 )
 def test_truncated_or_damaged_tar_file(tmp_path, streaming, damage):
-    """Its readers take the damage for the end, and some images would not be counted."""
+    """Tar readers interpret the damage as the end, so that images would be missing."""
     make_webdataset(tmp_path)
     (tmp_path / "bad.tar").write_bytes(damage((tmp_path / "val-0.tar").read_bytes()))
     with pytest.raises(InputError, match=r"(truncated|complete tar file).* download it again"):
@@ -583,10 +583,10 @@ def test_corrupt_image_is_returned_as_an_error(tmp_path):
 
 
 def test_only_the_chosen_split_is_converted(tmp_path):
-    """Validating must not fetch and convert a training split of 140 GB first."""
+    """Validation must not download and convert a training split of 140 GB."""
     folder = Path(make_parquet_folder(tmp_path))
     train = folder / "data" / "train-00000-of-00001.parquet"
-    train.write_bytes(train.read_bytes()[:-40])  # whoever reads it fails
+    train.write_bytes(train.read_bytes()[:-40])  # cannot be read any more
     assert greys(open_source(str(folder))) == EXPECTED
 
 

@@ -1,4 +1,4 @@
-"""Images a second of our evaluation against timm's own loader and loop. Run by hand: pytest -m slow -s."""
+"""Images per second compared with timm's loader and loop. Run manually: pytest -m slow -s."""
 
 import statistics
 import time
@@ -21,7 +21,7 @@ NAME, BATCH, ROUNDS = "res2net50_26w_4s", 32, 5
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
-    """Images of ImageNet's usual size."""
+    """Images of a typical ImageNet size."""
     rng = np.random.default_rng(0)
     for i in range(128):
         folder = tmp_path / "val" / f"class{i % 4}"
@@ -32,7 +32,7 @@ def photographs(tmp_path: Path) -> Path:
 
 
 def timms_loop(model: torch.nn.Module, folder: Path, memory_format: torch.memory_format) -> float:
-    """Validate as timm's validate.py does, with a worker a core; return images a second."""
+    """Validate like timm's validate.py, with one worker per core; return images per second."""
     config = resolve_model_data_config(model)
     loader = create_loader(
         create_dataset("", root=str(folder)),

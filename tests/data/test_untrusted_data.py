@@ -1,4 +1,4 @@
-"""Data from strangers: no file chooses the program or the protocol that opens it."""
+"""Untrusted data: files cannot start programs or network requests."""
 
 import base64
 import http.server
@@ -33,7 +33,7 @@ def picture(format: str = "PNG", size: tuple[int, int] = (16, 16), **options) ->
 
 
 def image_table(path: Path, paths: list[str], labels: list[int] | None = None) -> Path:
-    """Write a Parquet file whose images have a path and no content."""
+    """Write a Parquet file with paths of images instead of content."""
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     images = pa.array([{"bytes": None, "path": path} for path in paths], kind)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def image_table(path: Path, paths: list[str], labels: list[int] | None = None) -
 
 @pytest.fixture
 def ghostscript(tmp_path, monkeypatch) -> Path:
-    """A stand-in for Ghostscript on PATH, and the file in which it notes each of its calls."""
+    """A fake Ghostscript on PATH, and the file in which it logs its calls."""
     log = tmp_path / "gs.log"
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "gs").write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
@@ -63,7 +63,7 @@ def two_classes(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def requests_made():
-    """The port of a server, and the paths that have been asked of it."""
+    """The port of a server, and the requested paths."""
     paths: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -109,7 +109,7 @@ def test_programs_do_not_run_postscript_files(in_process, ghostscript, tmp_path,
 @pytest.mark.first_case
 @pytest.mark.parametrize("task", ["segmentation", "saliency", "detection", "keypoints"])
 def test_tasks_do_not_run_postscript_files(in_process, ghostscript, tmp_path, task):
-    """As an image, and as the mask of one."""
+    """As an image and as a mask."""
     data = tmp_path / "data"
     size = picture("JPEG", (100, 100))
     if task in ("segmentation", "saliency"):
@@ -186,7 +186,7 @@ HOSTILE_PATHS = {
 
 
 def hostile_path(kind: str, folder: Path, port: int) -> str:
-    """Return a path that leads out of a dataset, and make what it leads to."""
+    """Return a path out of a dataset, and create its target."""
     (folder / "secret.png").write_bytes(picture())
     with zipfile.ZipFile(folder / "a.zip", "w") as archive:
         archive.writestr("x.png", picture())
@@ -208,14 +208,14 @@ def test_paths_in_a_dataset_must_stay_inside(tmp_path, requests_made, kind, stre
     data = image_table(tmp_path / "data" / "validation.parquet", [hostile_path(kind, tmp_path, port)]).parent
     (data / "link").symlink_to(tmp_path)
     source = open_source(str(data), streaming=streaming)
-    is_name = kind == "data"  # of a file that could be there
+    is_name = kind == "data"  # a valid file name
     with pytest.raises(InputError, match="No such file" if is_name else "not a relative path below the data's folder"):
         source.read(next(iter(source.rows))["image"])
     assert not paths and not (tmp_path / "ran").exists()
 
 
 def test_programs_do_not_follow_paths_out_of_a_dataset(in_process, tmp_path, requests_made):
-    """With --skip-corrupt too: it is not the image that is damaged."""
+    """Also with --skip-corrupt, because the image is not corrupt."""
     port, paths = requests_made
     data = image_table(tmp_path / "data" / "train.parquet", [f"http://127.0.0.1:{port}/x.png"] * 4, [0, 1, 0, 1])
     train = ("--batch-size", "2", "--output", tmp_path / "out", "--tracker", "none", "--hold-out", "0.5")
@@ -266,7 +266,7 @@ def test_cards_cannot_refer_to_files_elsewhere(tmp_path, requests_made, name, pa
     name, _, crlf = name.partition(" ")
     text = f"---\n{content[1:-1]}\n---\n" if name == "README.md" else content
     (data / name).write_text(f"\ufeff{text}" if crlf else text, newline="\r\n" if crlf else None)
-    (data / "x.parquet").write_bytes(b"")  # so that `datasets` is asked
+    (data / "x.parquet").write_bytes(b"")  # so that `datasets` is used
     with pytest.raises(InputError, match="only files of the dataset itself are read"):
         open_source(str(data))
     assert not paths
@@ -274,7 +274,7 @@ def test_cards_cannot_refer_to_files_elsewhere(tmp_path, requests_made, name, pa
 
 def test_jpegs_with_a_false_size(in_process, tmp_path):
     content = picture("JPEG", (1600, 1600))
-    with open_image(content) as image:  # of one colour: hardly a JPEG holds more pixels in a byte
+    with open_image(content) as image:  # a single colour, which maximizes the pixels per byte
         assert image.convert("RGB").getpixel((800, 800))[0] > 190
     height = content.index(b"\xff\xc0") + 5
     claimed = content[:height] + (12_000).to_bytes(2, "big") * 2 + content[height + 4 :]

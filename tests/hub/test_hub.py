@@ -1,4 +1,4 @@
-"""publish, verify and mirror: the real client, and the real `hf`, against a Hub on loopback that fails as planned."""
+"""publish, verify and mirror: the real client and `hf` with a test Hub and planned faults."""
 
 import json
 import os
@@ -32,13 +32,13 @@ KEY, REPO = "models/zoo/tiny", "zoo/tiny"
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A model folder as finetune.py writes it; the shipped one."""
+    """A model folder as written by finetune.py: a copy of the shipped one."""
     return Path(shutil.copytree(SHIPPED_MODEL, tmp_path / "tiny"))
 
 
 @pytest.fixture
 def publish(in_process, hub):
-    """Runs `hub/publish.py`, and sees to it that nobody prints a token."""
+    """Runs `hub/publish.py`, and checks that no token is printed."""
 
     def run(*args: object) -> subprocess.CompletedProcess:
         result = in_process("hub/publish.py", *args)
@@ -49,7 +49,7 @@ def publish(in_process, hub):
 
 
 def change_weights(folder: Path) -> None:
-    """Give a folder other weights, as another training would, with their own fingerprint."""
+    """Change the weights of a folder and update its fingerprint."""
     tensors = load_file(folder / "model.safetensors")
     tensors["fc.bias"] = tensors["fc.bias"] + 1
     save_weights(tensors, folder / "model.safetensors", {})
@@ -61,7 +61,7 @@ def commits(hub: Hub, key: str = KEY) -> list[str]:
 
 
 def writes(hub: Hub) -> list[str]:
-    """Return the requests that changed something, or would have."""
+    """Return the requests that write."""
     harmless = ("/preupload/", "/validate-yaml", "/objects/batch", "/paths-info/", "/verify")
     return [r for r in hub.requests if not r.startswith(("GET", "HEAD")) and not any(word in r for word in harmless)]
 
@@ -82,7 +82,7 @@ class TestPublish:
         again = publish(folder, "--repo-id", REPO)
         assert again.returncode == 0 and "is up to date" in again.stdout
         assert len(commits(hub)) == 2 and not [r for r in writes(hub) if "/collections/" not in r]
-        # Of a change only what has changed goes, in one more commit.
+        # Only changed files are uploaded, in another commit.
         (folder / "metrics.csv").write_text("epoch\n")
         (folder / "notes.txt").write_text("new\n")
         hub.requests.clear()
@@ -139,7 +139,7 @@ class TestPublish:
         change_weights(folder)
         hub.fail("POST .*/commit/v3")
         assert publish(folder, "--repo-id", REPO, "--revision", "v3").returncode == 0 and not hub.faults
-        change_weights(folder)  # now there is something to lose
+        change_weights(folder)  # now different weights could be overwritten
         assert "at v2" in input_error(publish(folder, "--repo-id", REPO, "--revision", "v2"))
 
     def test_concurrent_commit_of_weights(self, hub, publish, folder):
@@ -253,7 +253,7 @@ class TestPublish:
 class TestPublishAll:
     @pytest.fixture
     def catalogue(self, tmp_path, monkeypatch) -> Iterator[Path]:
-        """A catalogue of four checkpoints that may be written to; two of them have folders in tmp_path / "mirror"."""
+        """A writable catalogue of four checkpoints; two of them have folders in tmp_path / "mirror"."""
         from res2net_zoo.weights.model_folder import write_converted
 
         wanted = ("res2net101d.in1k", "res2net152d.in1k", self.PADDLE, self.HOLOCRON)
@@ -306,7 +306,7 @@ class TestPublishAll:
         assert catalogue.read_text() == before
 
     def test_weights_are_identified_by_their_source(self, hub, publish, catalogue, tmp_path):
-        """Another tag and another licence on the card do not make another weight of it."""
+        """Independent of the tag in the config and the licence on the card."""
         folder = tmp_path / "mirror" / self.HOLOCRON
         config = json.loads((folder / "config.json").read_text())
         config["pretrained_cfg"]["tag"] = "mine"
@@ -358,7 +358,7 @@ class TestFaults:
             hub.fail(pattern, int(fault[:3]), times=2, headers={"Retry-After": "1"})
         result = publish(folder, "--repo-id", REPO)
         assert result.returncode == 0, result.stderr
-        assert hub.faults == [] and len(commits(hub)) == 2  # one that the Hub makes, and ours
+        assert hub.faults == [] and len(commits(hub)) == 2  # the initial commit of the Hub, and ours
         assert read_tree(folder).items() <= hub.files(KEY).items()
         assert [len(c["items"]) for c in hub.collections.values()] == [1]
 
@@ -379,7 +379,7 @@ class TestFaults:
         hub.faults.clear()
         hub.requests.clear()
         assert publish(folder, "--repo-id", REPO).returncode == 0 and len(commits(hub)) == 2
-        assert not [r for r in hub.requests if r.startswith("PUT")]  # the weights are there already
+        assert not [r for r in hub.requests if r.startswith("PUT")]  # the weights are already uploaded
 
     def test_unreachable_server(self, publish, folder, monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
@@ -392,7 +392,7 @@ class TestFaults:
     def test_corrupted_downloads_are_not_loaded(self, hub, folder):
         hub.add(KEY, folder)
         size = len(hub.files(KEY)["model.safetensors"])
-        for place in (20, size - 100):  # in the header, which safetensors notices, and in a weight
+        for place in (20, size - 100):  # in the header, which safetensors detects, and in a tensor
             hub.corrupt("model.safetensors", at_byte=place)
             with pytest.raises(InputError, match="removed from the cache: run it again"):
                 timm.create_model(f"hf-hub:{REPO}", pretrained=True)
@@ -410,7 +410,7 @@ class TestFaults:
         blob = seen[0]
         content = bytearray(blob.read_bytes())
         content[-100] ^= 1
-        blob.write_bytes(content)  # by whatever else writes into the cache
+        blob.write_bytes(content)  # by another program that writes into the cache
         with pytest.raises(InputError, match="removed from the cache"):
             timm.create_model(f"hf-hub:{REPO}", pretrained=True)
 
@@ -424,7 +424,7 @@ class TestFaults:
         timm.create_model(f"hf-hub:{REPO}", pretrained=True)
 
     def test_mirror_applies_to_the_catalogue_only(self, hub, folder, monkeypatch, tmp_path):
-        """Repositories and weights that somebody names otherwise are theirs."""
+        """Other repositories and weights with the same name are not affected."""
         monkeypatch.setenv("RES2NET_ZOO_MIRROR", str(tmp_path / "empty"))
         config = json.loads((folder / "config.json").read_text())
         hub.add(KEY, folder)
@@ -513,7 +513,7 @@ class TestVerify:
         assert result.returncode == 1 and failed == ["logits"]
 
     def test_weights_saved_by_timm_are_not_identified_as_the_catalogues(self, in_process, tmp_path):
-        """It keeps the tag of the weight that it started from."""
+        """timm keeps the tag of the initial weights."""
         trained = timm.create_model("dla60_res2next", drop_rate=0.1)
         trained.pretrained_cfg |= dict(tag="in1k", crop_pct=0.95)
         timm.models.save_for_hf(trained, str(tmp_path), safe_serialization=True)
@@ -637,7 +637,7 @@ class TestCards:
         for dataset in {accuracy.dataset for accuracy in checkpoint.accuracies}:
             first = next(a for a in checkpoint.accuracies if a.dataset == dataset)
             assert figures[dataset, "accuracy"] == first.top1 and figures[dataset, "top-5-accuracy"] == first.top5
-        # The code of the card is code.
+        # Code blocks of the card are not escaped.
         for block in re.findall(r"```python\n(.*?)```", card.text, re.S):
             compile(block, name, "exec")
         assert "import res2net_zoo" in card.text and f'timm.create_model("{name}", pretrained=True' in card.text
@@ -658,7 +658,7 @@ class TestCards:
         assert len(timms) == 11 and {name for name in catalog.load().architectures if in_timm(name)} == set(timms)
 
     def test_code_in_cards_runs(self, tmp_path, monkeypatch, hub):
-        """All of it, one block after the other, on a mirror of random weights."""
+        """Runs all code blocks, with a mirror of random weights."""
         from PIL import Image
 
         from res2net_zoo.weights.card import checkpoint_card
@@ -679,11 +679,11 @@ class TestCards:
 
 
 class TestMirror:
-    """`hub/mirror.py` from a repository on the Hub; from an original's URL, see the journey."""
+    """`hub/mirror.py` with a repository on the Hub; for a release's URL, see test_from_release_to_hub_and_back."""
 
     @pytest.fixture
     def entry(self, hub, monkeypatch, tmp_path) -> str:
-        """A checkpoint of the catalogue that the Hub has, as timm's have it: without a fingerprint, with a pickle."""
+        """A checkpoint of the catalogue on the Hub, as in timm's repositories: without a fingerprint, with a pickle."""
         from res2net_zoo.weights.model_folder import write_converted
 
         checkpoint = catalog.load().checkpoints["dla60_res2next.in1k"]
@@ -728,7 +728,7 @@ class TestMirror:
         (part,) = root.rglob("model.safetensors.*.part")
         assert part.stat().st_size > 40_000_000
         hub.requests.clear()
-        hub.cut("GET /cdn/", at_byte=40_000_000, reset=True)  # would come due if all of it were sent again
+        hub.cut("GET /cdn/", at_byte=40_000_000, reset=True)  # only reached if everything is sent again
         assert in_process("hub/mirror.py", "--to", root, "--model", entry).returncode == 0
         assert hub.faults and len([r for r in hub.requests if "/cdn/" in r]) == 1
         content = (root / entry / "model.safetensors").read_bytes()
@@ -786,7 +786,7 @@ class TestMirror:
         line = input_error(in_process("hub/mirror.py", *args))
         assert f"is no {entry}" in line or f"is not {entry}" in line
         assert not (tmp_path / "mirror" / entry).exists()
-        # Once the repository is mended, nothing of before is left.
+        # After the repository is corrected, nothing of the earlier download is used.
         before = hub.files(key, hub.commits(key)[1].sha)
         hub.commit(key, before, hub.files(key).keys() - before.keys())
         assert in_process("hub/mirror.py", *args).returncode == 0
@@ -830,7 +830,7 @@ class TestMirror:
 
 @pytest.fixture
 def house(tmp_path) -> Path:
-    """A copy of the programs and the package, whose catalogue may be written to."""
+    """A copy of the programs and the package, with a writable catalogue."""
     shutil.copytree(ROOT / "res2net_zoo", tmp_path / "house" / "res2net_zoo")
     shutil.copytree(ROOT / "hub", tmp_path / "house" / "hub")
     shutil.copy(ROOT / "res2net_zoo_cli.py", tmp_path / "house")
@@ -839,14 +839,14 @@ def house(tmp_path) -> Path:
 
 @pytest.mark.full
 def test_from_release_to_hub_and_back(original, model, house, tmp_path):  # noqa: F811
-    """From a release to the Hub, and by every way back, each step a process of its own."""
+    """From a release to the Hub and back in every way, each step in a separate process."""
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = model(x)
     torch.save(x, tmp_path / "x.pt")
     load = (
         "import sys, timm, torch, res2net_zoo; name, x, out = sys.argv[1:]\n"
-        "torch.set_num_threads(2)\n"  # as many as here, since the last bits may depend on it
+        "torch.set_num_threads(2)\n"  # as in this process, because the last bits may depend on it
         "with torch.no_grad():\n"
         "    torch.save(timm.create_model(name, pretrained=True).eval()(torch.load(x)), out)\n"
     )
@@ -873,7 +873,7 @@ def test_from_release_to_hub_and_back(original, model, house, tmp_path):  # noqa
         before = (house / "res2net_zoo" / "catalog.toml").read_text()
         args = ["--all", "--org", "zoo-org", "--model", NAME, "--mirror", made]
         assert "published: " in run(sys.executable, "hub/publish.py", *args)
-        # The catalogue now says where it is and which bytes, and is otherwise as it was.
+        # Only repository and hash were added to the catalogue.
         after = (house / "res2net_zoo" / "catalog.toml").read_text().splitlines()
         changed = [(a, b) for a, b in zip(before.splitlines(), after, strict=True) if a != b]
         digest = sha256_of(made / NAME / "model.safetensors")

@@ -1,4 +1,4 @@
-"""The loopback Hub speaks with the real client and the real `hf`; and what that client does when things go wrong."""
+"""The test Hub with the real client and `hf`, and the behaviour of that client under faults."""
 
 import os
 import random
@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 
 from tests.hub_server import OTHER_TOKEN, READ_TOKEN, TOKEN, Hub, hasten, serve
 
-HTTPError = HfHubHTTPError.__mro__[1]  # of httpx2: also what a broken connection raises
+HTTPError = HfHubHTTPError.__mro__[1]  # of httpx2: also raised for broken connections
 KEY, NAME = "models/zoo/net", "zoo/net"
 WEIGHTS = random.Random(0).randbytes(300_000)
 FILES = {"README.md": b"# net", "config.json": b"{}", "sub/model.safetensors": WEIGHTS}
@@ -32,14 +32,14 @@ LARGE = "sub/model.safetensors"
 
 @pytest.fixture(autouse=True)
 def online_without_xet(monkeypatch):
-    """What HF_HUB_OFFLINE and HF_HUB_DISABLE_XET say was read when the client was imported."""
+    """Set HF_HUB_OFFLINE and HF_HUB_DISABLE_XET, which the client reads on import."""
     monkeypatch.setattr(hf_constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hf_constants, "HF_HUB_DISABLE_XET", True)
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """No waiting between retries: for tests that count them."""
+    """Disable waits between retries, for tests that count them."""
     hasten(monkeypatch)
 
 
@@ -86,7 +86,7 @@ class TestReading:
         assert len(blobs) == 3
         git = subprocess.run(["git", "hash-object", folder / "README.md"], capture_output=True, text=True)
         assert git.stdout.strip() == described["README.md"].blob_id
-        # The token does not go to the other origin that LFS content comes from.
+        # The token is not sent to the other origin of LFS content.
         senders = dict(zip(hub.requests, hub.senders, strict=True))
         assert [sender for request, sender in senders.items() if "/cdn/" in request] == [None]
         assert {sender for request, sender in senders.items() if "/cdn/" not in request} == {"zoo"}
@@ -170,11 +170,11 @@ class TestWriting:
         assert len(asked(hub, "PUT")) == 1 and hub.files(KEY, before) == FILES
         listed = api(hub).list_repo_commits(NAME)
         assert [(c.commit_id, c.title) for c in listed] == [(done.oid, "change"), (before, "Upload")]
-        # The same again is no commit, and nothing is sent.
+        # The same content creates no commit, and nothing is sent.
         hub.requests.clear()
         assert commit(hub, {"README.md": b"new", "new.safetensors": b"weights"}).oid == done.oid
         assert not asked(hub, "PUT") and not asked(hub, "/commit/")
-        # Content that the repository has under another name is not sent again.
+        # Content that exists under another name is not sent again.
         commit(hub, {"copy.safetensors": b"weights"})
         assert not asked(hub, "PUT") and hub.files(KEY)["copy.safetensors"] == b"weights"
 
@@ -290,7 +290,7 @@ class TestCommand:
 
 
 class TestFaults:
-    """What the client does about each: what it tries again by itself, and what it lets through."""
+    """Which faults the client retries, and which it raises."""
 
     def download(self, hub: Hub, cache: Path, name: str = LARGE, **more) -> bytes:
         return Path(hf_hub_download(NAME, name, endpoint=hub.endpoint, cache_dir=cache, **more)).read_bytes()
@@ -329,7 +329,7 @@ class TestFaults:
         hub.drop_answer(what)
         with pytest.raises(HTTPError) as caught:
             call()
-        assert not isinstance(caught.value, OSError)  # as a HfHubHTTPError would be
+        assert not isinstance(caught.value, OSError)  # a HfHubHTTPError is one
         assert not hub.faults
 
     def test_commit_with_lost_response(self, hub):
@@ -339,7 +339,7 @@ class TestFaults:
         with pytest.raises(HTTPError, match="disconnected"):
             api(hub).create_commit(NAME, [operation], commit_message="change", parent_commit=before)
         assert hub.files(KEY)["new"] == b"1" and len(hub.commits(KEY)) == 2
-        # The same operation remembers that the file was not there; a new one asks again.
+        # The same operation object caches that the file was missing; a new one requests it again.
         with pytest.raises(HfHubHTTPError, match="412"):
             api(hub).create_commit(NAME, [operation], commit_message="change", parent_commit=before)
         assert commit(hub, {"new": b"1"}, parent_commit=before).oid == hub.sha(KEY) and len(hub.commits(KEY)) == 2
@@ -364,7 +364,7 @@ class TestFaults:
         hub.redirect = redirect
         hub.cut("GET .*safetensors", 100_000, times=2)
         assert self.download(hub, tmp_path) == WEIGHTS and len(asked(hub, "GET")) == 3
-        # Without any progress it gives up after six, and keeps nothing.
+        # Without progress it stops after six attempts, and keeps nothing.
         hub.cut("GET .*README", times=99)
         with pytest.raises(HTTPError, match="peer closed connection"):
             self.download(hub, tmp_path, "README.md")
@@ -389,7 +389,7 @@ class TestFaults:
         assert not api(hub).verify_repo_checksums(NAME, cache_dir=tmp_path).mismatches
 
     def test_metadata_and_content(self, hub, tmp_path, quick):
-        """A 503 is tried again for the HEAD, but not for the GET; a 429 for both."""
+        """A 503 is retried for HEAD, but not for GET; a 429 for both."""
         hub.fail("HEAD", 503)
         hub.fail("GET", 429, headers={"Retry-After": "0"})
         assert self.download(hub, tmp_path / "1") == WEIGHTS
@@ -401,7 +401,7 @@ class TestFaults:
             self.download(hub, tmp_path / "2")
 
     def test_hub_down(self, hub, tmp_path):
-        """A snapshot of before is handed out in silence; one that is not whole is not."""
+        """An earlier snapshot is returned without a warning, unless it is incomplete."""
         old = snapshot_download(NAME, endpoint=hub.endpoint, cache_dir=tmp_path)
         hub.commit(KEY, {"README.md": b"new"})
         hub.fail("GET /api", times=99)

@@ -1,4 +1,4 @@
-"""Compare scripts/finetune.py with a plain timm loop: images a second and peak memory, in turns. By hand.
+"""Compare speed and peak memory of scripts/finetune.py and a plain timm loop, interleaved. Run manually.
 
 `python -m tests.training.compare_training [--model res2net50_26w_4s] [--rounds 3] [--mixed-precision bf16]`
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def plain_loop(args: argparse.Namespace) -> dict[str, float]:
-    """Train for some steps as a user of timm would."""
+    """Train for some steps with a plain timm loop."""
     import timm
     import torch
     from timm.data import create_dataset, create_loader, resolve_model_data_config
@@ -82,13 +82,13 @@ def plain_loop(args: argparse.Namespace) -> dict[str, float]:
 
 
 def finetune(args: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Train the same with scripts/finetune.py, and read what it says of itself."""
+    """Train with the same settings in scripts/finetune.py, and read its metrics."""
     import csv
 
     command = [sys.executable, "scripts/finetune.py", "--model", args.model, "--data", str(args.data.parent)]
     command += ["--batch-size", str(args.batch_size), "--workers", str(args.workers), "--threads", str(args.threads)]
     command += ["--mixed-precision", args.mixed_precision, "--lr", "1e-4", "--warmup-epochs", "0", "--epochs", "1"]
-    plain = folder.with_name("plain.toml")  # no recipe's EMA and jitter
+    plain = folder.with_name("plain.toml")  # without EMA and jitter of recipes
     plain.touch()
     command += ["--recipe", str(plain), "--tracker", "none", "--no-check", "--overwrite", "--output", str(folder)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--channels-last", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.data is not None:  # one plain loop, in a process of its own
+    if args.data is not None:  # one plain loop, in a separate process
         print(json.dumps(plain_loop(args)))
         return
     with tempfile.TemporaryDirectory() as name:

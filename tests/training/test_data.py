@@ -1,4 +1,4 @@
-"""Order, augmentation, held-out splits and streams of training images; what is refused before training."""
+"""Order, augmentation, held-out splits and streams of training images; invalid data."""
 
 import io
 import itertools
@@ -71,7 +71,7 @@ def test_balanced_sampling_draws_all_classes_equally():
 
 
 def test_class_weights_do_not_depend_on_batches():
-    """And they make two classes count alike, whichever of them is rare."""
+    """They balance two classes, independent of which one is rare."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(8, 2, generator=generator)
     target = torch.tensor([0, 0, 0, 0, 0, 0, 1, 0])
@@ -85,7 +85,7 @@ def test_class_weights_do_not_depend_on_batches():
 
 
 def to_tensor(image) -> torch.Tensor:
-    """Return the image as bytes, with a number beside it that is drawn at random."""
+    """Return the image in uint8, followed by a random number."""
     pixels = torch.from_numpy(np.array(image.resize((4, 4)).convert("RGB"))).permute(2, 0, 1).float()
     return torch.cat([pixels, torch.rand(1, 4, 4)])
 
@@ -117,8 +117,8 @@ def test_augmentation_does_not_depend_on_workers_or_first_batch(accelerator, tmp
 
 @pytest.fixture
 def shards(tmp_path, monkeypatch):
-    """Parquet data of 4 training files of 10 images, and one to evaluate on."""
-    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # at the end of each pass
+    """Parquet data with 4 training files of 10 images, and one evaluation file."""
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # a wait at the end of each pass
     rows = open_source(str(SHIPPED_DATA), "train").rows.select(range(40)).cast_column("image", datasets.Image())
     for i in range(4):
         rows.select(range(10 * i, 10 * i + 10)).to_parquet(tmp_path / f"train-{i}-of-4.parquet", batch_size=5)
@@ -145,7 +145,7 @@ def test_stream_is_shuffled_repeated_and_resumable(accelerator, shards):
 
 @pytest.mark.full
 def test_stream_order_does_not_depend_on_worker_speed(accelerator, tmp_path):
-    """Over many passes, in which workers come to be in different ones."""
+    """Over many passes, so that workers are in different passes."""
     save_images(tmp_path / "train", ["a", "b"], 5)
     save_images(tmp_path / "val", ["a", "b"], 1)
     data = open_training_data(str(tmp_path), accelerator, streaming=True)
@@ -160,9 +160,9 @@ def test_processes_read_different_files(shards):
     assert all(alone for _, alone in shares)
     seen = [{row["image"]["bytes"] for row in share} for share, _ in shares]
     assert sum(map(len, seen)) == len(set().union(*seen))
-    # Each file has two groups of rows, which eight processes share.
+    # Each file has two row groups, so there is one for each of eight processes.
     assert all(alone for _, alone in (share_of_stream(rows, rank, 8, 1) for rank in range(8)))
-    # More processes than groups: each reads all, and takes its part.
+    # With more processes than row groups, each reads everything and uses its share.
     shares = [share_of_stream(rows, rank, 9, 1) for rank in range(9)]
     assert not any(alone for _, alone in shares)
     assert sum(sum(1 for _ in share) for share, _ in shares) == 40
@@ -194,10 +194,10 @@ def test_held_out_part_is_reproduced_by_its_name(accelerator, tmp_path):
     assert [row["path"] for row in again.rows["image"]] == [row["path"] for row in data.valid.rows["image"]]
     assert not {row["path"] for row in again.rows["image"]} & {row["path"] for row in data.train.rows["image"]}
     assert again.split == data.valid.split
-    # Asked for by its name, it is not trained on.
+    # A held-out part given by name is excluded from training.
     same = open_training_data(str(pictures), accelerator, eval_split=data.valid.split, seed=1)
     assert (same.num_images, same.valid.split) == (14, data.valid.split)
-    # By another name of the split neither; and of a part that is trained on, a part of it is held out.
+    # Also by another name of the split; a part used for training can be split again.
     same = open_training_data(str(pictures), accelerator, "training", "training/held-out-0.3-7")
     assert same.num_images == 14
     part = open_training_data(str(pictures), accelerator, "train/held-out-0.5-0")
@@ -270,7 +270,7 @@ def test_undecodable_images_are_reported_or_skipped(accelerator, tmp_path, capsy
 
 
 def test_pixels_of_unknown_range_are_refused_before_training(accelerator, tmp_path):
-    """Pillow turns floating-point numbers into 0 and 1, and 32-bit ones into 255."""
+    """Pillow converts floating-point pixels to 0 and 1, and 32-bit pixels to 255."""
     save_images(tmp_path / "train", ["a", "b"], 5)
     save_images(tmp_path / "val", ["a", "b"], 2)
     Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / "train" / "a" / "f.tif")
@@ -320,7 +320,7 @@ def test_large_labels_are_refused_before_memory_is_allocated(accelerator, tmp_pa
     with pytest.raises(InputError, match=words):
         open_training_data(str(tmp_path / "data"), accelerator)
     (tmp_path / "data" / "validation.parquet").unlink()
-    with pytest.raises(InputError, match=words):  # and where some are to be held out
+    with pytest.raises(InputError, match=words):  # also with a held-out part
         open_training_data(str(tmp_path / "data"), accelerator)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 2**20  # kB
 

@@ -1,4 +1,4 @@
-"""scripts/finetune.py: a short real training and what it leaves, bad input; the shipped model's training by hand."""
+"""scripts/finetune.py: short training runs and their output, and bad input. Long runs are marked slow."""
 
 import csv
 import json
@@ -33,12 +33,12 @@ def test_training_on_two_processes_writes_a_model_folder(program, in_process, tm
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
-    assert float(rows[1]["top1"]) > 60  # ten classes: it has learnt
+    assert float(rows[1]["top1"]) > 60  # far above chance, 10 percent
     card = (folder / "README.md").read_text()
     assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 -m res2net_zoo finetune" in card
     with Image.open(folder / "learning_curve.png") as picture:
         assert picture.size == (840, 480)
-    # The card publishes what validate.py finds, though two processes trained it.
+    # validate.py reproduces the accuracy on the card after training on two processes.
     assert in_process("scripts/validate.py", "--model", f"local-dir:{folder}", "--check").returncode == 0
 
 
@@ -53,8 +53,8 @@ def test_fine_tuning_on_a_folder_of_images(in_process, tmp_path):
     result = in_process(FINETUNE, *args)
     assert result.returncode == 0, result.stderr
     assert '"cat",' in (folder / "config.json").read_text()
-    assert "license: apache-2.0\n" in (folder / "README.md").read_text()  # that of the weights that it started from
-    # So small a learning rate leaves the weights where they started, but for the new classifier.
+    assert "license: apache-2.0\n" in (folder / "README.md").read_text()  # that of the initial weights
+    # With such a small learning rate, only the new classifier changes.
     start, end = (load_file(f / "model.safetensors") for f in (SHIPPED_MODEL, folder))
     assert (end["layer1.0.conv1.weight"] - start["layer1.0.conv1.weight"]).abs().max() < 1e-6
     assert end["fc.weight"].shape[0] == 3
@@ -73,10 +73,12 @@ def test_options_override_the_recipe(in_process, tmp_path):
 
 @pytest.mark.full
 def test_card_has_the_licence_of_the_initial_weights(in_process, tmp_path):
-    """Whatever the recipe; only the command line can state another."""
+    """Independent of the recipe; only --license changes it."""
     start = shutil.copytree(SHIPPED_MODEL, tmp_path / "start")
     config = json.loads((start / "config.json").read_text())
-    config["pretrained_cfg"] |= dict(license="other", tag="in1k", hf_hub_id="zoo/other")  # what timm may leave there
+    config["pretrained_cfg"] |= dict(
+        license="other", tag="in1k", hf_hub_id="zoo/other"
+    )  # values that timm may leave there
     config["provenance"] |= dict(license="cc-by-nc-sa-4.0", base_model="zoo/base")
     (start / "config.json").write_text(json.dumps(config))
     (tmp_path / "short.toml").write_text("epochs = 1\nworkers = 0\nbatch_size = 128\npretrained = true\n")
@@ -87,7 +89,7 @@ def test_card_has_the_licence_of_the_initial_weights(in_process, tmp_path):
         card = (tmp_path / license / "README.md").read_text()
         assert f"license: {license}\n" in card and "trained from pretrained weights" in card
         assert "base_model: zoo/base\n" in card
-        # It is no longer the checkpoint of that tag, for `hub/verify.py` among others.
+        # It is no longer identified as the checkpoint of that tag, for example by `hub/verify.py`.
         assert "tag" not in json.loads((tmp_path / license / "config.json").read_text())["pretrained_cfg"]
         assert in_process("hub/verify.py", tmp_path / license).returncode == 0
 
@@ -207,7 +209,7 @@ def test_a_constant_learning_rate(in_process, tmp_path):
 
 @pytest.mark.slow
 def test_shipped_model_is_reproducible(program, tmp_path):
-    """By hand, 2 minutes: the same weights to the bit on the same machine and versions, elsewhere as good."""
+    """Takes 2 minutes. Bit-identical weights on the same machine and versions, elsewhere the same accuracy."""
     result = program(FINETUNE, "--license", "apache-2.0", "--output", tmp_path / "again", processes=1, timeout=1800)
     assert result.returncode == 0, result.stderr
     rows = list(csv.DictReader((tmp_path / "again" / "metrics.csv").open()))
@@ -237,7 +239,7 @@ def test_every_recipe_trains_and_is_saved(in_process, tmp_path, recipe):
     stored, asked = settings_of(folder), tomllib.loads((ROOT / f"scripts/recipes/{recipe}.toml").read_text())
     for key in asked.keys() - {"epochs", "batch_size", "workers"}:
         assert stored[key] == asked[key], key
-    # What is stored makes the same run again.
+    # The saved recipe reproduces the run.
     again = in_process(FINETUNE, "--recipe", folder / "recipe.toml", "--output", tmp_path / "again")
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
@@ -281,7 +283,7 @@ def test_layer_decay_reduces_changes_of_early_layers(in_process, tmp_path):
 
 @pytest.mark.full
 def test_distillation_without_labels(in_process, tmp_path):
-    """Its labels are shuffled, so that whatever it knows of digits it knows from the teacher."""
+    """Labels are shuffled, so that only the teacher provides information."""
     data = tmp_path / "data"
     data.mkdir()
     for split in ("train", "validation"):
@@ -317,7 +319,7 @@ def test_distillation_without_labels(in_process, tmp_path):
 
 @pytest.mark.full
 def test_folder_without_splits_with_a_corrupt_image(in_process, tmp_path):
-    """No split, a skewed class, a corrupt image: held out, balanced, left out; and measured again by what it prints."""
+    """Without splits, with an unbalanced class and a corrupt image; the printed command reproduces the accuracy."""
     data, folder = save_shapes(tmp_path / "shapes", 20), tmp_path / "model"
     for path in sorted((data / "ring").iterdir())[8:]:
         path.unlink()
@@ -366,7 +368,7 @@ def test_trackers_and_early_stopping(in_process, tmp_path):
     args += ["--steps-per-epoch", 2, "--no-check"]
     result = in_process(FINETUNE, *args)
     assert result.returncode == 0, result.stderr
-    # Nothing is learnt at a learning rate of 0; of equal epochs the last counts as the best.
+    # Nothing changes at a learning rate of 0; on ties, the latest epoch is the best.
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     best = max((float(row["top1"]), int(row["epoch"])) for row in rows)[1]
     assert len(rows) == min(6, best + 2)
@@ -398,7 +400,7 @@ def test_accumulation_checkpointing_and_memory_format_are_equivalent(in_process,
 
 @pytest.mark.slow
 def test_training_a_compiled_model(in_process, tmp_path):
-    """By hand: inductor takes a minute."""
+    """Marked slow: inductor takes a minute."""
     args = [*QUICK, "--steps-per-epoch", 4, "--opt", "sgd", "--lr", 0.01, "--freeze-bn"]
     for name in ("plain", "compile"):
         result = in_process(FINETUNE, *args, *(["--compile"] if name == "compile" else []), "--output", tmp_path / name)
@@ -410,7 +412,7 @@ def test_training_a_compiled_model(in_process, tmp_path):
 
 @pytest.mark.slow
 def test_training_on_mnist(program, in_process, tmp_path):
-    """By hand: real data, larger than what is shipped, 4,000 to learn from."""
+    """Marked slow: real data, with 4,000 training images."""
     data, folder = save_mnist(tmp_path / "mnist"), tmp_path / "model"
     args = ["--data", data, "--recipe", "digits", "--epochs", 20, "--output", folder]
     result = program(FINETUNE, *args, processes=1, timeout=3600)
@@ -421,7 +423,7 @@ def test_training_on_mnist(program, in_process, tmp_path):
 
 @pytest.mark.slow
 def test_training_on_coloured_shapes(program, in_process, tmp_path):
-    """By hand: 2,000 pictures of four shapes; 400 others tell how much was learnt."""
+    """Marked slow: 2,000 training and 400 evaluation images of four shapes."""
     save_shapes(tmp_path / "data" / "train", 500)
     save_shapes(tmp_path / "data" / "val", 100, seed=1)
     folder = tmp_path / "model"

@@ -1,4 +1,4 @@
-"""The training loop, on a network of a few weights: resumed to the bit, accumulated, stopped, diverged."""
+"""The training loop with a tiny network: bit-identical resuming, accumulation, stopping, divergence."""
 
 import signal
 from pathlib import Path
@@ -68,7 +68,7 @@ class Toy(Objective):
 
 @pytest.fixture
 def accelerator() -> Accelerator:
-    torch.set_num_threads(1)  # threads that wait for each other take longer than this network
+    torch.set_num_threads(1)  # for this network, synchronizing threads takes longer than computing
     AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=True)
 
@@ -112,7 +112,7 @@ def test_resumed_run_is_bit_identical(accelerator, tmp_path, capsys, step):
     objective = Toy(state)
     assert Loop(objective, state, settings, checkpoints, accelerator).run() == 0
     if step == 3:
-        assert objective.batches_seen[0] == (0, 6)  # of two batches a step
+        assert objective.batches_seen[0] == (0, 6)  # two batches per step
     assert same(whole, state) and whole.metrics == state.metrics and whole.rates == state.rates
     assert Checkpoints(tmp_path / "whole").load()["losses"].tolist() == checkpoints.load()["losses"].tolist()
 
@@ -122,7 +122,7 @@ def test_accumulated_batches_equal_a_large_one(accelerator, tmp_path):
     for batch_size, accumulate in ((16, 1), (8, 2)):
         settings = Settings(epochs=1, steps=4, step_images=16, accumulate=accumulate)
         state = start(accelerator, settings, dropout=0.0)
-        for module in state.model.modules():  # whose statistics are those of a batch
+        for module in state.model.modules():  # its statistics depend on the batch size
             if isinstance(module, torch.nn.BatchNorm1d):
                 module.forward = lambda x: x
         Loop(Toy(state, batch_size), state, settings, Checkpoints(tmp_path / str(accumulate)), accelerator).run()

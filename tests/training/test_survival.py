@@ -1,4 +1,4 @@
-"""Training that is stopped, killed and taken up again; several processes against one. Real processes on the CPU."""
+"""Training that is stopped, killed and resumed, and on several processes. Real processes on the CPU."""
 
 import csv
 import os
@@ -18,14 +18,14 @@ from res2net_zoo.utils.errors import InputError
 from tests.conftest import ROOT, SHIPPED_DATA, full_disk, input_error, read_tree
 
 FINETUNE = "scripts/finetune.py"
-# All that is random at once: if any of it did not follow from the place in the run, weights would differ.
+# All sources of randomness; if one did not depend only on the position in the run, weights would differ.
 EVERYTHING = ["--mixup", 0.2, "--cutmix", 1, "--drop", 0.1, "--drop-path", 0.2, "--reprob", 0.3, "--ema", 0.9]
 EVERYTHING += ["--auto-augment", "rand-m5", "--clip-grad", 1, "--accumulate", 2, "--balance", "sampling"]
 SHORT = ["--epochs", 2, "--batch-size", 16, "--threads", 1, "--tracker", "none"]
 
 
 class Running:
-    """A training in processes of its own group, as a scheduler starts it."""
+    """A training run in its own process group, as started by a scheduler."""
 
     def __init__(self, folder: Path, *args: object, processes: int = 1, script: str = FINETUNE) -> None:
         command = [sys.executable]
@@ -45,7 +45,7 @@ class Running:
         )
 
     def wait_for_step(self, step: int) -> None:
-        """Wait for a checkpoint of this step or a later one."""
+        """Wait for a checkpoint of this or a later step."""
         deadline = time.monotonic() + 120
         while not any(int(path.stem.split("-")[1]) >= step for path in self.run.glob("checkpoints/step-*.pt")):
             assert self.process.poll() is None, self.process.communicate()
@@ -75,7 +75,7 @@ def final(folder: Path) -> dict:
 
 
 def differences(a: dict, b: dict) -> list[str]:
-    """Return what differs in two checkpoints, to the bit: weights, averages, optimizer, losses."""
+    """Return which of weights, averages, optimizer and losses are not bit-identical in two checkpoints."""
     found = [
         f"{key} {name}"
         for key in ("model", "ema")
@@ -92,7 +92,7 @@ def differences(a: dict, b: dict) -> list[str]:
 
 
 def measured(folder: Path) -> list[dict]:
-    """Return the metrics of a run, without its times and memory."""
+    """Return the metrics of a run without speed and memory."""
     rows = csv.DictReader((folder / "metrics.csv").open())
     return [
         {key: value for key, value in row.items() if key not in ("images_per_second", "peak_memory_mb")} for row in rows
@@ -103,7 +103,7 @@ def measured(folder: Path) -> list[dict]:
 def test_run_resumed_after_sigkill_is_bit_identical(in_process, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     args = [*SHORT, "--batch-size", 32, "--workers", 1, *EVERYTHING, "--save-minutes", 0]
-    result = in_process(FINETUNE, *args, "--workers", 0, "--output", whole)  # which only load
+    result = in_process(FINETUNE, *args, "--workers", 0, "--output", whole)  # workers only load images
     assert result.returncode == 0, result.stderr
     assert steps_in(whole) == [43, 44]
     for step, resume in ((5, []), (25, ["--resume"])):
@@ -120,7 +120,7 @@ def test_run_resumed_after_sigkill_is_bit_identical(in_process, tmp_path):
     assert measured(whole) == measured(killed)
     assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
     assert not list(killed.with_name("killed.run").rglob(".step-*"))
-    # It is done, which it finds out by itself.
+    # A complete run is recognized.
     assert in_process(FINETUNE, "--resume", "--output", killed).returncode == 0
     assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
 
@@ -136,12 +136,14 @@ def test_two_processes_equal_one_and_resume_after_sigterm(in_process, tmp_path):
     a, b = final(one), final(two)
     for key in ("model", "ema"):
         for name, tensor in a[key].items():
-            torch.testing.assert_close(tensor, b[key][name], rtol=1e-3, atol=5e-5)  # sums of 44 steps, in another order
+            torch.testing.assert_close(
+                tensor, b[key][name], rtol=1e-3, atol=5e-5
+            )  # sums over 44 steps in another order
     for mine, other in zip(measured(one), measured(two), strict=True):
         assert abs(float(mine["train_loss"]) - float(other["train_loss"])) < 1e-4
         assert mine["lr"] == other["lr"] and mine["step"] == other["step"]
 
-    # SIGTERM to all processes of the job, loaders and launcher included.
+    # SIGTERM to all processes of the job, including workers and launcher.
     running = Running(stopped, *args, "--save-minutes", 0, processes=2)
     running.wait_for_step(8)
     running.signal(signal.SIGTERM)
@@ -152,7 +154,7 @@ def test_two_processes_equal_one_and_resume_after_sigterm(in_process, tmp_path):
     assert resumed.returncode == 0, resumed.stderr
     assert not differences(b, final(stopped))
     for mine, other in zip(measured(two), measured(stopped), strict=True):
-        # What the first process and the second had seen by then is added up in another order.
+        # The losses of the two processes are summed in another order.
         assert abs(float(mine.pop("train_loss")) - float(other.pop("train_loss"))) < 2e-5
         assert mine == other
 
@@ -194,7 +196,7 @@ def test_death_of_a_process_ends_the_others(tmp_path):
     assert ended.returncode != 0 and time.monotonic() - start < 60
     assert (
         subprocess.run(["pgrep", "-g", str(running.process.pid)], capture_output=True).returncode == 1
-    )  # nobody is left
+    )  # no process is left
 
 
 @pytest.mark.full
@@ -222,11 +224,11 @@ def test_divergence_error_names_step_and_last_good_checkpoint(in_process, tmp_pa
     line = input_error(in_process(FINETUNE, *args, "--output", folder))
     assert "is NaN or infinite, in step 2 of 178; there is no checkpoint yet" in line
     assert not steps_in(folder)
-    # The weights of an epoch's last step are looked at as well, before they are saved.
+    # The weights after the last step of an epoch are also checked before they are saved.
     line = input_error(in_process(FINETUNE, *args, "--steps-per-epoch", 1, "--output", folder))
     assert "is NaN or infinite, in step 1 of 2; there is no checkpoint yet" in line
     assert not steps_in(folder)
-    # A run whose last step but one left weights behind that overflow in the last.
+    # Weights of the second-last step cause an overflow in the last one.
     later = tmp_path / "later"
     result = in_process(FINETUNE, *args, "--lr", 0.01, "--save-minutes", 0, "--output", later)
     assert result.returncode == 0, result.stderr
@@ -263,19 +265,19 @@ def test_resume_refuses_changed_settings(in_process, tmp_path):
         "--resume", "--batch-size", 64
     )
     assert "choose one" in refused("--resume", "--overwrite")
-    # It may go on for longer.
+    # More epochs are allowed.
     result = in_process(FINETUNE, "--resume", "--epochs", 2, "--output", folder)
     assert result.returncode == 0 and "resumes after step 11 of 22" in result.stdout
     assert len(measured(folder)) == 2
     result = in_process(FINETUNE, "--resume", "--epochs", 1, "--output", folder)
     assert "has done 1 of 1 epochs; raise their number (--epochs)" in input_error(result)
-    # Replaced, all is new.
+    # With --overwrite, everything is new.
     assert in_process(FINETUNE, *args, "--overwrite", "--output", folder).returncode == 0
     assert len(measured(folder)) == 1 and steps_in(folder) == [11]
-    # The settings are known by now, wherever it goes on from.
+    # The settings are stored, so the run can be resumed from any folder.
     (path,) = folder.with_name("model.run").glob("recipe.toml")
     assert tomllib.loads(path.read_text())["data"] == str(SHIPPED_DATA)
-    # A folder whose run is gone, and one that has none.
+    # A folder whose run was deleted, and one without a run.
     for path in folder.with_name("model.run").rglob("*.pt"):
         path.unlink()
     assert "holds a model, but no run that could go on" in input_error(
@@ -329,7 +331,7 @@ def test_invalid_checkpoints_are_refused(in_process, tmp_path):
 
 @pytest.mark.full
 def test_output_folder_is_locked(in_process, tmp_path):
-    """While one runs, others that would write its folder end; killed, it does not keep them out."""
+    """Other runs that write the same folder fail during a run, but not after it was killed."""
     folder = tmp_path / "model"
     running = Running(folder, *SHORT, "--epochs", 100, "--save-minutes", 0, "--workers", 1)
     running.wait_for_step(2)
@@ -337,7 +339,7 @@ def test_output_folder_is_locked(in_process, tmp_path):
         line = input_error(in_process(FINETUNE, *options, "--output", folder))
         assert f"another run (process {running.process.pid} on" in line and str(folder) in line
     before = read_tree(tmp_path / "model.run")
-    os.kill(running.process.pid, signal.SIGKILL)  # its loader process lives on for some seconds
+    os.kill(running.process.pid, signal.SIGKILL)  # its data-loading worker lives some seconds longer
     running.process.wait()
     assert before.keys() & {"recipe.toml"}
     (tmp_path / "model.run" / ".raw-new-abcdefgh").mkdir()
@@ -348,7 +350,7 @@ def test_output_folder_is_locked(in_process, tmp_path):
 
 
 def test_resume_after_sigkill_while_replacing_the_model(in_process, tmp_path):
-    """Between the two renames: the old model and the new one stand beside their place."""
+    """Killed between the two renames, with the old and the new model in temporary folders."""
     folder = tmp_path / "model"
     args = [*SHORT, "--epochs", 1, "--steps-per-epoch", 2, "--no-check", "--workers", 0, "--output", folder]
     assert in_process(FINETUNE, *args).returncode == 0
@@ -410,12 +412,12 @@ def test_checkpoints_are_atomic_limited_and_never_unpickled(tmp_path, monkeypatc
 
 @pytest.mark.full
 def test_trained_weights_pass_validation(in_process, tmp_path):
-    """With moving averages there are three folders; each is a model whose card tells the truth."""
+    """With moving averages there are three model folders; the accuracies on their cards are correct."""
     folder = tmp_path / "model"
     args = [*SHORT, "--workers", 0, "--ema", 0.9, "--output", folder]
     assert in_process(FINETUNE, *args).returncode == 0
     rows = measured(folder)
-    # Of two that are as good the average, as `best_of` has it.
+    # On ties the average is chosen, see `best_of`.
     best = max((float(row[f"{kind}top1"]), row["epoch"], kind) for row in rows for kind in ("", "ema_"))
     folders = {kind: folder.with_name("model.run") / kind for kind in ("raw", "ema")}
     for name, place in {**folders, "best": folder}.items():

@@ -1,4 +1,4 @@
-"""Reads hostile files one by one in a process of bounded memory: `python -m tests.weights.fuzz_worker READER`.
+"""Reads hostile files in a process with limited memory: `python -m tests.weights.fuzz_worker READER`.
 
 Each line of the standard input is the path of a file or folder; the answer is one line: `read`, `refused MESSAGE`
 where the reader raised what its users get as one line, or `failed ERROR` for any other exception.
@@ -12,18 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-EXTRA = 2 * 2**30  # bytes of address space beyond what the imports take
+EXTRA = 2 * 2**30  # bytes of address space in addition to that of imports
 
 
 def weights(path: Path) -> None:
-    """Convert an original's file, of the format that its suffix names."""
+    """Convert a weight file, whose suffix defines its format."""
     from res2net_zoo.weights.convert import convert
 
     convert(path, path.suffix[1:], {})
 
 
 def model_folder(path: Path) -> None:
-    """Verify a folder; one that passes must load and classify an image."""
+    """Verify a folder; if it passes, it must load and classify an image."""
     import torch
     from PIL import Image
     from timm.data import create_transform, resolve_model_data_config
@@ -46,7 +46,7 @@ def model_folder(path: Path) -> None:
 
 
 def annotations(path: Path) -> None:
-    """Read COCO's annotations of objects or of persons, by the file's name."""
+    """Read COCO annotations of objects or persons, depending on the file name."""
     from res2net_zoo.tasks.instances import Instances
     from res2net_zoo.tasks.keypoints import COCOPersons
 
@@ -75,7 +75,7 @@ READERS: dict[str, Callable[[Path], None]] = {
 
 
 def main() -> None:
-    """Answer for each path."""
+    """Print a result for each path."""
     import timm  # noqa: F401
     import torch
 

@@ -1,4 +1,4 @@
-"""Original files, as their frameworks write them, to timm's state dict; and what no file may do."""
+"""Conversion of files of each framework to timm's state dict, and refusal of hostile files."""
 
 import io
 import json
@@ -64,7 +64,7 @@ def test_logits_match_the_framework(file, format):
 
 
 def write(path: Path, format: str, tensors: dict[str, np.ndarray]) -> Path:
-    """Write a file as a framework does; that it is so the real small files show, which are read alike."""
+    """Write a file like a framework; the small real files verify that the format is correct."""
     if format == "paddle":
         path.write_bytes(pickle.dumps({**tensors, "StructuredToParameterName@@": {name: name for name in tensors}}, 4))
     elif format == "mindspore":
@@ -106,7 +106,7 @@ def changed(format: str, tmp_path: Path, change) -> Path:
 
 @pytest.mark.parametrize("format", ["paddle", "mindspore", "holocron", "mmengine"])
 class TestFitIsStrict:
-    """Every tensor of the file is used once, every one of the model filled, and all shapes are equal."""
+    """All tensors of file and model must match one to one, with equal shapes."""
 
     def first(self, format: str) -> str:
         return json.loads((ORIGINALS / "small.json").read_text())[format][0]["name"]
@@ -171,7 +171,7 @@ def test_files_do_not_execute_code(format, zipped, tmp_path, capsys):
 
 
 def test_training_state_in_a_file_is_refused():
-    """mmengine's runner pickles its message hub along, which nothing may unpickle."""
+    """mmengine's runner also pickles its message hub, which must not be unpickled."""
     assert "HistoryBuffer" in refuse(ORIGINALS / "mmengine_small_trained.pth", "mmengine")
 
 
@@ -193,7 +193,7 @@ def test_zip_bomb_is_refused(tmp_path):
 
 
 class Storage:
-    """Stands for a storage of many numbers in a forged file."""
+    """A storage of many numbers in a forged file."""
 
 
 class ForgingPickler(pickle._Pickler):
@@ -214,7 +214,7 @@ class Forged:
 
 
 def forge(path: Path, numel: int, legacy: bool) -> Path:
-    """Write a torch file that declares many numbers and holds four."""
+    """Write a torch file that declares many numbers but contains four."""
     body = io.BytesIO()
     ForgingPickler(body, numel, legacy).dump(OrderedDict(w=Forged(numel)))
     if legacy:
@@ -242,7 +242,7 @@ def test_declared_sizes_in_paddle_files_allocate_no_memory(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"\x80\x04\x8e" + struct.pack("<Q", 5 * 10**9) + b"abc")
     assert "truncated" in refuse(path, "paddle")
-    # An array of a shape that its bytes do not fill.
+    # The shape of the array needs more bytes than there are.
     array = pickle.dumps({"w": np.zeros(3, "f")}, 4).replace(b"K\x03\x85", b"J\xff\xff\xff\x7f\x85", 1)
     path.write_bytes(array)
     refuse(path, "paddle")
@@ -304,7 +304,7 @@ def test_torch_storages_of_other_kinds_are_refused(tmp_path):
 
 
 def test_file_of_two_formats_is_checked_as_torch_reads_it(tmp_path):
-    """A legacy file that would take memory, with an archive of harmless content behind it."""
+    """A hostile legacy file, followed by a harmless archive."""
     torch.save({"w": torch.zeros(3)}, tmp_path / "harmless")
     torch.save({"b": bytearray(9)}, tmp_path / "file", _use_new_zipfile_serialization=False)
     with (tmp_path / "file").open("ab") as file:
@@ -361,7 +361,7 @@ def test_conversion_round_trip(tmp_path):
 @pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.", "module.backbone.encoder."])
 @pytest.mark.parametrize("format", ["torch", "mmengine"])
 def test_common_prefix_is_removed(prefix, format, tmp_path):
-    """As `DataParallel`, `torch.compile` or a larger model puts it before the names."""
+    """Prefixes of `DataParallel`, `torch.compile` or a larger model."""
     model = small_model(format)
     state = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save(state, tmp_path / "file")

@@ -1,4 +1,4 @@
-"""Hostile files made at random: each is read, or refused in one line, within bounds of time and memory.
+"""Random hostile files: each is read or refused on one line, within limits of time and memory.
 
 By hand and in CI's second tier: `pytest -m fuzz`. What a run finds becomes a test of its own elsewhere.
 """
@@ -26,7 +26,7 @@ from tests.conftest import ROOT, SHIPPED_MODEL
 
 pytestmark = pytest.mark.fuzz
 
-SECONDS = 20  # for one file; a machine that is busy may take its time
+SECONDS = 20  # per file, with a margin for busy machines
 ORIGINALS = ROOT / "tests" / "weights" / "originals"
 FUZZ = settings(
     max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True, derandomize=True
@@ -36,14 +36,14 @@ Reader = Callable[[Path], str]
 
 
 class Worker:
-    """A process that reads files, started again where one has ended it."""
+    """A process that reads files, restarted when it ends."""
 
     def __init__(self, reader: str) -> None:
         self.reader = reader
         self.process: subprocess.Popen | None = None
 
     def __call__(self, path: Path) -> str:
-        """Return the answer to a path; fails where the process dies, hangs or raises something else than it may."""
+        """Return the result for a path; fail if the process dies, hangs or raises an unexpected error."""
         if self.process is None:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.weights.fuzz_worker", self.reader],
@@ -90,7 +90,7 @@ def worker() -> Iterator[Callable[[str], Worker]]:
 
 @st.composite
 def damaged(draw: st.DrawFn, content: bytes, most: int = 8) -> bytes:
-    """Change some bytes, or cut out, repeat or put in some, or write a large number over them."""
+    """Change, delete, repeat or insert bytes, or overwrite some with a large number."""
     data = bytearray(content)
     for _ in range(draw(st.integers(1, most))):
         place = draw(st.integers(0, max(0, len(data) - 1)))
@@ -130,7 +130,7 @@ LINES = [b"1\n", b"'a'\n", b"-1\n", b"1e400\n", b"99999999\n", b"x\n"]
 
 @st.composite
 def steps(draw: st.DrawFn) -> bytes:
-    """One step of a pickle, some of them many times over."""
+    """One opcode of a pickle, in some cases repeated many times."""
     op = draw(st.sampled_from(OPCODES))
     step = op.code.encode("latin1")
     if op.name == "GLOBAL":
@@ -148,7 +148,7 @@ def steps(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def nests(draw: st.DrawFn) -> bytes:
-    """A container in a container ..., which is then hashed, copied or given to a function."""
+    """Nested containers, which are then hashed, copied or passed to a function."""
     deep = draw(st.sampled_from([b")", b"]", b"}"]))
     wrap = draw(st.sampled_from([b"\x85", b"0]q\x01h\x01a", b"\x85\x94", b"]\x94h\x00a"]))
     deep += wrap * draw(st.sampled_from([10, 1000, 200_000]))
@@ -170,7 +170,7 @@ def bombs(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def pickles(draw: st.DrawFn) -> bytes:
-    """A pickle: steps in any order, which mostly ends early, or what is meant to take the process or its memory."""
+    """A pickle with opcodes in random order, most of which end early, or an attack on the process or its memory."""
     attacks = st.lists(nests() | bombs(), min_size=1, max_size=2)
     parts = draw(attacks | attacks | st.lists(steps() | nests(), min_size=1, max_size=20))
     return bytes([0x80, draw(st.integers(2, 5))]) + b"".join(parts) + b"."
@@ -224,7 +224,7 @@ HOSTILE = st.recursive(
 
 @st.composite
 def changed(draw: st.DrawFn, content: object, more: st.SearchStrategy = HOSTILE) -> object:
-    """Change a value somewhere in a JSON document, leave one out, or add one."""
+    """Change, remove or add a value in a JSON document."""
     if isinstance(content, dict) and content and draw(st.integers(0, 5)):
         key = draw(st.sampled_from(sorted(content)))
         if not draw(st.integers(0, 8)):
@@ -332,7 +332,7 @@ def test_image_headers(worker, tmp_path):
 
 
 def test_limits_of_the_worker(worker, tmp_path):
-    """The bounds of this file are those that it claims."""
+    """The limits of time and memory are effective."""
     torch.save({"a": torch.zeros(3 * 2**28)}, tmp_path / "file.torch")  # 3 GiB
     answer = worker("weights")(tmp_path / "file.torch")
     assert answer.startswith("refused")

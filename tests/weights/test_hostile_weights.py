@@ -1,4 +1,4 @@
-"""Files of weights that would end the process or fill the memory: each is refused in one line that names the bound.
+"""Weight files that would crash the process or exhaust memory are refused on one line that names the limit.
 
 A process of its own converts them all, each in a fork with a limit on its memory and its time.
 """
@@ -49,7 +49,7 @@ def get(index: int) -> bytes:
 
 
 def array_of(raw: bytes, count: int) -> bytes:
-    """Return the steps that make an array of the numbers in `raw`, which are steps too."""
+    """Return opcodes that create an array of the data pushed by the opcodes `raw`."""
     return (
         b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
         + b"(K\x01J"
@@ -61,13 +61,13 @@ def array_of(raw: bytes, count: int) -> bytes:
 
 
 def laughs() -> bytes:
-    """Tuples of two of the one before: 2**60 in the end."""
+    """Nested tuples, each with the previous one twice: 2**60 elements in total."""
     return b")" + put(0) + (b"0" + get(0) + get(0) + b"\x86" + put(0)) * 60
 
 
 NESTED = b")" + b"\x85" * DEPTH
 INSIDE_OUT = b"".join(b"]" + put(i) for i in range(1000)) + b"".join(get(i) + get(i + 1) + b"a" for i in range(999))
-PICKLES = {  # the body of a pickle, and words of the refusal
+PICKLES = {  # body of a pickle, and part of the expected error
     "a tuple nested deeply as a key": (b"}" + NESTED + b"K\x01s.", "more than 64 deep"),
     "nested tuples as keys among others": (b"}(" + NESTED + b"K\x01" + NESTED + b"K\x02u.", "more than 64 deep"),
     "a tuple nested deeply as a member of a set": (b"\x8f(" + NESTED + b"\x90.", "EMPTY_SET"),
@@ -120,7 +120,7 @@ def of_legacy(path: Path, content: bytes) -> None:
 
 
 def tensor(size: tuple, stride: tuple, offset: int = 0, numel: int = 4, dtype: str = "Float") -> bytes:
-    """Return a pickle of a dict of one tensor, whose storage has four numbers."""
+    """Return a pickle of a dict with one tensor, whose storage has four numbers."""
     storage = b"(U\x07storagectorch\n%sStorage\nU\x010U\x03cpu" % dtype.encode() + number(numel) + b"tQ"
     sizes = (b"(" + b"".join(map(number, size)) + b"t" for size in (size, stride))
     built = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + number(offset) + b"".join(sizes)
@@ -152,7 +152,7 @@ TENSORS = {
 
 
 def many_arrays(path: Path, shared: bool = True) -> None:
-    """7,000 arrays of one text of 1 MB, as protocol 2 has bytes: 7 GB of 1.1 MB."""
+    """7,000 arrays from one string of 1 MB, the encoding of bytes in protocol 2: 7 GB from 1.1 MB."""
     raw = b"c_codecs\nencode\n" + (get(9) if shared else text(b"a")) + text(b"latin1") + b"\x86R"
     first = b"c_codecs\nencode\n" + text(b"a" * 10**6) + put(9) + text(b"latin1") + b"\x86R"
     entries = [text(b"%d" % i) + array_of(raw if i else first, 10**6) for i in range(7000)]
@@ -160,13 +160,13 @@ def many_arrays(path: Path, shared: bool = True) -> None:
 
 
 def arrays_of_one_text(path: Path) -> None:
-    """The same without a call: the state of an array may hold a text, which becomes bytes."""
+    """The same without a call: the state of an array may contain a string, which is converted to bytes."""
     entries = [text(b"%d" % i) + array_of(get(9) if i else text(b"a" * 10**6) + put(9), 10**6) for i in range(7000)]
     of_pickle(path, b"}(" + b"".join(entries) + b"u.")
 
 
 def parts(path: Path, count: int, size: int) -> None:
-    """Write a zip file with many entries that all lead to the same bytes."""
+    """Write a zip file with many entries that share the same bytes."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         archive.writestr("w/data.pkl", b"\x80\x02}.")
@@ -186,7 +186,7 @@ def sparse(path: Path) -> None:
 
 
 def packed(values: int) -> bytes:
-    """Return an entry of MindSpore's with so many dimensions of a byte each."""
+    """Return a MindSpore entry with many dimensions of one byte each."""
     dims = b"\x0a" + varint(values) + b"\x01" * values
     content = dims + b"\x12\x07Float32\x1a\x00"
     entry = b"\x0a\x01w\x12" + varint(len(content)) + content
@@ -292,7 +292,7 @@ for path, format in json.loads(sys.stdin.read()):
 
 
 def checkpoints(path: Path, write: Callable[[Path, bytes], None], content: bytes) -> None:
-    """Write a good checkpoint and a later one of other content."""
+    """Write a valid checkpoint and a later one with other content."""
     Checkpoints(path).save(1, {"step": 1})
     write(path / "step-000000002.pt", content)
 
@@ -303,7 +303,7 @@ def all_cases() -> dict[str, tuple[str, Callable[[Path], object], str]]:
         cases[f"zip: {name}"] = ("torch", lambda path, content=content: of_zip(path, content), words)
         if name not in PICKLES or "nested deeply as" in name:
             cases[f"legacy: {name}"] = ("torch", lambda path, content=content: of_legacy(path, content), words)
-        if name in PICKLES and "list" not in name:  # one reader reads the pickles of all formats
+        if name in PICKLES and "list" not in name:  # pickles of all formats are read by the same code
             cases[f"paddle: {name}"] = ("paddle", lambda path, content=content: of_pickle(path, content), words)
     for name in ["a tuple nested deeply as a key", "a tuple nested deeply as an argument", "a list that holds itself"]:
         content, words = PICKLES[name]
@@ -322,7 +322,7 @@ CASES = all_cases()
 
 @pytest.fixture(scope="module")
 def answers(request, tmp_path_factory) -> dict[str, tuple[int, str]]:
-    """What came of each selected file: the status of the process, and its line."""
+    """The exit status and the output line for each selected file."""
     folder = tmp_path_factory.mktemp("hostile")
     files = []
     test = "test_hostile_files_are_refused_within_limits"
@@ -355,7 +355,7 @@ def test_devices_and_pipes_are_not_read(place, format, tmp_path):
         path.mkdir()
     elif place == "a socket":
         listener = socket.socket(socket.AF_UNIX)
-        listener.bind(os.path.relpath(path))  # whose name must be short
+        listener.bind(os.path.relpath(path))  # names of sockets must be short
     else:
         path.symlink_to(place)
     assert "cannot read" in refuse(path, format)
@@ -374,7 +374,7 @@ def test_part_names_that_are_not_utf_8(tmp_path):
 
 
 def training_state() -> dict:
-    """What a training keeps: tensors that share storages, optimizer state under numbers, plain values."""
+    """The content of a checkpoint: tensors with shared storages, optimizer state with integer keys, plain values."""
     model = timm.create_model("res2net_tiny")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     for parameter in model.parameters():
@@ -412,7 +412,7 @@ def test_checkpoints_are_read_as_by_torch(zipped, tmp_path):
         torch.save(state, tmp_path / "step-000000001.pt", _use_new_zipfile_serialization=False)
     ours, torchs = checkpoints.load(), torch.load(tmp_path / "step-000000001.pt", weights_only=True)
     assert same(ours, torchs) and same(ours["optimizer"], state["optimizer"])
-    ours["views"][0][1, 0] = 99  # as in torch's, these share their numbers
+    ours["views"][0][1, 0] = 99  # as with torch, these share memory
     assert ours["views"][1][0, 0] == 99 and ours["views"][2][0, 1] == 99
     model = timm.create_model("res2net_tiny")
     model.load_state_dict(ours["model"], strict=True)
@@ -456,7 +456,7 @@ def test_storage_views_of_torch_before_0_4(tmp_path):
 
 
 def pickled_folder(folder: Path, tiny_folder: Path) -> Path:
-    """Make a model folder whose weights are a pickle, as older ones on the Hub are."""
+    """Write a model folder with pickled weights, as in older repositories on the Hub."""
     folder.mkdir()
     (folder / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
     state = {"state_dict": load_file(tiny_folder / "model.safetensors"), "args": argparse.Namespace(lr=0.1)}

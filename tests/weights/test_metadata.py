@@ -1,4 +1,4 @@
-"""Metadata of cards, YAML of a few bytes that stands for gigabytes or for itself: refused before it is read."""
+"""YAML metadata of cards that expands to gigabytes or contains itself is refused before parsing."""
 
 import shutil
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_expanding_metadata_is_refused_by_all_readers(tmp_path, name):
     (folder / "README.md").write_text(f"---\nlicense: mit\n{bomb}\n---\n\nText\n")
     with pytest.raises(InputError, match=bound):
         check_folder(folder)
-    assert of_folder(folder).license == "apache-2.0"  # of its config
+    assert of_folder(folder).license == "apache-2.0"  # from its config
     assert published_accuracies(f"local-dir:{folder}") == []
     for name in ("cat", "dog"):
         (tmp_path / "data" / name).mkdir(parents=True)

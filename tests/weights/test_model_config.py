@@ -1,4 +1,4 @@
-"""What a model folder's config may say: loading, verifying, publishing and predicting all refuse the same folders."""
+"""Checks of a model folder's config, which apply to loading, verify, publish and predict."""
 
 import json
 import os
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.first_case
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """The shipped model without its fingerprint, which would notice other weights."""
+    """The shipped model without its fingerprint, which would detect changed weights."""
     copy = Path(shutil.copytree(SHIPPED_MODEL, tmp_path / "m"))
     (copy / "fingerprint.json").unlink()
     return copy
@@ -223,7 +223,7 @@ def test_pipes_are_not_published(in_process, folder):
 
 
 def test_folders_saved_by_timm_load(tmp_path):
-    """Of timm's architectures, with arguments and other inputs and classes, as safetensors and as a pickle."""
+    """timm architectures with arguments and other inputs and classes, as safetensors and as a pickle."""
     for number, (name, arguments) in enumerate(
         {
             "resnet10t": dict(num_classes=7),
@@ -249,7 +249,7 @@ def test_folders_saved_by_timm_load(tmp_path):
 
 
 def test_shapes_are_compared_before_the_model_is_built(folder):
-    """A config that fits other weights must not take the memory of its model first."""
+    """A config that does not match the weights must not allocate the memory of its model."""
     import resource
 
     change(folder, {"architecture": "vit_7b_patch16_dinov3", "model_args": {}})
@@ -290,7 +290,7 @@ def test_repositories_are_checked_like_folders(hub, in_process, folder, tmp_path
     assert create_model("hf-hub:zoo/good").pretrained_cfg["hf_hub_id"] == "zoo/good"
     asked = len(hub.requests)
     create_model("hf-hub:zoo/good")
-    assert len(hub.requests) == asked + 1  # which commit main is; all else is in the cache
+    assert len(hub.requests) == asked + 1  # only the commit of main; the rest is cached
     change(folder, {"cfg": {"std": [0, 0, 0], "hf_hub_filename": "README.md"}})
     hub.add("models/zoo/bad", folder)
     for pretrained in (True, False):

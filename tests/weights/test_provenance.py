@@ -1,4 +1,4 @@
-"""What a folder, its card, an exported file and `publish` state of licence and origin, on every path to new weights."""
+"""Licence and origin in folders, cards, exported files and `publish`, for all ways to create weights."""
 
 import json
 import re
@@ -54,7 +54,7 @@ num_classes = 10
 notes = ""
 accuracies = []
 """
-# What timm's cfg states of one weight.
+# timm's cfg of a checkpoint.
 CLAIMS = {"url", "file", "hf_hub_id", "hf_hub_filename", "source", "tag", "license", "origin_url", "description"}
 QUICK = ["--epochs", 1, "--batch-size", 4, "--workers", 0, "--tracker", "none", "--no-check", "--steps-per-epoch", 1]
 QUICK += ["--img-size", 32, "--ema", 0]
@@ -65,13 +65,13 @@ def register(entrypoint: Any) -> None:
         {name: cfg for name, cfg in pretrained_cfgs().items() if name.partition(".")[0] == "res2net_tiny"}
     )["res2net_tiny"]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # it overwrites what is registered
+        warnings.simplefilter("ignore", UserWarning)  # timm warns that it replaces registered models
         register_model(entrypoint)
 
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory) -> Iterator[Path]:
-    """The file of a release of res2net_tiny, which the catalogue then has."""
+    """A released file of res2net_tiny, which is added to the catalogue."""
     folder = tmp_path_factory.mktemp("release")
     model = spread(timm.create_model("res2net_tiny", num_classes=10))
     torch.save(model.state_dict(), folder / "tiny.pth")
@@ -89,7 +89,7 @@ def release(tmp_path_factory) -> Iterator[Path]:
 
 @pytest.fixture
 def mirror(release, in_process, tmp_path, monkeypatch) -> Path:
-    """A mirror that has the release, by `hub/convert.py`; `pretrained=True` reads it."""
+    """A mirror with the release, created by `hub/convert.py` and read by `pretrained=True`."""
     folder = tmp_path / "mirror" / NAME
     done = in_process(CONVERT, "--model", NAME, "--checkpoint", release, "--output", folder)
     assert done.returncode == 0, done.stderr
@@ -116,7 +116,7 @@ def finetune(in_process, pictures, tmp_path):
 
 
 def stated(folder: Path) -> dict[str, Any]:
-    """Return what a folder states, after checking that config.json, card and `verify` agree."""
+    """Return licence and origin of a folder, after checking that config.json, card and `verify` agree."""
     config, card = json.loads((folder / "config.json").read_text()), ModelCard.load(folder / "README.md").data
     record = config.get("provenance", {})
     assert record.get("license") == card.get("license") and record.get("base_model") == card.get("base_model")
@@ -131,7 +131,7 @@ def claims(folder: Path) -> dict[str, Any]:
 
 
 def exported(in_process, model: str, output: Path) -> dict[str, Any]:
-    """Return what an exported file states of licence and origin."""
+    """Return licence and origin in an exported file."""
     export_format = next(name for name, suffix in export.FORMATS.items() if suffix == output.suffix)
     done = in_process(EXPORT, "--model", model, "--format", export_format, "--output", output)
     assert done.returncode == 0, done.stderr
@@ -141,7 +141,7 @@ def exported(in_process, model: str, output: Path) -> dict[str, Any]:
 
 
 def described(folder: Path) -> dict[str, Any]:
-    """Return what an exported file of a folder would state."""
+    """Return licence and origin in an export of a folder."""
     name = f"local-dir:{folder}"
     model = create_model(name)
     return origin_in(export.describe(model, name, origin=of_model(name, model.pretrained_cfg)))  # type: ignore[arg-type]
@@ -152,7 +152,7 @@ def origin_in(facts: dict[str, str]) -> dict[str, Any]:
 
 
 def release_record(release: Path, **more: Any) -> dict[str, Any]:
-    """Return the record of the release, where the catalogue's URL is what it is from."""
+    """Return the record of the release, if it comes from the catalogue's URL."""
     return {
         "origin": "checkpoint",
         "trained": False,
@@ -167,7 +167,7 @@ class TestFromScratch:
     @pytest.mark.first_case
     @pytest.mark.parametrize("license", [None, "mit"])
     def test_only_stated_facts_are_recorded(self, release, finetune, in_process, tmp_path, license):
-        """Although published weights of the architecture have a licence, a URL and a repository."""
+        """Published weights of the architecture have a licence, a URL and a repository, which must not be recorded."""
         given = {} if license is None else {"license": license}
         folder = finetune("scratch", "--model", "res2net_tiny", *([] if license is None else ["--license", license]))
         assert stated(folder) == {"origin": "random", "trained": True, **given} and claims(folder) == given
@@ -192,7 +192,7 @@ class TestFromScratch:
         assert described(folder) == {"license": None, "base_model": None, "origin": "random", "trained": True}
 
     def test_papers_of_timm_weights(self, tmp_path):
-        """Those of timm's other models describe how published weights were trained."""
+        """Papers of other timm models describe the training of published weights."""
         model = timm.create_model("resnet18", num_classes=2)
         assert model.pretrained_cfg["paper_ids"] and model.pretrained_cfg["license"]
         write_model_folder(tmp_path / "m", model, model_card("m", "# m", None))
@@ -206,7 +206,7 @@ class TestFromScratch:
 
 class TestFromACheckpoint:
     def test_provenance_after_repeated_fine_tuning(self, mirror, release, finetune, in_process, tmp_path):
-        # Converted from a file that its hash shows to be the released one.
+        # Converted from the released file, identified by its hash.
         assert stated(mirror) == release_record(release, repository=HUB_ID)
         assert claims(mirror) == {"license": LICENSE, "origin_url": URL, "tag": "own_in1k"}
         assert described(mirror) == {**release_record(release, repository=HUB_ID), "base_model": HUB_ID}
@@ -224,7 +224,7 @@ class TestFromACheckpoint:
             in ModelCard.load(folder / "README.md").text
         )
         check_license(folder)
-        # From the folder, with its record.
+        # From the folder with its record.
         again = finetune("again", "--model", f"local-dir:{folder}", "--pretrained")
         assert stated(again) == release_record(release, start="tuned", **derived)
         assert str(tmp_path) not in (again / "config.json").read_text()
@@ -263,7 +263,7 @@ class TestFromACheckpoint:
         assert (record.origin, record.license, record.repository) == ("file", None, None)
 
     def test_file_without_a_published_hash(self, in_process, tmp_path):
-        """Whether it is what is found at the release's URL cannot be known."""
+        """It cannot be verified against the release."""
         from tests.weights.test_convert import write
         from tests.weights.test_weights import to_paddle
 
@@ -276,7 +276,7 @@ class TestFromACheckpoint:
         assert claims(tmp_path / "m") == {"license": "apache-2.0", "tag": "ssld_in1k"}
 
     def test_licence_that_may_not_cover_the_weights(self, tmp_path):
-        """Is not plainly one for what derives from them either."""
+        """It may not cover derived weights either."""
         checkpoint = catalog.load().checkpoints["res2net50_26w_4s.in1k"]
         model = timm.create_model("res2net_tiny", num_classes=10)
         origin = of_model(checkpoint.name, dict(architecture=checkpoint.architecture, tag=checkpoint.tag))
@@ -311,7 +311,7 @@ class TestFromAFolder:
         assert stated(folder) == {**own, **more} and claims(folder) == {"license": "apache-2.0"}
 
     def test_distilled(self, finetune):
-        """The student's own start counts; its teacher is named."""
+        """The initial weights of the student are recorded, and its teacher is named."""
         teacher = finetune("teacher", "--model", "res2net_tiny", "--license", "apache-2.0")
         args = ["--model", "res2net_tiny", "--recipe", "distill", "--teacher", f"local-dir:{teacher}"]
         student = finetune("student", *args)
@@ -336,7 +336,7 @@ class TestFromAFolder:
     @pytest.mark.first_case
     @pytest.mark.parametrize("license", [None, "apache-2.0"])
     def test_folder_saved_by_timm(self, release, finetune, in_process, tmp_path, license):
-        """It states the licence and the tag of published weights for any; the folder's card alone counts."""
+        """timm writes licence and tag of published weights for any weights; only the folder's card is used."""
         model = spread(timm.create_model("res2net_tiny", num_classes=10))
         timm.models.save_for_hf(model, str(tmp_path / "saved"), safe_serialization=True)
         assert claims(tmp_path / "saved")["license"] == LICENSE
@@ -356,7 +356,7 @@ class TestFromAFolder:
         assert of_folder(mirror).to_dict() == release_record(release, repository=HUB_ID)
 
     def test_licence_added_to_the_card(self, finetune):
-        """As `publish` advises."""
+        """As suggested by `publish`."""
         folder = finetune("scratch", "--model", "res2net_tiny")
         card = ModelCard.load(folder / "README.md")
         card.data.license = "mit"

@@ -1,4 +1,4 @@
-"""Weights that no Hub has: fetched from their release over HTTP, checked, converted, loaded by timm; and mirrors."""
+"""Weights that are not on the Hub: download, verification, conversion, loading by timm; and mirrors."""
 
 import copy
 import hashlib
@@ -32,11 +32,11 @@ FILE = "files/originals/resolve/main/original.pdparams"
 
 
 def to_paddle(model: torch.nn.Module) -> dict[str, np.ndarray]:
-    """Name a vd model's tensors as PaddleClas does; that the names are right test_convert.py shows."""
+    """Rename a vd model's tensors as in PaddleClas; test_convert.py verifies the names."""
     from tests.weights.originals.spec import to_paddle as rename
 
     state = {k: v for k, v in model.state_dict().items() if "num_batches" not in k}
-    # The first stage's shortcut has no pooling, so the same rule holds for every stage there.
+    # The first stage's shortcut has no pooling, so the same rule applies to all stages.
     return {rename(k): (v.T if k == "fc.weight" else v).numpy() for k, v in state.items()}
 
 
@@ -52,7 +52,7 @@ def original(model, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def hub(original, monkeypatch, tmp_path):
-    """A server that has the original, the catalogue pointing to it, and an empty cache."""
+    """A server with the original file, a catalogue entry with its URL, and an empty cache."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
@@ -65,7 +65,7 @@ def hub(original, monkeypatch, tmp_path):
 def point_to(monkeypatch: pytest.MonkeyPatch, hub: Hub, **changes: str) -> None:
     checkpoint = copy.copy(catalog.load().checkpoints[NAME])
     for name, value in {"url": f"{hub.endpoint}/{FILE}", **changes}.items():
-        object.__setattr__(checkpoint, name, value)  # past the check, which wants https
+        object.__setattr__(checkpoint, name, value)  # bypasses the check for https
     monkeypatch.setitem(catalog.load().checkpoints, NAME, checkpoint)
 
 
@@ -118,7 +118,7 @@ def test_interrupted_download_is_resumed_by_the_next_call(hub, original, recwarn
         timm.create_model(NAME, pretrained=True)
     assert left_over() == ["original.part"] and hub.faults == []
     hub.requests.clear()
-    timm.create_model(NAME, pretrained=True)  # one request, and where that one leads to
+    timm.create_model(NAME, pretrained=True)  # one request and its redirect
     assert downloads(hub) == 2 and left_over() == ["model.safetensors"]
     with safe_open(converted_file(), "pt") as file:
         assert file.metadata()["source_sha256"] == originals.sha256_of(original)
@@ -192,12 +192,12 @@ def test_server_that_refuses(hub, status):
 
 
 @pytest.mark.first_case
-@pytest.mark.parametrize("size", [30_000_000, 103_155_000])  # in the original, and in what is made of it
+@pytest.mark.parametrize("size", [30_000_000, 103_155_000])  # in the download, and in the conversion
 def test_a_full_disk(hub, original, size, recwarn):
     with full_disk(size), pytest.raises(InputError, match=r"cannot write .*(File too large|os error 27)"):
         timm.create_model(NAME, pretrained=True)
     assert left_over() == ["original.part"]
-    # What there was room for is not fetched again: this would come due.
+    # Only reached if the first part is downloaded again.
     hub.cut("GET .*original.pdparams", at_byte=75_000_000 if size < original.stat().st_size else 1000)
     timm.create_model(NAME, pretrained=True)
     assert hub.faults
@@ -295,7 +295,7 @@ class TestConvertCommand:
         assert "license: apache-2.0" in card and "83.1" in card and "import res2net_zoo" in card
 
     def test_convert_of_another_file_omits_the_tag(self, in_process, tmp_path):
-        """Such as weights that were trained on with the authors' code."""
+        """For example weights fine-tuned with the authors' code."""
         model = spread(timm.create_model("dla60_res2next")).eval()
         torch.save(model.state_dict(), tmp_path / "mine.pth")
         args = ["--model", "dla60_res2next.in1k", "--checkpoint", tmp_path / "mine.pth", "--output", tmp_path / "out"]
@@ -347,7 +347,7 @@ class TestConvertCommand:
             "source": url,
             "source_sha256": originals.sha256_of(original),
         }
-        # An old folder stays as it is where there is no room for the new one.
+        # An old folder is kept if the new one cannot be written.
         before = read_tree(out)
         with full_disk(50_000_000):
             input_error(in_process("hub/convert.py", "--model", NAME, "--checkpoint", original, "--output", out))
@@ -355,11 +355,11 @@ class TestConvertCommand:
 
     @pytest.mark.full
     def test_convert_from_a_url_resumes_after_sigkill(self, hub, original, tmp_path):
-        """A download that a kill -9 ends in its middle is not lost."""
+        """A download is resumed after kill -9."""
         env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ASSETS_CACHE": str(tmp_path / "assets")}
         url = f"{hub.endpoint}/{FILE}"
         command = [sys.executable, "hub/convert.py", "--model", NAME, "--checkpoint", url, "--output"]
-        hub.cut("original.pdparams", at_byte=70_000_000)  # after which the client waits a second before it goes on
+        hub.cut("original.pdparams", at_byte=70_000_000)  # the client then waits one second
         run = subprocess.Popen([*command, tmp_path / "out"], cwd=ROOT, env=env)
         parts: list[Path] = []
         while not (parts and parts[0].stat().st_size > 50_000_000):
@@ -371,7 +371,9 @@ class TestConvertCommand:
         done = parts[0].stat().st_size
         assert not (tmp_path / "out").exists() and done < original.stat().st_size
         hub.faults.clear()
-        hub.cut("original.pdparams", at_byte=original.stat().st_size - 40_000_000)  # due if all were sent again
+        hub.cut(
+            "original.pdparams", at_byte=original.stat().st_size - 40_000_000
+        )  # only reached if everything is sent again
         subprocess.run([*command, tmp_path / "out"], cwd=ROOT, env=env, check=True, timeout=100)
         assert hub.faults and (tmp_path / "out" / "model.safetensors").exists()
 

@@ -1,4 +1,4 @@
-"""What the makers share: the small model's tensors and values, each drawn from its own original name."""
+"""Shared by the make scripts: the tensors of the small model, with values seeded by their names."""
 
 import json
 import zlib
@@ -11,12 +11,12 @@ BATCHES = 100
 
 
 def parameter(name: str, shape: list[int], kind: str) -> np.ndarray:
-    """Draw a tensor from its own name; a count of batches is always the same."""
+    """Draw a tensor, seeded by its name; the number of batches is constant."""
     if kind == "count":
         return np.array(BATCHES, dtype="int64")
     n = np.random.RandomState(zlib.crc32(name.encode()) & 0x7FFFFFFF).standard_normal(shape).astype("float32")
     values = {
-        # In double precision, as NumPy 2 does of itself and NumPy 1 does not.
+        # In double precision, which is the default only in NumPy 2.
         "conv": lambda: n.astype("float64") * np.sqrt(2.0 / np.prod(shape[1:])),
         "fc": lambda: n * 0.02,
         "gamma": lambda: 0.6 * (1 + 0.2 * n),
@@ -26,11 +26,11 @@ def parameter(name: str, shape: list[int], kind: str) -> np.ndarray:
 
 
 def images(height: int, width: int) -> np.ndarray:
-    """Return the batch that reference logits are computed for."""
+    """Return the input of the reference logits."""
     return np.random.RandomState(7).standard_normal((2, 3, height, width)).astype("float32")
 
 
 def tensors(framework: str) -> dict[str, np.ndarray]:
-    """Return the small model's tensors under a framework's own names, in timm's order."""
+    """Return the tensors of the small model with the names of a framework, in timm's order."""
     rows = json.loads((HERE / "small.json").read_text())[framework]
     return {row["name"]: parameter(row["name"], row["shape"], row["kind"]) for row in rows}

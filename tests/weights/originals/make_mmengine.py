@@ -22,7 +22,7 @@ SIZES = ((64, 64), (97, 65))
 
 @MODELS.register_module()
 class SmallRes2Net(Res2Net):
-    """The small model's backbone, of MMPretrain's own stem, blocks and stages."""
+    """The backbone of the small model, from MMPretrain's stem, blocks and stages."""
 
     def __init__(self) -> None:
         super().__init__(depth=50, stem_channels=16, base_channels=8, base_width=4)
@@ -36,7 +36,7 @@ class SmallRes2Net(Res2Net):
 
 
 class Noise(torch.utils.data.Dataset):
-    """Two random images with labels, and what MMEngine copies from a dataset into a checkpoint."""
+    """Two random images with labels, and metadata that MMEngine copies into checkpoints."""
 
     def __init__(self) -> None:
         self.metainfo = {"classes": tuple(f"class {i}" for i in range(10))}
@@ -80,7 +80,7 @@ def main() -> None:
         runner.save_checkpoint(folder, "trained.pth", save_optimizer=False, save_param_scheduler=False)
         checkpoint = torch.load(Path(folder) / "trained.pth", weights_only=False)
     torch.save(checkpoint, HERE / "mmengine_small_trained.pth")
-    # MMPretrain's publish_model.py drops the message hub, as everything else for training, and adds its version.
+    # MMPretrain's publish_model.py removes all training state, including the message hub, and adds its version.
     meta = {**checkpoint["meta"], "mmpretrain_version": mmpretrain.__version__}
     torch.save({"meta": meta, "state_dict": checkpoint["state_dict"]}, HERE / "mmengine_small.pth")
     model = runner.model.eval()

@@ -8,7 +8,7 @@ from tests.weights.originals.draw import HERE, tensors
 
 
 def make(values: dict) -> paddle.nn.Layer:
-    """Build a tree of layers that computes nothing and has parameters of these names and values."""
+    """Build a tree of layers with given parameters and no computation."""
     root = paddle.nn.Layer()
     for name, value in values.items():
         *parents, leaf = name.split(".")
@@ -17,7 +17,7 @@ def make(values: dict) -> paddle.nn.Layer:
             if parent not in layer._sub_layers:
                 layer.add_sublayer(parent, paddle.nn.Layer())
             layer = layer._sub_layers[parent]
-        # PaddlePaddle's own batch norm keeps its running statistics in parameters too.
+        # PaddlePaddle's batch norm also stores running statistics as parameters.
         param = layer.create_parameter(list(value.shape))
         param.set_value(value)
         layer.add_parameter(leaf, param)
@@ -30,7 +30,7 @@ def main() -> None:
     state = make(values).state_dict()
     assert set(state) == set(values)
     paddle.save(state, str(HERE / f"paddle_small{suffix}.pdparams"))
-    # The default of PaddlePaddle 2.0, before it became 4.
+    # The default of PaddlePaddle 2.0; later 4.
     paddle.save(state, str(HERE / f"paddle_small{suffix}_protocol2.pdparams"), protocol=2)
 
 

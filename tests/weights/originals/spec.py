@@ -1,4 +1,4 @@
-"""Write small.json: the small model's tensors under timm's names and under each framework's own.
+"""Write small.json: the names of the small model's tensors in timm and in each framework.
 
 Run it where torch, timm and res2net_zoo are installed; the makers of the files need only what it writes.
 """
@@ -41,7 +41,7 @@ def small(wiring: str = "official", deep: bool = True) -> ResNet:
 
 
 def kind(name: str, shape: list[int]) -> str:
-    """Return how a tensor is drawn, by its name in timm and its shape."""
+    """Return how a tensor is drawn, depending on its name in timm and its shape."""
     leaf = name.rpartition(".")[2]
     if name.startswith("fc."):
         return "fc" if leaf == "weight" else "fcb"
