@@ -1,15 +1,14 @@
-// The machine code behind res2net_zoo/kernels/cpu_network.py: convolutional networks on CPUs, one call an inference.
+// The native steps of res2net_zoo/kernels/cpu_network.py: convolutional networks on CPUs, one call per inference.
 //
-// A network arrives as a list of steps over buffers that hold activations pixel by pixel (NHWC), in
-// float32 or bfloat16; sums are always float32. Buffers that a convolution reads past the edge of have
-// a border of zeros, so that no tap needs a test. All threads walk the list together. Each has its part
-// of a step's work, and takes of the others' when it is done with its own; they wait only where a step
-// reads what the steps before it wrote, and then for the work, not for each other: a thread that the
-// system lets run late finds its part done.
+// A network is a list of steps over buffers of activations in NHWC layout, in float32 or bfloat16; sums are
+// always float32. Buffers of padded convolutions have a border of zeros, so that taps need no bounds check.
+// All threads execute the list together. Each starts with its part of a step and then steals work from the
+// others' parts. They synchronize only if a step reads the output of earlier ones, and then wait for the work,
+// not for each other: if a thread is scheduled late, the others have done its part.
 //
-// A convolution is a matrix product of pixels by output channels without the copy that usually makes
-// it one (Dukhan, "The Indirect Convolution Algorithm", arXiv 1907.02129): a tile of ROWS pixels by two
-// vectors of channels stays in registers while the taps and input channels stream past.
+// A convolution is a matrix product of pixels and output channels without the usual copy of the input
+// (Dukhan, "The Indirect Convolution Algorithm", arXiv 1907.02129): a tile of ROWS pixels by two vectors of
+// channels stays in registers while the kernel iterates over taps and input channels.
 
 #include <atomic>
 #include <omp.h>
@@ -21,8 +20,8 @@
 namespace {
 
 #ifdef WIDE
-// 32 registers of 16 floats: 28 sums, 2 vectors of weights and 1 of input are the largest tile that
-// fits, and the one that loads least for each multiplication.
+// With 32 registers of 16 floats, 28 sums, 2 vectors of weights and 1 of input are the largest tile, which has
+// the fewest loads per multiplication.
 constexpr int ROWS = 14;
 #else
 constexpr int ROWS = 6;
@@ -31,25 +30,25 @@ constexpr int ROWS = 6;
 enum Kind { CONV, POINTWISE, MAX_POOL, AVG_POOL, MEAN, RESIZE, INPUT };
 enum Act { NONE, RELU, SIGMOID };
 
-// The output channels of one tile: what of the input they read, and their weights, tap by tap,
-// channel by channel, LANES * vectors to each (bfloat16: two channels' side by side).
+// The output channels of one tile: their input channels, and their weights by tap and input channel, with
+// LANES * vectors for each (in bfloat16 those of two channels are interleaved).
 struct Tile {
     const void* weight;
     const float* bias;
     int64_t first_in, channels_in, first_out, channels_out;
 };
 
-// One buffer as a step sees it: element 0 of pixel (0, 0), and where the other pixels are.
+// A step's view of a buffer: element 0 of pixel (0, 0), and the offsets of the other pixels.
 struct View {
     void* data;
-    const int32_t* pixels;  // offset of each output pixel of the step (for a source: of its first tap)
-    int64_t image, row, pixel;  // the same as strides, for the steps that go window by window
+    const int32_t* pixels;  // offset of each output pixel of the step (for a source: that of its first tap)
+    int64_t image, row, pixel;  // the same as strides, for steps that iterate over windows
 };
 
 struct Step {
     int64_t kind, act, wait;
     int64_t pixels, channels;  // of the output
-    View src, gate, add, dst, also;  // `also` += what is written to `dst`
+    View src, gate, add, dst, also;  // `also` += the output in `dst`
     int64_t dst_is_float;
     int64_t block, tiles, taps;
     const Tile* tile;
@@ -76,7 +75,7 @@ inline Vec activate(Vec v, int64_t act) {
 }
 
 #ifndef AHEAD
-#define AHEAD 40  // channels ahead whose weights are fetched; processors on their own stop at pages
+#define AHEAD 40  // prefetch distance of weights in channels; hardware prefetchers stop at page boundaries
 #endif
 
 template <int M, int N> using Sums = Vec[M][N];
@@ -130,7 +129,7 @@ inline void multiply(Sums<M, N>& sum, const bf16* const* x, const bf16* w, const
 template <class T, int M, int N> __attribute__((noinline)) void tile(const Step& s, const Tile& t, int64_t m0) {
     const T* x[M];
     for (int m = 0; m < M; m++) x[m] = at<T>(s.src, m0 + m) + t.first_in;
-    for (int m = 0; m < M; m++)  // what the end needs may be far away
+    for (int m = 0; m < M; m++)  // prefetch for the epilogue
         for (int n = 0; n < N * LANES; n += 64 / sizeof(T)) {
             if (s.add.data) __builtin_prefetch(at<T>(s.add, m0 + m) + t.first_out + n);
             __builtin_prefetch(at<T>(s.dst, m0 + m) + t.first_out + n, 1);
@@ -166,14 +165,14 @@ template <class T, int M, int N> __attribute__((noinline)) void tile(const Step&
     }
 }
 
-// tile<T, M, N> for each M from 1 to ROWS.
+// Pointers to tile<T, M, N> for each M from 1 to ROWS.
 template <class T, int N, int M = ROWS> inline void tile_of(int64_t rows, const Step& s, const Tile& t, int64_t m0) {
     if (rows == M) tile<T, M, N>(s, t, m0);
     else if constexpr (M > 1) tile_of<T, N, M - 1>(rows, s, t, m0);
 }
 
-// Of all tiles of a convolution, block by block of pixel groups: which one begins at or after a share
-// of the work, counted in vectors. The last tile of a block may be half as wide as the others.
+// The first tile of a convolution that begins at or after a share of the work, counted in vectors. Tiles are
+// ordered by blocks of pixel groups; the last tile of a block can be half as wide as the others.
 inline int64_t tile_at(const Step& s, int64_t groups, int64_t work) {
     int64_t wide = s.tile[0].channels_out > LANES ? 2 : 1, last = s.tile[s.tiles - 1].channels_out > LANES ? 2 : 1;
     int64_t vectors = wide * (s.tiles - 1) + last;
@@ -187,8 +186,8 @@ inline int64_t tile_at(const Step& s, int64_t groups, int64_t work) {
 
 inline int64_t groups_of(const Step& s) { return (s.pixels + ROWS - 1) / ROWS; }
 
-// Tiles `u` to `end` of a convolution. Pixels stand in groups, as large as a tile or nearly so, and a
-// block of groups at a time meets all weights.
+// Compute tiles `u` to `end` of a convolution. Pixels are split evenly into groups of at most a tile, and all weights
+// are applied to one block of groups at a time.
 template <class T> void conv(const Step& s, int64_t u, int64_t end) {
     int64_t groups = groups_of(s);
     for (; u < end; u++) {
@@ -221,7 +220,7 @@ template <class T> void pool(const Step& s, int64_t u, int64_t end) {
         for (int64_t ow = 0; ow < s.out_w; ow++) {
             int64_t n = u / s.out_h, oh = u % s.out_h;
             int64_t h0 = oh * s.stride_h - s.pad_h, w0 = ow * s.stride_w - s.pad_w;
-            // torch divides by the window inside the padded image, or inside the image alone.
+            // torch divides by the size of the window inside the padded image, or inside the image only.
             int64_t h1 = lower(h0 + s.kernel_h, s.in_h + s.pad_h), w1 = lower(w0 + s.kernel_w, s.in_w + s.pad_w);
             int64_t padded = (h1 - h0) * (w1 - w0);
             h0 = h0 < 0 ? 0 : h0, w0 = w0 < 0 ? 0 : w0;
@@ -281,13 +280,13 @@ template <class T> void resize(const Step& s, int64_t u, int64_t end) {
     }
 }
 
-// The images, float32 with any strides (of channels: in `gate.image`), into the first buffer.
+// Copy the images, float32 with any strides (that of channels in `gate.image`), into the first buffer.
 template <class T> void input(const Step& s, int64_t u, int64_t end) {
     for (; u < end; u++) {
         int64_t n = u / s.in_h, h = u % s.in_h;
         const float* from = at<float>(s.src, n, h, 0);
         T* to = at<T>(s.dst, n, h, 0);
-        // A channel's pixels are neighbours in most images: they are converted together.
+        // In most images the pixels of a channel are contiguous, so they are converted together.
         for (int64_t c = 0; c < s.channels; c++)
             for (int64_t w = 0; w < s.in_w; w += LANES) {
                 const float* pixels = from + c * s.gate.image + w * s.src.pixel;
@@ -321,7 +320,7 @@ template <class T> void work(const Step& s, int64_t begin, int64_t end) {
     }
 }
 
-// Where thread `t`'s part of a step begins; of convolutions the parts are equal in vectors, not tiles.
+// The first unit of thread `t`'s part of a step; parts of convolutions are equal in vectors, not in tiles.
 inline int64_t part(const Step& s, int64_t units, int t, int threads) {
     if (s.kind != CONV) return units * t / threads;
     int64_t vectors = 0;
@@ -334,7 +333,7 @@ struct alignas(64) Counter {
 };
 
 template <class T> void walk(const Step* steps, int64_t count, int threads) {
-    // Of each step: how many units are done, and how many of each thread's part are taken.
+    // For each step: the number of finished units, and of started units in each thread's part.
     std::vector<Counter> counters(count * (threads + 1));
 #pragma omp parallel num_threads(threads)
     {
@@ -374,7 +373,7 @@ int lanes() { return LANES; }
 
 int rows() { return ROWS; }
 
-// Whether bfloat16 products are instructions of this machine.
+// Whether this machine has instructions for bfloat16 products.
 int has_bf16() {
 #ifdef __AVX512BF16__
     return 1;

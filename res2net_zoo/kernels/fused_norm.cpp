@@ -1,9 +1,9 @@
-// BatchNorm in training with what stands around it, for res2net_zoo/kernels/fused_norm.py: two passes over memory forward, two back.
+// BatchNorm in training, fused with adjacent operations, for res2net_zoo/kernels/fused_norm.py: two passes over
+// memory in forward, two in backward.
 //
-// Such a layer does little with much memory, so what counts is how often each tensor is read. The
-// activation, a sum before it (a shortcut's) and a sum after it (the next group's input, Eq. 1) go with
-// the pass that normalizes; groups of channels may have tensors of their own, which spares the split
-// and the concatenation.
+// The layer is limited by memory bandwidth, so the number of reads of each tensor determines its speed. The
+// normalizing pass includes the activation, an addition before it (of a shortcut) and an addition after it (the
+// next group's input, Eq. 1); groups of channels can be separate tensors, which avoids split and concatenation.
 
 #include <algorithm>
 #include <omp.h>
@@ -13,13 +13,13 @@
 
 namespace {
 
-// Pixels by channels: channels are neighbours in memory, pixels are `pitch` elements apart.
+// Pixels by channels: channels are contiguous, and pixels have a distance of `pitch` elements.
 struct Matrix {
     void* data;
     int64_t pitch;
 };
 
-// A group of a layer's channels. What is null is not there. `_call` in norm.py lists the same fields.
+// A group of a layer's channels. Missing tensors are null. GROUP in fused_norm.py lists the same fields.
 struct Group {
     int64_t first, channels;
     Matrix x, y;         // y = act(norm(x) + add)
@@ -38,12 +38,12 @@ struct Norm {
     Group group[];
 };
 
-constexpr int64_t STEP = 32;       // pixels that one thread at least takes
-constexpr int64_t FOLD = 1024;     // pixels whose sums stay in float32
+constexpr int64_t STEP = 32;       // minimum number of pixels per thread
+constexpr int64_t FOLD = 1024;     // number of pixels that are summed in float32
 
 template <class T> inline T* at(const Matrix& x, int64_t m, int64_t c) { return static_cast<T*>(x.data) + m * x.pitch + c; }
 
-// A vector of a group's channels: all of them, or fewer at its end.
+// A vector of a group's channels: full, or partial at the end of the group.
 struct Whole {
     Lanes some;
     Whole(const Group&, int64_t) : some(ALL) {}
@@ -64,8 +64,8 @@ template <class Kind, int VECTORS> struct Span : Kind {
     static constexpr int N = VECTORS;
 };
 
-// Call f(group, channel, span, m0, m1) for tiles of pixels and channels. Few pixels at a time are read as
-// they lie in memory, many keep sums in registers longer.
+// Call f(group, channel, span, m0, m1) for tiles of pixels and channels. Few pixels per tile are read in memory
+// order; many keep sums in registers longer.
 template <class F> inline void tiles(const Norm& s, int64_t begin, int64_t end, F f) {
     constexpr int WIDTH = 4;
     int64_t rows = s.channels <= WIDTH * LANES ? 32 : s.group->channels % LANES ? 8 : 1;
@@ -83,8 +83,8 @@ template <class F> inline void tiles(const Norm& s, int64_t begin, int64_t end, 
     }
 }
 
-// Two sums for each channel: of x - origin and its square forward; of the gradient g before the activation
-// and of g * (x - mean) back, where g goes to `dadd` at once if there is one.
+// Two sums per channel: in forward of x - origin and its square; in backward of the gradient g before the
+// activation, which is also written to `dadd` if present, and of g * (x - mean).
 template <class T, bool BACK>
 void add_up(const Norm& s, const float* origin, int64_t begin, int64_t end, float* sums, float* products) {
     tiles(s, begin, end, [&](const Group& g, int64_t c, auto span, int64_t m0, int64_t m1) {
@@ -171,7 +171,7 @@ template <class T, bool BACK> void run(const Norm& s, double momentum, double ep
     std::vector<float> origin(chs);
     std::vector<float> sums(chs), products(chs);
     std::vector<std::vector<double>> parts(threads);
-    if (!BACK)  // the variance of values near the first pixel's loses no digits
+    if (!BACK)  // subtracting the first pixel avoids cancellation
         for (const Group* g = s.group; g < s.group + s.groups; g++)
             for (int64_t c = 0; c < g->channels; c++) origin[g->first + c] = widen(*at<T>(g->x, 0, c));
 #pragma omp parallel num_threads(threads)

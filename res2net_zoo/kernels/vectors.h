@@ -1,4 +1,4 @@
-// Vectors of floats, and what lies in memory as float32 or bfloat16 as one: what cpu_network.cpp and fused_norm.cpp compute with.
+// Vectors of floats, and their loads and stores as float32 or bfloat16, for cpu_network.cpp and fused_norm.cpp.
 
 #pragma once
 
@@ -25,7 +25,7 @@ inline void narrow(float x, float& to) { to = x; }
 inline void narrow(float x, bf16& to) {
     uint32_t u;
     memcpy(&u, &x, 4);
-    to = x != x ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;  // ties go to even
+    to = x != x ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;  // round half to even
 }
 
 #ifdef WIDE
@@ -46,21 +46,21 @@ inline void store(bf16* p, Vec v, Lanes some) {
     _mm256_mask_storeu_epi16(p, some, (__m256i)_mm512_cvtneps_pbh(v));
 #else
     __m512i u = _mm512_castps_si512(v);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));  // ties go to even
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));  // round half to even
     u = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
     _mm256_mask_storeu_epi16(p, some, _mm512_cvtepi32_epi16(u));
 #endif
 }
-// The same of memory that goes on after `some`: without a mask, with which some processors (Zen 5) do not read ahead.
+// The same if memory continues after `some`: without a mask, with which some processors (Zen 5) do not prefetch.
 inline Vec load_over(const float* p, Lanes some) { return _mm512_maskz_mov_ps(some, _mm512_loadu_ps(p)); }
 inline Vec load_over(const bf16* p, Lanes some) {
     __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_maskz_cvtepu16_epi32(some, all), 16));
 }
-inline Vec max(Vec a, Vec b) { return _mm512_max_ps(b, a); }  // in this order a NaN in `a` stays one
+inline Vec max(Vec a, Vec b) { return _mm512_max_ps(b, a); }  // this order propagates a NaN in `a`
 inline Vec where_positive(Vec x, Vec v) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, zero(), _CMP_GT_OQ), v); }
 #else
-// Portable: eight floats, whatever registers the compiler makes of them.
+// Portable: eight floats, in registers of the compiler's choice.
 constexpr int LANES = 8;
 typedef float Vec __attribute__((vector_size(32), aligned(4)));
 inline Vec zero() { return Vec{}; }

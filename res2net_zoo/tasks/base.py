@@ -356,7 +356,8 @@ def check_options(network: Callable[..., Any], options: Mapping[str, Any]) -> No
             hint = f"did you mean {close[0]}?" if close else f"known options: {', '.join(known)}"
             raise InputError(f"{network.__name__} does not know the option {name}; {hint}")
         if isinstance(known[name].default, int | float) and not isinstance(value, int | float):
-            raise InputError(f"{network.__name__}'s {name} must be a number, such as {known[name].default}: {value}")
+            example = known[name].default
+            raise InputError(f"{network.__name__}'s {name} must be a number, such as {example}, not {value}")
 
 
 def find_folder(name: str) -> Path:

@@ -158,7 +158,7 @@ class COCOPersons(Annotated):
             except ValueError as error:
                 raise InputError(f"{path}, box {place}: {error}") from error
         if not self.persons:
-            raise InputError(f"{path} has no box of category {self.category_id}, persons, in these images")
+            raise InputError(f"{path} has no box of category {self.category_id} (persons) in these images")
         self._check_images(path)
 
     def _box(self, record: dict[str, Any], i: int) -> Person:
@@ -172,7 +172,7 @@ class COCOPersons(Annotated):
             raise ValueError(f"the box {record['bbox']} is empty or not within its image, {width} x {height}")
         score = checked.number(checked.require_field(record, "score"), "score")
         if not 0 <= score <= 1:
-            raise ValueError(f"its score {score} is not from 0 to 1")
+            raise ValueError(f"its score {score} must be from 0 to 1")
         box, joints = [left, top, right - left, bottom - top], np.zeros((len(self.classes), 3))
         if i in self.turns:
             box = transpose_box(box, self.turns[i], width, height)
@@ -228,7 +228,7 @@ class COCOPersons(Annotated):
         labelled, crowd = joints[:, 2] > 0, checked.boolean(record.get("iscrowd", 0), "iscrowd")
         person = Person(i, joints, int(labelled.sum()), bbox, area, crowd)
         if not np.isin(joints[:, 2], (0, 1, 2)).all():
-            raise ValueError("a joint's visibility is not 0, 1 or 2")
+            raise ValueError("a joint's visibility must be 0, 1 or 2")
         if person.labelled and not person.crowd:
             check_person(person, *self.images[i][1:])
         if np.isnan(joints).any():

@@ -1,6 +1,6 @@
 """Tests of `res2net_zoo.kernels.compiler` with a broken, hostile or hanging compiler or cache.
 
-All go through `fused_norm.library`, which `accelerate_training` calls.
+All tests call `fused_norm.library`, as `accelerate_training` does.
 """
 
 import contextlib

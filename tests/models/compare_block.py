@@ -5,8 +5,8 @@
 Both are res2net50_26w_4s in channels_last, with the same weights.
 A step is forward, loss, backward and SGD; in bf16 forward and loss run under torch.autocast, as
 accelerate runs them. A round times one step of each, in an order that changes from round to round;
-the ratio is that of the medians. On a machine that others work on, `--clock cpu --threads 1` counts the
-time of this process alone.
+the ratio is that of the medians. On a shared machine, `--clock cpu --threads 1` measures
+the CPU time of this process only.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Tests that our models have the interface of `timm.create_model` and of timm's models.
 
-One model of each shape is tested in every run, in what takes long one of each family; the others, which differ
-from it in numbers only, in `pytest -m slow`.
+The first tier covers one model of each architecture, or one of each family in long tests. The others, which differ
+only in their dimensions, are covered by `pytest -m slow`.
 """
 
 import math

@@ -292,8 +292,8 @@ def test_metrics_match_pycocotools(shapes, tmp_path):
                 for shape, (left, top, right, bottom) in zip(shown, boxes.round().long().clamp(min=0), strict=True):
                     shape[top:bottom, left:right] = True
                 scores = torch.from_numpy(rng.uniform(0.05, 1, len(there))).float()
-                said = {"boxes": boxes, "labels": labels, "scores": scores, "masks": shown}
-                score.update(i, {}, said)
+                predicted = {"boxes": boxes, "labels": labels, "scores": scores, "masks": shown}
+                score.update(i, {}, predicted)
                 for k in range(len(there)):
                     about = {"image_id": numbers[i], "category_id": 3 * labels[k].item() - 1}
                     about["score"] = float(scores[k].double())
@@ -473,7 +473,7 @@ def test_voc_and_coco_have_the_same_boxes(shapes, voc):
         assert [(x.label, x.bbox) for x in one] == [(x.label, x.bbox) for x in other]
 
 
-def test_it_trains_on_voc(voc, in_process, tmp_path):
+def test_training_on_voc(voc, in_process, tmp_path):
     args = ["--data", voc, "--head", "retinanet", "--epochs", 1, "--batch-size", 2]
     done = in_process(TRAIN, *TINY, *args, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr

@@ -154,7 +154,7 @@ def test_score_of_a_person_is_scaled_by_that_of_the_box(people, tmp_path):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda boxes: boxes.clear(), "has no box of category 1, persons"),
+        (lambda boxes: boxes.clear(), r"has no box of category 1 \(persons\) in these images"),
         (lambda boxes: boxes[1].pop("score"), "box 2: its score is missing"),
         (lambda boxes: boxes[1].update(bbox=[200, 5, 10, 10]), "box 2: .* is empty or not within its image, 160 x 120"),
         (lambda boxes: boxes[1].update(bbox=[20, 5, 0, 10]), "box 2: .* is empty or not within its image"),
@@ -162,7 +162,7 @@ def test_score_of_a_person_is_scaled_by_that_of_the_box(people, tmp_path):
         (lambda boxes: boxes[1].update(bbox=None), "box 2: its bbox null must be 4 numbers"),
         (lambda boxes: boxes[1].update(image_id=None), "box 2: its image_id null must be a whole number or a string"),
         (lambda boxes: boxes[1].update(score="1"), "box 2: its score '1' is not a finite number"),
-        (lambda boxes: boxes[1].update(score=7), "box 2: its score 7.0 is not from 0 to 1"),
+        (lambda boxes: boxes[1].update(score=7), "box 2: its score 7.0 must be from 0 to 1"),
         (lambda boxes: boxes.append(3), "box [0-9]+: it must be a JSON object, not 3"),
         (None, "cannot read .*boxes.json: it is not JSON: Expecting value"),
     ],
@@ -619,7 +619,7 @@ def label_nothing(data: Path) -> None:
         (first(category_id="1"), "val.json, annotation 1: its category is '1', but that of the joints is 1"),
         (first(category_id=2), "val.json, annotation 1: its category is 2, but that of the joints is 1"),
         (first(keypoints=[3, 4, 2]), "val.json, annotation 1: it has 3 numbers for 13 joints, not 3 for each"),
-        (joint(2, 3), "val.json, annotation 1: a joint's visibility is not 0, 1 or 2"),
+        (joint(2, 3), "val.json, annotation 1: a joint's visibility must be 0, 1 or 2"),
         (joint(0, 500), "val.json, annotation 1: a joint is far outside its image, 160 x 120"),
         (joint(0, math.nan), "val.json, annotation 1: a joint is far outside its image, 160 x 120"),
     ],

@@ -291,16 +291,16 @@ def test_voc_colours():
 def test_mean_iou_matches_definition(data):
     classes, images = data.draw(st.integers(2, 5)), data.draw(st.integers(1, 4))
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
-    score, rights, saids = MeanIoU([str(i) for i in range(classes)]), [], []
+    score, rights, predictions = MeanIoU([str(i) for i in range(classes)]), [], []
     for i in range(images):
         shape = tuple(rng.integers(1, 9, 2))
-        right, said = rng.integers(0, classes, shape), rng.integers(0, classes, shape)
+        right, predicted = rng.integers(0, classes, shape), rng.integers(0, classes, shape)
         right[rng.random(shape) < 0.2] = IGNORED
         right.flat[0] = 0
-        score.update(i, {"mask": torch.from_numpy(right)}, torch.from_numpy(said))
+        score.update(i, {"mask": torch.from_numpy(right)}, torch.from_numpy(predicted))
         kept = right != IGNORED
-        rights, saids = [*rights, *right[kept]], [*saids, *said[kept]]
-    pairs = list(zip(rights, saids, strict=True))
+        rights, predictions = [*rights, *right[kept]], [*predictions, *predicted[kept]]
+    pairs = list(zip(rights, predictions, strict=True))
     ious = []
     for number in range(classes):
         either = [pair for pair in pairs if number in pair]
@@ -557,7 +557,7 @@ def test_decompression_bomb(voc, trained, tmp_path, in_process, monkeypatch):
             ["--head-kwargs", "decoder_chanels=8"],
             "DeepLabV3Plus does not know the option decoder_chanels; did you mean decoder_ch",
         ),
-        (["--head-kwargs", "decoder_channels=many"], "decoder_channels must be a number, such as 256: many"),
+        (["--head-kwargs", "decoder_channels=many"], "decoder_channels must be a number, such as 256, not many"),
         (["--head-kwargs", "classes=3"], "cannot be built on res2net_tiny with classes=3; correct these"),
         (["--head-kwargs", "decoder_channels"], "decoder_channels is not NAME=VALUE"),
     ],
