@@ -26,7 +26,7 @@ from res2net_zoo.data.sources import Source, StreamSamples
 from res2net_zoo.utils.console import progress_bar
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.processes import all_or_none
-from res2net_zoo.utils.shutdown import spare_worker
+from res2net_zoo.utils.shutdown import ignore_job_signals
 
 TOPK = 5
 NOT_FINITE = "the model's output is not finite"
@@ -133,7 +133,7 @@ def create_loader(
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=spare_worker,
+        worker_init_fn=ignore_job_signals,
         pin_memory=accelerator.device.type == "cuda",
     )
 

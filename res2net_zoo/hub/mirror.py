@@ -57,7 +57,7 @@ def mirror(checkpoint: Checkpoint, root: Path) -> str:
 
 
 def _from_hub(checkpoint: Checkpoint, root: Path) -> str:
-    sha = hub_client.describe(checkpoint.hub_id).sha or ""
+    sha = hub_client.model_info(checkpoint.hub_id).sha or ""
     partial = root / PARTIAL / checkpoint.name
     hub_client.fetch_repository(checkpoint.hub_id, sha, partial)
     for unfinished in partial.rglob("*.part"):  # from an earlier commit

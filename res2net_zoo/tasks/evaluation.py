@@ -17,7 +17,7 @@ from res2net_zoo.utils.card_metadata import read_card
 from res2net_zoo.utils.console import progress_bar
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import write_atomically
-from res2net_zoo.utils.shutdown import spare_worker
+from res2net_zoo.utils.shutdown import ignore_job_signals
 
 
 class Prepared(Dataset):
@@ -57,7 +57,7 @@ class Prepared(Dataset):
             batch_sampler=[list(batch) for batch in batches],
             num_workers=workers,
             collate_fn=self.collate,
-            worker_init_fn=spare_worker,
+            worker_init_fn=ignore_job_signals,
         ):
             if isinstance(images, str):
                 raise InputError(f"cannot decode {self.data.path(numbers[0])}: {images}")

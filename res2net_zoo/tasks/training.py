@@ -51,7 +51,7 @@ def train(args: argparse.Namespace, run: Path, recipe: dict[str, Any], command: 
     task.check_installed()
     checkpoints = Checkpoints(run / "checkpoints", args.keep)
     is_main = accelerator.is_main_process
-    all_or_none(lambda: checkpoints.take(args.output, args.resume, args.overwrite) if is_main else None)
+    all_or_none(lambda: checkpoints.prepare(args.output, args.resume, args.overwrite) if is_main else None)
 
     head = args.head or task.heads[0]
     data = all_or_none(lambda: task.open(args.data, args.train_split, head))

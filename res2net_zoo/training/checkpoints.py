@@ -37,7 +37,7 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
 
-    def take(self, output: Path, resume: bool, overwrite: bool) -> None:
+    def prepare(self, output: Path, resume: bool, overwrite: bool) -> None:
         """Prepare the folders of a run: finish interrupted writes, and delete a run that is to be replaced.
 
         Args:

@@ -94,7 +94,7 @@ def train(
     """
     Optimization.of(vars(args))  # checks names before the data is read
     checkpoints = Checkpoints(run / "checkpoints", args.keep)
-    saved = take_run(args, checkpoints, accelerator)
+    saved = prepare_run(args, checkpoints, accelerator)
 
     data = open_data(args, accelerator)
     network = build_network(args, data.names, accelerator)
@@ -124,10 +124,10 @@ def train(
     return stopped
 
 
-def take_run(args: argparse.Namespace, checkpoints: Checkpoints, accelerator: Accelerator) -> dict[str, Any] | None:
+def prepare_run(args: argparse.Namespace, checkpoints: Checkpoints, accelerator: Accelerator) -> dict[str, Any] | None:
     """Prepare the run's folders; return the last checkpoint if the run is resumed."""
     is_main = accelerator.is_main_process
-    all_or_none(lambda: checkpoints.take(args.output, args.resume, args.overwrite) if is_main else None)
+    all_or_none(lambda: checkpoints.prepare(args.output, args.resume, args.overwrite) if is_main else None)
     return all_or_none(checkpoints.load) if args.resume else None
 
 

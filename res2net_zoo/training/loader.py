@@ -23,7 +23,7 @@ from res2net_zoo.training.data import TrainingData
 from res2net_zoo.training.loss import balanced
 from res2net_zoo.utils.console import warn
 from res2net_zoo.utils.errors import InputError
-from res2net_zoo.utils.shutdown import spare_worker
+from res2net_zoo.utils.shutdown import ignore_job_signals
 
 
 def seed_of(*parts: int) -> int:
@@ -218,7 +218,7 @@ def training_loader(
             batch_size=batch_size,
             num_workers=min(workers, rows.num_shards),
             collate_fn=collate,
-            worker_init_fn=spare_worker,
+            worker_init_fn=ignore_job_signals,
             pin_memory=pin_memory,
         )
     weights = None
@@ -230,7 +230,7 @@ def training_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         collate_fn=collate,
-        worker_init_fn=spare_worker,
+        worker_init_fn=ignore_job_signals,
         pin_memory=pin_memory,
     )
 

@@ -306,7 +306,7 @@ WANTED = (
 )
 
 
-def describe(repo_id: str, revision: str | None = None) -> ModelInfo:
+def model_info(repo_id: str, revision: str | None = None) -> ModelInfo:
     """Return the Hub's information about a repository, including the commit of a revision.
 
     Raises:
@@ -329,7 +329,7 @@ def snapshot(repo_id: str, revision: str | None = None) -> Path:
     Raises:
         InputError: The download fails, or a hash is wrong; such a file is removed from the cache.
     """
-    sha = describe(repo_id, revision).sha  # a branch may move between requests
+    sha = model_info(repo_id, revision).sha  # a branch may move between requests
     with readable_errors(repo_id):
         folder = Path(with_retries(lambda: snapshot_download(repo_id, revision=sha, allow_patterns=list(WANTED))))
         report = with_retries(lambda: HfApi().verify_repo_checksums(repo_id, revision=sha, cache_dir=folder.parents[2]))

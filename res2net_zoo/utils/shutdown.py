@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 
-def spare_worker(worker: int = 0) -> None:
+def ignore_job_signals(worker: int = 0) -> None:
     """Make a data-loading worker ignore signals that are sent to a whole job; for `worker_init_fn`.
 
     Its parent process ends it. The second SIGTERM is not ignored, because `DataLoader` ends hanging workers by it.
