@@ -181,6 +181,7 @@ def test_signal_saves_a_checkpoint_and_stops(tmp_path, number):
     ended = running.end(60)
     assert ended.returncode == 128 + number
     assert f"stopped by {number.name} after step {max(steps_in(folder))} of" in ended.stdout
+    assert "; resume it to go on (--resume)" in ended.stdout
     assert "Traceback" not in ended.stderr and "error" not in ended.stderr
 
 
