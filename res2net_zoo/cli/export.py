@@ -71,8 +71,8 @@ def main(args: argparse.Namespace) -> int:
         OPSET,
         CheckError,
         check_output,
-        describe,
         export,
+        export_metadata,
         load_images,
         require,
     )
@@ -103,7 +103,7 @@ def main(args: argparse.Namespace) -> int:
             batch_size=args.batch_size,
             opset=args.opset or OPSET,
             precision=args.precision or "float32",
-            facts=describe(model, args.model, args.img_size, origin),
+            facts=export_metadata(model, args.model, args.img_size, origin),
         )
     except CheckError as error:
         report(error)

@@ -1,1 +1,1 @@
-"""Inference as fast as the machine allows, and export to files that run without PyTorch."""
+"""Optimized inference, and export to files that run without PyTorch."""

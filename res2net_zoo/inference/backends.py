@@ -1,4 +1,4 @@
-"""What can run a model: each backend makes a function of images out of it."""
+"""Inference backends: each compiles a model to a function of images."""
 
 import copy
 import threading
@@ -18,23 +18,23 @@ Backend = Literal["native", "inductor", "inductor-padded", "openvino", "onnxrunt
 Call = Callable[[torch.Tensor], torch.Tensor]
 T = TypeVar("T")
 
-KEPT = 4  # networks that a backend keeps, each for a size of images; one of res2net50_26w_4s takes 250 MB
-LARGEST_PIXEL = 1e15  # from which on activations may overflow
+KEPT = 4  # networks that a backend caches, one per image size; for res2net50_26w_4s each takes 250 MB
+LARGEST_PIXEL = 1e15  # activations of larger inputs may overflow
 
 
 class Unavailable(Exception):
-    """This machine or this model cannot have a backend; the message says why."""
+    """The backend is unavailable on this machine or for this model; the message has the reason."""
 
 
 def _native(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
     if example.device.type != "cpu":
-        raise Unavailable("it is for CPUs")
+        raise Unavailable("it supports CPUs only")
     graph = model if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model)
     return Network(graph, getattr(torch, precision))
 
 
 def eager(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
-    """Run a copy of the model as it is, channels last."""
+    """Run a copy of the model in PyTorch's eager mode, channels last."""
     dtype = getattr(torch, precision)
     module: Any = copy.deepcopy(model)
     module.to(dtype=dtype, memory_format=torch.channels_last)
@@ -46,7 +46,7 @@ def eager(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call
 
 
 def compile_frozen(model: Callable[..., torch.Tensor], device: torch.device) -> Callable[..., torch.Tensor]:
-    """Compile a model by torch.compile with its weights as constants; on a GPU with CUDA graphs."""
+    """Compile a model by torch.compile with constant weights, and with CUDA graphs on a GPU."""
     options: dict[str, Any] = {"freezing": True}
     if device.type == "cuda":
         options |= {"max_autotune": True, "triton.cudagraphs": True}
@@ -57,7 +57,7 @@ def _inductor(model: nn.Module, example: torch.Tensor, precision: Precision) -> 
     compiled = compile_frozen(eager(model, example, precision), example.device)
 
     def call(images: torch.Tensor) -> torch.Tensor:
-        # Frozen weights are for inference alone; CUDA graphs overwrite what they returned last.
+        # Frozen weights support inference only; CUDA graphs overwrite their last output.
         with torch.no_grad():
             logits = compiled(images)
         return logits.clone() if example.device.type == "cuda" else logits
@@ -67,13 +67,13 @@ def _inductor(model: nn.Module, example: torch.Tensor, precision: Precision) -> 
 
 def _cudagraphs(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
     if example.device.type != "cuda":
-        raise Unavailable("CUDA graphs are for NVIDIA's GPUs")
+        raise Unavailable("CUDA graphs need an NVIDIA GPU")
     run = eager(model, example, precision)
 
     def record(images: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
-        torch.cuda.synchronize()  # a graph that runs still may be dropped for this one
+        torch.cuda.synchronize()  # the graph that this one replaces may still be running
         taken = images.clone()
-        stream = torch.cuda.Stream()  # libraries choose their kernels before they are recorded
+        stream = torch.cuda.Stream()  # warm up, so that libraries choose their kernels before the capture
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
@@ -84,8 +84,8 @@ def _cudagraphs(model: nn.Module, example: torch.Tensor, precision: Precision) -
             logits = run(taken)
         return graph, taken, logits
 
-    graphs: _LastFew[tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = _LastFew()
-    lock = threading.Lock()  # a graph has one place for its images and one for its logits
+    graphs: _Cache[tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = _Cache()
+    lock = threading.Lock()  # a graph has a single input and a single output buffer
 
     def call(images: torch.Tensor) -> torch.Tensor:
         with lock:
@@ -110,11 +110,11 @@ def _openvino(model: nn.Module, example: torch.Tensor, precision: Precision) -> 
 
     def call(images: torch.Tensor) -> torch.Tensor:
         logits = run(images)
-        # Its ReLU makes 0 of NaN, and a number is all that comes out; PyTorch computes what the model gives.
+        # OpenVINO's ReLU maps NaN to 0; let PyTorch compute the logits of NaN, infinite and huge inputs.
         largest = torch.linalg.vector_norm(images.float().flatten(1), float("inf"), 1)
-        strange = ~(largest < LARGEST_PIXEL)
-        if strange.any():
-            logits[strange] = model(images[strange].float())
+        abnormal = ~(largest < LARGEST_PIXEL)
+        if abnormal.any():
+            logits[abnormal] = model(images[abnormal].float())
         return logits
 
     return call
@@ -124,21 +124,21 @@ def _onnxruntime(model: nn.Module, example: torch.Tensor, precision: Precision) 
     from res2net_zoo.inference.export import run_onnx, to_onnx
 
     if precision != "float32":
-        raise Unavailable("ONNX Runtime has no bfloat16 convolutions on CPUs")
+        raise Unavailable("ONNX Runtime does not support bfloat16 convolutions on CPUs")
     return _by_shape(
         example,
         lambda images, dynamic: run_onnx(to_onnx(model, images, dynamic_batch=dynamic), torch.get_num_threads()),
     )
 
 
-class _LastFew(Generic[T]):
-    """What was made for the last few keys. Several threads need a lock around it."""
+class _Cache(Generic[T]):
+    """A least-recently-used cache, which is not thread-safe."""
 
     def __init__(self) -> None:
         self.made: OrderedDict[Hashable, T] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return what was made for a key, making it if it is not kept any more."""
+        """Return the value of a key, and create it if it is not cached."""
         if key not in self.made:
             while len(self.made) >= KEPT:
                 self.made.popitem(last=False)
@@ -148,17 +148,17 @@ class _LastFew(Generic[T]):
 
 
 def _by_shape(example: torch.Tensor, make: Callable[[torch.Tensor, bool], Callable[[np.ndarray], np.ndarray]]) -> Call:
-    """Return a function of images that makes a network for the example's shape, and one for each other image size.
+    """Return a function of images with a network for the example's shape, and one for each other image size.
 
     Args:
-        example: Images, (N, C, H, W), as most will come.
-        make: Makes a network for some images, and whether it is for any number of them. One for a number known
-            beforehand is faster, but each takes seconds and the memory of the weights.
+        example: Images (N, C, H, W) of the most frequent shape.
+        make: Creates a network from images and whether its batch size is dynamic. A static batch size is faster,
+            but each network takes seconds to create, and a copy of the weights.
     """
     if example.device.type != "cpu":
-        raise Unavailable("only its CPU side is used here")
+        raise Unavailable("it is used on CPUs only")
     usual = tuple(example.shape)
-    networks: _LastFew[Callable[[np.ndarray], np.ndarray]] = _LastFew()
+    networks: _Cache[Callable[[np.ndarray], np.ndarray]] = _Cache()
     lock = threading.Lock()
 
     def call(images: torch.Tensor) -> torch.Tensor:

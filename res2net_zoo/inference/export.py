@@ -1,8 +1,8 @@
-"""From a model to a file that runs without PyTorch and without this package: ONNX and OpenVINO IR.
+"""Export of a model to ONNX or OpenVINO IR, to run without PyTorch and without this package.
 
-Both come from `torch.export` by way of ONNX, with BatchNorm folded. A file takes its place only after a
-runtime has computed from it what the model computes on real images. It carries what its user must know:
-the preprocessing and the names of the classes (`describe`).
+Both formats are exported by `torch.export` and ONNX, with BatchNorm folded. A file is written only after a runtime
+has reproduced the model's output on real images. Its metadata have the preprocessing and the names of the classes
+(`export_metadata`).
 """
 
 import contextlib
@@ -36,43 +36,42 @@ if TYPE_CHECKING:
 
 FORMATS = {"onnx": ".onnx", "openvino": ".xml"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
-# The opset that torch writes its translations in: a later one is made of it by conversion, and this
-# one every runtime since 2023 reads.
+# The native opset of torch's exporter, from which it converts to later ones. Every runtime since 2023 supports it.
 OPSET = 18
-# Largest difference from the model's logits, relative to the largest of them. Weights of 16 bits have
-# a relative error of 5e-4 each.
+# Maximum difference from the model's logits, relative to the largest logit. Each float16 weight has a relative error
+# of 5e-4.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2}
-SEVERAL = 4  # images in the larger of the batches that a file for any batch is checked with
+SEVERAL = 4  # size of the larger of the two batches that check a file with a dynamic batch size
 INPUT = "images"
-SECTION = "res2net_zoo"  # of an IR's rt_info
-ONNX_LIMIT = 2**31 - 2**24  # bytes of weights, which leaves the graph itself some: one file holds 2 GB
+SECTION = "res2net_zoo"  # section of an IR's rt_info
+ONNX_LIMIT = 2**31 - 2**24  # bytes of weights; an ONNX file of up to 2 GB also contains the graph
 
-EXPORTING = threading.Lock()  # torch's exporter works for one thread at a time; two at once break all later exports
+EXPORTING = threading.Lock()  # torch's exporter is not thread-safe; concurrent exports break all later ones
 
-# Takes images (N, C, H, W) and returns logits (N, classes), both float32.
+# Maps images (N, C, H, W) to logits (N, classes), both float32.
 Runner = Callable[[np.ndarray], np.ndarray]
 
 
 class CheckError(Exception):
-    """An exported file does not compute what the model does; the message is one line."""
+    """The output of an exported file differs from the model's; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and what its check found.
+    """An exported file and the result of its check.
 
     Attributes:
         path: The file.
-        size: Its bytes, and those of its weights where they have a file of their own.
-        version: Of its format, such as `ONNX opset 18` or `OpenVINO IR 11`.
+        size: Bytes of the file, and of its weights if they are in a separate file.
+        version: Version of the format, such as `ONNX opset 18` or `OpenVINO IR 11`.
         inputs: Name and shape of the input.
         outputs: Name and shape of the output.
-        runtime: What it was checked in.
-        batches: Sizes of the batches it was checked in.
-        images: Number of images it was checked on.
-        error: Largest difference from the model's output, relative to the largest of its values.
-        same_top1: For how many images the first answer is the model's, or None where the output is
-            no classes.
+        runtime: Runtime of the check.
+        batches: Batch sizes of the check.
+        images: Number of images of the check.
+        error: Maximum difference from the model's output, relative to its largest value.
+        same_top1: Number of images with the same top-1 prediction as the model, or None if the output is not
+            logits.
     """
 
     path: Path
@@ -88,13 +87,13 @@ class Exported:
 
 
 def require(*packages: str) -> None:
-    """Find out before any work is done whether packages are there.
+    """Check that packages are installed.
 
     Args:
-        packages: Their names, such as `NEEDS` has them for each format.
+        packages: Names of the packages, such as `NEEDS` of a format.
 
     Raises:
-        InputError: One is not.
+        InputError: One is missing.
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
@@ -102,7 +101,7 @@ def require(*packages: str) -> None:
 
 
 def import_openvino() -> Any:
-    """Import OpenVINO without its telemetry, which tells its makers of every import unless refused beforehand.
+    """Import OpenVINO without its telemetry, which otherwise reports every import.
 
     Raises:
         InputError: It is not installed.
@@ -115,11 +114,11 @@ def import_openvino() -> Any:
 
 @cache
 def openvino_core() -> Any:
-    """Return the one OpenVINO runtime of this process.
+    """Return the OpenVINO runtime, of which a process must have only one.
 
-    Each `Core` gives the thread that makes it another stack for its signals, and takes it away when it
-    goes. Of two that go in the order they came in, the second leaves a stack behind that is no more:
-    the next signal that Python listens to, such as that of a loader's worker ending, ends the process.
+    Each `Core` replaces the signal stack of the thread that creates it, and restores the previous one when it is
+    destroyed. If two are destroyed in the order of their creation, the thread is left with a freed stack, and the
+    next signal with a handler in Python, such as that of a finished loader worker, crashes the process.
 
     Raises:
         InputError: OpenVINO is not installed.
@@ -127,20 +126,21 @@ def openvino_core() -> Any:
     return import_openvino().Core()
 
 
-def describe(model: nn.Module, name: str, img_size: int | None = None, origin: Provenance = UNKNOWN) -> dict[str, str]:
-    """Return what the user of an exported file must know, as the strings that it carries.
+def export_metadata(
+    model: nn.Module, name: str, img_size: int | None = None, origin: Provenance = UNKNOWN
+) -> dict[str, str]:
+    """Return the metadata of an exported file, such as its preprocessing, as strings.
 
     Args:
         model: A timm model.
-        name: What `create_model` was given; of a folder only its last part is told.
+        name: Name as for `create_model`; only the last part of a folder's path is included.
         img_size: Height and width of the images, or None for those of the model's config.
-        origin: Where the weights come from.
+        origin: Provenance of the weights.
 
     Returns:
         `model`, `architecture`, `color` (RGB or L), `interpolation`, `crop_mode`; as JSON `input_size`
-        (C, H, W), `mean` and `std` of pixels from 0 to 1, `crop_pct`, and where the config has them
-        `class_names`; `provenance`, the record of where the weights come from, as JSON, and of it `license`
-        and `base_model` where they are known.
+        (C, H, W), `mean` and `std` of pixels from 0 to 1, `crop_pct`, and `class_names` if the config has
+        them; `provenance` of the weights as JSON, and its `license` and `base_model` if known.
     """
     cfg: Any = model.pretrained_cfg
     config = data_config(model, img_size)
@@ -160,15 +160,15 @@ def describe(model: nn.Module, name: str, img_size: int | None = None, origin: P
 
 
 def load_images(model: nn.Module, rows: Sequence[dict[str, Any]], img_size: int | None = None) -> torch.Tensor:
-    """Decode images and give them the model's own preprocessing.
+    """Decode images and apply the model's preprocessing.
 
     Args:
         model: A timm model.
-        rows: Each has an undecoded `image`: its `bytes`, or its `path`.
+        rows: Each has an undecoded `image`, as `bytes` or `path`.
         img_size: Height and width, or None for those of the model's config.
 
     Returns:
-        (N, C, H, W).
+        Images (N, C, H, W).
 
     Raises:
         InputError: An image cannot be decoded.
@@ -178,7 +178,7 @@ def load_images(model: nn.Module, rows: Sequence[dict[str, Any]], img_size: int 
     for i, row in enumerate(rows):
         result = sample(f"image {i}", row)
         if result.image is None:
-            raise InputError(f"{result.place} is corrupt ({result.corrupt or result.fatal}); leave it out")
+            raise InputError(f"{result.place} is corrupt ({result.corrupt or result.fatal}); remove it")
         images.append(result.image)
     return torch.stack(images)
 
@@ -186,34 +186,34 @@ def load_images(model: nn.Module, rows: Sequence[dict[str, Any]], img_size: int 
 def to_program(
     model: nn.Module, example_input: torch.Tensor, dynamic_batch: bool = True
 ) -> torch.export.ExportedProgram:
-    """Fold a copy of a model and write down what it computes, on a CPU in float32.
+    """Export a copy of a model with BatchNorm folded, on a CPU in float32.
 
     Args:
-        model: The model; it is left as it is.
-        example_input: Images (N, C, H, W) of the size that the program is for.
-        dynamic_batch: Whether the program is for any number of images, or for N.
+        model: The model; it is not modified.
+        example_input: Images (N, C, H, W) of the size to export for.
+        dynamic_batch: Whether the batch size is dynamic, or N.
 
     Returns:
-        The program.
+        The exported program.
 
     Raises:
-        InputError: The model takes no such images, or torch cannot export it.
+        InputError: The model does not support such images, or torch cannot export it.
     """
     folded = reparameterize_model(copy.deepcopy(model).cpu().float().eval(), inplace=True)
     images = example_input.cpu().float()
-    if dynamic_batch and len(images) < 2:  # torch.export takes a single one for a constant
+    if dynamic_batch and len(images) < 2:  # torch.export specializes a dimension of 1 to a constant
         images = images[:1].expand(2, -1, -1, -1).contiguous()
     size = "x".join(map(str, images.shape[1:]))
     try:
         with torch.no_grad():
             folded(images)
-    except Exception as error:  # DLA refuses some sizes by an assertion; of others a kernel does not fit
-        raise InputError(f"the model takes no images of {size}: {first_line(error)}") from error
+    except Exception as error:  # such as an assertion of DLA, or a kernel larger than its input
+        raise InputError(f"the model does not support images of {size}: {first_line(error)}") from error
     shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic_batch else None
     try:
         with EXPORTING, torch.no_grad():
             return torch.export.export(folded, (images,), dynamic_shapes=shapes)
-    except Exception as error:  # there is no one type for it, and the model may be any of timm's
+    except Exception as error:  # of many types, depending on the model
         raise InputError(f"torch cannot export this model: {first_line(error)}") from error
 
 
@@ -225,26 +225,26 @@ def to_onnx(
     opset: int = OPSET,
     facts: dict[str, str] | None = None,
 ) -> "onnx.ModelProto":
-    """Make an ONNX model, with BatchNorm folded.
+    """Export a model to ONNX, with BatchNorm folded.
 
     Args:
-        model: The model; it is left as it is.
-        example_input: Images (N, C, H, W) of the size that the result is for.
-        dynamic_batch: Whether it is for any number of images, or for N.
-        opset: Its version of ONNX's operators, 18 or later.
-        facts: What it is to carry as metadata, such as what `describe` returns.
+        model: The model; it is not modified.
+        example_input: Images (N, C, H, W) of the size to export for.
+        dynamic_batch: Whether the batch size is dynamic, or N.
+        opset: Version of ONNX's operators, 18 or later.
+        facts: Metadata of the file, such as those of `export_metadata`.
 
     Returns:
-        Its input is `images`; its output `logits`, or `features` where the model has no classifier.
+        A model with the input `images` and the output `logits`, or `features` without a classifier.
 
     Raises:
-        InputError: The model takes no such images, torch cannot export it, it is too large for one
-            file, or there is no such opset.
+        InputError: The model does not support such images, torch cannot export it, it is too large for one
+            file, or the opset is unsupported.
     """
     require("onnx", "onnxscript")
     _check_opset(opset)
     if sum(tensor.numel() * 4 for tensor in model.state_dict().values()) > ONNX_LIMIT:
-        raise InputError("an ONNX model holds 2 GB, and the weights of this one are larger")
+        raise InputError("the weights are too large for an ONNX model, whose limit is 2 GB")
     program = to_program(model, example_input, dynamic_batch)
     try:
         with EXPORTING:
@@ -261,8 +261,8 @@ def to_onnx(
     assert made is not None
     proto = made.model_proto
     if opset not in (got := [entry.version for entry in proto.opset_import if not entry.domain]):
-        raise InputError(f"torch cannot write this model in opset {opset}, but in {got}; name that one")
-    # Torch notes for each node where in the Python files of this machine it comes from.
+        raise InputError(f"torch cannot export this model in opset {opset}; use {got}")
+    # Remove the stack traces, with paths of this machine, that torch stores with each node.
     graph = proto.graph
     parts: Any = (proto, graph, *graph.node, *graph.initializer, *graph.value_info, *graph.input, *graph.output)
     for entry in parts:
@@ -277,8 +277,8 @@ def _check_opset(opset: int) -> None:
 
     if not OPSET <= opset <= onnx.defs.onnx_opset_version():
         raise InputError(
-            f"opset {opset} cannot be written; name one from {OPSET} to {onnx.defs.onnx_opset_version()}, "
-            "the newest that this version of onnx knows"
+            f"opset {opset} is unsupported; use one from {OPSET} to {onnx.defs.onnx_opset_version()}, "
+            "the latest of the installed onnx"
         )
 
 
@@ -289,22 +289,21 @@ def to_openvino(
     dynamic_batch: bool = True,
     facts: dict[str, str] | None = None,
 ) -> "openvino.Model":
-    """Make an OpenVINO model, with BatchNorm folded.
+    """Export a model to OpenVINO, with BatchNorm folded.
 
     Args:
-        model: The model; it is left as it is.
-        example_input: Images (N, C, H, W) of the size that the result is for.
-        dynamic_batch: Whether it is for any number of images, or for N.
-        facts: What it is to carry in the section `res2net_zoo` of its rt_info, such as what `describe`
-            returns.
+        model: The model; it is not modified.
+        example_input: Images (N, C, H, W) of the size to export for.
+        dynamic_batch: Whether the batch size is dynamic, or N.
+        facts: Metadata for the section `res2net_zoo` of its rt_info, such as those of `export_metadata`.
 
     Returns:
-        Its input is `images`; its output `logits`, or `features` where the model has no classifier.
+        A model with the input `images` and the output `logits`, or `features` without a classifier.
 
     Raises:
-        InputError: The model takes no such images, or it cannot be exported.
+        InputError: The model does not support such images, or it cannot be exported.
     """
-    # Not by openvino.convert_model, which leaves the size of the images open and takes 2 seconds more.
+    # openvino.convert_model does not fix the size of the images, and takes 2 seconds longer.
     proto = to_onnx(model, example_input, dynamic_batch=dynamic_batch)
     result = openvino_core().read_model(proto.SerializeToString())
     for key, value in (facts or {}).items():
@@ -313,7 +312,7 @@ def to_openvino(
 
 
 def output_name(model: nn.Module) -> str:
-    """Return what an exported model's output is called: `logits`, or `features` without a classifier."""
+    """Return the name of an exported model's output: `logits`, or `features` without a classifier."""
     return "features" if getattr(model, "num_classes", None) == 0 else "logits"
 
 
@@ -321,30 +320,29 @@ def run_onnx(source: "Path | onnx.ModelProto", threads: int = 0) -> Runner:
     """Load an ONNX model into ONNX Runtime, on the CPU.
 
     Args:
-        source: Its file, or the model itself.
-        threads: CPU threads; with 0 the runtime chooses.
+        source: The file, or the model itself.
+        threads: Number of CPU threads; 0 for the runtime's default.
 
     Returns:
-        What runs it: images (N, C, H, W) to its output, in float32.
+        A function from images (N, C, H, W) to the model's output, in float32.
     """
     require("onnxruntime")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # errors; they are raised as well
+    options.log_severity_level = 3  # only errors, which are also raised
     loaded = str(source) if isinstance(source, Path) else source.SerializeToString()
     session = onnxruntime.InferenceSession(loaded, options, providers=["CPUExecutionProvider"])
     return lambda images: session.run(None, {INPUT: images})[0]
 
 
 def openvino_settings(precision: str, threads: int = 0) -> dict[str, Any]:
-    """Return OpenVINO's settings for the least latency on a CPU.
+    """Return OpenVINO's settings for minimal latency on a CPU.
 
     Args:
-        precision: What to compute in: `f32`, `f16`, or `bf16`, which OpenVINO would take by itself where the
-            processor has it.
-        threads: CPU threads; with 0 the runtime chooses.
+        precision: `f32`, `f16`, or `bf16`, OpenVINO's default if the processor supports it.
+        threads: Number of CPU threads; 0 for the runtime's default.
     """
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     return settings | {"INFERENCE_NUM_THREADS": threads} if threads else settings
@@ -355,14 +353,14 @@ def run_openvino(source: "Path | openvino.Model", precision: str = "f32", thread
 
     Args:
         source: The IR's .xml file, or the model itself.
-        precision: As for `openvino_settings`.
-        threads: As for `openvino_settings`.
+        precision: See `openvino_settings`.
+        threads: See `openvino_settings`.
 
     Returns:
-        What runs it: images (N, C, H, W) to its output, in float32. Calls from several threads take turns.
+        A thread-safe function from images (N, C, H, W) to the model's output, in float32.
     """
     compiled = openvino_core().compile_model(source, "CPU", openvino_settings(precision, threads))
-    lock = threading.Lock()  # it has one request for all threads
+    lock = threading.Lock()  # all threads share one request
 
     def run(images: np.ndarray) -> np.ndarray:
         with lock:
@@ -382,25 +380,24 @@ def export(
     precision: str = "float32",
     facts: dict[str, str] | None = None,
 ) -> Exported:
-    """Write a model to a file, which takes its place once its output is found to be the model's.
+    """Export a model to a file, after checking that its output matches the model's.
 
     Args:
-        model: The model; it is left as it is.
-        images: What to hold it against the model on, preprocessed, (N, C, H, W). The file is for images
-            of their size.
-        output: Where to write it; an IR's weights stand beside it under the same name, in a .bin file.
+        model: The model; it is not modified.
+        images: Preprocessed images (N, C, H, W) for the check. The file is for images of their size.
+        output: File to write; the weights of an IR are in a .bin file of the same name.
         export_format: `onnx` or `openvino`.
-        batch_size: Number of images the file is for, or None for any.
+        batch_size: Batch size, or None for a dynamic one.
         opset: Version of ONNX's operators.
-        precision: Of an IR's weights, `float32` or `float16`.
-        facts: What the file is to carry, such as what `describe` returns.
+        precision: Type of an IR's weights, `float32` or `float16`.
+        facts: Metadata of the file, such as those of `export_metadata`.
 
     Returns:
-        What was written and found.
+        The file and the result of its check.
 
     Raises:
-        InputError: It cannot be exported so, or not written there.
-        CheckError: What the file computes is not what the model does. An older file is left as it was.
+        InputError: The model cannot be exported with these settings, or the file cannot be written.
+        CheckError: The output of the file differs from the model's. An existing file is kept.
     """
     check_output(output, export_format)
     require(*NEEDS[export_format])
@@ -408,9 +405,12 @@ def export(
     classifies = output_name(model) == "logits"
     package = "onnxruntime" if export_format == "onnx" else "openvino"
     try:
-        with _written(model, images, output, export_format, batch_size, opset, precision, facts) as (new, version):
+        with _write_new(model, images, output, export_format, batch_size, opset, precision, facts) as (
+            new,
+            version,
+        ):
             expected = _expected(model, images)
-            difference, same = _check(new, package, images, expected, batches, precision, classifies)
+            difference, same = _check_file(new, package, images, expected, batches, precision, classifies)
     except CheckError as error:
         raise CheckError(f"{error}; {output} is not written") from error
     except OSError as error:
@@ -432,12 +432,12 @@ def export(
 
 
 def _shape(batch: int | str, array: torch.Tensor | np.ndarray) -> str:
-    """Return the shape of an array as text, with another first size."""
+    """Return the shape of an array as text, with a different batch size."""
     return " x ".join(map(str, (batch, *array.shape[1:])))
 
 
 @contextlib.contextmanager
-def _written(
+def _write_new(
     model: nn.Module,
     images: torch.Tensor,
     output: Path,
@@ -462,7 +462,7 @@ def _written(
             yield temporary, f"OpenVINO IR {ir_version(temporary)}"
 
 
-def _check(
+def _check_file(
     file: Path,
     package: str,
     images: torch.Tensor,
@@ -475,15 +475,15 @@ def _check(
 
     Args:
         file: The exported model.
-        package: What runs it, `onnxruntime` or `openvino`.
+        package: The runtime, `onnxruntime` or `openvino`.
         images: Preprocessed images, (N, C, H, W).
         expected: The model's output for them.
-        batches: Numbers of images to run at a time.
-        precision: Of the weights, `float32` or `float16`.
+        batches: Batch sizes.
+        precision: Type of the weights, `float32` or `float16`.
         classifies: Whether the output is logits.
 
     Returns:
-        As `_compare`.
+        See `_compare`.
 
     Raises:
         CheckError: It does not run, or the outputs differ.
@@ -491,7 +491,7 @@ def _check(
     try:
         run = run_onnx(file) if package == "onnxruntime" else run_openvino(file)
         difference, same = _compare(run, images.numpy(), expected, batches)
-    except Exception as error:  # each runtime has types of its own for it
+    except Exception as error:  # each runtime raises its own types
         raise CheckError(f"{package} cannot run the exported model ({first_line(error)})") from error
     if not difference <= TOLERANCE[precision]:  # so that NaN fails too
         raise CheckError(
@@ -500,26 +500,26 @@ def _check(
         )
     if precision == "float16" and classifies and same < len(images):
         raise CheckError(
-            f"with weights in float16 the first answer is the model's for {same} of {len(images)} images only"
+            f"with float16 weights, top-1 is the same as the model's for only {same} of {len(images)} images"
         )
     return difference, same
 
 
 def check_output(output: Path, export_format: str) -> None:
-    """Find out before any work is done whether a name fits a format and takes nobody else's place.
+    """Check that a file name fits a format and does not replace an unrelated file.
 
     Args:
-        output: Where a file is to be written.
+        output: File to write.
         export_format: `onnx` or `openvino`.
 
     Raises:
-        InputError: It has another suffix, is a folder, or the weights beside it would replace a file
-            that is no IR's.
+        InputError: It has another suffix or is a folder, or the weights would replace a file that does not
+            belong to an IR.
     """
     if output.suffix != FORMATS[export_format]:
         raise InputError(
-            f"{export_format} is written to a {FORMATS[export_format]} file; name {output.with_suffix('')}"
-            f"{FORMATS[export_format]} in place of {output.name}"
+            f"{export_format} files end in {FORMATS[export_format]}; use {output.with_suffix('')}"
+            f"{FORMATS[export_format]} instead of {output.name}"
         )
     weights = output.with_suffix(".bin")
     if export_format == "openvino" and output.parent.is_dir():
@@ -528,7 +528,7 @@ def check_output(output: Path, export_format: str) -> None:
         if path.is_dir():
             raise InputError(f"{path} is a folder; name a file")
     if export_format == "openvino" and weights.exists() and not output.exists():
-        raise InputError(f"{weights} is there, and no IR of it; move it, or name another file")
+        raise InputError(f"{weights} exists without its IR; move it, or use another file name")
 
 
 def save_ir(model: "openvino.Model", path: Path, precision: str) -> None:
@@ -537,24 +537,24 @@ def save_ir(model: "openvino.Model", path: Path, precision: str) -> None:
     Args:
         model: The model.
         path: The .xml file; the .bin file has the same name.
-        precision: Of the weights, `float32` or `float16`.
+        precision: Type of the weights, `float32` or `float16`.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The files cannot be written.
     """
     try:
         import_openvino().save_model(model, path, compress_to_fp16=precision == "float16")
-    except RuntimeError as error:  # which is how OpenVINO says it
+    except RuntimeError as error:  # OpenVINO's type for a failed write
         raise OSError(str(error)) from error
 
 
 @contextlib.contextmanager
 def temporary_ir(path: Path) -> Iterator[Path]:
-    """Yield a path to write an IR to, which takes the place of another once it is whole.
+    """Yield a path to write an IR to, which replaces an existing one when it is complete.
 
-    Two files cannot be replaced at once. So the old .xml goes first and the new one comes last: beside
-    the .bin of one IR the .xml of another never stands. Killed in between, the new ones are in the
-    folder `.NAME-new-*` beside them, and `finish_ir` puts them in their place.
+    Two files cannot be replaced atomically. So the old .xml is moved first and the new one last, and the .xml of one
+    IR is never next to the .bin of another. If the process is killed in between, the new files are in the folder
+    `.NAME-new-*` next to them, and `finish_ir` moves them.
 
     Args:
         path: The .xml file; the .bin file has the same name.
@@ -568,7 +568,7 @@ def temporary_ir(path: Path) -> Iterator[Path]:
             make_readable(file)
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
-        old.mkdir()  # from here on what is in the folder is whole
+        old.mkdir()  # marks the files in the folder as complete
         both = (path.with_suffix(".bin"), path)
         moved: list[Path] = []
         placed: list[Path] = []
@@ -589,7 +589,7 @@ def temporary_ir(path: Path) -> Iterator[Path]:
 
 
 def finish_ir(path: Path) -> None:
-    """Put the files of an IR in their place where the process that was replacing it has died.
+    """Complete the replacement of an IR by a process that was killed.
 
     Args:
         path: The .xml file.
@@ -608,7 +608,7 @@ def finish_ir(path: Path) -> None:
     with locked(path):
         for folder in whole:
             for place in (path.with_suffix(".bin"), path):
-                with contextlib.suppress(FileNotFoundError):  # it was placed before
+                with contextlib.suppress(FileNotFoundError):  # already moved
                     (folder / place.name).replace(place)
 
 
@@ -620,27 +620,27 @@ def ir_version(path: Path) -> str:
 
 
 def _expected(model: nn.Module, images: torch.Tensor) -> np.ndarray:
-    """Compute the model's own output, before any folding, on a CPU in float32."""
+    """Compute the output of the original model, before folding, on a CPU in float32."""
     model = copy.deepcopy(model).cpu().float().eval()
     with torch.no_grad():
-        # A few at a time: the maps of all at once may not fit into memory.
+        # In small batches, because the maps of all images may not fit into memory.
         expected = torch.cat([model(part) for part in images.split(SEVERAL)])
     if not expected.isfinite().all():
-        raise InputError("the model's output is not finite")
+        raise InputError("the model's output has NaN or infinite values")
     return expected.numpy()
 
 
 def _compare(run: Runner, images: np.ndarray, expected: np.ndarray, batches: Sequence[int]) -> tuple[float, int]:
-    """Return the largest relative error over all images and batch sizes, and how many top-1 are the same in all."""
+    """Return the maximum relative error over all images and batch sizes, and the number of images of equal top-1."""
     difference, same = 0.0, np.ones(len(images), dtype=bool)
     for batch in batches:
         parts = []
         for start in range(0, len(images), batch):
-            # A file for a fixed number of images takes no fewer: the last batch is filled up from the start.
+            # A static batch size supports no fewer images: fill up the last batch with the first images.
             parts.append(run(images.take(range(start, start + batch), axis=0, mode="wrap")))
         answers = np.concatenate(parts)[: len(images)]
         if answers.shape != expected.shape:
-            raise ValueError(f"its output is {answers.shape}, and the model's {expected.shape}")
-        difference = np.maximum(difference, np.abs(answers - expected).max())  # not-a-number stays one
+            raise ValueError(f"its output has the shape {answers.shape}, but the model's has {expected.shape}")
+        difference = np.maximum(difference, np.abs(answers - expected).max())  # propagates NaN
         same &= answers.reshape(len(images), -1).argmax(1) == expected.reshape(len(images), -1).argmax(1)
     return float(difference / np.abs(expected).max()), int(same.sum())

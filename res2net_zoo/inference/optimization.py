@@ -1,4 +1,4 @@
-"""Inference as fast as the machine allows: `optimize(model, example_input)`."""
+"""Optimized inference: `optimize(model, example_input)`."""
 
 import copy
 import hashlib
@@ -27,23 +27,23 @@ from res2net_zoo.models.block import Res2NetModule
 from res2net_zoo.utils.errors import InputError, one_line
 from res2net_zoo.utils.files import is_special, read_json, write_atomically
 
-PADDED = 16  # channels that a GPU's matrix units take at a time in half precision
-TOLERANCE = 1e-4  # of float32 logits, relative to the largest
-ROUNDS = 5  # how often each backend is timed
-PAUSE = 0.02  # seconds before each of them, for the threads of the last one to come to rest
-CANNOT_RUN = "the backend {name} cannot run this model here ({error}); another is taken"
-CANNOT_RUN_NOW = "{name}, the fastest before, cannot run this model now ({error})"
+PADDED = 16  # channels that a GPU's matrix units process at a time in half precision
+TOLERANCE = 1e-4  # maximum error of float32 logits, relative to the largest
+ROUNDS = 5  # timings of each backend
+PAUSE = 0.02  # seconds before each timing, in which the threads of the previous backend become idle
+CANNOT_RUN = "the backend {name} cannot run this model here ({error}); another is used"
+CANNOT_RUN_NOW = "{name}, the fastest backend so far, cannot run this model any more ({error})"
 
 
 @dataclass(frozen=True)
 class Optimized:
-    """A model made fast for inference.
+    """A model optimized for inference.
 
     Attributes:
-        backend: What runs it.
-        precision: Type that activations and weights have; logits are float32 in all.
-        milliseconds: What each backend that was tried took for the example, where several were.
-        classes: Number of logits of an image.
+        backend: The backend that runs it.
+        precision: Type of activations and weights; logits are always float32.
+        milliseconds: Time of each backend for the example; empty if backends were not compared.
+        classes: Number of logits per image.
     """
 
     call: Call
@@ -57,18 +57,18 @@ class Optimized:
         """Classify images.
 
         Args:
-            images: (N, C, H, W), normalized as the model wants them; N is any number, also 0, H and W
-                any that the model takes. Other sizes than the example's may cost a compilation of some
-                seconds; the networks of the last few sizes are kept.
+            images: Normalized images (N, C, H, W) of any number, including 0, and any size that the model
+                supports. Sizes other than the example's can require a compilation of several seconds; networks
+                are cached for the last few sizes.
 
         Returns:
-            Logits, (N, classes), float32. Those of an image with NaN or infinity are what the model gives it.
+            Logits (N, classes) in float32. Images with NaN or infinite pixels get the same logits as from the model.
 
         Raises:
             ValueError: The images are not (N, C, H, W).
         """
         if images.ndim != 4:
-            raise ValueError(f"images are {tuple(images.shape)}; give (N, C, H, W)")
+            raise ValueError(f"images have the shape {tuple(images.shape)}, not (N, C, H, W)")
         if not len(images):
             return images.new_zeros((0, self.classes), dtype=torch.float32)
         return self.call(images).float()
@@ -81,51 +81,50 @@ def optimize(
     backend: Backend | Literal["auto"] = "auto",
     cache_dir: str | Path | None = None,
 ) -> Optimized:
-    """Make a model fast for inference on the machine that it is to run on.
+    """Optimize a model for inference on this machine.
 
-    BatchNorm is folded into the convolutions. With `backend="auto"` the backends that this machine
-    has and that are ready within seconds (on a GPU: all) run the example by turns, and the fastest is
-    taken; the choice is kept in huggingface_hub's assets cache for the next time. Whatever is taken gives the
-    example the same logits as the model: to 1e-4 of the largest in float32.
+    BatchNorm is folded into the convolutions. With `backend="auto"`, interleaved timings of the example compare the
+    backends that are available and ready within seconds (on a GPU: all), and select the fastest. The choice is cached
+    in huggingface_hub's assets cache. The selected backend reproduces the model's logits for the example, in float32
+    to 1e-4 of the largest.
 
     Args:
-        model: A model that maps images to logits. It is copied, not changed; the copy is in eval mode.
-        example_input: Images, (N, C, H, W), as they will come: their number, size and device decide
-            what is fastest.
+        model: A model that maps images to logits. It is not modified; its copy is in eval mode.
+        example_input: Typical images (N, C, H, W); the fastest backend depends on their number, size and device.
         precision: Type of activations and weights.
         backend: `"native"` (CPU: the zoo's own machine code, needs a C++ compiler), `"openvino"`,
             `"onnxruntime"` (CPU, the package of that name), `"inductor"` (torch.compile with frozen
             weights; on a GPU with CUDA graphs; its first call takes a minute or more),
             `"inductor-padded"` (the same, the groups' widths padded to multiples of 16), `"cudagraphs"`
-            (GPU: eager, without the cost of launching kernels), `"eager"`, or `"auto"`. What is not
-            to be had is replaced by the best of the others, with a warning that says why.
-        cache_dir: Where choices are kept, if not in huggingface_hub's assets cache.
+            (GPU: eager, without the cost of launching kernels), `"eager"`, or `"auto"`. An unavailable
+            backend is replaced by the fastest other one, with a warning that gives the reason.
+        cache_dir: Folder for cached choices; defaults to huggingface_hub's assets cache.
 
     Returns:
         The model as a function from images to logits.
 
     Raises:
-        ValueError: An unknown precision or backend, images that are not (N, C, H, W) floats, a model that
-            gives them NaN or infinite logits, or one that no backend can run.
+        ValueError: The precision or backend is unknown, the images are not (N, C, H, W) floats, the model returns
+            NaN or infinite logits for them, or no backend can run it.
     """
     _check_request(example_input, precision, backend)
     device, example = example_input.device, example_input.detach().float()
     model = copy.deepcopy(model).eval().to(device).requires_grad_(False)
     expected = _logits_of(model, example)
     folded = fold_batch_norm(model)
-    make = partial(_make, model=model, folded=folded, example=example, expected=expected, precision=precision)
+    build = partial(_build, model=model, folded=folded, example=example, expected=expected, precision=precision)
     ready = candidates(device)
     if backend != "auto":
-        if call := _make_or_warn(make, backend, CANNOT_RUN):
+        if call := _build_or_warn(build, backend, CANNOT_RUN):
             return Optimized(call, backend, precision, {}, expected.shape[1])
         ready = [name for name in ready if name != backend]
 
     key = _key(folded, example, precision, ready)
     chosen = _read_choice(key, cache_dir, ready)
-    if chosen and (call := _make_or_warn(make, chosen, CANNOT_RUN_NOW)):
+    if chosen and (call := _build_or_warn(build, chosen, CANNOT_RUN_NOW)):
         return Optimized(call, chosen, precision, {}, expected.shape[1])
-    calls = _make_all(make, ready, precision)
-    milliseconds = dict(zip(calls, time_by_turns(list(calls.values()), example), strict=True))
+    calls = _build_all(build, ready, precision)
+    milliseconds = dict(zip(calls, time_interleaved(list(calls.values()), example), strict=True))
     fastest = min(calls, key=lambda name: milliseconds[name])
     _keep_choice(key, cache_dir, {"backend": fastest, "milliseconds": milliseconds})
     return Optimized(calls[fastest], fastest, precision, milliseconds, expected.shape[1])
@@ -135,38 +134,38 @@ def _check_request(example_input: torch.Tensor, precision: str, backend: str) ->
     """Check the arguments of `optimize`.
 
     Raises:
-        ValueError: One is wrong.
+        ValueError: An argument is invalid.
     """
     if precision not in get_args(Precision):
-        raise ValueError(f"precision is {precision!r}; there are {', '.join(get_args(Precision))}")
+        raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(get_args(Precision))}")
     if backend not in (*get_args(Backend), "auto"):
-        raise ValueError(f"backend is {backend!r}; there are auto, {', '.join(get_args(Backend))}")
+        raise ValueError(f"backend is {backend!r}; it must be one of auto, {', '.join(get_args(Backend))}")
     if example_input.ndim != 4 or not example_input.is_floating_point() or not len(example_input):
         raise ValueError(
-            f"example_input is {tuple(example_input.shape)}, {example_input.dtype}; give images as (N, C, H, W) floats"
+            f"example_input is {tuple(example_input.shape)}, {example_input.dtype}; it must be (N, C, H, W) floats"
         )
     if precision == "float16" and example_input.device.type == "cpu":
-        raise ValueError("float16 is for GPUs; on the CPU there are float32 and bfloat16")
+        raise ValueError("float16 needs a GPU; use float32 or bfloat16 on the CPU")
 
 
 def _logits_of(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
-    """Return the logits of a model, to which those of each backend are compared.
+    """Return the logits of a model, as a reference for each backend.
 
     Raises:
-        ValueError: It returns something else, or logits that are NaN or infinite.
+        ValueError: The model does not return logits, or they are NaN or infinite.
     """
     with torch.no_grad():
         expected = model(example)
     if expected.ndim != 2:
         raise ValueError(
-            f"the model returns {tuple(expected.shape)}, no table of logits; give it a classifier or a pooling"
+            f"the model returns {tuple(expected.shape)}, not logits (N, classes); add a classifier or pooling"
         )
     if not expected.isfinite().all():
         raise ValueError(_why_not_finite(model, example))
     return expected
 
 
-def _make(
+def _build(
     name: Backend,
     model: nn.Module,
     folded: nn.Module,
@@ -174,10 +173,10 @@ def _make(
     expected: torch.Tensor,
     precision: Precision,
 ) -> Call:
-    """Make a model with one backend, and check its logits.
+    """Build a model with one backend, and check its logits.
 
     Raises:
-        Unavailable: The backend fails or computes something else.
+        Unavailable: The backend fails or returns different logits.
     """
     try:
         padded = name == "inductor-padded"
@@ -185,34 +184,34 @@ def _make(
         with torch.no_grad():
             check(call(example).float(), expected, precision)
         return call
-    except Exception as error:  # a compiler can fail in any way; the next backend does not
+    except Exception as error:  # compilers raise any type; the other backends are tried
         known = isinstance(error, (Unavailable, Unsupported, InputError))
         raise Unavailable(f"{'' if known else type(error).__name__ + ': '}{one_line(error)}") from error
 
 
-def _make_or_warn(make: Callable[[Backend], Call], name: Backend, warning: str) -> Call | None:
-    """Make a model with one backend; where it is unavailable, warn the caller of `optimize` and return None."""
+def _build_or_warn(build: Callable[[Backend], Call], name: Backend, warning: str) -> Call | None:
+    """Build a model with one backend; if it is unavailable, warn the caller of `optimize` and return None."""
     try:
-        return make(name)
+        return build(name)
     except Unavailable as error:
         warnings.warn(warning.format(name=name, error=error), stacklevel=3)
         return None
 
 
-def _make_all(make: Callable[[Backend], Call], ready: list[Backend], precision: Precision) -> dict[Backend, Call]:
-    """Make a model with each backend that can run it.
+def _build_all(build: Callable[[Backend], Call], ready: list[Backend], precision: Precision) -> dict[Backend, Call]:
+    """Build a model with each backend that can run it.
 
     Raises:
-        ValueError: None can.
+        ValueError: No backend can run it.
     """
     calls: dict[Backend, Call] = {}
     reasons = []
     for name in ready:
         try:
-            calls[name] = make(name)
+            calls[name] = build(name)
         except Unavailable as error:
             reasons.append(f"{name}: {error}")
-            if name == "native":  # the only one that is expected to run everywhere
+            if name == "native":  # expected to run everywhere
                 warnings.warn(CANNOT_RUN.format(name=name, error=error), stacklevel=3)
     if not calls:
         raise ValueError(f"no backend can run this model here in {precision}: {'; '.join(reasons)}")
@@ -220,24 +219,23 @@ def _make_all(make: Callable[[Backend], Call], ready: list[Backend], precision: 
 
 
 def _why_not_finite(model: nn.Module, example: torch.Tensor) -> str:
-    """Return why a model may give an example logits that are NaN or infinite."""
+    """Return the probable reason for NaN or infinite logits."""
     if not example.isfinite().all():
-        return "example_input has NaN or infinite values; give finite images"
+        return "example_input has NaN or infinite values"
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             return f"the model's {name} has NaN or infinite values; load other weights"
-    return "the model gives example_input NaN or infinite logits; check its weights"
+    return "the model returns NaN or infinite logits for example_input; check its weights"
 
 
 def fold_batch_norm(model: nn.Module, multiple: int = 1) -> nn.Module:
-    """Return a copy of a model with each BatchNorm in the convolution before it, for inference.
+    """Return a copy of a model with each BatchNorm folded into the preceding convolution, for inference.
 
-    Blocks are folded by timm's convention, a method `reparameterize`; what is outside of them, in
-    stems and shortcuts, by tracing the model.
+    Blocks are folded by their method `reparameterize`, timm's convention; stems and shortcuts by tracing the model.
 
     Args:
         model: A model in eval mode.
-        multiple: What the widths of Res2Net blocks' groups are padded to a multiple of.
+        multiple: Pad the widths of the groups in Res2Net blocks to a multiple of this.
     """
     folded = reparameterize_model(model)
     for module in folded.modules():
@@ -245,15 +243,15 @@ def fold_batch_norm(model: nn.Module, multiple: int = 1) -> nn.Module:
             pad_width(module, multiple)
     try:
         return fuse(folded)
-    except Exception:  # models may do anything that cannot be traced; those keep the BatchNorm that is left
+    except Exception:  # the remaining BatchNorms stay if the model cannot be traced
         return folded
 
 
 @torch.no_grad()
 def pad_width(block: Res2NetModule, multiple: int) -> None:
-    """Widen a block's groups with channels that stay zero, for hardware that computes a fixed number at a time.
+    """Pad a block's groups with zero channels, for hardware that processes a fixed number of channels at a time.
 
-    Grouped convolutions, and those whose BatchNorm is not folded, stay as they are. The output does not change.
+    Grouped convolutions, and those whose BatchNorm is not folded, are not padded. The output does not change.
 
     Args:
         block: A block after `reparameterize`.
@@ -265,7 +263,7 @@ def pad_width(block: Res2NetModule, multiple: int) -> None:
         return
 
     def widen(conv: nn.Conv2d, outputs: int, inputs: int) -> nn.Conv2d:
-        """Copy a convolution with this many groups of outputs and inputs; 0 keeps their channels."""
+        """Copy a convolution, padding each of its groups of outputs and of inputs; 0 groups keeps the channels."""
         weight, bias = conv.weight, conv.bias
         if outputs:
             weight = F.pad(weight.unflatten(0, (outputs, width)), (0, 0) * 3 + (0, more)).flatten(0, 1)
@@ -284,7 +282,7 @@ def pad_width(block: Res2NetModule, multiple: int) -> None:
 
 
 def candidates(device: torch.device) -> list[Backend]:
-    """Return the backends that a device has and that are ready within seconds, the last always."""
+    """Return the backends that are available for a device and ready within seconds."""
     if device.type == "cuda":
         return ["inductor", "inductor-padded", "cudagraphs", "eager"]
     if device.type != "cpu":
@@ -298,23 +296,23 @@ def candidates(device: torch.device) -> list[Backend]:
 
 
 def check(found: torch.Tensor, expected: torch.Tensor, precision: Precision) -> None:
-    """See that a backend computes what the model does.
+    """Check the logits of a backend against the model's.
 
     Raises:
-        Unavailable: It does not.
+        Unavailable: They differ.
     """
     if found.shape != expected.shape:
         raise Unavailable(f"it returns {tuple(found.shape)} instead of {tuple(expected.shape)}")
     error = ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
-    # Half precision has 3 decimals, of which a deep network loses some.
+    # Half precision has 3 decimals, some of which a deep network loses.
     allowed = TOLERANCE if precision == "float32" else 0.1
     if not error <= allowed:
-        raise Unavailable(f"its logits are off by {error:.2g} of the largest, more than {allowed:g}")
+        raise Unavailable(f"its logits differ by {error:.2g} of the largest, more than {allowed:g}")
 
 
 @torch.no_grad()
-def time_by_turns(calls: list[Call], example: torch.Tensor) -> list[float]:
-    """Return the median milliseconds of some backends for the example."""
+def time_interleaved(calls: list[Call], example: torch.Tensor) -> list[float]:
+    """Return the median time of each backend for the example, in milliseconds."""
     from res2net_zoo.utils.timing import by_turns
 
     times = by_turns([partial(call, example) for call in calls], ROUNDS, pause=PAUSE)
@@ -322,7 +320,7 @@ def time_by_turns(calls: list[Call], example: torch.Tensor) -> list[float]:
 
 
 def _key(model: nn.Module, example: torch.Tensor, precision: Precision, ready: list[Backend]) -> str:
-    """Return what a choice depends on, as a file name: model, images, machine and libraries."""
+    """Return a file name for a choice: a hash of model, images, machine and libraries."""
     device = example.device
     code = model.code if isinstance(model, fx.GraphModule) else str(model)
     shapes = [(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
@@ -340,7 +338,7 @@ def _version(package: str) -> str | None:
 
 
 def processor() -> str:
-    """Return the processor's name."""
+    """Return the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -353,7 +351,7 @@ def _choice_path(key: str, cache_dir: str | Path | None) -> Path:
 
 
 def _read_choice(key: str, cache_dir: str | Path | None, ready: list[Backend]) -> Backend | None:
-    """Return the backend chosen before, if there is one that can still be taken."""
+    """Return the cached choice of a backend, or None if it is missing or not available any more."""
     try:
         kept = read_json(_choice_path(key, cache_dir))
     except (OSError, ValueError, InputError):
@@ -363,11 +361,11 @@ def _read_choice(key: str, cache_dir: str | Path | None, ready: list[Backend]) -
 
 
 def _keep_choice(key: str, cache_dir: str | Path | None, choice: dict[str, Any]) -> None:
-    """Write a choice down for the next time, or warn that the backends will be tried again then."""
+    """Cache a choice, or warn that the backends will be compared again."""
     try:
         path = _choice_path(key, cache_dir)
         if is_special(path):  # writing to a pipe that is not read blocks
             path.unlink()
         write_atomically(path, lambda file: file.write_text(json.dumps(choice)))
     except (OSError, ValueError) as error:
-        warnings.warn(f"the choice is not kept and will be made again: {one_line(error)}; set HF_HOME", stacklevel=3)
+        warnings.warn(f"the choice of a backend cannot be cached: {one_line(error)}; set HF_HOME", stacklevel=3)

@@ -1,4 +1,4 @@
-"""`scripts/export.py`: what it writes runs without us and computes what the model does, or is not written."""
+"""Tests of `scripts/export.py`: files run without this package, and match the model or are not written."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def tiny_proto(tiny) -> onnx.ModelProto:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory) -> Path:
-    """Six digits, each in a file with its name."""
+    """Six digits, each in a file named after its class."""
     folder = tmp_path_factory.mktemp("digits")
     files = sorted(str(path) for path in SHIPPED_DATA.rglob("*validation*"))
     rows = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(folder / "cache"))
@@ -51,12 +51,12 @@ def digits(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_both_runtimes_compute_what_the_model_does_for_any_batch(name):
+def test_runtimes_match_the_model_for_any_batch_size(name):
     model, x = spread(timm.create_model(name, num_classes=6, **SMALL[name])).eval(), images(3, 32)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     proto = export.to_onnx(model, x, facts={"model": name})
     assert "BatchNormalization" not in {node.op_type for node in proto.graph.node}
-    assert str(Path(timm.__file__).parent) not in str(proto)  # torch would tell where its files are
+    assert str(Path(timm.__file__).parent) not in str(proto)  # torch stores paths of source files
     ir = export.openvino_core().read_model(proto.SerializeToString())
     assert str(ir.inputs[0].partial_shape) == "[?,3,32,32]"
     for run in (export.run_onnx(proto, threads=1), export.run_openvino(ir, threads=1)):
@@ -76,7 +76,7 @@ def test_every_model(name, export_format, tmp_path):
     assert exported.error < 1e-4 and exported.same_top1 == 2
 
 
-# What a user without this package, timm and torch does, with the file alone.
+# Code of a user without this package, timm and torch.
 STANDALONE = """
 import json, sys
 import numpy as np
@@ -115,17 +115,17 @@ print(json.dumps({"facts": facts, "names": [names[i] for i in logits.argmax(1)],
 
 
 @pytest.mark.parametrize("export_format", export.FORMATS)
-def test_a_file_is_all_that_its_user_needs(in_process, tiny, digits, tmp_path, export_format):
+def test_file_is_self_contained(in_process, tiny, digits, tmp_path, export_format):
     output = tmp_path / f"digits{export.FORMATS[export_format]}"
     result = in_process(EXPORT, "--format", export_format, "--output", output)
     assert (result.returncode, result.stderr) == (0, "")
     assert {path.name for path in tmp_path.iterdir()} == {output.name} | (
         {"digits.bin"} if export_format == "openvino" else set()
     )
-    told = dict(line.split(None, 1) for line in result.stdout.splitlines())
-    assert told["file"].startswith(str(output)) and ("opset 18" in told["file"] or "IR 11" in told["file"])
-    assert (told["input"], told["output"]) == ("images: batch x 3 x 64 x 64", "logits: batch x 10")
-    assert told["top-1"] == "the same for 16 of 16" and float(told["error"].split()[0]) < 1e-5
+    printed = dict(line.split(None, 1) for line in result.stdout.splitlines())
+    assert printed["file"].startswith(str(output)) and ("opset 18" in printed["file"] or "IR 11" in printed["file"])
+    assert (printed["input"], printed["output"]) == ("images: batch x 3 x 64 x 64", "logits: batch x 10")
+    assert printed["top-1"] == "the same for 16 of 16" and float(printed["error"].split()[0]) < 1e-5
 
     files = sorted(map(str, digits.iterdir()))
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -146,8 +146,8 @@ from pathlib import Path
 
 from res2net_zoo.inference.export import run_openvino
 
-faulthandler.enable()  # as pytest does: Python's handlers now have a stack of their own
-signal.signal(signal.SIGUSR1, lambda *_: print("heard"))  # as a loader listens to the end of its workers
+faulthandler.enable()  # as in pytest: Python's handlers now use an alternate stack
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))  # as a loader handles SIGCHLD
 first, second = run_openvino(Path(sys.argv[1])), run_openvino(Path(sys.argv[1]))
 del first
 del second
@@ -156,11 +156,11 @@ os.kill(os.getpid(), signal.SIGUSR1)
 
 
 @pytest.mark.full
-def test_signals_are_heard_after_openvino(program, tiny, tmp_path):
+def test_signals_are_handled_after_openvino(program, tiny, tmp_path):
     file = tmp_path / "tiny.xml"
     export.save_ir(export.to_openvino(tiny, images(1, 64)), file, "float32")
     result = program("-c", SIGNAL, file)
-    assert (result.returncode, result.stdout) == (0, "heard\n"), result.stderr
+    assert (result.returncode, result.stdout) == (0, "handled\n"), result.stderr
 
 
 @pytest.mark.full
@@ -176,7 +176,7 @@ def test_options_of_onnx(in_process, digits, tmp_path):
     assert {entry.version for entry in onnx.load(output).opset_import} == {20}
 
 
-def test_weights_in_half_of_the_bytes(in_process, tmp_path):
+def test_float16_weights(in_process, tmp_path):
     args = ["--format", "openvino", "--output", tmp_path / "m.xml"]
     result = in_process(EXPORT, *args, "--precision", "float16", "--batch-size", 3)
     assert result.returncode == 0, result.stderr
@@ -186,7 +186,7 @@ def test_weights_in_half_of_the_bytes(in_process, tmp_path):
 
 
 @pytest.mark.full
-def test_a_model_without_classifier_gives_features(tmp_path):
+def test_model_without_classifier_returns_features(tmp_path):
     model = spread(timm.create_model("res2net_tiny", num_classes=0, in_chans=1, layers=(1, 1, 1, 1))).eval()
     exported = export.export(model, images(1, 33, 1), tmp_path / "f.onnx", "onnx")
     assert (exported.inputs, exported.outputs) == ("images: batch x 1 x 33 x 33", "features: batch x 384")
@@ -195,9 +195,7 @@ def test_a_model_without_classifier_gives_features(tmp_path):
 
 @pytest.mark.parametrize("wrong", ["other", "not a number", "cannot run"])
 @pytest.mark.parametrize("export_format", export.FORMATS)
-def test_what_computes_something_else_is_not_written(
-    in_process, tiny_proto, tmp_path, monkeypatch, export_format, wrong
-):
+def test_wrong_results_are_not_written(in_process, tiny_proto, tmp_path, monkeypatch, export_format, wrong):
     proto = onnx.ModelProto()
     proto.CopyFrom(tiny_proto)
     bias = next(tensor for tensor in proto.graph.initializer if tensor.name == "fc.bias")
@@ -219,7 +217,7 @@ def test_what_computes_something_else_is_not_written(
 
 
 @pytest.mark.parametrize("export_format", export.FORMATS)
-def test_a_full_disk(in_process, tiny_proto, tmp_path, monkeypatch, export_format):
+def test_full_disk(in_process, tiny_proto, tmp_path, monkeypatch, export_format):
     monkeypatch.setattr(export, "to_onnx", lambda *args, **kwargs: tiny_proto)
     old = tmp_path / f"m{export.FORMATS[export_format]}"
     for path in (old, old.with_suffix(".bin")):
@@ -230,8 +228,8 @@ def test_a_full_disk(in_process, tiny_proto, tmp_path, monkeypatch, export_forma
     assert set(read_tree(tmp_path).values()) == {b"old"} and len(read_tree(tmp_path)) == 2
 
 
-def test_the_two_files_of_an_ir_are_never_mixed(tmp_path, monkeypatch):
-    """At no moment, nor after a failure at any of them, a .bin of one stands beside the .xml of another."""
+def test_files_of_different_irs_are_never_mixed(tmp_path, monkeypatch):
+    """The .bin of one IR is never next to the .xml of another, even after a failure at any step."""
     path = tmp_path / "m.xml"
     replace, states, fail_at = Path.replace, [], 0
 
@@ -263,7 +261,7 @@ def test_the_two_files_of_an_ir_are_never_mixed(tmp_path, monkeypatch):
     write()
     assert state() == ("new", "new") and all(xml in ("-", other) for xml, other in states)
     assert {file.name for file in tmp_path.iterdir()} == {"m.xml", "m.bin"}
-    # Killed when one of the new files is in its place: the next export puts the other one there.
+    # Killed after moving one of the new files: the next export moves the other one.
     monkeypatch.undo()
     left = tmp_path / ".m.xml-new-abcdefgh"
     (left / "old").mkdir(parents=True)
@@ -279,14 +277,14 @@ def test_the_two_files_of_an_ir_are_never_mixed(tmp_path, monkeypatch):
     [
         (["--model", "res2net50_26w_5s"], "there is no model res2net50_26w_5s"),
         (["--model", "local-dir:no/such"], "no model folder"),
-        (["--output", "model.pt"], "name model.onnx in place of model.pt"),
+        (["--output", "model.pt"], "use model.onnx instead of model.pt"),
         (["--output", "no/such/model.onnx"], "cannot write into"),
-        (["--format", "openvino"], "openvino is written to a .xml file"),
+        (["--format", "openvino"], "openvino files end in .xml"),
         (["--format", "tflite"], "--format"),
         (["--img-size", "0"], "--img-size"),
         (["--batch-size", "0"], "--batch-size"),
-        (["--opset", "17"], "opset 17 cannot be written; name one from 18"),
-        (["--opset", "99"], "opset 99 cannot be written"),
+        (["--opset", "17"], "opset 17 is unsupported; use one from 18"),
+        (["--opset", "99"], "opset 99 is unsupported"),
         (["--format", "openvino", "--output", "m.xml", "--opset", "18"], "--opset needs --format onnx"),
         (["--precision", "float16"], "needs --format openvino"),
         (["--images", "no/such.png"], "there is no file or folder"),
@@ -299,13 +297,13 @@ def test_bad_input(in_process, args, words):
     assert words in line and set(Path.cwd().iterdir()) == before
 
 
-def test_nothing_of_others_is_replaced(in_process, tmp_path):
-    (tmp_path / "m.bin").write_text("somebody's")
+def test_unrelated_files_are_kept(in_process, tmp_path):
+    (tmp_path / "m.bin").write_text("unrelated")
     line = input_error(in_process(EXPORT, "--format", "openvino", "--output", tmp_path / "m.xml"))
-    assert "m.bin is there, and no IR of it" in line
+    assert "m.bin exists without its IR" in line
     (tmp_path / "m.onnx").mkdir()
     line = input_error(in_process(EXPORT, "--format", "onnx", "--output", tmp_path / "m.onnx"))
-    assert "m.onnx is a folder" in line and (tmp_path / "m.bin").read_text() == "somebody's"
+    assert "m.onnx is a folder" in line and (tmp_path / "m.bin").read_text() == "unrelated"
 
 
 @pytest.mark.parametrize(("export_format", "package"), [("onnx", "onnxscript"), ("openvino", "openvino")])
@@ -316,7 +314,7 @@ def test_missing_packages(in_process, tmp_path, monkeypatch, export_format, pack
     assert f"exporting needs {package}; pip install 'res2net-zoo[export]'" in line
 
 
-def test_sizes_that_a_model_cannot_take():
+def test_unsupported_sizes():
     model = timm.create_model("dla60_res2net", **SMALL["dla60_res2net"])
-    with pytest.raises(InputError, match=r"no images of 3x40x40: .*multiples of 32"):
+    with pytest.raises(InputError, match=r"does not support images of 3x40x40: .*multiples of 32"):
         export.to_onnx(model, images(1, 40))

@@ -1,4 +1,4 @@
-"""`res2net_zoo.optimize`: fast, and the same logits."""
+"""Tests of `res2net_zoo.optimize`: logits, choice of the backend, and errors."""
 
 import copy
 import gc
@@ -54,7 +54,7 @@ def no_warnings():
 def test_float32_logits_are_the_models(tiny, digits, backend):
     fast = res2net_zoo.optimize(tiny, digits[:2], backend=backend)
     assert (fast.backend, fast.precision) == (backend, "float32")
-    for n in (2, 1, 5):  # as given, and any other number
+    for n in (2, 1, 5):  # the example's batch size, and others
         with torch.no_grad():
             assert relative_error(fast(digits[:n]), tiny(digits[:n])) < 1e-4
 
@@ -82,8 +82,8 @@ def test_inductor(tiny, digits, precision):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_every_wiring_by_itself(name, tmp_path, monkeypatch):
-    """Whatever is chosen; export to the libraries is tested with each wiring elsewhere."""
+def test_every_wiring(name, tmp_path, monkeypatch):
+    """Tests the selected backend; the export of each wiring is tested elsewhere."""
     monkeypatch.setattr(optimization, "find_spec", lambda name: None)
     model = spread(timm.create_model(name, num_classes=7, **SMALL[name]))  # in training mode
     before = copy.deepcopy(model.state_dict())
@@ -94,7 +94,7 @@ def test_every_wiring_by_itself(name, tmp_path, monkeypatch):
         assert relative_error(fast(images(3, 3, 64, 64)), model.eval()(images(3, 3, 64, 64))) < 1e-4
 
 
-def test_the_choice_is_kept(tiny, tmp_path):
+def test_choice_is_cached(tiny, tmp_path):
     x = images(1, 3, 64, 64)
     first = res2net_zoo.optimize(tiny, x, cache_dir=tmp_path)
     assert set(first.milliseconds) == set(CPU_BACKENDS)
@@ -104,7 +104,7 @@ def test_the_choice_is_kept(tiny, tmp_path):
     file.write_text(json.dumps({"backend": "eager"}))
     again = res2net_zoo.optimize(tiny, x, cache_dir=tmp_path)
     assert (again.backend, again.milliseconds) == ("eager", {})
-    for other in (images(2, 3, 64, 64), images(1, 3, 32, 32)):  # what is fastest may be another
+    for other in (images(2, 3, 64, 64), images(1, 3, 32, 32)):  # the fastest backend can differ
         assert res2net_zoo.optimize(tiny, other, cache_dir=tmp_path).milliseconds
 
 
@@ -112,29 +112,29 @@ def test_the_choice_is_kept(tiny, tmp_path):
     ("name", "value"),
     [("fc.weight", float("nan")), ("fc.weight", float("inf")), ("layer2.0.bns.1.running_mean", float("nan"))],
 )
-def test_a_model_with_weights_that_are_no_numbers_is_refused_by_their_name(tiny, tmp_path, name, value):
+def test_nan_or_infinite_weights(tiny, tmp_path, name, value):
     broken = copy.deepcopy(tiny)
     broken.state_dict()[name].view(-1)[0] = value
     with pytest.raises(ValueError, match=f"the model's {name} has NaN or infinite values"):
         res2net_zoo.optimize(broken, images(1, 3, 64, 64), cache_dir=tmp_path)
 
 
-def test_a_model_that_overflows_is_refused(tiny, tmp_path):
+def test_overflowing_model(tiny, tmp_path):
     broken = copy.deepcopy(tiny)
     broken.fc.weight.data.fill_(3e38)
-    with pytest.raises(ValueError, match="gives example_input NaN or infinite logits"):
+    with pytest.raises(ValueError, match="returns NaN or infinite logits for example_input"):
         res2net_zoo.optimize(broken, images(1, 3, 64, 64), cache_dir=tmp_path)
 
 
-def test_a_model_that_no_backend_can_run_is_refused(tiny, tmp_path, monkeypatch):
+def test_no_backend_can_run_the_model(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(optimization, "candidates", lambda device: ["eager"])
     monkeypatch.setitem(optimization.BACKENDS, "eager", lambda model, *_: lambda x: 2 * model(x))
-    with pytest.raises(ValueError, match="no backend can run this model here in float32: eager: its logits are off by"):
+    with pytest.raises(ValueError, match="no backend can run this model here in float32: eager: its logits differ by"):
         res2net_zoo.optimize(tiny, images(1, 3, 32, 32), cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize("how", ["a file in the way", "a full disk", "a folder in the way"])
-def test_without_a_place_for_the_choice_it_is_not_kept(tiny, tmp_path, monkeypatch, how):
+def test_unwritable_cache(tiny, tmp_path, monkeypatch, how):
     monkeypatch.setattr(optimization, "candidates", lambda device: ["native", "eager"])
     x, cache = images(1, 3, 32, 32), tmp_path / "cache"
     expected = res2net_zoo.optimize(tiny, x, cache_dir=tmp_path / "other")(x)
@@ -143,12 +143,15 @@ def test_without_a_place_for_the_choice_it_is_not_kept(tiny, tmp_path, monkeypat
     elif how == "a folder in the way":
         (file,) = (tmp_path / "other").rglob("*.json")
         (cache / file.relative_to(tmp_path / "other")).mkdir(parents=True)
-    with pytest.warns(UserWarning, match="the choice is not kept"), full_disk(8 if how == "a full disk" else 2**30):
+    with (
+        pytest.warns(UserWarning, match="choice of a backend cannot be cached"),
+        full_disk(8 if how == "a full disk" else 2**30),
+    ):
         fast = res2net_zoo.optimize(tiny, x, cache_dir=cache)
     assert relative_error(fast(x), expected) < 1e-4 and set(fast.milliseconds) == {"native", "eager"}
 
 
-def test_a_choice_that_is_a_pipe_or_deep_is_made_anew(tiny, tmp_path, monkeypatch):
+def test_cached_choice_that_is_a_pipe_or_nested_json(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(optimization, "candidates", lambda device: ["eager"])
     res2net_zoo.optimize(tiny, images(1, 3, 32, 32), cache_dir=tmp_path)
     (file,) = tmp_path.rglob("*.json")
@@ -162,14 +165,14 @@ def test_a_choice_that_is_a_pipe_or_deep_is_made_anew(tiny, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_what_a_backend_is_fed(tiny, tmp_path, backend):
-    """No images; one that holds no numbers among others; a number of images that two threads are first to bring."""
+def test_unusual_inputs(tiny, tmp_path, backend):
+    """No images; one image with NaN; a new batch size from two threads at once."""
     x = images(3, 3, 64, 64)
     fast = res2net_zoo.optimize(tiny, x, backend=backend, cache_dir=tmp_path)
     assert fast.backend == backend
     assert fast(x[:0]).shape == (0, 10) and fast(x[:0]).dtype == torch.float32
     for bad in (x[0], x[:, 0]):
-        with pytest.raises(ValueError, match=r"give \(N, C, H, W\)"):
+        with pytest.raises(ValueError, match=r"not \(N, C, H, W\)"):
             fast(bad)
     with torch.no_grad():
         expected = tiny(x)
@@ -194,8 +197,8 @@ def test_what_a_backend_is_fed(tiny, tmp_path, backend):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
-def test_few_networks_are_kept(tiny, tmp_path, monkeypatch, backend):
-    """One for the example, and one for any number of images of each of the last few other sizes."""
+def test_few_networks_are_cached(tiny, tmp_path, monkeypatch, backend):
+    """One for the example, and one with a dynamic batch size for each of the last few other sizes."""
     alive = weakref.WeakSet()
     to_onnx = export.to_onnx
 
@@ -229,7 +232,7 @@ def test_few_networks_are_kept(tiny, tmp_path, monkeypatch, backend):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"backend": "warp"}', '{"backend": "cudagraphs"}'])
-def test_a_broken_choice_is_made_anew(tiny, tmp_path, monkeypatch, text):
+def test_damaged_choice_is_repeated(tiny, tmp_path, monkeypatch, text):
     monkeypatch.setattr(optimization, "candidates", lambda device: ["native", "eager"])
     res2net_zoo.optimize(tiny, images(1, 3, 32, 32), cache_dir=tmp_path)
     (file,) = tmp_path.rglob("*.json")
@@ -238,7 +241,7 @@ def test_a_broken_choice_is_made_anew(tiny, tmp_path, monkeypatch, text):
     assert json.loads(file.read_text())["backend"] in ("native", "eager")
 
 
-def test_a_backend_that_fails_is_replaced_with_a_warning_that_says_why(tiny, tmp_path, monkeypatch):
+def test_failing_backend_is_replaced_with_a_warning(tiny, tmp_path, monkeypatch):
     def broken(*args):
         raise RuntimeError("no such luck\nand more")
 
@@ -248,18 +251,18 @@ def test_a_backend_that_fails_is_replaced_with_a_warning_that_says_why(tiny, tmp
         fast = res2net_zoo.optimize(tiny, images(1, 3, 32, 32), backend="native", cache_dir=tmp_path)
     assert fast.backend == "eager"
     monkeypatch.setattr(optimization, "candidates", lambda device: ["eager"])
-    with pytest.warns(UserWarning, match="CUDA graphs are for NVIDIA's GPUs"):
+    with pytest.warns(UserWarning, match="CUDA graphs need an NVIDIA GPU"):
         fast = res2net_zoo.optimize(tiny, images(1, 3, 32, 32), backend="cudagraphs", cache_dir=tmp_path)
 
 
-def test_a_backend_that_computes_something_else_is_not_taken(tiny, tmp_path, monkeypatch):
+def test_backend_with_wrong_logits_is_not_used(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(optimization, "candidates", lambda device: ["native", "eager"])
     monkeypatch.setitem(optimization.BACKENDS, "native", lambda model, *_: lambda x: 1.001 * model(x))
-    with pytest.warns(UserWarning, match="off by 0.001"):
+    with pytest.warns(UserWarning, match="differ by 0.001"):
         assert res2net_zoo.optimize(tiny, images(1, 3, 32, 32), cache_dir=tmp_path).backend == "eager"
 
 
-def test_a_model_that_no_compiler_understands_runs_all_the_same(tmp_path, monkeypatch):
+def test_untraceable_model_runs_in_eager_mode(tmp_path, monkeypatch):
     class Strange(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -278,25 +281,25 @@ def test_a_model_that_no_compiler_understands_runs_all_the_same(tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "words"),
     [
-        (dict(precision="float8"), "precision is 'float8'; there are float32, bfloat16, float16"),
-        (dict(precision="float16"), "float16 is for GPUs"),
-        (dict(backend="tensorrt"), "backend is 'tensorrt'; there are auto, native"),
-        (dict(example_input=torch.zeros(3, 32, 32)), r"give images as \(N, C, H, W\)"),
-        (dict(example_input=torch.zeros(0, 3, 32, 32)), r"give images as \(N, C, H, W\)"),
-        (dict(example_input=torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), r"give images as \(N, C, H, W\)"),
-        (dict(model=nn.Conv2d(3, 4, 1)), "no table of logits"),
+        (dict(precision="float8"), "precision is 'float8'; it must be one of float32, bfloat16, float16"),
+        (dict(precision="float16"), "float16 needs a GPU"),
+        (dict(backend="tensorrt"), "backend is 'tensorrt'; it must be one of auto, native"),
+        (dict(example_input=torch.zeros(3, 32, 32)), r"it must be \(N, C, H, W\) floats"),
+        (dict(example_input=torch.zeros(0, 3, 32, 32)), r"it must be \(N, C, H, W\) floats"),
+        (dict(example_input=torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), r"it must be \(N, C, H, W\) floats"),
+        (dict(model=nn.Conv2d(3, 4, 1)), r"not logits \(N, classes\)"),
         (dict(example_input=torch.full((1, 3, 32, 32), float("nan"))), "example_input has NaN or infinite values"),
     ],
 )
-def test_bad_arguments(tiny, arguments, says):
-    with pytest.raises(ValueError, match=says):
+def test_invalid_arguments(tiny, arguments, words):
+    with pytest.raises(ValueError, match=words):
         res2net_zoo.optimize(**{"model": tiny, "example_input": torch.zeros(1, 3, 32, 32), **arguments})
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_timms_tool_folds_the_blocks(name):
+def test_reparameterize_model_folds_the_blocks(name):
     model = spread(timm.create_model(name, num_classes=7, **SMALL[name])).eval()
     folded = reparameterize_model(model)
     kinds = [(path, type(module)) for path, module in folded.named_modules() if isinstance(module, nn.BatchNorm2d)]
@@ -308,7 +311,7 @@ def test_timms_tool_folds_the_blocks(name):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_padded_widths_change_nothing(name):
+def test_padded_widths_keep_the_output(name):
     model = spread(timm.create_model(name, num_classes=7, **SMALL[name])).eval()
     padded, x = optimization.fold_batch_norm(model, 16), images(2, 3, 64, 64)
     with torch.no_grad():
@@ -318,24 +321,24 @@ def test_padded_widths_change_nothing(name):
     assert widths or "next" in name
 
 
-def test_other_norms_are_left():
+def test_other_norms_are_kept():
     model = timm.create_model("res2net_tiny", norm_layer="groupnorm1").eval()
     with torch.no_grad():
         assert relative_error(reparameterize_model(model)(images(1, 3, 64, 64)), model(images(1, 3, 64, 64))) < 1e-6
 
 
-def test_importing_the_package_does_not_import_what_optimizes(program):
+def test_importing_the_package_does_not_import_backends(program):
     rooms = ("res2net_zoo.inference", "res2net_zoo.kernels.cpu_network")
     code = f"import sys, res2net_zoo; print([m for m in sys.modules if m.startswith({rooms})])"
     assert program("-c", code).stdout.strip() == "[]"
 
 
-def test_unavailable_is_told_by_check():
+def test_check_raises_unavailable():
     with pytest.raises(Unavailable, match=r"returns \(2, 3\) instead of \(2, 4\)"):
         optimization.check(torch.zeros(2, 3), torch.zeros(2, 4), "float32")
-    with pytest.raises(Unavailable, match="off by nan"):
+    with pytest.raises(Unavailable, match="differ by nan"):
         optimization.check(torch.full((2, 3), float("nan")), torch.ones(2, 3), "bfloat16")
 
 
-def test_the_source_is_shipped():
+def test_source_is_in_the_package():
     assert Path(cpu_network.__file__).with_name("cpu_network.cpp").is_file()

@@ -144,7 +144,7 @@ def described(folder: Path) -> dict[str, Any]:
     """Return licence and origin in an export of a folder."""
     name = f"local-dir:{folder}"
     model = create_model(name)
-    return origin_in(export.describe(model, name, origin=of_model(name, model.pretrained_cfg)))  # type: ignore[arg-type]
+    return origin_in(export.export_metadata(model, name, origin=of_model(name, model.pretrained_cfg)))  # type: ignore[arg-type]
 
 
 def origin_in(facts: dict[str, str]) -> dict[str, Any]:
