@@ -235,7 +235,7 @@ def test_labels_of_close_points():
         (["--figure", "a.docx"], "a picture's name ends in"),
         (["--figure", "a.png", "--output", "a.png"], "are both a.png; name two files"),
         (["--figure", "a.png", "--mode", "train"], "--figure draws inference"),
-        (["--figure", "a.png", "--model", "res2net_tiny"], "there is none for res2net_tiny"),
+        (["--figure", "a.png", "--model", "res2net_tiny"], "none is known for res2net_tiny"),
     ],
 )
 def test_invalid_input(in_process, args, words):

@@ -258,7 +258,7 @@ def test_resume_refuses_changed_settings(in_process, tmp_path):
     line = refused(*args)
     assert "holds another run; name another folder, resume that run, or overwrite it" in line
     assert "(--output, --resume, --overwrite)" in line
-    assert "was started with --model res2net_tiny, not res2next50; leave --model out" in refused(
+    assert "was started with --model res2net_tiny, not res2next50; remove --model" in refused(
         "--resume", "--model", "res2next50"
     )
     assert "--lr 0.002, not 0.1" in refused("--resume", "--lr", 0.1)
