@@ -552,7 +552,7 @@ def test_decompression_bomb(voc, trained, tmp_path, in_process, monkeypatch):
         (["--freeze", "some", "--head", "unet"], "some is neither a number of stages nor all"),
         (["--opt", "sgdd", "--head", "unet"], "timm has no optimizer sgdd"),
         (["--sched", "polly", "--head", "unet"], "no schedule polly; did you mean poly?"),
-        (["--output", "docs"], "docs holds other things than a model; name another folder"),
+        (["--output", "docs"], "docs is not empty and not a model folder; name another folder"),
         (
             ["--head-kwargs", "decoder_chanels=8"],
             "DeepLabV3Plus does not know the option decoder_chanels; did you mean decoder_ch",
