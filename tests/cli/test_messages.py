@@ -302,7 +302,7 @@ def test_the_library_names_no_option_and_no_script():
         if re.search(r"(?<![\w-])--[a-z]|\b\w+\.py\b", text)
     }
     assert found == {
-        ("utils/command_line.py", "--help lists what there is"),  # of every parser
+        ("utils/command_line.py", "--help lists all options"),  # of every parser
         ("weights/pretrained.py", " --revision "),  # of `hf download`
     }
 

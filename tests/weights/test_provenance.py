@@ -220,7 +220,7 @@ class TestFromACheckpoint:
         assert facts == expected
         assert "trained from pretrained weights" in (folder / "README.md").read_text()
         assert (
-            f"The weights come from: the checkpoint {NAME} ({URL}), trained from res2net_tiny"
+            f"Origin of the weights: the checkpoint {NAME} ({URL}), trained from res2net_tiny"
             in ModelCard.load(folder / "README.md").text
         )
         check_license(folder)
