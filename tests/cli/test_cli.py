@@ -146,7 +146,8 @@ def test_console_script_imports_the_package_after_parsing():
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """The content of the wheel, in a folder for `sys.path`."""
-    pytest.importorskip("hatchling")
+    for module in ("hatchling", "hatch_fancy_pypi_readme"):
+        pytest.importorskip(module)
     folder = tmp_path_factory.mktemp("wheel")
     build = f"from hatchling.build import build_wheel; print(build_wheel({str(folder)!r}))"
     done = subprocess.run([sys.executable, "-c", build], cwd=ROOT, capture_output=True, text=True, check=True)
