@@ -2,7 +2,7 @@
 
 import sys
 
-from res2net_zoo.cli import main
+from res2net_zoo_cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

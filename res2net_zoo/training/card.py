@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import timm
 import torch
@@ -11,24 +11,37 @@ from huggingface_hub import ModelCard
 
 from res2net_zoo.catalog import Accuracy
 from res2net_zoo.data.preprocessing import color_mode
+from res2net_zoo.evaluation import Counts
 from res2net_zoo.training.data import TrainingData
 from res2net_zoo.training.metrics import best_of
 from res2net_zoo.utils.command_line import printable
 from res2net_zoo.utils.markdown import code_span, markdown, markdown_table
 from res2net_zoo.weights.card import CITATION, model_card_data
-
-if TYPE_CHECKING:
-    from res2net_zoo.training.report import Mistakes, Report
+from res2net_zoo.weights.provenance import Provenance
 
 TEMPLATE = Path(__file__).with_name("card.md")
 MOST_NAMES = 50  # classes that the card lists
 
 
+class Run(Protocol):
+    """What the card states about a run: attributes of `Report`."""
+
+    settings: dict[str, Any]
+    data: TrainingData
+    config: dict[str, Any]
+    origin: Provenance
+    hardware: str
+    command: str
+    metrics: list[dict[str, Any]]
+    samples: int
+    final: Counts | None
+
+
 def training_card(
-    report: "Report",
+    report: Run,
     folder: Path,
     kinds: Sequence[str],
-    mistakes: "Mistakes | None" = None,
+    mistakes: Sequence[tuple[int, int, int, int]] | None = None,
     pictures: Sequence[str] = (),
 ) -> ModelCard:
     """Return the card of the best model of a run.
@@ -37,7 +50,7 @@ def training_card(
         report: The report of the run.
         folder: The model's folder, whose name is that of the model.
         kinds: Weights to choose the best of, as for `best_of`.
-        mistakes: Its mistakes, once training is complete.
+        mistakes: Its most frequent mistakes, as `Mistakes.pairs` returns them, once training is complete.
         pictures: Names of the pictures in the folder.
     """
     data, origin, settings = report.data, report.origin, report.settings
@@ -89,7 +102,7 @@ def facts_of_data(data: TrainingData, settings: dict[str, Any]) -> dict[str, Any
     )
 
 
-def facts_of_run(report: "Report") -> dict[str, Any]:
+def facts_of_run(report: Run) -> dict[str, Any]:
     """Return the template variables about the model and its training."""
     size = report.config["input_size"]
     speeds = [row["images_per_second"] for row in report.metrics if row["images_per_second"]]
@@ -111,11 +124,11 @@ def facts_of_run(report: "Report") -> dict[str, Any]:
     )
 
 
-def mistakes_table(mistakes: "Mistakes", names: Sequence[str]) -> str:
+def mistakes_table(mistakes: Sequence[tuple[int, int, int, int]], names: Sequence[str]) -> str:
     """Return the most frequent mistakes as a Markdown table, or a sentence if there are none."""
     rows = [
         (markdown(names[right]), markdown(names[answer]), number, f"{100 * number / of:.1f}")
-        for right, answer, number, of in mistakes.pairs()
+        for right, answer, number, of in mistakes
     ]
     if not rows:
         return "There are none."

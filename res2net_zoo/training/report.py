@@ -317,5 +317,5 @@ class Report:
             pictures += ["mistakes.png"] * draw_mistakes(self.folder, mistakes, self.data.names)
         else:
             print("plots are skipped: they need matplotlib; pip install 'res2net-zoo[train]'", file=sys.stderr)
-        card = training_card(self, self.folder, ("", "ema_"), mistakes, pictures)
+        card = training_card(self, self.folder, ("", "ema_"), mistakes.pairs(), pictures)
         write_atomically(self.folder / "README.md", card.save)
