@@ -540,7 +540,7 @@ def test_decompression_bomb(voc, trained, tmp_path, in_process, monkeypatch):
         (["--head", "unnet"], "does not support the head unnet; supported: deeplabv3plus, unet, fpn"),
         (["--head", "unet", "--batch-size", 17], "16 images to train on, and a step takes 17"),
         (["--head", "fpn", "--output-stride", 8], "fpn needs features of stride 32, not 8"),
-        (["--model", "dla60_res2net"], "DLA has 32 alone"),
+        (["--model", "dla60_res2net"], "DLA supports only 32"),
         (["--recipe", "segmentation_vok"], "did you mean segmentation_voc"),
         (["--model", "res2net50_26w"], "did you mean"),
         (
