@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> int:
     from res2net_zoo.utils.console import similar_path
     from res2net_zoo.utils.errors import InputError
     from res2net_zoo.utils.files import check_can_make, locked
-    from res2net_zoo.weights import originals
+    from res2net_zoo.weights import downloads
     from res2net_zoo.weights.model_folder import write_converted
 
     (checkpoint,) = catalog.choose([args.model])
@@ -55,14 +55,14 @@ def main(args: argparse.Namespace) -> int:
         raise InputError(f"--output {args.output} is not empty and not a model folder; name a new folder")
     with locked(args.output):
         if source.startswith(("https://", "http://")):
-            with originals.original(source) as path:
-                state, metadata = originals.read_original(path, checkpoint, source)
+            with downloads.original(source) as path:
+                state, metadata = downloads.read_original(path, checkpoint, source)
                 write_converted(args.output, checkpoint, state, metadata)
         else:
-            state, metadata = originals.read_original(Path(source), checkpoint)
+            state, metadata = downloads.read_original(Path(source), checkpoint)
             write_converted(args.output, checkpoint, state, metadata)
     name, checked = checkpoint.name, "as published" if checkpoint.sha256 else "not verified: no hash was published"
-    if not originals.is_released(checkpoint, metadata):
+    if not downloads.is_released(checkpoint, metadata):
         name, checked = checkpoint.architecture, f"different from {checkpoint.name}"
     print(f"{name} in {args.output}: SHA-256 of the original {metadata['source_sha256']}, {checked}")
     return 0

@@ -13,7 +13,7 @@ from res2net_zoo.hub.verify import Check, verify
 from res2net_zoo.utils import hub_client
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import check_can_make, sweep
-from res2net_zoo.weights import fingerprint, originals
+from res2net_zoo.weights import downloads, fingerprint
 from res2net_zoo.weights.model_folder import write_converted
 
 PARTIAL = ".partial"
@@ -48,8 +48,8 @@ def mirror(checkpoint: Checkpoint, root: Path) -> str:
                 f"{checkpoint.name} has no direct download: {checkpoint.notes}; convert a local copy into {folder} by "
                 "`res2net-zoo convert`"
             )
-        with originals.original(checkpoint.url) as path:
-            state, metadata = originals.read_original(path, checkpoint, checkpoint.url)
+        with downloads.original(checkpoint.url) as path:
+            state, metadata = downloads.read_original(path, checkpoint, checkpoint.url)
             write_converted(folder, checkpoint, state, metadata)
     except OSError as error:
         raise InputError(f"cannot write into {root}: {error.strerror or error}; run it again to continue") from error

@@ -65,7 +65,7 @@ def build_model(model_cls: Any, variant: str, pretrained: bool, **kwargs) -> Any
             registered = get_pretrained_cfg(checkpoint.name)
             ours = registered is not None and (cfg.url, cfg.hf_hub_id) == (registered.url, registered.hf_hub_id)
         if ours and checkpoint and (not cfg.hf_hub_id or os.environ.get("RES2NET_ZOO_MIRROR")):
-            from res2net_zoo.weights.originals import converted
+            from res2net_zoo.weights.downloads import converted
 
             file = converted(checkpoint, kwargs.get("cache_dir"))
             kwargs["pretrained_cfg_overlay"] = {**overlay, "file": str(file)}

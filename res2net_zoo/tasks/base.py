@@ -27,9 +27,9 @@ from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import finish_replacing
 from res2net_zoo.weights import model_config
 from res2net_zoo.weights.convert import explain
+from res2net_zoo.weights.downloads import save_weights
 from res2net_zoo.weights.model_folder import replaced_folder, write_backbone
 from res2net_zoo.weights.model_names import parse_name
-from res2net_zoo.weights.originals import save_weights
 from res2net_zoo.weights.pretrained import create_model
 from res2net_zoo.weights.provenance import KEY, Provenance, of_folder, of_model
 

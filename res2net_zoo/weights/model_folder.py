@@ -20,7 +20,7 @@ from res2net_zoo.utils.files import finish_replacing, is_temporary, make_readabl
 from res2net_zoo.utils.private_apis import save_config_for_hf
 from res2net_zoo.weights import card as cards
 from res2net_zoo.weights import fingerprint
-from res2net_zoo.weights.originals import is_released, save_weights
+from res2net_zoo.weights.downloads import is_released, save_weights
 from res2net_zoo.weights.provenance import KEY, UNKNOWN, Provenance, of_converted
 
 EVAL_RESULTS = ".eval_results"

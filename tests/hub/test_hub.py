@@ -22,7 +22,7 @@ from res2net_zoo.hub import publish as publishing
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import sha256_of
 from res2net_zoo.weights import fingerprint
-from res2net_zoo.weights.originals import save_weights
+from res2net_zoo.weights.downloads import save_weights
 from tests.conftest import ROOT, SHIPPED_MODEL, full_disk, input_error, read_tree
 from tests.hub_server import OTHER_TOKEN, READ_TOKEN, TOKEN, Hub, serve
 from tests.weights.test_weights import NAME, model, original  # noqa: F401  fixtures

@@ -22,7 +22,7 @@ from res2net_zoo import catalog
 from res2net_zoo.hub.publish import LicenseError, check_license
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.hub_client import TRIES
-from res2net_zoo.weights import originals
+from res2net_zoo.weights import downloads
 from tests.conftest import ROOT, full_disk, input_error, read_tree, spread
 from tests.hub_server import Hub, hasten, serve
 from tests.weights.test_convert import write
@@ -69,7 +69,7 @@ def point_to(monkeypatch: pytest.MonkeyPatch, hub: Hub, **changes: str) -> None:
     monkeypatch.setitem(catalog.load().checkpoints, NAME, checkpoint)
 
 
-def downloads(hub: Hub) -> int:
+def count_downloads(hub: Hub) -> int:
     return sum(request.startswith("GET") and "original.pdparams" in request for request in hub.requests)
 
 
@@ -91,17 +91,17 @@ def test_pretrained_weights_from_the_release(hub, model, original):
             ours = timm.create_model(NAME, pretrained=True).eval()
         assert sum("could not be verified" in str(w.message) for w in caught) == 1
         assert torch.equal(ours(x), model(x))
-        before = downloads(hub)
+        before = count_downloads(hub)
         assert before >= 1 and left_over() == ["model.safetensors"]
         small = timm.create_model(NAME, pretrained=True, num_classes=3, in_chans=1).eval()
         assert small(x[:, :1]).shape == (1, 3)
         assert torch.equal(small.layer1[0].conv1.weight, model.layer1[0].conv1.weight)
         features = timm.create_model("res2net50_vd_26w_4s", pretrained=True, features_only=True).eval()
         assert torch.equal(features(x)[-1], model.forward_features(x))
-        assert downloads(hub) == before
+        assert count_downloads(hub) == before
     with safe_open(converted_file(), "pt") as file:
         metadata = file.metadata()
-    assert metadata["source"].endswith("original.pdparams") and metadata["source_sha256"] == originals.sha256_of(
+    assert metadata["source"].endswith("original.pdparams") and metadata["source_sha256"] == downloads.sha256_of(
         original
     )
 
@@ -119,9 +119,9 @@ def test_interrupted_download_is_resumed_by_the_next_call(hub, original, recwarn
     assert left_over() == ["original.part"] and hub.faults == []
     hub.requests.clear()
     timm.create_model(NAME, pretrained=True)  # one request and its redirect
-    assert downloads(hub) == 2 and left_over() == ["model.safetensors"]
+    assert count_downloads(hub) == 2 and left_over() == ["model.safetensors"]
     with safe_open(converted_file(), "pt") as file:
-        assert file.metadata()["source_sha256"] == originals.sha256_of(original)
+        assert file.metadata()["source_sha256"] == downloads.sha256_of(original)
 
 
 @pytest.mark.first_case
@@ -130,7 +130,7 @@ def test_temporary_failures_are_retried(hub, original, recwarn, fault):
     (hub.fail if "status" in fault else hub.cut)("original.pdparams", **fault)
     timm.create_model(NAME, pretrained=True)
     with safe_open(converted_file(), "pt") as file:
-        assert file.metadata()["source_sha256"] == originals.sha256_of(original)
+        assert file.metadata()["source_sha256"] == downloads.sha256_of(original)
 
 
 @pytest.mark.full
@@ -174,7 +174,7 @@ def test_unwritable_cache(hub, monkeypatch, in_process, tmp_path):
 
 
 def test_corrupted_weights_are_detected_before_use(hub, original, monkeypatch):
-    point_to(monkeypatch, hub, sha256=originals.sha256_of(original)[:8])
+    point_to(monkeypatch, hub, sha256=downloads.sha256_of(original)[:8])
     hub.corrupt("original.pdparams", at_byte=50_000_000)
     with pytest.raises(InputError, match="is not the released"):
         timm.create_model(NAME, pretrained=True)
@@ -223,7 +223,7 @@ def test_mirror_takes_precedence(hub, monkeypatch, tmp_path, model):
     for name in (NAME, "res2net50_vd_26w_4s.pd_in1k"):
         (tmp_path / "mirror" / name).mkdir(parents=True)
     state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-    originals.save_weights(state, tmp_path / "mirror" / NAME / "model.safetensors", {})
+    downloads.save_weights(state, tmp_path / "mirror" / NAME / "model.safetensors", {})
     monkeypatch.setenv("RES2NET_ZOO_MIRROR", str(tmp_path / "mirror"))
     ours = timm.create_model(NAME, pretrained=True)
     assert torch.equal(ours.fc.weight, model.fc.weight) and not hub.requests
@@ -237,10 +237,10 @@ def test_concurrent_processes_download_once(hub, tmp_path):
     script = tmp_path / "load.py"
     script.write_text(
         "import sys, warnings; warnings.simplefilter('ignore')\n"
-        "from res2net_zoo import catalog; from res2net_zoo.weights import originals\n"
+        "from res2net_zoo import catalog; from res2net_zoo.weights import downloads\n"
         f"checkpoint = catalog.load().checkpoints['{NAME}']\n"
         f"object.__setattr__(checkpoint, 'url', '{hub.endpoint}/{FILE}')\n"
-        f"print(originals.sha256_of(originals.converted(checkpoint, '{tmp_path / 'cache'}')))\n"
+        f"print(downloads.sha256_of(downloads.converted(checkpoint, '{tmp_path / 'cache'}')))\n"
     )
     env = {**os.environ, "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
     runs = [subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=env) for _ in range(4)]
@@ -252,7 +252,7 @@ def test_concurrent_processes_download_once(hub, tmp_path):
 @pytest.mark.full
 def test_save_weights_is_reproducible(tmp_path):
     script = (
-        "import sys, torch; from res2net_zoo.weights.originals import *; path = Path(sys.argv[1])\n"
+        "import sys, torch; from res2net_zoo.weights.downloads import *; path = Path(sys.argv[1])\n"
         "save_weights({'b': torch.ones(3), 'a': torch.zeros(2, 2)}, path, dict(x='1', y='2', z='3', w='4'))\n"
         "print(sha256_of(path))"
     )
@@ -277,7 +277,7 @@ class TestConvertCommand:
         for _ in range(2):
             result = in_process("hub/convert.py", *args)
             assert result.returncode == 0, result.stderr
-            assert originals.sha256_of(original) in result.stdout
+            assert downloads.sha256_of(original) in result.stdout
             contents.append(read_tree(folder))
         weights_and_more = ["README.md", "config.json", "fingerprint.json", "model.safetensors"]
         assert contents[0] == contents[1] and sorted(contents[0]) == [
@@ -345,7 +345,7 @@ class TestConvertCommand:
             "converter": "1",
             "format": "pt",
             "source": url,
-            "source_sha256": originals.sha256_of(original),
+            "source_sha256": downloads.sha256_of(original),
         }
         # An old folder is kept if the new one cannot be written.
         before = read_tree(out)
