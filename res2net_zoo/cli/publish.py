@@ -84,9 +84,10 @@ def main(args: argparse.Namespace) -> int:
 
 def publish_one(args: argparse.Namespace, folder: Path, repo_id: str) -> "publish.UploadPlan":
     """Publish a folder, or print what would be uploaded."""
+    from res2net_zoo.cli.verify import checks_of
     from res2net_zoo.hub import publish
 
-    publish.check_folder(folder)
+    publish.check_folder(folder, checks_of)
     if args.dry_run:
         return show_plan(args, folder, repo_id)
     plan = publish.make_plan(folder, repo_id, args.revision, args.private)

@@ -14,8 +14,13 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from res2net_zoo.cli.command import command, parser_of
+
+if TYPE_CHECKING:
+    from res2net_zoo.catalog import Checkpoint
+    from res2net_zoo.weights.verification import Check
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -28,12 +33,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 @command(parse_args)
 def main(args: argparse.Namespace) -> int:
     from res2net_zoo import catalog
-    from res2net_zoo.hub import verify
     from res2net_zoo.utils import hub_client
     from res2net_zoo.utils.console import printable, similar_path
     from res2net_zoo.utils.errors import InputError
     from res2net_zoo.utils.markdown import markdown_table
     from res2net_zoo.weights.model_names import check_folder, is_path
+    from res2net_zoo.weights.verification import Check
 
     checks = []
     source, colon, name = args.model.partition(":")
@@ -48,10 +53,10 @@ def main(args: argparse.Namespace) -> int:
         raise InputError(f"there is no model folder {args.model}{similar_path(folder) or '; a repository is ORG/NAME'}")
     else:
         folder = hub_client.snapshot(args.model, args.revision)
-        checks.append(verify.Check("files", f"those of commit {folder.name}", "as on the Hub", True))
+        checks.append(Check("files", f"those of commit {folder.name}", "as on the Hub", True))
     # A repository in the catalogue must contain its checkpoint.
     known = [c for c in catalog.load().checkpoints.values() if c.hub_id == args.model]
-    checks += verify.verify(folder, known[0] if known else None)
+    checks += checks_of(folder, known[0] if known else None)
     results = {True: "passed", False: "FAILED", None: "-"}
     # Sixteen digits identify a hash; fingerprint.json and the catalogue hold all of them.
     short = [[re.sub(r"\b([0-9a-f]{16})[0-9a-f]{24,}", r"\1...", text) for text in check[:3]] for check in checks]
@@ -64,3 +69,19 @@ def main(args: argparse.Namespace) -> int:
     sure = any(check.passed and check.what.startswith("SHA-256") for check in checks)
     print(f"{printable(args.model)}: passed" + ("" if sure else "; the expected hash of its weights is unknown"))
     return 0
+
+
+def checks_of(folder: Path, wanted: "Checkpoint | None" = None) -> "list[Check]":
+    """Check the folder of a classifier or of a model for a task.
+
+    Args:
+        folder: The folder.
+        wanted: The checkpoint that a classifier must be; None to identify it by its own metadata.
+    """
+    from res2net_zoo.weights import verification
+
+    if verification.is_of_task(folder):
+        from res2net_zoo.tasks.verification import verify  # imports the libraries of the tasks
+
+        return verify(folder)
+    return verification.verify(folder, wanted)

@@ -1,1 +1,1 @@
-"""Publish, verify and mirror model folders."""
+"""Publish and mirror model folders."""

@@ -9,12 +9,12 @@ import filelock
 from huggingface_hub.utils import WeakFileLock
 
 from res2net_zoo.catalog import Checkpoint
-from res2net_zoo.hub.verify import Check, verify
 from res2net_zoo.utils import hub_client
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import check_can_make, sweep
 from res2net_zoo.weights import downloads, fingerprint
 from res2net_zoo.weights.model_folder import write_converted
+from res2net_zoo.weights.verification import Check, verify
 
 PARTIAL = ".partial"
 

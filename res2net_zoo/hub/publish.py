@@ -3,6 +3,7 @@
 import hashlib
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFound
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
 from res2net_zoo import catalog
-from res2net_zoo.hub import verify
 from res2net_zoo.utils.errors import InputError, one_line
 from res2net_zoo.utils.files import open_regular, sha256_of
 from res2net_zoo.utils.hub_client import (
@@ -27,6 +27,7 @@ from res2net_zoo.utils.hub_client import (
 )
 from res2net_zoo.weights.model_folder import EVAL_RESULTS
 from res2net_zoo.weights.provenance import of_folder
+from res2net_zoo.weights.verification import Check, identify, read_card
 
 COLLECTION = "Res2Net Zoo"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle", ".pdparams", ".joblib", ".npy", ".npz")
@@ -127,14 +128,18 @@ def check_inside(folder: Path, path: str) -> None:
         pass
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, verify: Callable[[Path], list[Check]]) -> None:
     """Check that a folder verifies and has a model card.
+
+    Args:
+        folder: The folder.
+        verify: Returns the checks of a folder of its kind, a classifier's or a task's.
 
     Raises:
         InputError: It is not a model folder, or a check fails.
     """
     files_of(folder)
-    if failed := [check for check in verify.verify(folder) if check.passed is False]:
+    if failed := [check for check in verify(folder) if check.passed is False]:
         what, found, expected, _ = failed[0]
         if what == "card":
             raise InputError(f"{found}; nothing was uploaded")
@@ -149,7 +154,7 @@ def license_of(folder: Path) -> str | None:
     Raises:
         InputError: The card cannot be read.
     """
-    license = verify.read_card(folder).data.get("license")
+    license = read_card(folder).data.get("license")
     return license if isinstance(license, str) else None
 
 
@@ -162,7 +167,7 @@ def check_license(folder: Path) -> None:
     """
     advice = "publish it to a private repository, or despite its licence if you have permission"
     ways = ("private", "despite_license")
-    checkpoint, license, origin = verify.identify(folder), license_of(folder), of_folder(folder)
+    checkpoint, license, origin = identify(folder), license_of(folder), of_folder(folder)
     if checkpoint and checkpoint.license_note:
         raise LicenseError(
             f"the licence of {checkpoint.name} may not cover its weights ({checkpoint.license}: "

@@ -28,9 +28,9 @@ def model_folder(path: Path) -> None:
     from PIL import Image
     from timm.data import create_transform, resolve_model_data_config
 
-    from res2net_zoo.hub.verify import verify
     from res2net_zoo.utils.errors import InputError
     from res2net_zoo.weights.pretrained import create_model
+    from res2net_zoo.weights.verification import verify
 
     if any(check.passed is False for check in verify(path)):
         raise InputError("verify has found something else than expected")

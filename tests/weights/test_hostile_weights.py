@@ -23,11 +23,11 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from res2net_zoo.hub.verify import verify
 from res2net_zoo.training.checkpoints import Checkpoints
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.weights.convert import read_mindspore, read_paddle, read_torch
 from res2net_zoo.weights.pretrained import create_model
+from res2net_zoo.weights.verification import verify
 from tests.conftest import ROOT
 from tests.weights.test_convert import mindspore_value, refuse, varint
 

@@ -1,7 +1,4 @@
-"""Verify a model folder: hashes, strict loading, preprocessing, fingerprint.
-
-A folder of a model of `tasks` has no fingerprint; it is loaded, and its backbone is compared with the network.
-"""
+"""Verify a model folder: hashes, strict loading, preprocessing, fingerprint."""
 
 import math
 from pathlib import Path
@@ -18,7 +15,7 @@ from res2net_zoo import catalog
 from res2net_zoo.catalog import Checkpoint
 from res2net_zoo.utils import card_metadata
 from res2net_zoo.utils.errors import InputError, one_line
-from res2net_zoo.utils.files import open_regular, read_json, sha256_of
+from res2net_zoo.utils.files import read_json, sha256_of
 from res2net_zoo.weights import fingerprint, model_config
 from res2net_zoo.weights.convert import explain
 from res2net_zoo.weights.model_config import ModelConfig
@@ -56,8 +53,6 @@ def verify(folder: Path, wanted: Checkpoint | None = None) -> list[Check]:
     Raises:
         InputError: It is not a model folder.
     """
-    if is_of_task(folder):
-        return _verify_task(folder)
     config, name = read_config(folder)
     cfg = config.pretrained_cfg
     checkpoint = wanted or identify(folder)
@@ -86,10 +81,10 @@ def verify(folder: Path, wanted: Checkpoint | None = None) -> list[Check]:
         # Some releases publish only the first digits.
         checks.append(row._replace(passed=source.startswith(known)) if known else row)
     checks.append(Check("strict load", f"{len(tensors)} tensors", every, True))
-    checks += [_values(tensors), _origin(folder)]
+    checks += [check_values(tensors), check_provenance(folder)]
     if checkpoint:
         checks.append(_preprocessing(cfg, checkpoint))
-    checks += _card(folder)
+    checks += check_card(folder)
     if not stored:
         return [*checks, Check("logits", "-", "no fingerprint.json", None)]
     try:
@@ -109,42 +104,18 @@ def is_of_task(folder: Path) -> bool:
         return False
 
 
-def _verify_task(folder: Path) -> list[Check]:
-    from res2net_zoo import tasks
-
-    every = "every tensor exactly once"
-    try:
-        model = tasks.load(str(folder))
-        network = model.state_dict()
-    except InputError as error:
-        return [Check("strict load", str(error), every, False)]
-    try:
-        with open_regular(folder / "backbone" / WEIGHTS):
-            backbone = load_file(folder / "backbone" / WEIGHTS)
-    except (InputError, SafetensorError, OSError) as error:
-        return [Check("backbone", one_line(error), "the network's", False)]
-    features = model.features.state_dict()
-    same = features.keys() == backbone.keys() and all(torch.equal(features[key], backbone[key]) for key in features)
-    return [
-        Check(f"SHA-256 of {WEIGHTS}", sha256_of(folder / WEIGHTS), "not recorded", None),
-        Check("strict load", f"{len(network)} tensors", every, True),
-        _values(network),
-        _origin(folder),
-        *_card(folder),
-        Check("backbone", "the network's" if same else "another", "the network's", same),
-    ]
-
-
-def _origin(folder: Path) -> Check:
+def check_provenance(folder: Path) -> Check:
+    """Report a folder's provenance, which no other record can confirm."""
     return Check("provenance", str(of_folder(folder)), "-", None)
 
 
-def _values(tensors: dict[str, torch.Tensor]) -> Check:
+def check_values(tensors: dict[str, torch.Tensor]) -> Check:
+    """Check that all floating-point tensors are finite."""
     odd = [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     return Check("values", f"NaN or infinite in {odd[0]}" if odd else "finite", "finite", not odd)
 
 
-def _card(folder: Path) -> list[Check]:
+def check_card(folder: Path) -> list[Check]:
     """Check that a folder's README.md is a model card with metadata and a licence.
 
     Returns:
