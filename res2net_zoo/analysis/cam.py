@@ -113,7 +113,7 @@ def activation_maps(
     return heat, logits
 
 
-def load(model: Any, path: str) -> torch.Tensor:
+def load_image(model: Any, path: str) -> torch.Tensor:
     """Read an image and preprocess it for a model.
 
     Returns:

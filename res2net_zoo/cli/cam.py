@@ -88,7 +88,7 @@ def main(args: argparse.Namespace) -> int:
     rows, scores = [], []
     for i, path in enumerate(progress_bar(accelerator, paths, desc="cam", unit="image")):
         # Without a given class, the first model has to predict it first.
-        shown = [cam.load(model, path) for model in models]
+        shown = [cam.load_image(model, path) for model in models]
         if wanted:
             index = wanted[i]
         else:

@@ -125,11 +125,11 @@ def facts_of_run(report: Run) -> dict[str, Any]:
 
 
 def mistakes_table(mistakes: Sequence[tuple[int, int, int, int]], names: Sequence[str]) -> str:
-    """Return the most frequent mistakes as a Markdown table, or a sentence if there are none."""
+    """Return a sentence and a Markdown table of the most frequent mistakes, or a sentence if there are none."""
     rows = [
         (markdown(names[right]), markdown(names[answer]), number, f"{100 * number / of:.1f}")
         for right, answer, number, of in mistakes
     ]
     if not rows:
-        return "There are none."
-    return markdown_table(("class", "prediction", "images", "% of the class"), rows)
+        return "All images of this split are classified correctly."
+    return "The most frequent, on this split:\n\n" + markdown_table(("class", "prediction", "images", "% of the class"), rows)

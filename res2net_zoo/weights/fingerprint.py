@@ -69,7 +69,7 @@ def difference(ours: list[float], theirs: list[float]) -> float:
     return apart / largest if largest else math.inf if apart else 0.0
 
 
-def load(folder: Path) -> nn.Module:
+def load_model(folder: Path) -> nn.Module:
     """Load the model of a folder on the CPU, strictly, without changing torch's random state."""
     import timm
 
@@ -89,7 +89,7 @@ def of(folder: Path) -> dict[str, Any]:
     import timm
     from timm.data import resolve_model_data_config
 
-    model = load(folder)
+    model = load_model(folder)
     size = resolve_model_data_config(model)["input_size"]
     return {
         "input_size": list(size),
