@@ -4,7 +4,6 @@ Correct predictions are counted as integers. Each process counts its own share o
 padding the last batch, and the counts are summed at the end.
 """
 
-import contextlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -25,7 +24,7 @@ from res2net_zoo.data.preprocessing import Normalize, evaluation_samples
 from res2net_zoo.data.sources import Source, StreamSamples
 from res2net_zoo.utils.console import progress_bar
 from res2net_zoo.utils.errors import InputError
-from res2net_zoo.utils.processes import all_or_none
+from res2net_zoo.utils.processes import all_or_none, autocasting
 from res2net_zoo.utils.shutdown import ignore_job_signals
 
 TOPK = 5
@@ -194,7 +193,7 @@ def count_correct(
     skip_corrupt: bool = False,
     progress: tqdm | None = None,
     observe: Observer | None = None,
-    full_precision: bool = False,
+    forward: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Counts:
     """Count correct predictions for the images of one process.
 
@@ -206,7 +205,7 @@ def count_correct(
         skip_corrupt: Whether to skip images that cannot be decoded.
         progress: Progress bar that counts images.
         observe: Called with each batch, see `Observer`.
-        full_precision: Whether to compute in float32 regardless of the accelerator's precision.
+        forward: Maps images to logits, in place of the model in the accelerator's precision.
 
     Returns:
         This process's counts.
@@ -216,6 +215,7 @@ def count_correct(
             or the model's output is NaN or infinite.
     """
     device = accelerator.device
+    forward = forward or autocasting(model, accelerator)
     normalize = Normalize(model).to(device)
     kept = None if subset is None else torch.tensor(subset, device=device)
     counts = Counts()
@@ -227,8 +227,7 @@ def count_correct(
             pixels = images.to(device, non_blocking=True)
             targets = targets.to(device, non_blocking=True)
             images = normalize(pixels).contiguous(memory_format=torch.channels_last)
-            with contextlib.nullcontext() if full_precision else accelerator.autocast():
-                logits = model(images)
+            logits = forward(images)
             if kept is not None:
                 logits = logits[:, kept]
             correct += count_batch(logits, targets)
@@ -254,7 +253,7 @@ def evaluate(
     skip_corrupt: bool = False,
     desc: str = "validate",
     observe: Observer | None = None,
-    full_precision: bool = False,
+    forward: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Counts:
     """Count correct predictions for all images, on all processes.
 
@@ -268,7 +267,7 @@ def evaluate(
         skip_corrupt: Whether to skip images that cannot be decoded.
         desc: Description on the progress bar.
         observe: Called with each batch of this process, see `Observer`.
-        full_precision: As for `count_correct`.
+        forward: As for `count_correct`.
 
     Returns:
         The counts over all processes, the same in each.
@@ -280,9 +279,7 @@ def evaluate(
     loader = create_loader(source, model, classes, accelerator, batch_size, workers)
     with progress_bar(accelerator, total=source.num_rows, desc=desc, unit="image") as progress:
         counts = all_or_none(
-            lambda: count_correct(
-                model, loader, accelerator, classes.subset, skip_corrupt, progress, observe, full_precision
-            ),
+            lambda: count_correct(model, loader, accelerator, classes.subset, skip_corrupt, progress, observe, forward),
         )
     shares: list[dict[str, Any]] = gather_object([asdict(counts)])
     summed = sum((Counts(**share) for share in shares), Counts())

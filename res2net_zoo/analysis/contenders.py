@@ -238,7 +238,8 @@ def _optimized(model: nn.Module, images: torch.Tensor, precision: Any, contender
 
     if contender.how not in ("auto", "inductor", *candidates(images.device)):
         raise Skipped(f"the backend is unavailable on this machine for {images.device.type}")
-    optimized = optimize(model, images, precision, backend=contender.how)  # type: ignore[arg-type]
+    how: Any = contender.how
+    optimized = optimize(model, images, precision, backend=how, refresh=True)
     if contender.how not in ("auto", optimized.backend):
         raise Skipped(f"it cannot run this model here; {optimized.backend} can")
     return replace(contender, how=optimized.backend), lambda: optimized(images)

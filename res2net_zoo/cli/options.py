@@ -10,6 +10,7 @@ from res2net_zoo.utils.command_line import did_you_mean, within
 IMAGES = "image files, folders, or quoted patterns such as 'a/*.jpg'"
 MODEL = "model name as for timm.create_model (default: %(default)s)"
 SKIP_CORRUPT = "skip images that cannot be decoded, and report them; the exit code is then 1"
+BACKENDS = ("torch", "auto", "native", "openvino", "onnxruntime", "inductor", "inductor-padded", "cudagraphs", "eager")
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # torch's name: Accelerate's
 
 
@@ -33,6 +34,12 @@ def add_machine(add: Callable[..., object], workers: bool = True) -> None:
         metavar=f"{{{','.join(PRECISIONS)}}}",
         help="autocast precision (default: that of `accelerate config`, else float32)",
     )
+
+
+def add_backend(add: Callable[..., object], default: str | None, when: str) -> None:
+    """Add the backend of inference; `when` describes its default."""
+    about = "backend of the model: torch for plain PyTorch, auto for the fastest one"
+    add("--backend", choices=BACKENDS, default=default, help=f"{about} (default: {when})")
 
 
 def mixed_precision(text: str) -> str:

@@ -23,13 +23,15 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from res2net_zoo.cli.command import command, parser_of
-from res2net_zoo.cli.options import IMAGES, MODEL, SKIP_CORRUPT, add_batch_size, add_machine
+from res2net_zoo.cli.options import IMAGES, MODEL, SKIP_CORRUPT, add_backend, add_batch_size, add_machine
 from res2net_zoo.cli.shipped import shipped_model
 from res2net_zoo.utils.command_line import within
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
+
+MANY = 256  # images for which a faster backend saves more time than its choice takes
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,10 +45,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--embeddings", type=Path, help="write path and embedding (pooled features) to a Parquet file")
     add_batch_size(add, 32)
     add_machine(add)
+    add_backend(add, None, f"on a CPU auto for {MANY} images or more without --embeddings, else torch")
     add("--skip-corrupt", action="store_true", help=SKIP_CORRUPT)
     args = parser.parse_args(argv)
     if args.output and args.embeddings and args.output.resolve() == args.embeddings.resolve():
         parser.error(f"--output and --embeddings are both {args.output}; name two files")
+    if args.embeddings and args.backend not in (None, "torch"):
+        parser.error(f"--embeddings needs plain PyTorch; remove --backend {args.backend}")
     return args
 
 
@@ -72,13 +77,14 @@ def main(args: argparse.Namespace) -> int:
         raise InputError(f"{args.model} has no classifier to predict with")
     model = model.to(accelerator.device, memory_format=torch.channels_last)
     names = class_names(model)
+    answer = create_answer(model, len(paths), args, accelerator)
 
     skipped = 0
     steps = range(-(-len(paths) // (args.batch_size * accelerator.num_processes)))
     with contextlib.ExitStack() as stack:
         stack.enter_context(output_errors())
         write = stack.enter_context(writer(args, names)) if accelerator.is_main_process else None
-        batches = predict(model, paths, args, accelerator)
+        batches = predict(model, answer, paths, args, accelerator)
         for _ in progress_bar(accelerator, steps, desc="predict", unit="batch"):
             # In the last batch, some processes may have no image.
             share = all_or_none(lambda: next(batches, []))
@@ -102,8 +108,34 @@ def main(args: argparse.Namespace) -> int:
 Result = tuple[str, str | None, list[float], list[int], "torch.Tensor | None"]
 
 
+# Maps images (N, C, H, W) to logits (N, classes), and to embeddings if they are wanted.
+Answer = Callable[["torch.Tensor"], tuple["torch.Tensor", "torch.Tensor | None"]]
+
+
+def create_answer(model: Any, num_images: int, args: argparse.Namespace, accelerator: "Accelerator") -> Answer:
+    """Return the forward pass, by the fastest backend if there are many images."""
+    from res2net_zoo.inference.forward import create_forward
+
+    if not args.embeddings:
+        fast = accelerator.device.type == "cpu" and num_images >= MANY
+        backend = args.backend or ("auto" if fast else "torch")
+        forward = create_forward(model, backend, accelerator, min(args.batch_size, num_images)).call
+        return lambda images: (forward(images), None)
+
+    def with_embeddings(images: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
+        with accelerator.autocast():
+            features = model.forward_features(images)
+            return model.forward_head(features), model.forward_head(features, pre_logits=True)
+
+    return with_embeddings
+
+
 def predict(
-    model: Any, paths: list[str], args: argparse.Namespace, accelerator: "Accelerator"
+    model: Any,
+    answer: "Answer",
+    paths: list[str],
+    args: argparse.Namespace,
+    accelerator: "Accelerator",
 ) -> Iterator[list[tuple[int, Result]]]:
     """Yield the results of this process batch by batch, each with the index of its image.
 
@@ -138,10 +170,8 @@ def predict(
         if good:
             images = torch.stack([sample.image for sample in good if sample.image is not None])
             images = images.to(accelerator.device).contiguous(memory_format=torch.channels_last)
-            with torch.inference_mode(), accelerator.autocast():
-                features = model.forward_features(images)
-                logits = model.forward_head(features)
-                embeddings = model.forward_head(features, pre_logits=True) if args.embeddings else None
+            with torch.inference_mode():
+                logits, embeddings = answer(images)
             best = logits.float().softmax(dim=1).topk(min(args.topk, logits.shape[1]), dim=1)
             if not best.values.isfinite().all():
                 raise InputError("the model's output is not finite; try another --precision")

@@ -29,17 +29,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from res2net_zoo.cli.command import command, parser_of
-from res2net_zoo.cli.options import SKIP_CORRUPT, add_batch_size, add_machine
+from res2net_zoo.cli.options import PRECISIONS, SKIP_CORRUPT, add_backend, add_batch_size, add_machine
 from res2net_zoo.cli.shipped import as_in_clone, shipped_data, shipped_model
 from res2net_zoo.utils.command_line import within
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
     from res2net_zoo.catalog import Accuracy
     from res2net_zoo.data.labels import Classes
     from res2net_zoo.data.sources import Source
     from res2net_zoo.evaluation import Counts
+
+
+PRECISION_NAMES = {name: torch_name for torch_name, name in PRECISIONS.items()}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -63,6 +67,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     how = parser.add_argument_group("how")
     add_batch_size(how.add_argument, 64)
     add_machine(how.add_argument)
+    add_backend(how.add_argument, "torch", "torch, the reference")
     how.add_argument("--streaming", action="store_true", help="stream the images without caching them")
     how.add_argument("--skip-corrupt", action="store_true", help=SKIP_CORRUPT)
     result = parser.add_argument_group("output")
@@ -119,7 +124,7 @@ def validate(args: argparse.Namespace, accelerator: "Accelerator") -> int:
             "data": args.data,
             "split": source.split,
             "precision": accelerator.mixed_precision,
-            "options": {key: getattr(args, key) for key in ("benchmark", "label_column", "skip_corrupt")},
+            "options": {key: getattr(args, key) for key in ("benchmark", "label_column", "skip_corrupt", "backend")},
         }
         old = next((result for result in results if run.items() <= result.items()), None)
         try:
@@ -194,6 +199,7 @@ def measure(
     from accelerate.utils import broadcast_object_list
 
     from res2net_zoo.data.labels import match_classes
+    from res2net_zoo.inference.forward import create_forward
     from res2net_zoo.utils.console import warn
     from res2net_zoo.utils.errors import InputError
     from res2net_zoo.utils.processes import all_or_none
@@ -221,9 +227,10 @@ def measure(
             accelerator.print(f"{name} is already done")
             return old | compared(old, find_published(accuracies, old["benchmark"], source), args.tolerance)
         accelerator.print(f"{name} is measured again, because of changed or missing records: {', '.join(changed)}")
-    counts = count(name, model, source, classes, args, accelerator)
+    forward = create_forward(model.eval(), args.backend, accelerator, args.batch_size)
+    counts = count(name, model, source, classes, args, accelerator, forward.call)
     benchmark = benchmark or benchmark_of(source, counts.num_rows, num_classes, args.benchmark)
-    result = result_of(counts, benchmark, args, accelerator) | identity
+    result = result_of(counts, benchmark, args, accelerator) | {"backend": forward.backend} | identity
     return compared(result, find_published(accuracies, benchmark, source), args.tolerance)
 
 
@@ -280,6 +287,7 @@ def count(
     classes: "Classes",
     args: argparse.Namespace,
     accelerator: "Accelerator",
+    forward: "Callable[[torch.Tensor], torch.Tensor]",
 ) -> "Counts":
     """Count correct predictions, and warn about images that cannot be decoded."""
     from res2net_zoo.evaluation import evaluate
@@ -295,6 +303,7 @@ def count(
         workers=default_workers(accelerator.device) if args.workers is None else args.workers,
         skip_corrupt=args.skip_corrupt,
         desc=as_in_clone(name),
+        forward=forward,
     )
     if counts.corrupt and accelerator.is_main_process:
         warn(f"{len(counts.corrupt)} corrupt images skipped: {'; '.join(counts.corrupt)}")
@@ -388,6 +397,8 @@ def read_results(path: Path) -> list[dict]:
                 raise InputError(
                     f"{path} was not written by this program: {key} of result {number} {what}; name another --output"
                 )
+        result["options"].setdefault("backend", "torch")  # older versions have no other backend
+        result.setdefault("backend", "torch")
     return results
 
 
@@ -417,7 +428,19 @@ def print_table(results: list[dict]) -> None:
     """Print the results as a table."""
     from res2net_zoo.utils.markdown import markdown_table
 
-    header = ("model", "data", "split", "images", "top-1", "published", "top-5", "published", "images/s", "check")
+    header = (
+        "model",
+        "data",
+        "split",
+        "images",
+        "top-1",
+        "published",
+        "top-5",
+        "published",
+        "backend",
+        "images/s",
+        "check",
+    )
     print(markdown_table(header, [table_row(result) for result in results]))
     sys.stdout.flush()
 
@@ -435,6 +458,7 @@ def table_row(result: dict) -> list[str]:
         percent(result["published_top1"]),
         percent(result["top5"]),
         percent(result["published_top5"]),
+        f"{result['backend']}, {PRECISION_NAMES[result['precision']]}",
         str(result["images_per_second"]),
         {None: "nothing published", True: "passed", False: "FAILED"}[result["passed"]],
     ]

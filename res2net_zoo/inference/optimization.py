@@ -12,7 +12,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ PADDED = 16  # channels that a GPU's matrix units process at a time in half prec
 TOLERANCE = 1e-4  # maximum error of float32 logits, relative to the largest
 ROUNDS = 5  # timings of each backend
 PAUSE = 0.02  # seconds before each timing, in which the threads of the previous backend become idle
+CHANGED = 1.5  # a cached choice is repeated if its time differs by this factor, because the machine was busy or is
 CANNOT_RUN = "the backend {name} cannot run this model here ({error}); another is used"
 CANNOT_RUN_NOW = "{name}, the fastest backend so far, cannot run this model any more ({error})"
 
@@ -80,12 +81,14 @@ def optimize(
     precision: Precision = "float32",
     backend: Backend | Literal["auto"] = "auto",
     cache_dir: str | Path | None = None,
+    refresh: bool = False,
 ) -> Optimized:
     """Optimize a model for inference on this machine.
 
     BatchNorm is folded into the convolutions. With `backend="auto"`, interleaved timings of the example compare the
     backends that are available and ready within seconds (on a GPU: all), and select the fastest. The choice is cached
-    in huggingface_hub's assets cache. The selected backend reproduces the model's logits for the example, in float32
+    with its time in huggingface_hub's assets cache; if the backend's time differs much from it later, the comparison is
+    repeated. The selected backend reproduces the model's logits for the example, in float32
     to 1e-4 of the largest.
 
     Args:
@@ -99,6 +102,7 @@ def optimize(
             (GPU: eager, without the cost of launching kernels), `"eager"`, or `"auto"`. An unavailable
             backend is replaced by the fastest other one, with a warning that gives the reason.
         cache_dir: Folder for cached choices; defaults to huggingface_hub's assets cache.
+        refresh: Whether to compare the backends again instead of using a cached choice.
 
     Returns:
         The model as a function from images to logits.
@@ -120,10 +124,13 @@ def optimize(
         ready = [name for name in ready if name != backend]
 
     key = _key(folded, example, precision, ready)
-    chosen = _read_choice(key, cache_dir, ready)
-    if chosen and (call := _build_or_warn(build, chosen, CANNOT_RUN_NOW)):
-        return Optimized(call, chosen, precision, {}, expected.shape[1])
-    calls = _build_all(build, ready, precision)
+    calls: dict[Backend, Call] = {}
+    kept = None if refresh else _read_choice(key, cache_dir, ready)
+    if kept and (call := _build_or_warn(build, kept.backend, CANNOT_RUN_NOW)):
+        if _takes(call, example, kept.milliseconds):
+            return Optimized(call, kept.backend, precision, {}, expected.shape[1])
+        calls = {kept.backend: call}
+    calls |= _build_all(build, [name for name in ready if name not in calls], precision, required=not calls)
     milliseconds = dict(zip(calls, time_interleaved(list(calls.values()), example), strict=True))
     fastest = min(calls, key=lambda name: milliseconds[name])
     _keep_choice(key, cache_dir, {"backend": fastest, "milliseconds": milliseconds})
@@ -198,11 +205,13 @@ def _build_or_warn(build: Callable[[Backend], Call], name: Backend, warning: str
         return None
 
 
-def _build_all(build: Callable[[Backend], Call], ready: list[Backend], precision: Precision) -> dict[Backend, Call]:
+def _build_all(
+    build: Callable[[Backend], Call], ready: list[Backend], precision: Precision, required: bool
+) -> dict[Backend, Call]:
     """Build a model with each backend that can run it.
 
     Raises:
-        ValueError: No backend can run it.
+        ValueError: No backend can run it, and one is required.
     """
     calls: dict[Backend, Call] = {}
     reasons = []
@@ -213,7 +222,7 @@ def _build_all(build: Callable[[Backend], Call], ready: list[Backend], precision
             reasons.append(f"{name}: {error}")
             if name == "native":  # expected to run everywhere
                 warnings.warn(CANNOT_RUN.format(name=name, error=error), stacklevel=3)
-    if not calls:
+    if required and not calls:
         raise ValueError(f"no backend can run this model here in {precision}: {'; '.join(reasons)}")
     return calls
 
@@ -319,6 +328,12 @@ def time_interleaved(calls: list[Call], example: torch.Tensor) -> list[float]:
     return [1000 * statistics.median(seconds for turn in turns for seconds in turn) for turns in times]
 
 
+def _takes(call: Call, example: torch.Tensor, milliseconds: float) -> bool:
+    """Return whether a backend takes about as long as when it was chosen."""
+    (now,) = time_interleaved([call], example)
+    return milliseconds / CHANGED < now < milliseconds * CHANGED
+
+
 def _key(model: nn.Module, example: torch.Tensor, precision: Precision, ready: list[Backend]) -> str:
     """Return a file name for a choice: a hash of model, images, machine and libraries."""
     device = example.device
@@ -350,14 +365,21 @@ def _choice_path(key: str, cache_dir: str | Path | None) -> Path:
     return cached_assets_path("res2net_zoo", "optimize", "choices", assets_dir=cache_dir) / f"{key}.json"
 
 
-def _read_choice(key: str, cache_dir: str | Path | None, ready: list[Backend]) -> Backend | None:
-    """Return the cached choice of a backend, or None if it is missing or not available any more."""
+class Choice(NamedTuple):
+    """A cached choice: the fastest backend, and its time for the example in milliseconds."""
+
+    backend: Backend
+    milliseconds: float
+
+
+def _read_choice(key: str, cache_dir: str | Path | None, ready: list[Backend]) -> Choice | None:
+    """Return a cached choice, or None if it is missing, invalid or not available any more."""
     try:
         kept = read_json(_choice_path(key, cache_dir))
-    except (OSError, ValueError, InputError):
+        chosen = Choice(kept["backend"], float(kept["milliseconds"][kept["backend"]]))
+    except (OSError, ValueError, TypeError, KeyError, InputError):
         return None
-    chosen = kept.get("backend") if isinstance(kept, dict) else None
-    return chosen if chosen in ready else None
+    return chosen if chosen.backend in ready else None
 
 
 def _keep_choice(key: str, cache_dir: str | Path | None, choice: dict[str, Any]) -> None:

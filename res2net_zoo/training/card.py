@@ -132,4 +132,6 @@ def mistakes_table(mistakes: Sequence[tuple[int, int, int, int]], names: Sequenc
     ]
     if not rows:
         return "All images of this split are classified correctly."
-    return "The most frequent, on this split:\n\n" + markdown_table(("class", "prediction", "images", "% of the class"), rows)
+    return "The most frequent, on this split:\n\n" + markdown_table(
+        ("class", "prediction", "images", "% of the class"), rows
+    )

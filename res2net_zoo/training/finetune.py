@@ -346,7 +346,7 @@ def finish(objective: Classification, check: Callable[[str], str]) -> None:
     best = best.to(accelerator.device, memory_format=torch.channels_last)
     load_everywhere(best, args.output, accelerator)
     mistakes = Mistakes(len(objective.data.names))
-    counts = objective.measure(best, desc="evaluate", observe=mistakes, full_precision=True)
+    counts = objective.measure(best, desc="evaluate", observe=mistakes, forward=best)  # in float32
     mistakes.gather(accelerator)
     if accelerator.is_main_process:
         report.finish(mistakes, objective.state.rates, counts)

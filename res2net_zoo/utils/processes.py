@@ -113,6 +113,18 @@ def start_processes(threads: int | None = None, mixed_precision: str | None = No
     return accelerator
 
 
+def autocasting(
+    model: "Callable[[torch.Tensor], torch.Tensor]", accelerator: "Accelerator"
+) -> "Callable[[torch.Tensor], torch.Tensor]":
+    """Return a model's forward pass in the accelerator's precision."""
+
+    def forward(images: "torch.Tensor") -> "torch.Tensor":
+        with accelerator.autocast():
+            return model(images)
+
+    return forward
+
+
 def default_workers(device: "torch.device") -> int:
     """Return the default number of data-loading workers of a process.
 

@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 
+from res2net_zoo.cli import predict
+from res2net_zoo.inference import optimization
 from res2net_zoo.weights.card import model_card
 from res2net_zoo.weights.model_folder import write_model_folder
 from tests.conftest import SHIPPED_DATA, SHIPPED_MODEL, full_disk, input_error, spread
@@ -79,6 +81,32 @@ def test_every_format_agrees_with_timm(in_process, digits, tmp_path, batch_size)
     assert f"{best.indices[0, 0]} {100 * best.values[0, 0]:.1f}" in shown[2]
 
 
+@pytest.mark.first_case
+@pytest.mark.parametrize("backend", ["native", "openvino", "onnxruntime", "eager"])
+def test_backends_agree_with_timm(in_process, digits, backend):
+    scores, _ = timms(sorted(map(str, digits.rglob("*.png"))))
+    result = in_process(PREDICT, digits, "--backend", backend, "--batch-size", 4, "--format", "jsonl", "--topk", 1)
+    assert result.returncode == 0, result.stderr
+    found = [json.loads(line)["predictions"][0] for line in result.stdout.splitlines()]
+    assert [answer["class"] for answer in found] == scores.argmax(1).tolist()
+    assert [answer["score"] for answer in found] == pytest.approx(scores.amax(1).tolist(), abs=1e-5)
+
+
+def test_many_images_use_the_fastest_backend(in_process, digits, monkeypatch):
+    used = []
+    real = optimization.optimize
+
+    def optimize(model, example, precision, backend):
+        used.append((backend, len(example)))
+        return real(model, example, precision, "eager")
+
+    monkeypatch.setattr(optimization, "optimize", optimize)
+    assert in_process(PREDICT, digits).returncode == 0 and not used
+    monkeypatch.setattr(predict, "MANY", 10)
+    assert in_process(PREDICT, digits, "--batch-size", 8).returncode == 0 and used == [("auto", 8)]
+    assert in_process(PREDICT, digits, "--backend", "torch").returncode == 0 and len(used) == 1
+
+
 @pytest.mark.full
 def test_two_processes_print_the_same_in_the_same_order(program, in_process, digits, tmp_path):
     (digits / "b" / "3_broken.png").write_bytes(b"nothing")
@@ -127,6 +155,7 @@ def test_imagenet_class_names(in_process, digits, tmp_path):
         (["README.md", "--output", "no/such/folder/x.csv"], "cannot write into"),
         (["README.md", "--output", "tests"], "tests is a folder"),
         (["README.md", "--output", "x", "--embeddings", "x"], "name two files"),
+        (["README.md", "--backend", "native", "--embeddings", "x"], "--embeddings needs plain PyTorch"),
         (["README.md", "--model", "local-dir:no/such"], "no model folder"),
         ([], "IMAGE"),
     ],

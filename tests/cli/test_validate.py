@@ -78,6 +78,29 @@ def test_streaming_in_bf16(in_process, tmp_path):
     assert results(tmp_path / "r.json")[0]["samples"] == 360
 
 
+@pytest.mark.parametrize("backend", ["native", "eager", "auto"])
+def test_backends_count_the_same(in_process, tmp_path, backend):
+    """With any backend and batches of any size, and on record: the backend that ran the model."""
+    args = ["--backend", backend, "--batch-size", "47", "--check", "--output", tmp_path / "r.json"]
+    result = in_process(VALIDATE, *args)
+    assert result.returncode == 0, result.stderr
+    (entry,) = results(tmp_path / "r.json")
+    assert (entry["samples"], entry["correct1"], entry["correct5"]) == (360, 360, 360)
+    assert entry["backend"] in (backend, "native", "openvino", "onnxruntime")
+    assert f"{entry['backend']}, float32" in table(result)[0]
+    assert "is already done" in in_process(VALIDATE, *args, "--resume").stdout
+    assert "is already done" not in in_process(VALIDATE, *args, "--resume", "--backend", "torch").stdout
+
+
+@pytest.mark.full
+def test_processes_share_a_backend(program, tmp_path):
+    args = [VALIDATE, "--backend", "auto", "--precision", "bfloat16", "--output", tmp_path / "r.json"]
+    result = program(*args, processes=2)
+    assert result.returncode == 0, result.stderr
+    (entry,) = results(tmp_path / "r.json")
+    assert (entry["samples"], entry["num_processes"]) == (360, 2) and entry["top1"] >= 99.5
+
+
 def copy_with_card(tmp_path: Path, top1: float) -> Path:
     """Copy the shipped model with a card that states another top-1."""
     folder = shutil.copytree(SHIPPED_MODEL, tmp_path / f"claims_{top1}")

@@ -100,12 +100,37 @@ def test_choice_is_cached(tiny, tmp_path):
     assert set(first.milliseconds) == set(CPU_BACKENDS)
     assert first.backend == min(first.milliseconds, key=lambda name: first.milliseconds[name])
     (file,) = tmp_path.rglob("*.json")
-    assert json.loads(file.read_text())["backend"] == first.backend
-    file.write_text(json.dumps({"backend": "eager"}))
-    again = res2net_zoo.optimize(tiny, x, cache_dir=tmp_path)
-    assert (again.backend, again.milliseconds) == ("eager", {})
+    assert json.loads(file.read_text()) == {"backend": first.backend, "milliseconds": first.milliseconds}
     for other in (images(2, 3, 64, 64), images(1, 3, 32, 32)):  # the fastest backend can differ
         assert res2net_zoo.optimize(tiny, other, cache_dir=tmp_path).milliseconds
+
+
+def choose(tiny, tmp_path, monkeypatch, native: float, eager: float, **options):
+    """Optimize a model on a machine where the backends take these times."""
+    takes = {"native": native, "eager": eager}
+    monkeypatch.setattr(optimization, "candidates", lambda device: ["native", "eager"])
+
+    def times(calls, example):  # the native backend is not a function of this package
+        return [takes["native" if isinstance(call, cpu_network.Network) else "eager"] for call in calls]
+
+    monkeypatch.setattr(optimization, "time_interleaved", times)
+    fast = res2net_zoo.optimize(tiny, images(1, 3, 32, 32), cache_dir=tmp_path, **options)
+    return fast.backend, fast.milliseconds
+
+
+def test_cached_choice_is_repeated_if_its_time_changes(tiny, tmp_path, monkeypatch):
+    assert choose(tiny, tmp_path, monkeypatch, native=9, eager=3) == ("eager", {"native": 9, "eager": 3})  # busy
+    assert choose(tiny, tmp_path, monkeypatch, native=1, eager=2.5) == ("eager", {})  # about the same time
+    assert choose(tiny, tmp_path, monkeypatch, native=1, eager=1.9) == ("native", {"native": 1, "eager": 1.9})
+    assert choose(tiny, tmp_path, monkeypatch, native=1.4, eager=1.2) == ("native", {})
+    assert choose(tiny, tmp_path, monkeypatch, native=1.6, eager=1.2) == ("eager", {"native": 1.6, "eager": 1.2})
+
+
+def test_cached_choice_is_repeated_on_request(tiny, tmp_path, monkeypatch):
+    assert choose(tiny, tmp_path, monkeypatch, native=2, eager=1)[0] == "eager"
+    assert choose(tiny, tmp_path, monkeypatch, native=1, eager=1.1) == ("eager", {})
+    assert choose(tiny, tmp_path, monkeypatch, native=1, eager=1.1, refresh=True)[0] == "native"
+    assert choose(tiny, tmp_path, monkeypatch, native=1, eager=1.1) == ("native", {})
 
 
 @pytest.mark.parametrize(
@@ -231,7 +256,17 @@ def test_few_networks_are_cached(tiny, tmp_path, monkeypatch, backend):
     assert len(exported) == 5
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"backend": "warp"}', '{"backend": "cudagraphs"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"backend": "warp"}',
+        '{"backend": "native"}',
+        '{"backend": "cudagraphs", "milliseconds": {"cudagraphs": 1}}',
+    ],
+)
 def test_damaged_choice_is_repeated(tiny, tmp_path, monkeypatch, text):
     monkeypatch.setattr(optimization, "candidates", lambda device: ["native", "eager"])
     res2net_zoo.optimize(tiny, images(1, 3, 32, 32), cache_dir=tmp_path)

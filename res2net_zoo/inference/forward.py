@@ -1,0 +1,70 @@
+"""The forward pass of a program: plain PyTorch, or a backend of `optimize` that all processes share."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from res2net_zoo.data.preprocessing import data_config
+from res2net_zoo.utils.console import warn
+from res2net_zoo.utils.errors import InputError, one_line
+from res2net_zoo.utils.processes import all_or_none, autocasting
+
+PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}  # Accelerate's name: torch's
+TORCH = "torch"
+
+
+class Forward(NamedTuple):
+    """A forward pass.
+
+    Attributes:
+        call: Maps images (N, C, H, W), normalized, to logits (N, classes) in any precision.
+        backend: `torch` for plain PyTorch, else the backend of `optimize`.
+    """
+
+    call: Callable[[torch.Tensor], torch.Tensor]
+    backend: str
+
+
+def create_forward(model: Any, backend: str, accelerator: Accelerator, batch_size: int) -> Forward:
+    """Return the forward pass of a model by a backend, in the accelerator's precision.
+
+    With `auto`, the main process compares the backends, and all processes use the fastest, because the last digits of
+    logits depend on the backend.
+
+    Args:
+        model: A timm model on the accelerator's device, in eval mode.
+        backend: `torch` for plain PyTorch, or a backend of `optimize`.
+        accelerator: Determines device and precision.
+        batch_size: Images of a typical batch; other batches are supported as well.
+
+    Raises:
+        InputError: No backend can run the model; raised in all processes.
+    """
+    if backend == TORCH:
+        return Forward(autocasting(model, accelerator), TORCH)
+    shape = (batch_size, *data_config(model)["input_size"])
+    # Noise suffices to compare backends, and all processes have the same.
+    example = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(accelerator.device)
+    precision: Any = PRECISIONS[accelerator.mixed_precision]
+
+    def compiled(name: Any) -> Forward:
+        from res2net_zoo.inference.optimization import optimize  # imports the backends' libraries
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                optimized = optimize(model, example, precision, name)
+            except ValueError as error:
+                raise InputError(one_line(error), "backend", "mixed_precision") from error
+        for warning in caught if accelerator.is_main_process else ():
+            if issubclass(warning.category, UserWarning):
+                warn(str(warning.message))
+        return Forward(optimized, optimized.backend)
+
+    first = all_or_none(lambda: compiled(backend) if accelerator.is_main_process else None)
+    (chosen,) = broadcast_object_list([first and first.backend])
+    return all_or_none(lambda: first or compiled(chosen))
