@@ -21,7 +21,7 @@ from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import locked, read_text, write_atomically
 
 INTERPOLATIONS = ("bilinear", "bicubic")
-FORMATS = ("torch", "paddle", "mindspore", "mmengine", "holocron")
+FORMATS = ("torch", "paddle", "mindspore", "mmengine", "mmdet", "holocron")
 
 Record = TypeVar("Record")
 

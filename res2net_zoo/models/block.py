@@ -1,4 +1,4 @@
-"""The Res2Net module (Gao et al., TPAMI 2021, Section 3.1): one wiring for every backbone.
+"""The Res2Net module (Gao et al., TPAMI 2021, Section 3.1): one block for every backbone.
 
 A bottleneck's 3x3 convolution becomes a hierarchy of small ones. The 1x1 convolution's output is
 split along channels into `scale` equal groups x_1 ... x_s, and (Eq. 1)
@@ -19,7 +19,7 @@ from timm.layers.typing import LayerType
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-Wiring = Literal["official", "paddle"]
+Wiring = Literal["official", "paddle", "mmdet"]
 
 
 class Res2NetModule(nn.Module):
@@ -28,17 +28,19 @@ class Res2NetModule(nn.Module):
     A backbone subclasses it and gives `forward_residual` its own shortcut in `forward`, so that the parameters have
     the names that every released checkpoint uses: `conv1 bn1 convs.i bns.i conv3 bn3 se`.
 
-    Two wirings exist, with the same parameters but different results. They differ in the blocks that change the
+    Three wirings exist, with the same parameters but different results. They differ in the blocks that change the
     resolution or the number of channels:
 
-    - `"official"` (the authors, timm, MindCV): a block with a stride or a projection shortcut, that is, the first
-      block of every stage, has no additions between the groups, and applies a 3x3 average pooling, including the zero
-      padding, to the last group.
+    - `"official"` (the authors, timm, MindCV, MMPretrain): a block with a stride or a projection shortcut, that is, the
+      first block of every stage, has no additions between the groups, and applies a 3x3 average pooling, including the
+      zero padding, to the last group.
     - `"paddle"` (PaddleClas): this applies only to blocks with a stride. The first block of the network, with stride 1
       and a projection shortcut, keeps the additions and does not pool the last group. The pooling excludes the zero
       padding.
+    - `"mmdet"` (MMDetection): the first block of every stage has no additions, as in `"official"`, but pools the last
+      group only if it has a stride. With stride 1, as in the first stage and in dilated ones, it does not pool.
 
-    In both, replacing a stage's stride by dilation (`output_stride` 8 or 16) only changes the resolution.
+    Replacing a stage's stride by dilation changes only the resolution, and in `"mmdet"` the pooling of the last group.
 
     Args:
         in_chs: Channels of the input.
@@ -50,6 +52,8 @@ class Res2NetModule(nn.Module):
         dilation: Dilation of the block's stage.
         first_dilation: Dilation of the 3x3 convolutions if it differs from the stage's, as in the first block of a
             stage whose stride is replaced by dilation; defaults to `dilation`.
+        downsamples: Whether the block has a stride or one that is replaced by dilation; by default, whether it has a
+            stride or `first_dilation` differs from `dilation`.
         projection: Whether the block's shortcut is a projection.
         wiring: Wiring of the hierarchy, see above.
         act_layer: Activation, called with `inplace=True`.
@@ -78,6 +82,7 @@ class Res2NetModule(nn.Module):
         stride: int = 1,
         dilation: int = 1,
         first_dilation: int | None = None,
+        downsamples: bool | None = None,
         projection: bool = False,
         wiring: Wiring = "official",
         act_layer: Callable[..., nn.Module] = nn.ReLU,
@@ -98,14 +103,14 @@ class Res2NetModule(nn.Module):
             raise ValueError(f"wiring is {wiring!r}; it must be one of {', '.join(get_args(Wiring))}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         first_dilation = first_dilation or dilation
-        # In a stage whose stride is replaced by dilation, only the first block has a different dilation, which is how
+        # In a stage whose stride timm replaces by dilation, only the first block has a different dilation, which is how
         # it detects that it downsamples without dilation.
-        downsamples = stride > 1 or first_dilation != dilation
+        downsamples = downsamples or stride > 1 or first_dilation != dilation
         use_aa = aa_layer is not None and downsamples
         num_convs = max(1, scale - 1)
 
         self.scale = scale
-        self.hierarchical = not (downsamples or (projection and wiring == "official"))
+        self.hierarchical = not (downsamples or (projection and wiring != "paddle"))
 
         self.conv1 = nn.Conv2d(in_chs, width * scale, kernel_size=1, bias=False, **dd)
         self.bn1 = norm_layer(width * scale, **dd)
@@ -126,8 +131,8 @@ class Res2NetModule(nn.Module):
         self.bns = nn.ModuleList(norm_layer(width, **dd) for _ in range(num_convs))
         self.aa: Any = create_aa(aa_layer or "", width, stride, enable=use_aa, **dd)
         self.pool: nn.Module
-        if scale > 1 and not self.hierarchical:
-            self.pool = nn.AvgPool2d(3, stride, padding=1, count_include_pad=wiring == "official")
+        if scale > 1 and not self.hierarchical and (stride > 1 or wiring != "mmdet"):
+            self.pool = nn.AvgPool2d(3, stride, padding=1, count_include_pad=wiring != "paddle")
         else:
             self.pool = nn.Identity()
         self.drop_block = drop_block() if drop_block is not None else nn.Identity()

@@ -18,7 +18,7 @@ def _create_res2net(variant: str, pretrained: bool = False, **kwargs) -> Res2Net
 
 
 # The deep stem of three 3x3 convolutions and the average pooling in the shortcut ("Bag of Tricks",
-# He et al., CVPR 2019: ResNet-D), which the authors call v1b and PaddleClas vd.
+# He et al., CVPR 2019: ResNet-D), which the authors call v1b, PaddleClas vd and MMDetection v1d.
 DEEP = dict(stem_type="deep", stem_width=32, avg_down=True)
 
 default_cfgs = generate_default_cfgs(pretrained_cfgs())
@@ -134,6 +134,20 @@ def res2net200_vd_26w_4s(pretrained: bool = False, **kwargs) -> Res2Net:
     """Res2Net-200-vd 26w4s of PaddleClas: its wiring, deep stem, average-pool shortcut (Table 1)."""
     model_args = dict(layers=(3, 12, 48, 3), base_width=26, block_args=dict(scale=4, wiring="paddle"), **DEEP)
     return _create_res2net("res2net200_vd_26w_4s", pretrained, **merge_args(model_args, kwargs))
+
+
+@register_model
+def res2net50_v1d_26w_4s(pretrained: bool = False, **kwargs) -> Res2Net:
+    """Res2Net-50-v1d 26w4s of MMDetection: its wiring, deep stem, average-pool shortcut."""
+    model_args = dict(layers=(3, 4, 6, 3), base_width=26, block_args=dict(scale=4, wiring="mmdet"), **DEEP)
+    return _create_res2net("res2net50_v1d_26w_4s", pretrained, **merge_args(model_args, kwargs))
+
+
+@register_model
+def res2net101_v1d_26w_4s(pretrained: bool = False, **kwargs) -> Res2Net:
+    """Res2Net-101-v1d 26w4s of MMDetection: its wiring, deep stem, average-pool shortcut."""
+    model_args = dict(layers=(3, 4, 23, 3), base_width=26, block_args=dict(scale=4, wiring="mmdet"), **DEEP)
+    return _create_res2net("res2net101_v1d_26w_4s", pretrained, **merge_args(model_args, kwargs))
 
 
 @register_model

@@ -36,7 +36,7 @@ def short(name: object) -> str:
     return text if len(text := str(name)) <= 80 else f"{text[:77]}..."
 
 
-# ---------------------------------------------------------------------------- PyTorch and mmengine
+# ------------------------------------------------------------------ PyTorch, mmengine and MMDetection
 
 
 def read_torch(path: Path) -> Tensors:
@@ -60,6 +60,25 @@ def read_torch(path: Path) -> Tensors:
     if other := [name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor)]:
         raise FormatError(f"its entry {short(other[0])} is not a tensor")
     return {str(name): tensor for name, tensor in state.items()}
+
+
+def read_mmdet(path: Path) -> Tensors:
+    """Read the backbone of a file of MMDetection, which holds a whole detector or a backbone alone.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The backbone's tensors, without a classifier.
+
+    Raises:
+        FormatError: The file is truncated, compressed, contains something else, or would run code.
+        InputError: The file cannot be read.
+    """
+    state = read_torch(path)
+    prefix = "backbone." if any(name.startswith("backbone.") for name in state) else ""
+    names = [name for name in state if name.startswith(prefix) and not name.startswith("fc.")]
+    return {name.removeprefix(prefix): state[name] for name in names}
 
 
 # ------------------------------------------------------------------------------------ PaddlePaddle
@@ -302,6 +321,7 @@ def _from_pieces(name: str, pieces: list[Any]) -> torch.Tensor:
 READERS: dict[str, Callable[[Path], Tensors]] = {
     "torch": read_torch,
     "mmengine": read_torch,
+    "mmdet": read_mmdet,
     "holocron": read_torch,
     "paddle": read_paddle,
     "mindspore": read_mindspore,
@@ -328,6 +348,13 @@ def rename_mmengine(name: str) -> str:
         layer, is_norm = int(match[1]), match[2] == "bn"
         return f"bn1.{match[3]}" if is_norm and layer == 2 else f"conv1.{3 * layer + is_norm}.{match[3]}"
     return re.sub(r"^(backbone|head)\.", "", name)
+
+
+def rename_mmdet(name: str) -> str:
+    """Return timm's name for a tensor of MMDetection's backbone, whose deep stem includes the first norm."""
+    if match := re.fullmatch(r"stem\.(\d)\.(\w+)", name):
+        return f"bn1.{match[2]}" if match[1] == "7" else f"conv1.{match[1]}.{match[2]}"
+    return name
 
 
 def rename_holocron(name: str) -> str:
@@ -382,6 +409,7 @@ def rename_paddle(name: str) -> str:
 RENAMERS: dict[str, Callable[[str], str]] = {
     "torch": rename_torch,
     "mmengine": rename_mmengine,
+    "mmdet": rename_mmdet,
     "holocron": rename_holocron,
     "paddle": rename_paddle,
     "mindspore": rename_mindspore,

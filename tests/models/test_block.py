@@ -14,6 +14,7 @@ from res2net_zoo.models.block import Bottle2neck
 from tests.conftest import relative_error, spread
 
 BATCH_NORM = dict(norm_layer=nn.BatchNorm2d)
+WIRINGS = ("official", "paddle", "mmdet")
 
 
 class Smooth(nn.Softplus):
@@ -42,7 +43,8 @@ def images(kind: str, n: int = 2, height: int = 17, width: int = 20) -> torch.Te
 def equation_1(block: Bottle2neck, x: torch.Tensor, wiring: str) -> torch.Tensor:
     """Reference implementation of the block, following the paper and the parity notes."""
     strided = block.convs[0].stride[0] > 1
-    first = strided or (wiring == "official" and block.downsample is not None)
+    first = strided or (wiring != "paddle" and block.downsample is not None)
+    pools = first and (strided or wiring != "mmdet")
     x_groups = torch.relu(block.bn1(block.conv1(x))).split(block.convs[0].in_channels, 1)
     y_groups = []
     for i, (conv, bn) in enumerate(zip(block.convs, block.bns, strict=True)):
@@ -50,14 +52,14 @@ def equation_1(block: Bottle2neck, x: torch.Tensor, wiring: str) -> torch.Tensor
         y_groups.append(torch.relu(bn(conv(before))))
     if block.scale > 1:
         pooled = nn.functional.avg_pool2d(
-            x_groups[-1], 3, block.convs[0].stride[0], 1, count_include_pad=wiring == "official"
+            x_groups[-1], 3, block.convs[0].stride[0], 1, count_include_pad=wiring != "paddle"
         )
-        y_groups.append(pooled if first else x_groups[-1])
+        y_groups.append(pooled if pools else x_groups[-1])
     y = block.bn3(block.conv3(torch.cat(y_groups, 1)))
     return torch.relu(y + (x if block.downsample is None else block.downsample(x)))
 
 
-@pytest.mark.parametrize("wiring", ["official", "paddle"])
+@pytest.mark.parametrize("wiring", WIRINGS)
 @pytest.mark.parametrize("kind", ["plain", "first", "strided"])
 @pytest.mark.parametrize("scale", [1, 2, 4, 7])
 def test_matches_equation_1(wiring, kind, scale):
@@ -66,12 +68,20 @@ def test_matches_equation_1(wiring, kind, scale):
         assert relative_error(block(images(kind)), equation_1(block, images(kind), wiring)) < 1e-6
 
 
-def test_differences_of_wirings():
+@pytest.mark.parametrize(
+    ("wiring", "others"),
+    [
+        ("paddle", {"official": (True, False, False), "mmdet": (True, False, False)}),
+        ("mmdet", {"official": (True, False, True), "paddle": (True, False, False)}),
+    ],
+)
+def test_differences_of_wirings(wiring, others):
     with torch.no_grad():
-        for kind, same in (("plain", True), ("first", False), ("strided", False)):
-            official, paddle = make(kind), make(kind, "paddle")
-            paddle.load_state_dict(official.state_dict())
-            assert torch.equal(official(images(kind)), paddle(images(kind))) == same
+        for other, equal in others.items():
+            for kind, same in zip(("plain", "first", "strided"), equal, strict=True):
+                one, two = make(kind, wiring), make(kind, other)
+                two.load_state_dict(one.state_dict())
+                assert torch.equal(one(images(kind)), two(images(kind))) == same, (other, kind)
 
 
 @given(
@@ -100,7 +110,7 @@ def test_equals_timm_on_its_weights(scale, width, cardinality, kind, dilation, s
 
 
 @pytest.mark.first_case
-@pytest.mark.parametrize("wiring", ["official", "paddle"])
+@pytest.mark.parametrize("wiring", WIRINGS)
 @pytest.mark.parametrize("kind", ["plain", "first", "strided"])
 def test_gradients_by_finite_differences(wiring, kind):
     block = make(kind, wiring, scale=3, base_width=8, act_layer=Smooth).double()
@@ -200,21 +210,26 @@ def test_drop_block_and_stochastic_depth_work_in_training_only():
         assert torch.allclose(block(x), torch.relu(block.downsample(x)))
 
 
-@pytest.mark.parametrize("wiring", ["official", "paddle"])
-def test_dilation_instead_of_stride_keeps_the_wiring(wiring):
-    """The first block of a dilated stage, like that of a strided one, has no additions and pools one group."""
+@pytest.mark.parametrize("dilated", [dict(dilation=2, first_dilation=1), dict(dilation=2, downsamples=True)])
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_dilation_instead_of_stride_keeps_the_wiring(wiring, dilated):
+    """The first block of a dilated stage, like that of a strided one, has no additions and pools one group.
+
+    Only MMDetection does not pool it there.
+    """
     kwargs = dict(wiring=wiring, base_width=32, **BATCH_NORM)
     strided = Bottle2neck(32, 16, 2, projection(2), **kwargs)
-    dilated = Bottle2neck(32, 16, 1, projection(1), dilation=2, first_dilation=1, **kwargs)
-    assert not strided.hierarchical and not dilated.hierarchical
-    assert isinstance(dilated.pool, nn.AvgPool2d)
+    unstrided = Bottle2neck(32, 16, 1, projection(1), **dilated, **kwargs)
+    assert not strided.hierarchical and not unstrided.hierarchical
+    assert isinstance(strided.pool, nn.AvgPool2d)
+    assert isinstance(unstrided.pool, nn.Identity if wiring == "mmdet" else nn.AvgPool2d)
 
 
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
         (dict(scale=0), "scale"),
-        (dict(wiring="mine"), "official, paddle"),
+        (dict(wiring="mine"), "official, paddle, mmdet"),
         (dict(base_width=1), "channels"),
         (dict(reduce_first=2), "reduce_first"),
     ],

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,20 +36,36 @@ CASES = [
     ("paddle-Res2Net50_14w_8s", "res2net50_pd_14w_8s", "paddle"),
     ("paddle-Res2Net50_vd_26w_4s", "res2net50_vd_26w_4s", "paddle"),
 ]
+BACKBONE = ("mmdet-res2net50_v1d_26w_4s", "res2net50_v1d_26w_4s", "mmdet")
 
 
-def load(case: tuple[str, str, str]) -> tuple[torch.nn.Module, dict]:
+def load(case: tuple[str, str, str], **kwargs) -> tuple[torch.nn.Module, dict]:
     """Rebuild an original's parameters, each drawn from its own name, and convert them."""
     file, name, format = case
     reference = json.loads(gzip.decompress((PARITY / f"{file}.json.gz").read_bytes()))
-    model = timm.create_model(name)
+    model = timm.create_model(name, **kwargs)
     source = {
         p["name"]: torch.from_numpy(parameter(p["name"], p["shape"], p["kind"]))
         for p in reference["parameters"]
         if not drop(p["name"])
     }
     model.load_state_dict(fit(source, format, model.state_dict()), strict=True)
-    return model.eval(), reference["logits"]
+    return model.eval(), reference["features" if "features" in reference else "logits"]
+
+
+def check_features(model: torch.nn.Module, features: dict, wanted: Callable[[float], bool]) -> None:
+    """Check each stage's features: mean and central value of the first 16 channels, relative to the largest."""
+    for size, stages in features.items():
+        with torch.no_grad():
+            ours = model(torch.from_numpy(images(*map(int, size.split("x")))))
+        assert [list(x.shape) for x in ours] == [stage["shape"] for stage in stages]
+        for x, stage in zip(ours, stages, strict=True):
+            height, width = x.shape[-2:]
+            x = x[:, :16]
+            values = {"mean": x.mean((2, 3)), "centre": x[:, :, height // 2, width // 2]}
+            for key, value in values.items():
+                error = relative_error(value, torch.tensor(stage[key]))
+                assert wanted(error), (size, list(x.shape), key, error)
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
@@ -70,6 +87,18 @@ def test_official_wiring_differs_from_paddle(case, name):
     assert 0.005 < relative_error(ours, torch.tensor(logits["224x224"])) < 0.2
 
 
+def test_features_equal_mmdetections():
+    model, features = load(BACKBONE, features_only=True, out_indices=(1, 2, 3, 4))
+    assert set(features) == {"224x224", "193x225"}
+    check_features(model, features, lambda error: error < TOLERANCE)
+
+
+@pytest.mark.parametrize("wiring", ["official", "paddle"])
+def test_other_wirings_differ_from_mmdetections(wiring):
+    model, features = load(BACKBONE, features_only=True, out_indices=(1, 2, 3, 4), block_args=dict(wiring=wiring))
+    check_features(model, features, lambda error: 20 * TOLERANCE < error < 0.5)
+
+
 def test_unused_weights_explain_the_printed_size_of_dla():
     reference = json.loads(gzip.decompress((PARITY / "official-res2net_dla60.json.gz").read_bytes()))
     learnt = [p for p in reference["parameters"] if p["kind"] not in ("mean", "var")]
@@ -81,4 +110,4 @@ def test_unused_weights_explain_the_printed_size_of_dla():
 
 
 def test_every_reference_is_tested():
-    assert {path.name.removesuffix(".json.gz") for path in PARITY.glob("*.gz")} == {case[0] for case in CASES}
+    assert {path.name.removesuffix(".json.gz") for path in PARITY.glob("*.gz")} == {x[0] for x in [*CASES, BACKBONE]}
