@@ -17,7 +17,17 @@ import torch
 from res2net_zoo import catalog
 from res2net_zoo.inference import export
 from res2net_zoo.utils.errors import InputError
-from tests.conftest import SHIPPED_DATA, SHIPPED_MODEL, SMALL, full_disk, input_error, read_tree, relative_error, spread
+from tests.conftest import (
+    FEW,
+    SHIPPED_DATA,
+    SHIPPED_MODEL,
+    SMALL,
+    full_disk,
+    input_error,
+    read_tree,
+    relative_error,
+    spread,
+)
 
 pytestmark = pytest.mark.first_case
 
@@ -64,6 +74,17 @@ def test_runtimes_match_the_model_for_any_batch_size(name):
             with torch.no_grad():
                 assert relative_error(torch.from_numpy(run(x[:n].numpy())), model(x[:n])) < 1e-5
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("rule", ["timm", "mmdet"])
+def test_a_dilated_model_of_the_third_wiring(rule):
+    kwargs = dict(output_stride=16, dilation_rule=rule, num_classes=6)
+    model = spread(timm.create_model("res2net50_v1d_26w_4s", **FEW, **kwargs)).eval()
+    x = images(2, 64)
+    proto = export.to_onnx(model, x)
+    with torch.no_grad():
+        assert relative_error(torch.from_numpy(export.run_onnx(proto, threads=1)(x.numpy())), model(x)) < 1e-5
 
 
 @pytest.mark.slow
