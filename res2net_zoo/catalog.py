@@ -88,6 +88,29 @@ class Accuracy:
 
 @strict
 @dataclass(kw_only=True)
+class Downstream:
+    """A published result of a larger model that contains a checkpoint, which is only its backbone.
+
+    Attributes:
+        model: The larger model.
+        dataset: The dataset, such as `COCO`.
+        figures: Metrics in percent, by their published names.
+        source: The publication.
+    """
+
+    model: str = _check(_filled, "a model's name")
+    dataset: str = _check(_filled, "a dataset's name")
+    figures: dict[str, float] = _check(lambda x: bool(x) and all(map(_percent, x.values())), "figures up to 100")
+    source: str = _check(_filled, "a source")
+
+    @property
+    def text(self) -> str:
+        """The figures on one line."""
+        return ", ".join(f"{name} {value:.1f}" for name, value in self.figures.items())
+
+
+@strict
+@dataclass(kw_only=True)
 class Printed:
     """Figures of a model as printed in a publication, digit for digit; `""` if not printed.
 
@@ -177,9 +200,10 @@ class Checkpoint:
         interpolation: Interpolation for resizing.
         mean: Mean of each channel, in [0, 1].
         std: Standard deviation of each channel, in [0, 1].
-        num_classes: Number of classes.
+        num_classes: Number of classes; 0 for a backbone without a classifier.
         notes: Remarks.
         accuracies: All published accuracies; the first of each dataset is used for comparisons.
+        downstream: Published results of the larger models whose backbone it is.
     """
 
     architecture: str = _check(_filled, "an architecture's name")
@@ -198,9 +222,10 @@ class Checkpoint:
     interpolation: str = _check(INTERPOLATIONS.__contains__, f"one of {', '.join(INTERPOLATIONS)}")
     mean: list[float] = _check(_channels, "one value in [0, 1] per channel")
     std: list[float] = _check(_channels, "one value in [0, 1] per channel")
-    num_classes: int = _check(lambda n: n > 0, "a number of classes")
+    num_classes: int = _check(lambda n: n >= 0, "a number of classes")
     notes: str
     accuracies: tuple[Accuracy, ...]
+    downstream: tuple[Downstream, ...] = ()
 
     @property
     def name(self) -> str:
@@ -306,10 +331,11 @@ def parse(text: str) -> Catalog:
     checkpoints: dict[str, Checkpoint] = {}
     for i, fields in enumerate(data.get("checkpoints", []), start=1):
         entry = ".".join(filter(None, (fields.get("architecture"), fields.get("tag")))) or f"checkpoint {i}"
-        rows = tuple(
-            _record(Accuracy, f"{entry} accuracy {j}", row) for j, row in enumerate(fields.get("accuracies", []), 1)
-        )
-        checkpoint = _record(Checkpoint, entry, {**fields, "accuracies": rows} if "accuracies" in fields else fields)
+        rows: dict[str, Any] = {}
+        for key, cls, what in (("accuracies", Accuracy, "accuracy"), ("downstream", Downstream, "downstream")):
+            if key in fields:
+                rows[key] = tuple(_record(cls, f"{entry} {what} {j}", row) for j, row in enumerate(fields[key], 1))
+        checkpoint = _record(Checkpoint, entry, {**fields, **rows})
         if checkpoint.architecture not in architectures:
             raise CatalogError(f"catalogue entry {entry}: architecture {checkpoint.architecture!r} is not listed")
         if checkpoint.name in checkpoints:
@@ -318,13 +344,16 @@ def parse(text: str) -> Catalog:
             raise CatalogError(
                 f"catalogue entry {entry}: mean and std need one value for each of input_size's channels"
             )
+        if checkpoint.accuracies and not checkpoint.num_classes:
+            raise CatalogError(f"catalogue entry {entry}: accuracies need num_classes, which is 0")
         checkpoints[checkpoint.name] = checkpoint
     sources = data.get("sources", {})
     for checkpoint in checkpoints.values():
-        for accuracy in checkpoint.accuracies:
-            if not any(accuracy.source.startswith(start) for start in sources):
+        figures: tuple[Accuracy | Downstream, ...] = (*checkpoint.accuracies, *checkpoint.downstream)
+        for figure in figures:
+            if not any(figure.source.startswith(start) for start in sources):
                 raise CatalogError(
-                    f"catalogue entry {checkpoint.name}: source {accuracy.source!r} starts with no key of sources"
+                    f"catalogue entry {checkpoint.name}: source {figure.source!r} starts with no key of sources"
                 )
     targets = tuple(_record(Target, f"target {i}", row) for i, row in enumerate(data.get("targets", []), 1))
     return Catalog(architectures, checkpoints, sources, targets)

@@ -33,7 +33,7 @@ def refuse(text: str) -> str:
     return str(caught.value)
 
 
-OPTIONAL = ("architecture", "tag", "base_model")  # and those tested separately
+OPTIONAL = ("architecture", "tag", "base_model", "downstream")  # and those tested separately
 
 
 @pytest.mark.parametrize("field", [f.name for f in fields(Checkpoint) if f.name not in OPTIONAL])
@@ -132,7 +132,7 @@ def test_errors_name_the_file(tmp_path, monkeypatch):
 
 def test_content():
     everything = catalog.load()
-    assert len(everything.checkpoints) == 28
+    assert len(everything.checkpoints) == 34
     on_the_hub = {name: c for name, c in everything.checkpoints.items() if c.hub_id}
     assert len(on_the_hub) == 11
     for name, checkpoint in on_the_hub.items():
@@ -150,7 +150,10 @@ def test_content():
 def test_checkpoints_of_other_publishers():
     everything = catalog.load().checkpoints
     tags = Counter(c.tag for c in everything.values())
-    assert tags == dict(in1k=12, pd_in1k=5, ssld_in1k=3, mindcv_in1k=4, mmpretrain_in1k=3, holocron_imagenette=1)
+    detectors = dict.fromkeys(DETECTORS, 1)
+    assert tags == detectors | dict(
+        in1k=13, pd_in1k=5, ssld_in1k=3, mindcv_in1k=4, mmpretrain_in1k=3, holocron_imagenette=1
+    )
     ssld = {a: everything[f"res2net{a}_vd_26w_4s.ssld_in1k"].accuracies[0].top1 for a in (50, 101, 200)}
     assert ssld == {50: 83.1, 101: 83.9, 200: 85.13}
     assert catalog.load().checkpoint("res2net200_vd_26w_4s").tag == "ssld_in1k"  # the best one is the default
@@ -159,7 +162,44 @@ def test_checkpoints_of_other_publishers():
     for name, checkpoint in everything.items():
         assert checkpoint.license == ("CC-BY-NC-SA-4.0" if checkpoint.tag == "in1k" else "Apache-2.0"), name
         formats = dict(pd="paddle", ssld="paddle", mindcv="mindspore", mmpretrain="mmengine", holocron="holocron")
-        assert checkpoint.format == formats.get(checkpoint.tag.split("_")[0], "torch")
+        assert checkpoint.format == formats.get(checkpoint.tag.split("_")[0], "torch") or "v1d" in name
+
+
+DETECTORS = {
+    "mmdet_faster_rcnn_coco": {"box AP": 43.0},
+    "mmdet_mask_rcnn_coco": {"box AP": 43.6, "mask AP": 38.7},
+    "mmdet_cascade_rcnn_coco": {"box AP": 45.7},
+    "mmdet_cascade_mask_rcnn_coco": {"box AP": 46.4, "mask AP": 40.0},
+    "mmdet_htc_coco": {"box AP": 47.5, "mask AP": 41.6},
+}
+
+
+def test_backbones_of_detectors(in_process):
+    everything = catalog.load()
+    start = everything.checkpoint("res2net101_v1d_26w_4s")
+    assert (start.tag, start.format, start.num_classes, start.downstream) == ("in1k", "mmdet", 0, ())
+    for tag, figures in DETECTORS.items():
+        checkpoint = everything.checkpoints[f"res2net101_v1d_26w_4s.{tag}"]
+        (result,) = checkpoint.downstream
+        assert (result.dataset, result.figures) == ("COCO", figures)
+        assert everything.url_of(result.source) == "https://github.com/open-mmlab/mmdetection"
+        assert (checkpoint.format, checkpoint.num_classes, checkpoint.accuracies) == ("mmdet", 0, ())
+        assert checkpoint.url.endswith(f"-{checkpoint.sha256}.pth") and len(checkpoint.sha256) == 8
+        for command in ("list", "show"):
+            text = in_process("res2net_zoo/__main__.py", command, checkpoint.name).stdout
+            assert result.model in text and result.text in text and checkpoint.license in text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"box AP" = 43.0', '"box AP" = 430.0', "downstream 1: .*figures"),
+        ('source = "MMDetection configs', 'source = "configs', "starts with no key of sources"),
+    ],
+)
+def test_wrong_results_of_detectors_are_refused(old, new, words):
+    with pytest.raises(catalog.CatalogError, match=words):
+        catalog.parse(catalog.path().read_text().replace(old, new, 1))
 
 
 def cli(*args: str) -> subprocess.CompletedProcess:
@@ -179,6 +219,7 @@ def test_list_and_its_filters(in_process):
         *("res2net101_26w_4s.in1k", "res2net101_26w_4s.mindcv_in1k", "res2net101_26w_4s.mmpretrain_in1k"),
         *("res2net101d.in1k", "res2net101d.mindcv_in1k"),
         *("res2net101_vd_26w_4s.ssld_in1k", "res2net101_vd_26w_4s.pd_in1k"),
+        *(f"res2net101_v1d_26w_4s.{tag}" for tag in ("in1k", *DETECTORS)),
     ]
     assert names("res2net50d", "*next50") == [
         "res2next50.in1k",
@@ -188,8 +229,8 @@ def test_list_and_its_filters(in_process):
     assert names("--min-top1", "83") == [f"res2net{depth}_vd_26w_4s.ssld_in1k" for depth in (50, 101, 200)]
     assert names("--max-params", "18") == ["dla60_res2next.in1k", "res2net_tiny"]
     assert names("res2ne*", "--max-gmacs", "4.17", "--pretrained") == ["res2net50_48w_2s.in1k"]
-    assert len(names("--license", "apache")) == 16
-    assert len(names("--license", "cc-by-nc", "--released-by", "authors")) == 12
+    assert len(names("--license", "apache")) == 21
+    assert len(names("--license", "cc-by-nc", "--released-by", "authors")) == 13
 
 
 def test_show_prints_every_fact(in_process):

@@ -110,7 +110,11 @@ def row(architecture: Architecture, checkpoint: Checkpoint | None) -> list[str]:
         str(architecture.input_size[1]),
         f"{top1:.3f}" if top1 is not None else "-",
         (checkpoint.license + ("*" if checkpoint.license_note else "")) if checkpoint else "-",
-        (f"{checkpoint.released_by}; Hub {checkpoint.hub_id}" if checkpoint.hub_id else checkpoint.released_by)
-        if checkpoint
-        else "no weights here",
+        "; ".join(origin(checkpoint)) if checkpoint else "no weights here",
     ]
+
+
+def origin(checkpoint: Checkpoint) -> list[str]:
+    """Return who released a checkpoint, its repository on the Hub, and the results of models whose backbone it is."""
+    hub = [f"Hub {checkpoint.hub_id}"] if checkpoint.hub_id else []
+    return [checkpoint.released_by, *hub, *(f"backbone of {x.model}: {x.text}" for x in checkpoint.downstream)]

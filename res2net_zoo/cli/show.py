@@ -54,7 +54,7 @@ def show(name: str) -> str:
     facts = [
         ("name", checkpoint.name if checkpoint else architecture.name),
         ("model", architecture.title),
-        ("parameters", f"{architecture.parameters:,}"),
+        ("parameters", f"{architecture.parameters:,} with {architecture.num_classes:,} classes"),
         ("GMACs", f"{architecture.macs / 1e9:.3f} at {'x'.join(map(str, architecture.input_size))}"),
     ]
     facts += [("printed", f"{printed_figures(p)} ({p.source})") for p in architecture.printed]
@@ -78,15 +78,19 @@ def show(name: str) -> str:
             f"{'x'.join(map(str, checkpoint.input_size))}, crop {checkpoint.crop_pct}, {checkpoint.interpolation}, "
             f"mean {checkpoint.mean}, std {checkpoint.std}",
         ),
-        ("classes", str(checkpoint.num_classes)),
+        ("classes", str(checkpoint.num_classes or "none: a backbone without a classifier")),
     ]
     facts += [("derives from", checkpoint.base_model)] if checkpoint.base_model else []
     facts += [("notes", checkpoint.notes)] if checkpoint.notes else []
     facts += [("also", ", ".join(others))] if others else []
-    table = markdown_table(
-        ("measured on", "split", "top-1", "top-5", "source"),
-        [(a.dataset, a.split, f"{a.top1:.3f}", f"{a.top5:.3f}", a.source) for a in checkpoint.accuracies],
-    )
+    if checkpoint.downstream:
+        rows = [(x.model, x.dataset, x.text, x.source) for x in checkpoint.downstream]
+        table = markdown_table(("backbone of", "measured on", "result", "source"), rows)
+    else:
+        table = markdown_table(
+            ("measured on", "split", "top-1", "top-5", "source"),
+            [(a.dataset, a.split, f"{a.top1:.3f}", f"{a.top5:.3f}", a.source) for a in checkpoint.accuracies],
+        )
     return "\n".join(f"{key:15}{value}" for key, value in facts) + f"\n\n{table}"
 
 

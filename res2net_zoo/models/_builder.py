@@ -52,6 +52,9 @@ def build_model(model_cls: Any, variant: str, pretrained: bool, **kwargs) -> Any
     """
     hub_id, filename, known = "", WEIGHTS, ""
     check_bounds(kwargs)
+    if not pretrained and not kwargs.get("pretrained_cfg") and variant in catalog.load().architectures:
+        # The cfg of the default weights may be that of a backbone without a classifier.
+        kwargs.setdefault("num_classes", catalog.load().architectures[variant].num_classes)
     if pretrained:
         import res2net_zoo.utils.hub_client  # noqa: F401  sets timeouts of the Hub's client
 

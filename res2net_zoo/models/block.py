@@ -110,6 +110,7 @@ class Res2NetModule(nn.Module):
         num_convs = max(1, scale - 1)
 
         self.scale = scale
+        self.wiring = wiring
         self.hierarchical = not (downsamples or (projection and wiring != "paddle"))
 
         self.conv1 = nn.Conv2d(in_chs, width * scale, kernel_size=1, bias=False, **dd)

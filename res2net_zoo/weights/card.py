@@ -14,7 +14,13 @@ from res2net_zoo.utils.markdown import markdown_table
 from res2net_zoo.weights.provenance import of_checkpoint
 
 # Datasets of the catalogue and their ids on the Hub.
-HUB_DATASETS = {"imagenet-1k": "ILSVRC/imagenet-1k", "imagenette2": "frgfm/imagenette"}
+HUB_DATASETS = {
+    "imagenet-1k": "ILSVRC/imagenet-1k",
+    "imagenette2": "frgfm/imagenette",
+    "COCO": "detection-datasets/coco",
+}
+
+WIRINGS = {"official": "the authors'", "paddle": "PaddleClas's", "mmdet": "MMDetection's"}
 
 TEMPLATE = Path(__file__).with_name("card.md")
 CITATION = """\
@@ -58,6 +64,7 @@ def model_card_data(
     accuracies: Sequence[Accuracy] = (),
     datasets: Sequence[str] = (),
     base_model: str | None = None,
+    task: str = "image-classification",
 ) -> ModelCardData:
     """Return the metadata of a model card, whose evaluation results `published_accuracies` reads back.
 
@@ -67,6 +74,7 @@ def model_card_data(
         accuracies: Its accuracies.
         datasets: What it was trained on, by the Hub's names.
         base_model: Repository on the Hub of the weights that it derives from.
+        task: Its task, by the Hub's name.
     """
     results = [
         EvalResult(
@@ -88,10 +96,10 @@ def model_card_data(
         model_name=re.sub(r"[^\w.-]", "_", name),
         library_name="timm",
         license=license,
-        tags=["image-classification", "timm", "res2net"],
+        tags=[task, "timm", "res2net"],
         datasets=list(datasets) or None,
         base_model=base_model,
-        pipeline_tag="image-classification",
+        pipeline_tag=task,
         eval_results=results or None,
     )
 
@@ -114,8 +122,9 @@ def checkpoint_card(checkpoint: Checkpoint, metadata: dict[str, str]) -> ModelCa
             checkpoint.name,
             origin.license,
             list(reversed(first.values())),
-            [training_data(checkpoint)],
+            training_data(checkpoint),
             origin.base_model,
+            "image-classification" if checkpoint.num_classes else "image-feature-extraction",
         ),
         template_path=str(TEMPLATE),
         released=True,
@@ -149,9 +158,10 @@ def unreleased_card(checkpoint: Checkpoint, metadata: dict[str, str], name: str)
     )
 
 
-def training_data(checkpoint: Checkpoint) -> str:
-    """Return the training dataset of a checkpoint, which its tag indicates."""
-    return HUB_DATASETS["imagenette2"] if checkpoint.tag.endswith("imagenette") else "imagenet-1k"
+def training_data(checkpoint: Checkpoint) -> list[str]:
+    """Return the training datasets of a checkpoint, which its tag and its downstream results indicate."""
+    first = HUB_DATASETS["imagenette2"] if checkpoint.tag.endswith("imagenette") else "imagenet-1k"
+    return [first, *(HUB_DATASETS[result.dataset] for result in checkpoint.downstream)]
 
 
 def eval_results(checkpoint: Checkpoint) -> dict[str, list[EvalResultEntry]]:
@@ -192,13 +202,15 @@ def in_timm(architecture: str) -> bool:
 def _facts(checkpoint: Checkpoint, metadata: dict[str, str]) -> dict[str, Any]:
     """Return what the card of a released checkpoint states."""
     architecture = catalog.load().architectures[checkpoint.architecture]
+    num_features, wiring = _num_features_and_wiring(checkpoint)
     size = checkpoint.input_size[1]
     licence = checkpoint.license + (f" ({checkpoint.license_note})" if checkpoint.license_note else "")
     papers = ["1904.01169", *(paper.removeprefix("arXiv:") for paper in architecture.papers)]
     details = [
-        ("parameters", f"{architecture.parameters / 1e6:.1f} M"),
+        ("parameters", f"{architecture.parameters / 1e6:.1f} M with {architecture.num_classes:,} classes"),
         ("GMACs", f"{architecture.macs / 1e9:.2f} at {architecture.input_size[1]} x {architecture.input_size[2]}"),
-        ("classes", f"{checkpoint.num_classes}, trained on {training_data(checkpoint)}"),
+        ("wiring", f"{WIRINGS[wiring]} (`{wiring}`)"),
+        ("classes", f"{checkpoint.num_classes or 'none'}, trained on {' and '.join(training_data(checkpoint))}"),
         ("evaluation", f"{size} x {size}, crop {checkpoint.crop_pct}, {checkpoint.interpolation}"),
         ("papers", ", ".join(f"[arXiv:{paper}](https://arxiv.org/abs/{paper})" for paper in papers)),
     ]
@@ -215,6 +227,7 @@ def _facts(checkpoint: Checkpoint, metadata: dict[str, str]) -> dict[str, Any]:
         ("converted by", f"Res2Net Zoo, conversion version {metadata['converter']}"),
     ]
     figures = [(a.dataset, a.split, f"{a.top1:.3f}", f"{a.top5:.3f}", a.source) for a in checkpoint.accuracies]
+    downstream = [(x.model, x.dataset, x.text, x.source) for x in checkpoint.downstream]
     has_weights = in_timm(checkpoint.architecture) and checkpoint.hub_id.startswith("timm/")
     return dict(
         title=architecture.title,
@@ -222,15 +235,17 @@ def _facts(checkpoint: Checkpoint, metadata: dict[str, str]) -> dict[str, Any]:
         lacking="" if has_weights else "weights" if in_timm(checkpoint.architecture) else "model",
         details=markdown_table(("model", ""), details),
         figures=markdown_table(("dataset", "split", "top-1", "top-5", "source"), figures) if figures else "",
+        downstream=markdown_table(("backbone of", "dataset", "result", "source"), downstream) if downstream else "",
         provenance=markdown_table(("weights", ""), provenance),
-        num_features=_num_features(checkpoint),
+        num_classes=checkpoint.num_classes,
+        num_features=num_features,
     )
 
 
-def _num_features(checkpoint: Checkpoint) -> int:
+def _num_features_and_wiring(checkpoint: Checkpoint) -> tuple[int, str]:
     import timm
     import torch
 
     with torch.device("meta"):
-        model = timm.create_model(checkpoint.architecture, num_classes=0)
-    return int(model.num_features)  # type: ignore[arg-type]
+        model: Any = timm.create_model(checkpoint.architecture, num_classes=0)
+    return model.num_features, next(module.wiring for module in model.modules() if hasattr(module, "wiring"))

@@ -628,8 +628,14 @@ class TestCards:
         data = card.data.to_dict()
         assert data["license"] == checkpoint.license.lower() and checkpoint.license in card.text
         assert checkpoint.license_note in card.text and metadata["source_sha256"] in card.text
-        assert (data["library_name"], data["pipeline_tag"]) == ("timm", "image-classification")
-        assert data["datasets"] == ["frgfm/imagenette" if "imagenette" in name else "imagenet-1k"]
+        task = "image-classification" if checkpoint.num_classes else "image-feature-extraction"
+        assert (data["library_name"], data["pipeline_tag"]) == ("timm", task)
+        trained_on = ["frgfm/imagenette" if "imagenette" in name else "imagenet-1k"]
+        assert data["datasets"] == trained_on + ["detection-datasets/coco"] * len(checkpoint.downstream)
+        wiring = "paddle" if "_vd_" in name or "_pd_" in name else "official"
+        assert f"(`{'mmdet' if '_v1d' in name else wiring}`)" in card.text and "three wirings" in card.text
+        for result in checkpoint.downstream:
+            assert result.model in card.text and result.text in card.text and result.source in card.text
         assert data.get("base_model") == (checkpoint.base_model or None)
         figures = {(r.dataset_type, r.metric_type): r.metric_value for r in card.data.eval_results or []}
         for accuracy in reversed(checkpoint.accuracies):

@@ -106,6 +106,52 @@ def test_pretrained_weights_from_the_release(hub, model, original):
     )
 
 
+DETECTOR = "res2net101_v1d_26w_4s.mmdet_htc_coco"
+
+
+@pytest.fixture
+def backbone(hub, monkeypatch, tmp_path) -> torch.nn.Module:
+    """A backbone, whose detector's file in MMDetection's format is on the server and in the catalogue."""
+    model = spread(timm.create_model("res2net101_v1d_26w_4s", num_classes=0)).eval()
+
+    def theirs(name: str) -> str:
+        return "backbone." + re.sub(r"^conv1\.", "stem.", re.sub(r"^bn1\.", "stem.7.", name))
+
+    state = {theirs(name): tensor for name, tensor in model.state_dict().items()}
+    state |= {"neck.fpn_convs.0.conv.weight": torch.zeros(2, 2), "roi_head.bbox_head.0.fc_cls.bias": torch.zeros(81)}
+    torch.save({"meta": {"epoch": 20}, "state_dict": state, "optimizer": {}}, tmp_path / "htc.pth")
+    content = (tmp_path / "htc.pth").read_bytes()
+    hub.add("models/files/detectors", {"htc.pth": content})
+    url, sha256 = f"{hub.endpoint}/files/detectors/resolve/main/htc.pth", hashlib.sha256(content).hexdigest()
+    checkpoint = copy.copy(catalog.load().checkpoints[DETECTOR])
+    for name, value in {"url": url, "sha256": sha256}.items():
+        object.__setattr__(checkpoint, name, value)
+    monkeypatch.setitem(catalog.load().checkpoints, DETECTOR, checkpoint)
+    return model
+
+
+@torch.no_grad()
+def test_pretrained_backbone_of_a_detector(backbone):
+    """Weights without a classifier give a model without one, as timm does for its own, unless classes are given."""
+    x = torch.randn(1, 3, 64, 64)
+    model = timm.create_model(DETECTOR, pretrained=True).eval()
+    assert model.num_classes == 0 and isinstance(model.fc, torch.nn.Identity)
+    assert model(x).shape == (1, 2048) and torch.equal(model(x), backbone(x))
+    features = timm.create_model(DETECTOR, pretrained=True, features_only=True, out_indices=(1, 4), output_stride=16)
+    assert features.feature_info.reduction() == [4, 16]
+    assert torch.equal(features.eval()(x)[0], backbone.forward_intermediates(x, [1], intermediates_only=True)[0])
+    classifier = timm.create_model(DETECTOR, pretrained=True, num_classes=3, in_chans=1).eval()
+    assert classifier(x[:, :1]).shape == (1, 3) and classifier.fc.weight.shape == (3, 2048)
+    assert torch.equal(classifier.layer4[2].conv3.weight, backbone.layer4[2].conv3.weight)
+
+
+def test_untrained_models_have_a_classifier_even_if_the_default_weights_have_none():
+    with torch.device("meta"):
+        assert timm.create_model("res2net101_v1d_26w_4s").num_classes == 1000
+        assert timm.create_model("res2net101_v1d_26w_4s", num_classes=7).fc.out_features == 7
+        assert timm.create_model(DETECTOR).num_classes == 0
+
+
 def test_another_cache_dir(hub, tmp_path, recwarn):
     timm.create_model(NAME, pretrained=True, cache_dir=tmp_path / "elsewhere")
     assert list((tmp_path / "elsewhere").rglob("model.safetensors")) and not left_over()
