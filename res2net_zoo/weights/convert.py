@@ -63,22 +63,20 @@ def read_torch(path: Path) -> Tensors:
 
 
 def read_mmdet(path: Path) -> Tensors:
-    """Read the backbone of a file of MMDetection, which holds a whole detector or a backbone alone.
+    """Read the backbone of a detector of MMDetection, or a backbone under its keys.
 
     Args:
-        path: The file.
-
-    Returns:
-        The backbone's tensors, without a classifier.
+        path: A file with a state dict, at the top level or under `state_dict`. Of a whole detector only the tensors
+            under `backbone.` are returned; of a backbone all but a classifier, which MMDetection does not have.
 
     Raises:
-        FormatError: The file is truncated, compressed, contains something else, or would run code.
+        FormatError: As `read_torch`.
         InputError: The file cannot be read.
     """
     state = read_torch(path)
-    prefix = "backbone." if any(name.startswith("backbone.") for name in state) else ""
-    names = [name for name in state if name.startswith(prefix) and not name.startswith("fc.")]
-    return {name.removeprefix(prefix): state[name] for name in names}
+    if any(name.startswith("backbone.") for name in state):
+        return {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
+    return {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
 
 
 # ------------------------------------------------------------------------------------ PaddlePaddle
@@ -344,14 +342,15 @@ def rename_torch(name: str) -> str:
 
 def rename_mmengine(name: str) -> str:
     """Return timm's name for a tensor of mmpretrain: removes `backbone.` and `head.`, and renames the deep stem."""
-    if match := re.fullmatch(r"backbone\.stem\.(\d)\.(conv|bn)\.(\w+)", name):
+    if match := re.fullmatch(r"(?:backbone\.)?stem\.(\d)\.(conv|bn)\.(\w+)", name):
         layer, is_norm = int(match[1]), match[2] == "bn"
         return f"bn1.{match[3]}" if is_norm and layer == 2 else f"conv1.{3 * layer + is_norm}.{match[3]}"
     return re.sub(r"^(backbone|head)\.", "", name)
 
 
 def rename_mmdet(name: str) -> str:
-    """Return timm's name for a tensor of MMDetection's backbone, whose deep stem includes the first norm."""
+    """Return timm's name for a tensor of MMDetection: removes `backbone.`, and renames the deep stem."""
+    name = name.removeprefix("backbone.")
     if match := re.fullmatch(r"stem\.(\d)\.(\w+)", name):
         return f"bn1.{match[2]}" if match[1] == "7" else f"conv1.{match[1]}.{match[2]}"
     return name
