@@ -10,7 +10,8 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 
 from res2net_zoo import catalog
 from res2net_zoo.catalog import Accuracy, Checkpoint
-from res2net_zoo.utils.markdown import markdown_table
+from res2net_zoo.utils.markdown import code_span, markdown, markdown_table
+from res2net_zoo.weights.backbone import Backbone
 from res2net_zoo.weights.provenance import of_checkpoint
 
 # Datasets of the catalogue and their ids on the Hub.
@@ -154,6 +155,42 @@ def unreleased_card(checkpoint: Checkpoint, metadata: dict[str, str], name: str)
         architecture=checkpoint.architecture,
         checkpoint=checkpoint.name,
         source=metadata["source"],
+        source_sha256=metadata["source_sha256"],
+    )
+
+
+def backbone_card(backbone: Backbone, metadata: dict[str, str], name: str) -> ModelCard:
+    """Make the model card of a backbone taken out of a checkpoint.
+
+    Args:
+        backbone: The backbone.
+        metadata: Metadata of its safetensors file.
+        name: The model's name.
+
+    Returns:
+        The card, without licence and accuracies.
+    """
+    details = [
+        ("architecture", backbone.architecture),
+        ("wiring", f"{backbone.wiring}: {backbone.reason}"),
+        ("prefix in the file", code_span(backbone.prefix) if backbone.prefix else "none"),
+        ("classes", str(backbone.num_classes or "none: a backbone without a classifier")),
+        ("tensors", f"{len(backbone.state)}; {len(backbone.left_out)} others of the file are left out"),
+        ("converted by", f"Res2Net Zoo, conversion version {metadata['converter']}"),
+    ]
+    data = model_card_data(name, None)
+    if not backbone.num_classes:
+        data.pipeline_tag = "image-feature-extraction"
+        data.tags = ["image-feature-extraction", "timm", "res2net"]
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE.with_name("backbone_card.md")),
+        name=markdown(name),
+        citation=CITATION,
+        architecture=backbone.architecture,
+        details=markdown_table(("backbone", ""), details),
+        num_classes=backbone.num_classes,
+        source=markdown(metadata["source"]),
         source_sha256=metadata["source_sha256"],
     )
 

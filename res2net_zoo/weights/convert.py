@@ -4,11 +4,12 @@ No file is unpickled without restriction, and declared sizes are compared with t
 before memory is allocated.
 """
 
+import contextlib
 import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -418,6 +419,27 @@ RENAMERS: dict[str, Callable[[str], str]] = {
 # ------------------------------------------------------------------------------------------ fitting
 
 
+def timm_names(source: Iterable[str], format: str, target: Container[str]) -> dict[str, str]:
+    """Return timm's name for each of an original's tensors, by its own name.
+
+    Args:
+        source: The original's names.
+        format: The format of the names, a key of `RENAMERS`.
+        target: The model's names.
+    """
+    names = {name: RENAMERS[format](name) for name in source}
+    # timm's shortcut always begins with a pooling layer, at index 0. MindCV and PaddleClas have none, or
+    # only where it pools, so their indices 0 and 1 become 1 and 2.
+    first = ".downsample.0.weight"
+    unpooled = {key.removesuffix(first) for key in names.values() if key.endswith(first) and key not in target}
+    return {
+        name: re.sub(r"(?<=\.downsample\.)\d", lambda match: str(int(match[0]) + 1), key)
+        if key.partition(".downsample.")[0] in unpooled
+        else key
+        for name, key in names.items()
+    }
+
+
 def fit(source: Tensors, format: str, target: Mapping[str, torch.Tensor]) -> Tensors:
     """Rename an original's tensors and match them with a model's, each exactly once.
 
@@ -432,19 +454,13 @@ def fit(source: Tensors, format: str, target: Mapping[str, torch.Tensor]) -> Ten
     Raises:
         FormatError: Tensors are unexpected, missing or have another shape; the message lists them.
     """
-    names = {name: RENAMERS[format](name) for name in source}
-    # timm's shortcut always begins with a pooling layer, at index 0. MindCV and PaddleClas have none, or
-    # only where it pools, so their indices 0 and 1 become 1 and 2.
-    first = ".downsample.0.weight"
-    unpooled = {key.removesuffix(first) for key in names.values() if key.endswith(first) and key not in target}
+    names = timm_names(source, format, target)
     fitted: Tensors = {}
     found: set[str] = set()
     wrong: list[str] = []
     classes: set[str] = set()
     for name, key in names.items():
         tensor = source.pop(name)
-        if key.partition(".downsample.")[0] in unpooled:
-            key = re.sub(r"(?<=\.downsample\.)\d", lambda match: str(int(match[0]) + 1), key)
         if format == "paddle" and key == "fc.weight" and tensor.ndim == 2:
             tensor = tensor.T  # Paddle stores a linear layer transposed
         label = short(name) if name == key else f"{short(name)} (in the model {short(key)})"
@@ -564,12 +580,27 @@ def convert(
     Raises:
         InputError: The file cannot be read or does not fit the model.
     """
-    try:
+    with readable_errors(path, format):
         check_file(path)
         source = strip_prefix(READERS[format](path), format, target)
         for name in [name for name in source if drop(name)]:
             del source[name]
         return fit(source, format, target)
+
+
+@contextlib.contextmanager
+def readable_errors(path: Path, what: str) -> Iterator[None]:
+    """Turn every error of reading and fitting a file into one line.
+
+    Args:
+        path: The file.
+        what: The kind of file that it should be, for messages.
+
+    Raises:
+        InputError: Any error was raised.
+    """
+    try:
+        yield
     except InputError:
         raise
     except OSError as error:
@@ -580,4 +611,4 @@ def convert(
         raise InputError(f"{path}: {error}") from error
     except Exception as error:
         # A damaged file can make a reader raise almost anything.
-        raise InputError(f"{path} is not a valid {format} file: {one_line(error)}") from error
+        raise InputError(f"{path} is not a valid {what} file: {one_line(error)}") from error

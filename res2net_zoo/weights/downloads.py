@@ -15,12 +15,14 @@ from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from res2net_zoo import catalog
 from res2net_zoo.catalog import Checkpoint
 from res2net_zoo.utils import hub_client
 from res2net_zoo.utils.console import warn
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import sha256_of, write_atomically
-from res2net_zoo.weights import convert
+from res2net_zoo.weights import backbone, convert
+from res2net_zoo.weights.backbone import Backbone
 
 
 def save_weights(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -102,6 +104,52 @@ def read_original(
 def is_released(checkpoint: Checkpoint, metadata: dict[str, str]) -> bool:
     """Return whether a converted file is the released one, according to the published digits of its hash."""
     return metadata["source_sha256"].startswith(checkpoint.sha256)
+
+
+def released_as(path: Path, architecture: str | None = None) -> Checkpoint | None:
+    """Return the checkpoint of the catalogue that a file was released as, according to its hash; None if none.
+
+    Args:
+        path: The file.
+        architecture: The architecture that it must have; default any.
+    """
+    convert.check_file(path)
+    digest = sha256_of(path)
+    for checkpoint in catalog.load().checkpoints.values():
+        if (
+            checkpoint.sha256
+            and digest.startswith(checkpoint.sha256)
+            and architecture in (None, checkpoint.architecture)
+        ):
+            return checkpoint
+    return None
+
+
+def read_backbone(
+    path: Path, prefix: str | None, wiring: str | None, architecture: str | None, source: str | None = None
+) -> tuple[Backbone, dict[str, str]]:
+    """Find the backbone in any checkpoint.
+
+    Args:
+        path: The file.
+        prefix: As for `backbone.find`, and so are the next two.
+        wiring: The wiring.
+        architecture: The architecture.
+        source: The URL of a download; None for a local file.
+
+    Returns:
+        The backbone, and the metadata for its safetensors file.
+
+    Raises:
+        InputError: As `backbone.find`.
+    """
+    name = hub_client.shown(source) if source else f"a file called {path.name}"
+    try:
+        found = backbone.find(path, prefix, wiring, architecture)
+    except InputError as error:
+        raise InputError(str(error).replace(str(path), name if source else str(path)), *error.parameters) from error
+    metadata = {"source": name, "source_sha256": sha256_of(path), "converter": convert.VERSION}
+    return found, {**metadata, "prefix": found.prefix, "wiring": found.wiring}
 
 
 @contextlib.contextmanager

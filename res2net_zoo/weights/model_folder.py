@@ -15,13 +15,15 @@ from huggingface_hub.utils import yaml_dump
 from torch import nn
 
 from res2net_zoo.catalog import Checkpoint
+from res2net_zoo.utils.console import printable
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import finish_replacing, is_temporary, make_readable, temporary_folder
 from res2net_zoo.utils.private_apis import save_config_for_hf
 from res2net_zoo.weights import card as cards
 from res2net_zoo.weights import fingerprint
+from res2net_zoo.weights.backbone import Backbone
 from res2net_zoo.weights.downloads import is_released, save_weights
-from res2net_zoo.weights.provenance import KEY, UNKNOWN, Provenance, of_converted
+from res2net_zoo.weights.provenance import KEY, LONGEST, UNKNOWN, Provenance, of_converted
 
 EVAL_RESULTS = ".eval_results"
 
@@ -173,5 +175,29 @@ def write_converted(
     try:
         origin = of_converted(checkpoint, metadata)
         write_model_folder(folder, model, card, metadata=metadata, eval_results=results, origin=origin)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
+
+
+def write_found(folder: Path, backbone: Backbone, metadata: dict[str, str]) -> None:
+    """Write a backbone that was found in a checkpoint as a model folder.
+
+    Args:
+        folder: The folder to write.
+        backbone: The backbone.
+        metadata: Metadata of the safetensors file: source, source_sha256 and converter.
+
+    Raises:
+        InputError: The folder cannot be written.
+    """
+    with torch.device("meta"):
+        model: Any = timm.create_model(backbone.architecture, num_classes=backbone.num_classes, **backbone.model_args)
+    model.load_state_dict(backbone.state, strict=True, assign=True)
+    card = cards.backbone_card(backbone, metadata, folder.resolve().name)
+    origin = Provenance(
+        origin="file", source=printable(metadata["source"])[:LONGEST], source_sha256=metadata["source_sha256"]
+    )
+    try:
+        write_model_folder(folder, model, card, metadata=metadata, origin=origin)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror or error}") from error

@@ -9,6 +9,7 @@ depth, repetition and number of opcodes before it creates any object.
 import pickle
 import pickletools
 import struct
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
@@ -16,6 +17,21 @@ from typing import Any, BinaryIO
 DEEPEST = 64  # nested containers; a training checkpoint has fewer than 10
 STEPS = 1_000_000  # opcodes of a pickle; res2net200 in PaddlePaddle's format has 45,593
 REPEATED = 2**20  # bytes that memoized values may add to the file's size; mostly names of types and devices
+
+# Types of the standard library that training runs save beside their weights. Stand-ins replace them, as they replace
+# all objects of other libraries; everything else of the standard library is refused.
+PLAIN_TYPES = {
+    "argparse": "Namespace",
+    "builtins": "bytearray complex dict float frozenset int list object range set slice str tuple",
+    "collections": "Counter defaultdict deque",
+    "copyreg": "_reconstructor",
+    "datetime": "date datetime timedelta timezone",
+    "functools": "partial",
+    "pathlib": "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath",
+    "types": "SimpleNamespace",
+    "_codecs": "encode",
+}
+PYTHON2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # names of modules in pickle protocol 2
 
 TOO_DEEP = f"its pickle nests containers more than {DEEPEST} deep, the limit for a state dict"
 NAMES = {opcode.code.encode("latin1"): opcode.name for opcode in pickletools.opcodes}
@@ -30,6 +46,21 @@ class Buildable:
 
     def build(self, state: Any) -> None:
         """Set the state of this object."""
+
+
+class StandIn(Buildable):
+    """An inert object in place of one of another library: it takes arguments, content and state, and runs nothing.
+
+    Attributes:
+        state: The state that the pickle sets, such as the `__dict__` of a module; None without one.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        self.state: Any = None
+
+    def build(self, state: Any) -> None:
+        """Keep the state of the object."""
+        self.state = state
 
 
 class _Item:
@@ -50,6 +81,8 @@ class PlainUnpickler:
         functions: Allowed globals, by `module.name`. The pickle may call those that are callable.
         persistent_load: Returns the object for a persistent id, such as a torch storage.
         steps: Largest number of opcodes.
+        stand_ins: Whether to read the file of a whole training run: objects of other libraries, which are never
+            imported, become instances of `StandIn`, and entries of dicts whose keys are not plain are dropped.
     """
 
     def __init__(
@@ -59,8 +92,9 @@ class PlainUnpickler:
         functions: Mapping[str, Any],
         persistent_load: Callable[[Any], Any] | None = None,
         steps: int = STEPS,
+        stand_ins: bool = False,
     ) -> None:
-        self.file, self.left = file, size
+        self.file, self.left, self.stand_ins = file, size, stand_ins
         self.functions, self.persistent_load, self.steps = functions, persistent_load, steps
         self.may_repeat = size + REPEATED
         self.stack: list[_Item] = []
@@ -177,14 +211,15 @@ class PlainUnpickler:
         """
         depth, size = self.hold(items)
         container = self.stack[-1]
-        if not isinstance(container.value, kind) or container.is_held:
+        if not isinstance(container.value, (kind, StandIn)) or container.is_held:
             raise FormatError("its pickle modifies a container that is already in use, which is not supported")
         container.depth, container.size = max(container.depth, depth), container.size + size
         return container.value
 
     def append(self, items: list[_Item]) -> None:
         """Add items to a list."""
-        self.fill(items, list).extend([item.value for item in items])
+        if isinstance(container := self.fill(items, list), list):
+            container.extend([item.value for item in items])
 
     def set(self, items: list[_Item]) -> None:
         """Add keys and values to a dict."""
@@ -192,11 +227,14 @@ class PlainUnpickler:
             raise IndexError(len(items))
         container = self.fill(items, dict)
         for key, item in zip(items[::2], items[1::2], strict=True):
-            add_entry(container, key.value, item.value)
+            if isinstance(container, dict) and (is_plain(key.value) or not self.stand_ins):
+                add_entry(container, key.value, item.value)
 
     def push_global(self, module: Any, name: Any) -> None:
-        """Push an allowed global."""
+        """Push an allowed global, or a stand-in for one."""
         if f"{module}.{name}" not in self.functions:
+            if self.stand_ins and may_stand_in(module, name):
+                return self.push(StandIn)
             raise FormatError(f"it would call {module}.{name}; only tensors in plain containers are supported")
         self.push(self.functions[f"{module}.{name}"])
 
@@ -244,12 +282,24 @@ class PlainUnpickler:
         self.memo[index] = self.stack[-1]
 
 
-def add_entry(container: dict, key: Any, value: Any) -> None:
-    """Add an entry to a dict; keys must be strings or small integers.
+def may_stand_in(module: Any, name: Any) -> bool:
+    """Return whether a stand-in may replace a global: one of another library, or a plain type."""
+    module = PYTHON2.get(str(module), str(module))
+    is_standard = module.partition(".")[0] in sys.stdlib_module_names
+    return not is_standard or name in PLAIN_TYPES.get(module.partition("._")[0], "").split()
+
+
+def is_plain(key: Any) -> bool:
+    """Return whether a key is a string or a small integer.
 
     Hashing a nested tuple is slow, and large integers with equal hashes are easy to construct.
     """
-    if not (type(key) is str or (type(key) is int and abs(key) < 2**32)):
+    return type(key) is str or (type(key) is int and abs(key) < 2**32)
+
+
+def add_entry(container: dict, key: Any, value: Any) -> None:
+    """Add an entry to a dict; keys must be strings or small integers."""
+    if not is_plain(key):
         raise FormatError(f"its pickle has a key of type {type(key).__name__}; keys must be strings or 32-bit integers")
     if key in container:
         raise FormatError(f"its entry {str(key)[:80]} appears twice")

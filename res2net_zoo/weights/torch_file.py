@@ -12,6 +12,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -119,13 +120,14 @@ def _fill(storage: torch.Tensor, file: BinaryIO) -> None:
         raise FormatError("it is truncated")
 
 
-def load(path: Path, steps: int = STEPS, functions: Mapping[str, Any] = FUNCTIONS) -> Any:
+def load(path: Path, steps: int = STEPS, functions: Mapping[str, Any] = FUNCTIONS, stand_ins: bool = False) -> Any:
     """Read a file written by `torch.save`.
 
     Args:
         path: The file.
         steps: Largest number of opcodes in its pickle.
         functions: Allowed globals of its pickle.
+        stand_ins: Whether inert objects replace those of other libraries, as a `PlainUnpickler` does.
 
     Returns:
         The saved object: tensors, on the CPU, and plain values in containers.
@@ -138,11 +140,12 @@ def load(path: Path, steps: int = STEPS, functions: Mapping[str, Any] = FUNCTION
         size = os.fstat(file.fileno()).st_size
         is_zip = file.read(4) == b"PK\x03\x04"
         file.seek(0)
+        unpickler = partial(PlainUnpickler, functions=functions, steps=steps, stand_ins=stand_ins)
         try:
             if not is_zip:
-                return _load_legacy(file, size, steps, functions)
+                return _load_legacy(file, size, unpickler)
             with zipfile.ZipFile(_Directory(file)) as archive:
-                return _load_zip(file, archive, size, steps, functions)
+                return _load_zip(file, archive, size, unpickler)
         except (zipfile.BadZipFile, NotImplementedError, UnicodeError, struct.error) as error:
             raise FormatError(f"it is damaged or truncated: {error}") from error
 
@@ -159,7 +162,7 @@ class _Directory:
         return self.file.read(n)
 
 
-def _load_zip(file: BinaryIO, archive: zipfile.ZipFile, size: int, steps: int, functions: Mapping[str, Any]) -> Any:
+def _load_zip(file: BinaryIO, archive: zipfile.ZipFile, size: int, unpickler: Callable[..., PlainUnpickler]) -> Any:
     parts = {info.filename: info for info in archive.infolist()}
     if len(parts) > PARTS:
         raise FormatError(f"it has {len(parts):,} parts, more than the limit of {PARTS:,}")
@@ -187,7 +190,7 @@ def _load_zip(file: BinaryIO, archive: zipfile.ZipFile, size: int, steps: int, f
         _fill(storage, file)
 
     content = _content(file, parts[names[0]], LARGEST_PICKLE)
-    return PlainUnpickler(io.BytesIO(content), len(content), functions, _Storages(size, read), steps).load()
+    return unpickler(io.BytesIO(content), len(content), persistent_load=_Storages(size, read)).load()
 
 
 def _seek(file: BinaryIO, part: zipfile.ZipInfo) -> None:
@@ -206,9 +209,9 @@ def _content(file: BinaryIO, part: zipfile.ZipInfo, largest: int) -> bytes:
     return file.read(part.file_size)
 
 
-def _load_legacy(file: BinaryIO, size: int, steps: int, functions: Mapping[str, Any]) -> Any:
+def _load_legacy(file: BinaryIO, size: int, unpickler: Callable[..., PlainUnpickler]) -> Any:
     def read(storages: _Storages | None = None) -> Any:
-        return PlainUnpickler(file, size - file.tell(), functions, storages, steps).load()
+        return unpickler(file, size - file.tell(), persistent_load=storages).load()
 
     if read() != MAGIC:
         raise FormatError("it is not a PyTorch file")

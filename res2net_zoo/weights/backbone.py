@@ -1,0 +1,534 @@
+"""Find the one Res2Net in a checkpoint: of a detector, a segmenter, or a training run.
+
+The file's tensors are grouped by the prefix under which the blocks of a Res2Net are found. Those under each prefix are
+compared with the tensors of every registered model, by name and shape. Names of files and containers have no influence.
+"""
+
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from res2net_zoo import catalog
+from res2net_zoo.utils.console import nearest, printable
+from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.files import open_regular
+from res2net_zoo.weights import torch_file
+from res2net_zoo.weights.convert import (
+    RENAMERS,
+    UNREAD_BY_DLA,
+    Tensors,
+    check_file,
+    fit,
+    listed,
+    read_mindspore,
+    read_paddle,
+    readable_errors,
+    short,
+    timm_names,
+)
+from res2net_zoo.weights.pickles import FormatError, StandIn
+
+WIRINGS = ("official", "paddle", "mmdet")
+LONGEST = 500  # characters of a tensor's name
+
+# Names in a Res2Net's blocks after a prefix: of a ResNet or Big-Little Net, a DLA, PaddleClas's, Holocron's.
+BLOCK = re.compile(
+    r"(?P<prefix>(?:.*?\.)?)(?:layer\d\.(?:big\.|little\.)?(?:\d{1,3}\.){1,2}(?:convs|bns)\.\d+\."
+    r"|level\d\.(?:tree\d\.)+(?:convs|bns)\.\d+\."
+    r"|bb_\d+_\d+\.res\w+_branch2b_\d+\."
+    r"|features\.\d{1,3}\.\d{1,3}\.conv\.3\.conv\.\d+\.)"
+)
+RESNET_BLOCK = re.compile(r"(?P<prefix>(?:.*?\.)?)layer\d\.\d{1,3}\.conv2\.weight$")
+
+# Formats whose names only one wiring's code writes.
+IMPLIED = {
+    "mmdet": ("mmdet", "its keys stem.N are MMDetection's"),
+    "mmengine": ("official", "its keys stem.N.conv are MMPretrain's"),
+    "paddle": ("paddle", "its keys are PaddleClas's"),
+    "mindspore": ("official", "its keys are MindCV's"),
+    "holocron": ("official", "its keys are Holocron's"),
+}
+
+
+class Backbone(NamedTuple):
+    """A Res2Net that was found in a checkpoint.
+
+    Attributes:
+        prefix: The prefix of its tensors in the file, with the names of containers; `""` at the top level.
+        architecture: The registered model of its shape.
+        model_args: Further arguments of the model: a wiring that no registered model of this shape has.
+        wiring: Its wiring.
+        reason: How the wiring is known.
+        num_classes: Classes of its classifier; 0 without one.
+        state: Its state dict, by timm's names.
+        left_out: Names of the file's other tensors.
+        contradiction: Why the chosen wiring may be wrong; `""` if nothing in the file contradicts it.
+    """
+
+    prefix: str
+    architecture: str
+    model_args: dict[str, Any]
+    wiring: str
+    reason: str
+    num_classes: int
+    state: Tensors
+    left_out: list[str]
+    contradiction: str = ""
+
+
+class Known(NamedTuple):
+    """What a registered model's tensors look like.
+
+    Attributes:
+        shapes: The shape of each tensor, without the classifier and BatchNorm's counters.
+        wiring: Its wiring; None if only one wiring of this kind of model exists.
+        num_features: Channels of the last feature map.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    wiring: str | None
+    num_features: int
+
+
+class Misfit(NamedTuple):
+    """How the tensors under a prefix differ from those of a model, by timm's names."""
+
+    architecture: str
+    missing: list[str]
+    unexpected: list[str]
+    misshapen: list[str]
+
+    @property
+    def total(self) -> int:
+        """Number of tensors that differ."""
+        return len(self.missing) + len(self.unexpected) + len(self.misshapen)
+
+
+class Candidate(NamedTuple):
+    """Tensors under one prefix.
+
+    Attributes:
+        prefix: The prefix.
+        format: The format whose names they have.
+        shapes: Their shapes, by the names after the prefix.
+        misfits: Comparison with each registered model, the most similar one first.
+    """
+
+    prefix: str
+    format: str
+    shapes: dict[str, tuple[int, ...]]
+    misfits: list[Misfit]
+
+    def names(self, target: Container[str]) -> dict[str, str]:
+        """Return the names in the file of the tensors that a model has, by the model's names."""
+        named = timm_names(self.shapes, self.format, target)
+        return {key: self.prefix + name for name, key in named.items() if key in target}
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def read(path: Path) -> Tensors:
+    """Read all tensors of a checkpoint, whatever program wrote it; its content determines the format.
+
+    Args:
+        path: A file of PyTorch, safetensors, PaddlePaddle or MindSpore.
+
+    Returns:
+        The tensors, by names that begin with those of the containers: `state_dict.backbone.conv1.weight`.
+
+    Raises:
+        FormatError: The file is damaged, of another format, or would run code.
+        InputError: The file cannot be read.
+    """
+    with open_regular(path) as file:
+        head = file.read(16)
+    if head.startswith((b"PK\x03\x04", b"\x80\x02\x8a\x0a")):  # torch's format, and that before version 1.6
+        content = torch_file.load(path, stand_ins=True)
+    elif head[8:9] == b"{":
+        content = load_file(path)
+    elif head.startswith(b"\x80"):
+        content = read_paddle(path)
+    elif head.startswith(b"\x0a"):
+        content = read_mindspore(path)
+    else:
+        raise FormatError("it is not a weight file of PyTorch, safetensors, PaddlePaddle or MindSpore")
+    tensors: Tensors = {}
+    for name, tensor in flatten(content):
+        if name in tensors:
+            raise FormatError(f"its entry {short(name)} appears twice")
+        tensors[name] = tensor
+    return tensors
+
+
+def flatten(content: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every tensor in nested containers, or in a module that was pickled whole, with its joined name."""
+    if isinstance(content, StandIn) and isinstance(content.state, dict):
+        parts = [content.state.get(part) for part in ("_parameters", "_buffers", "_modules")]
+        content = {key: value for part in parts if isinstance(part, dict) for key, value in part.items()}
+    if isinstance(content, torch.Tensor):
+        yield name, content
+    elif isinstance(content, dict | list | tuple):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from flatten(value, f"{name}.{key}" if name else str(key))
+
+
+# ---------------------------------------------------------------------------------------- comparing
+
+
+@cache
+def known_models() -> dict[str, Known]:
+    """Return what the tensors of every registered model look like, by its name."""
+    known = {}
+    for name in catalog.load().architectures:
+        with torch.device("meta"):
+            model: Any = timm.create_model(name, num_classes=0)
+        shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+        shapes = {key: shape for key, shape in shapes.items() if not key.endswith("num_batches_tracked")}
+        is_resnet = timm.model_entrypoint(name).__module__.endswith(".res2net")
+        known[name] = Known(shapes, wiring_of(model.layer1[0]) if is_resnet else None, model.num_features)
+    return known
+
+
+def wiring_of(first: Any) -> str:
+    """Return the wiring of a ResNet, given the first block of its first stage, which differs in all of them."""
+    if first.hierarchical:
+        return "paddle"
+    return "official" if isinstance(first.pool, nn.AvgPool2d) else "mmdet"
+
+
+def format_of(names: Iterable[str]) -> str:
+    """Return the format whose names the tensors of a Res2Net have, a key of `RENAMERS`."""
+    text = "\n".join(names)
+    for format, pattern in {
+        "paddle": r"^bb_\d",
+        "holocron": r"^features\.\d+\.\d+\.conv\.3\.conv\.",
+        "mindspore": r"\.moving_(mean|variance)$",
+        "mmengine": r"^stem\.\d\.(conv|bn)\.",
+        "mmdet": r"^stem\.[367]\.weight$",
+    }.items():
+        if re.search(pattern, text, re.MULTILINE):
+            return format
+    return "torch"
+
+
+def compare(shapes: Mapping[str, tuple[int, ...]], format: str, architecture: str) -> Misfit:
+    """Compare tensors with those of a registered model, leaving out what is beside the model's own modules."""
+    target = known_models()[architecture].shapes
+    inside = {key.partition(".")[0] for key in target}
+    found, unexpected, misshapen = set(), [], []
+    for name, key in timm_names(shapes, format, target).items():
+        if key in found:
+            unexpected.append(name)
+        elif key in target:
+            found.add(key)
+            if shapes[name] != target[key]:
+                label = short(name) if name == key else f"{short(name)} (in the model {key})"
+                misshapen.append(f"{label} has shape {shapes[name]} in the file and {target[key]} in the model")
+        elif key.endswith("num_batches_tracked") or key.startswith(UNREAD_BY_DLA):
+            continue
+        elif key.partition(".")[0] in inside or re.match(r"layer\d\.\d+\.", key):
+            unexpected.append(name)
+    return Misfit(architecture, [key for key in target if key not in found], unexpected, misshapen)
+
+
+def candidates(tensors: Tensors, architecture: str | None = None) -> list[Candidate]:
+    """Return the prefixes under which blocks of a Res2Net are found, and how similar they are to registered models.
+
+    Args:
+        tensors: The tensors of a file.
+        architecture: The only model to compare with; default all.
+    """
+    prefixes = {m["prefix"]: None for name in tensors if len(name) <= LONGEST and (m := BLOCK.match(name))}
+    found = []
+    for prefix in prefixes:
+        named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
+        format = format_of(shapes)
+        names = [architecture] if architecture else list(known_models())
+        misfits = sorted((compare(shapes, format, name) for name in names), key=lambda misfit: misfit.total)
+        found.append(Candidate(prefix, format, shapes, misfits))
+    return found
+
+
+def with_prefix(found: Sequence[Candidate], prefix: str) -> list[Candidate]:
+    """Return the candidates that a prefix names, in full or without the names of containers."""
+    prefix = f"{prefix.rstrip('.')}." if prefix else ""
+    exact = [candidate for candidate in found if candidate.prefix == prefix]
+    return exact or [candidate for candidate in found if candidate.prefix.endswith(f".{prefix}")]
+
+
+# ---------------------------------------------------------------------------------------- deciding
+
+
+def find(path: Path, prefix: str | None = None, wiring: str | None = None, architecture: str | None = None) -> Backbone:
+    """Find the one complete Res2Net in a checkpoint.
+
+    Args:
+        path: The file.
+        prefix: The prefix of the tensors to take; default the only one under which a complete Res2Net is found.
+        wiring: The wiring of the weights; default the one that the names of the tensors imply.
+        architecture: The registered model that it must be, whose wiring then counts as chosen; default any.
+
+    Returns:
+        The backbone.
+
+    Raises:
+        InputError: The file cannot be read, has no, more than one or only a part of a Res2Net, its shapes are those
+            of no registered model, or its wiring is not known.
+    """
+    with readable_errors(path, "weight"):
+        check_file(path)
+        tensors = read(path)
+        candidate = choose(path, tensors, prefix, architecture)
+        same = [misfit.architecture for misfit in candidate.misfits if not misfit.total]
+        name, model_args, wiring, reason = choose_wiring(path, candidate, same, wiring, architecture)
+        classifier = find_classifier(tensors, candidate, known_models()[name].num_features)
+        num_classes = len(tensors[classifier["fc.bias"]]) if classifier else 0
+        with torch.device("meta"):
+            target = timm.create_model(name, num_classes=num_classes, **model_args).state_dict()
+        origin = {key: full for key, full in candidate.names(target).items() if not key.startswith("fc.")} | classifier
+        state = fit({key: tensors[full] for key, full in origin.items()}, candidate.format, target)
+    used = set(origin.values())
+    left_out = [name for name in tensors if name not in used]
+    implied, why = IMPLIED.get(candidate.format, (wiring, ""))
+    doubt = "" if implied == wiring else f"the wiring is {wiring}, {reason}, but {why}, whose wiring is {implied}"
+    return Backbone(candidate.prefix, name, model_args, wiring, reason, num_classes, state, left_out, doubt)
+
+
+def choose(path: Path, tensors: Tensors, prefix: str | None, architecture: str | None) -> Candidate:
+    """Return the one complete Res2Net of a file.
+
+    Raises:
+        InputError: There is none, or there are several.
+    """
+    found = candidates(tensors, architecture)
+    if not found:
+        raise InputError(f"{path} holds no Res2Net: {what_else(tensors)}", "checkpoint")
+    if prefix is not None and not (found := with_prefix(everything := found, prefix)):
+        there = " and ".join(under(candidate.prefix) for candidate in everything)
+        raise InputError(f"{path} has no Res2Net {under(prefix)}; there is one {there}", "prefix")
+    complete = [candidate for candidate in found if not candidate.misfits[0].total]
+    complete = [c for i, c in enumerate(complete) if not any(is_copy(tensors, c, other) for other in complete[:i])]
+    if len(complete) > 1:
+        there = " and ".join(f"{under(c.prefix)} ({c.misfits[0].architecture}'s shapes)" for c in complete)
+        raise InputError(f"{path} has {len(complete)} complete Res2Nets: {there}; name the prefix of one", "prefix")
+    if not complete:
+        closest = min(found, key=lambda candidate: candidate.misfits[0].total)
+        others = [under(candidate.prefix) for candidate in found if candidate is not closest]
+        also = f"; there are parts of others {' and '.join(others)}" if others else ""
+        message, parameters = explain_misfit(closest, architecture)
+        raise InputError(f"{path}: {message}{also}", *parameters)
+    return complete[0]
+
+
+def is_copy(tensors: Tensors, ours: Candidate, theirs: Candidate) -> bool:
+    """Return whether two prefixes have the same tensors of a Res2Net, such as a module under two names."""
+    target = known_models()[ours.misfits[0].architecture].shapes
+    names, others = ours.names(target), theirs.names(target)
+    return all(key in others and torch.equal(tensors[full], tensors[others[key]]) for key, full in names.items())
+
+
+def choose_wiring(
+    path: Path, candidate: Candidate, same: Sequence[str], wiring: str | None, architecture: str | None
+) -> tuple[str, dict[str, Any], str, str]:
+    """Return the model of a shape and a wiring.
+
+    Args:
+        path: The file, for messages.
+        candidate: The tensors.
+        same: The registered models of this shape.
+        wiring: The chosen wiring, if any.
+        architecture: The chosen model, if any.
+
+    Returns:
+        The model's name, its further arguments, its wiring, and how the wiring is known.
+
+    Raises:
+        InputError: The wiring is not known, or the chosen model has another one.
+    """
+    known = known_models()
+    if known[same[0]].wiring is None:
+        if wiring not in (None, "official"):
+            raise InputError(f"{same[0]} has only the official wiring, not {wiring}", "wiring")
+        return same[0], {}, "official", "the only one of this kind of model"
+    if wiring:
+        reason = "as chosen"
+    elif architecture:
+        wiring, reason = str(known[architecture].wiring), f"that of {architecture}"
+    elif candidate.format in IMPLIED:
+        wiring, reason = IMPLIED[candidate.format]
+    else:
+        raise InputError(
+            f"{path}: the Res2Net {under(candidate.prefix)} has the shapes of {same[0]}, but its file does not show "
+            "which wiring it was trained with, and the weights load into all of them: name official (the authors' "
+            "code, timm, MMPretrain), paddle (PaddleClas) or mmdet (MMDetection, MMSegmentation)",
+            "wiring",
+        )
+    if architecture:
+        same = [name for name, other in known.items() if other.shapes == known[architecture].shapes]
+    registered = [name for name in same if known[name].wiring == wiring]
+    if architecture and architecture not in registered and registered:
+        raise InputError(
+            f"{architecture} has the wiring {known[architecture].wiring}; with the wiring {wiring} it is "
+            f"{registered[0]}",
+            "model",
+            "wiring",
+        )
+    if registered:
+        return registered[0], {}, wiring, reason
+    return architecture or same[0], {"block_args": {"wiring": wiring}}, wiring, reason
+
+
+def find_classifier(tensors: Tensors, candidate: Candidate, num_features: int) -> dict[str, str]:
+    """Return the names in the file of a linear classifier on a backbone's features, by timm's names; empty without one.
+
+    Its number of classes is free. MMPretrain has it beside the backbone, as the only layer under `head.`.
+    """
+    prefix, rename = candidate.prefix, RENAMERS[candidate.format]
+    names = {key: prefix + name for name in candidate.shapes if (key := rename(name)) in ("fc.weight", "fc.bias")}
+    head = f"{prefix.removesuffix('backbone.')}head."
+    if not names and prefix.endswith("backbone."):
+        beside = {name.removeprefix(head): name for name in tensors if name.startswith(head)}
+        names = beside if beside.keys() == {"fc.weight", "fc.bias"} else {}
+    if names.keys() != {"fc.weight", "fc.bias"}:
+        return {}
+    weight, bias = (tensors[names[key]] for key in ("fc.weight", "fc.bias"))
+    inputs = weight.shape[0] if candidate.format == "paddle" else weight.shape[1] if weight.ndim > 1 else 0
+    return names if inputs == num_features and bias.ndim == 1 and weight.ndim in (2, 4) else {}
+
+
+# ---------------------------------------------------------------------------------------- explaining
+
+
+def under(prefix: str) -> str:
+    """Return where the tensors of a prefix are, for a message."""
+    return f"under the prefix {printable(prefix)[-200:]}" if prefix else "at the top level, without a prefix"
+
+
+def what_else(tensors: Tensors) -> str:
+    """Return what a file without a Res2Net has, for a message."""
+    for name in tensors:
+        if len(name) <= LONGEST and (match := RESNET_BLOCK.match(name)):
+            prefix = match["prefix"]
+            own = {key.removeprefix(prefix): tuple(t.shape) for key, t in tensors.items() if key.startswith(prefix)}
+            return (
+                f"{under(prefix)} it has a ResNet, {describe(own)}; a Res2Net has layer1.0.convs.0 in place of "
+                "layer1.0.conv2"
+            )
+    if not tensors:
+        return "it has no tensors"
+    first = list(dict.fromkeys(f"{short(name.partition('.')[0])}" for name in tensors))
+    return (
+        f"its {len(tensors)} tensors are under {', '.join(first[:8])}{' and more' if len(first) > 8 else ''}, and "
+        "none has the name of a block, such as layer1.0.convs.0.weight"
+    )
+
+
+def describe(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Return stage depths, widths and stem of a network with the names of a ResNet, for a message."""
+    stages: dict[int, set[int]] = {}
+    for key in shapes:
+        if match := re.match(r"layer(\d)\.(\d{1,3})\.", key):
+            stages.setdefault(int(match[1]), set()).add(int(match[2]))
+    if not stages:
+        return "not in the form of a ResNet"
+    numbers = sorted(stages)
+    convs = [
+        shapes.get(f"layer{i}.{min(stages[i])}.convs.0.weight") or shapes.get(f"layer{i}.{min(stages[i])}.conv2.weight")
+        for i in numbers
+    ]
+    parts = [f"stage depths {'-'.join(str(len(stages[i])) for i in numbers)}"]
+    parts.append(f"widths {'-'.join(str(shape[0]) if shape else '?' for shape in convs)}")
+    wide = shapes.get(f"layer{numbers[0]}.{min(stages[numbers[0]])}.conv1.weight")
+    if wide and (conv := convs[0]) and len(conv) == 4 and all(conv) and wide[0] % conv[0] == 0 and wide[0] > conv[0]:
+        parts.append(f"scale {wide[0] // conv[0]}")
+        parts.append(f"cardinality {conv[0] // conv[1]}")
+    size = shapes.get("conv1.weight", ())[2:]
+    stem = "a deep stem" if "conv1.0.weight" in shapes else f"a {'x'.join(map(str, size))} stem" if size else "no stem"
+    return f"{', '.join(parts)} and {stem}"
+
+
+def explain_misfit(candidate: Candidate, architecture: str | None) -> tuple[str, Sequence[str]]:
+    """Return why no registered model fits, and the parameters that may help.
+
+    A part of a model lacks tensors. A model of another shape has whole blocks less or more, or many other shapes.
+
+    Args:
+        candidate: The tensors; no registered model fits.
+        architecture: The chosen model, if any.
+    """
+    misfit = candidate.misfits[0]
+    target = known_models()[misfit.architecture].shapes
+    where, wrong = f"the Res2Net {under(candidate.prefix)}", len(misfit.unexpected) + len(misfit.misshapen)
+    if not wrong and (architecture or not lacks_only_last_blocks(misfit.missing, target)):
+        return (
+            f"{where} is not complete: {len(misfit.missing)} of the {len(target)} tensors of {misfit.architecture} are "
+            f"missing: {listed(grouped(misfit.missing, target))}",
+            ["checkpoint"],
+        )
+    if architecture or (wrong and misfit.total <= len(target) // 10):
+        problems = [*misfit.misshapen, *(f"{short(name)} is not in the model" for name in misfit.unexpected)]
+        problems += [f"{name} of the model is missing" for name in grouped(misfit.missing, target)]
+        return f"{misfit.total} tensors of {where} do not fit {misfit.architecture}: {listed(problems)}", []
+    keys = {RENAMERS[candidate.format](name): shape for name, shape in candidate.shapes.items()}
+    return (
+        f"{where} has the shape of no registered model: it has {describe(keys)}; the nearest is "
+        f"{misfit.architecture}, which has {describe(target)}; name the prefix of another backbone, or a model to list "
+        "the tensors that differ",
+        ["prefix", "model"],
+    )
+
+
+def lacks_only_last_blocks(missing: Sequence[str], target: Iterable[str]) -> bool:
+    """Return whether only whole blocks at the ends of stages are missing, so that the stages are shorter."""
+    blocks = [match[0] for name in missing if (match := re.match(r"layer\d\.[1-9]\d{0,2}\.", name))]
+    whole = [name for name in target if name.startswith(tuple(set(blocks)))]
+    return bool(blocks) and set(missing) == set(whole)
+
+
+def grouped(missing: Sequence[str], target: Iterable[str]) -> list[str]:
+    """Return the names of missing tensors, with one line for each child of the model that is missing altogether."""
+    there = {name.partition(".")[0] for name in set(target) - set(missing)}
+    names: dict[str, None] = {}
+    for name in missing:
+        top = name.partition(".")[0]
+        names[name if top in there or name == f"{top}.weight" else f"all of {top}"] = None
+    return list(names)
+
+
+def group_by_prefix(names: Iterable[str], prefix: str) -> dict[str, list[str]]:
+    """Group the names of tensors that are left out, by the place where they leave the path to the backbone.
+
+    Args:
+        names: The names.
+        prefix: The backbone's prefix: under `model.backbone.`, there are groups `model.neck.` and `optimizer.`.
+    """
+    path = prefix.split(".")[:-1]
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        parts, depth = name.split("."), 0
+        while depth < min(len(path), len(parts) - 1) and parts[depth] == path[depth]:
+            depth += 1
+        groups.setdefault(".".join(parts[: depth + 1]) + "." * (len(parts) > depth + 1), []).append(name)
+    return groups
+
+
+def check_architecture(name: str) -> str:
+    """Return the registered model that a name without a tag means.
+
+    Raises:
+        InputError: There is none; suggests similar names.
+    """
+    architectures = list(catalog.load().architectures)
+    name = name.partition(".")[0]
+    if name not in architectures:
+        raise InputError(f"the catalogue has no model {name}; {nearest(name, architectures)}", "model")
+    return name
