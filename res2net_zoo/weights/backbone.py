@@ -5,6 +5,7 @@ compared with the tensors of every registered model, by name and shape. Names of
 """
 
 import re
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -130,6 +131,11 @@ class Candidate(NamedTuple):
         """Return the names in the file of the tensors that a model has, by the model's names."""
         named = timm_names(self.shapes, self.format, target)
         return {key: self.prefix + name for name, key in named.items() if key in target}
+
+    def __str__(self) -> str:
+        """Return stage depths, widths and stem, for a message."""
+        rename = RENAMERS[self.format]
+        return describe({rename(name): shape for name, shape in self.shapes.items()})
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -260,9 +266,14 @@ def candidates(tensors: Tensors, architecture: str | None = None) -> list[Candid
 
 def with_prefix(found: Sequence[Candidate], prefix: str) -> list[Candidate]:
     """Return the candidates that a prefix names, in full or without the names of containers."""
-    prefix = f"{prefix.rstrip('.')}." if prefix else ""
+    prefix = with_dot(prefix)
     exact = [candidate for candidate in found if candidate.prefix == prefix]
     return exact or [candidate for candidate in found if candidate.prefix.endswith(f".{prefix}")]
+
+
+def with_dot(prefix: str) -> str:
+    """Return a prefix with a dot at the end, unless it is empty."""
+    return f"{prefix.rstrip('.')}." if prefix else ""
 
 
 # ---------------------------------------------------------------------------------------- deciding
@@ -311,14 +322,14 @@ def choose(path: Path, tensors: Tensors, prefix: str | None, architecture: str |
     """
     found = candidates(tensors, architecture)
     if not found:
-        raise InputError(f"{path} holds no Res2Net: {what_else(tensors)}", "checkpoint")
+        raise InputError(f"{path} has no Res2Net: {what_else(tensors)}", "checkpoint")
     if prefix is not None and not (found := with_prefix(everything := found, prefix)):
         there = " and ".join(under(candidate.prefix) for candidate in everything)
-        raise InputError(f"{path} has no Res2Net {under(prefix)}; there is one {there}", "prefix")
+        raise InputError(f"{path} has no Res2Net {under(with_dot(prefix))}; there is one {there}", "prefix")
     complete = [candidate for candidate in found if not candidate.misfits[0].total]
     complete = [c for i, c in enumerate(complete) if not any(is_copy(tensors, c, other) for other in complete[:i])]
     if len(complete) > 1:
-        there = " and ".join(f"{under(c.prefix)} ({c.misfits[0].architecture}'s shapes)" for c in complete)
+        there = " and ".join(f"{under(c.prefix)} ({c.misfits[0].architecture}: {c})" for c in complete)
         raise InputError(f"{path} has {len(complete)} complete Res2Nets: {there}; name the prefix of one", "prefix")
     if not complete:
         closest = min(found, key=lambda candidate: candidate.misfits[0].total)
@@ -420,8 +431,8 @@ def what_else(tensors: Tensors) -> str:
             prefix = match["prefix"]
             own = {key.removeprefix(prefix): tuple(t.shape) for key, t in tensors.items() if key.startswith(prefix)}
             return (
-                f"{under(prefix)} it has a ResNet, {describe(own)}; a Res2Net has layer1.0.convs.0 in place of "
-                "layer1.0.conv2"
+                f"{under(prefix)} it has a ResNet of {describe(own)}; a Res2Net has layer1.0.convs.0 in place of "
+                "layer1.0.conv2; name a file with one"
             )
     if not tensors:
         return "it has no tensors"
@@ -439,7 +450,7 @@ def describe(shapes: Mapping[str, tuple[int, ...]]) -> str:
         if match := re.match(r"layer(\d)\.(\d{1,3})\.", key):
             stages.setdefault(int(match[1]), set()).add(int(match[2]))
     if not stages:
-        return "not in the form of a ResNet"
+        return "the form of a DLA" if any(key.startswith("level") for key in shapes) else "no stages"
     numbers = sorted(stages)
     convs = [
         shapes.get(f"layer{i}.{min(stages[i])}.convs.0.weight") or shapes.get(f"layer{i}.{min(stages[i])}.conv2.weight")
@@ -470,17 +481,16 @@ def explain_misfit(candidate: Candidate, architecture: str | None) -> tuple[str,
     where, wrong = f"the Res2Net {under(candidate.prefix)}", len(misfit.unexpected) + len(misfit.misshapen)
     if not wrong and (architecture or not lacks_only_last_blocks(misfit.missing, target)):
         return (
-            f"{where} is not complete: {len(misfit.missing)} of the {len(target)} tensors of {misfit.architecture} are "
-            f"missing: {listed(grouped(misfit.missing, target))}",
-            ["checkpoint"],
+            f"{where} is not complete: it has {candidate} and lacks {len(misfit.missing)} of the {len(target)} tensors "
+            f"of {misfit.architecture}: {listed(grouped(misfit.missing, target))}; name a file or a prefix with all",
+            ["checkpoint", "prefix"],
         )
     if architecture or (wrong and misfit.total <= len(target) // 10):
         problems = [*misfit.misshapen, *(f"{short(name)} is not in the model" for name in misfit.unexpected)]
         problems += [f"{name} of the model is missing" for name in grouped(misfit.missing, target)]
         return f"{misfit.total} tensors of {where} do not fit {misfit.architecture}: {listed(problems)}", []
-    keys = {RENAMERS[candidate.format](name): shape for name, shape in candidate.shapes.items()}
     return (
-        f"{where} has the shape of no registered model: it has {describe(keys)}; the nearest is "
+        f"{where} has the shape of no registered model: it has {candidate}; the nearest is "
         f"{misfit.architecture}, which has {describe(target)}; name the prefix of another backbone, or a model to list "
         "the tensors that differ",
         ["prefix", "model"],
@@ -496,11 +506,12 @@ def lacks_only_last_blocks(missing: Sequence[str], target: Iterable[str]) -> boo
 
 def grouped(missing: Sequence[str], target: Iterable[str]) -> list[str]:
     """Return the names of missing tensors, with one line for each child of the model that is missing altogether."""
-    there = {name.partition(".")[0] for name in set(target) - set(missing)}
+    tops = Counter(name.partition(".")[0] for name in target)
+    lost = Counter(name.partition(".")[0] for name in missing)
     names: dict[str, None] = {}
     for name in missing:
         top = name.partition(".")[0]
-        names[name if top in there or name == f"{top}.weight" else f"all of {top}"] = None
+        names[f"all of {top}" if lost[top] == tops[top] > 1 else name] = None
     return list(names)
 
 

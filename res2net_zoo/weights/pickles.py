@@ -235,6 +235,8 @@ class PlainUnpickler:
         if f"{module}.{name}" not in self.functions:
             if self.stand_ins and may_stand_in(module, name):
                 return self.push(StandIn)
+            if self.stand_ins and name == "getattr" and PYTHON2.get(module, module) == "builtins":
+                return self.push(attribute_of)
             raise FormatError(f"it would call {module}.{name}; only tensors in plain containers are supported")
         self.push(self.functions[f"{module}.{name}"])
 
@@ -280,6 +282,13 @@ class PlainUnpickler:
     def put(self, index: int) -> None:
         """Memoize the value on top of the stack."""
         self.memo[index] = self.stack[-1]
+
+
+def attribute_of(owner: Any, name: Any) -> type[StandIn]:
+    """Return a stand-in for a method of a stand-in, such as MMEngine's history of the losses has."""
+    if not (owner is StandIn or isinstance(owner, StandIn)):
+        raise FormatError("it would call builtins.getattr; only tensors in plain containers are supported")
+    return StandIn
 
 
 def may_stand_in(module: Any, name: Any) -> bool:
