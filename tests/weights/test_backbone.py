@@ -20,6 +20,7 @@ from res2net_zoo import catalog
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.weights.backbone import candidates, find, group_by_prefix
 from res2net_zoo.weights.downloads import sha256_of
+from res2net_zoo.weights.layouts import to_layout, wiring_doubt
 from tests.conftest import input_error, read_tree, spread
 from tests.weights.originals.spec import to_holocron, to_mindspore, to_mmpretrain, to_paddle
 from tests.weights.test_convert import ORIGINALS, write
@@ -391,3 +392,36 @@ def test_released_file_is_recognised_by_its_hash(in_process, monkeypatch, tmp_pa
 def test_bad_input_writes_nothing(in_process, args, words, tmp_path):
     assert words in input_error(in_process("hub/convert.py", *args, "--output", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "wiring", "first"),
+    [
+        ("mmdet", "res2net50_v1d_26w_4s", None, "stem.0.weight"),
+        ("mmdet", "res2net50_26w_4s", "mmdet", "conv1.weight"),
+        ("mmpretrain", "res2net50d", None, "backbone.stem.0.conv.weight"),
+        ("authors", TINY, "official", "conv1.0.weight"),
+    ],
+)
+def test_round_trip_through_the_keys_of_other_code(layout, name, wiring, first, tmp_path):
+    model = spread(timm.create_model(name, num_classes=5, block_args={"wiring": wiring} if wiring else None))
+    state, renamed = model.state_dict(), to_layout(model.state_dict(), layout)
+    assert next(iter(renamed)) == first and not wiring_doubt(model, layout)
+    found = find(saved(tmp_path / "file", renamed), wiring=wiring)
+    assert found.architecture == name and found.num_classes == (0 if layout == "mmdet" else 5)
+    assert found.state.keys() == (without_classifier(state) if layout == "mmdet" else state).keys()
+    assert all(torch.equal(found.state[key], state[key]) for key in found.state)
+    expected = {"mmdet": to_mmdet, "mmpretrain": to_mmpretrain}.get(layout, str)
+    deep = "conv1.0.weight" in state
+    assert list(renamed) == [expected(key) if deep else key for key in found.state]
+
+
+def test_other_code_lacks_some_models():
+    for name in ("dla60_res2net", "seres2net50_26w_4s", "blres2net50", "res2next50", "res2next29_6c_24w_4s"):
+        with torch.device("meta"):
+            state = timm.create_model(name).state_dict()
+        with pytest.raises(InputError, match="mmdet has only Res2Nets of four stages, without attention and cardinal"):
+            to_layout(state, "mmdet")
+    with pytest.raises(InputError, match="unknown keys mmseg; choose authors, mmpretrain, mmdet"):
+        to_layout({}, "mmseg")
+    assert "computes the wiring mmdet: they load" in wiring_doubt(timm.create_model(TINY), "mmdet")
