@@ -117,8 +117,8 @@ def write(args: argparse.Namespace, path: Path, checkpoint: "Checkpoint | None",
     from res2net_zoo.weights.model_folder import write_converted, write_found
 
     architecture = check_architecture(args.model) if checkpoint is None and args.model else None
-    if checkpoint is None and args.prefix is None and args.wiring is None:
-        checkpoint = downloads.released_as(path, architecture)
+    if checkpoint is None and args.prefix is None:
+        checkpoint = downloads.released_as(path, architecture, args.wiring)
     if checkpoint is None:
         backbone, metadata = downloads.read_backbone(path, args.prefix, args.wiring, architecture, source)
         report(backbone)

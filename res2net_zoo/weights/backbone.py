@@ -38,15 +38,16 @@ from res2net_zoo.weights.pickles import FormatError, StandIn
 
 WIRINGS = ("official", "paddle", "mmdet")
 LONGEST = 500  # characters of a tensor's name
+MOST_PREFIXES = 32
 
 # Names in a Res2Net's blocks after a prefix: of a ResNet or Big-Little Net, a DLA, PaddleClas's, Holocron's.
 BLOCK = re.compile(
-    r"(?P<prefix>(?:.*?\.)?)(?:layer\d\.(?:big\.|little\.)?(?:\d{1,3}\.){1,2}(?:convs|bns)\.\d+\."
+    r"(?P<prefix>(?:.*?\.)??)(?:layer\d\.(?:big\.|little\.)?(?:\d{1,3}\.){1,2}(?:convs|bns)\.\d+\."
     r"|level\d\.(?:tree\d\.)+(?:convs|bns)\.\d+\."
     r"|bb_\d+_\d+\.res\w+_branch2b_\d+\."
     r"|features\.\d{1,3}\.\d{1,3}\.conv\.3\.conv\.\d+\.)"
 )
-RESNET_BLOCK = re.compile(r"(?P<prefix>(?:.*?\.)?)layer\d\.\d{1,3}\.conv2\.weight$")
+RESNET_BLOCK = re.compile(r"(?P<prefix>(?:.*?\.)??)layer\d\.\d{1,3}\.conv2\.weight$")
 
 # Formats whose names only one wiring's code writes.
 IMPLIED = {
@@ -245,30 +246,37 @@ def compare(shapes: Mapping[str, tuple[int, ...]], format: str, architecture: st
     return Misfit(architecture, [key for key in target if key not in found], unexpected, misshapen)
 
 
-def candidates(tensors: Tensors, architecture: str | None = None) -> list[Candidate]:
-    """Return the prefixes under which blocks of a Res2Net are found, and how similar they are to registered models.
+def find_prefixes(tensors: Iterable[str]) -> list[str]:
+    """Return the prefixes under which blocks of a Res2Net are found.
+
+    Raises:
+        FormatError: There are too many of them.
+    """
+    prefixes = list({m["prefix"]: None for name in tensors if len(name) <= LONGEST and (m := BLOCK.match(name))})
+    if len(prefixes) > MOST_PREFIXES:
+        raise FormatError(f"it has blocks of Res2Nets under {len(prefixes):,} prefixes; the limit is {MOST_PREFIXES}")
+    return prefixes
+
+
+def named_by(prefix: str, prefixes: Sequence[str]) -> list[str]:
+    """Return the prefixes in a file that a prefix means, in full or without the names of containers."""
+    exact = [other for other in prefixes if other == with_dot(prefix)]
+    return exact or [other for other in prefixes if prefix and other.endswith(f".{with_dot(prefix)}")]
+
+
+def compare_all(tensors: Tensors, prefix: str, architecture: str | None = None) -> Candidate:
+    """Compare the tensors under a prefix with those of registered models.
 
     Args:
         tensors: The tensors of a file.
+        prefix: The prefix.
         architecture: The only model to compare with; default all.
     """
-    prefixes = {m["prefix"]: None for name in tensors if len(name) <= LONGEST and (m := BLOCK.match(name))}
-    found = []
-    for prefix in prefixes:
-        named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
-        format = format_of(shapes)
-        names = [architecture] if architecture else list(known_models())
-        misfits = sorted((compare(shapes, format, name) for name in names), key=lambda misfit: misfit.total)
-        found.append(Candidate(prefix, format, shapes, misfits))
-    return found
-
-
-def with_prefix(found: Sequence[Candidate], prefix: str) -> list[Candidate]:
-    """Return the candidates that a prefix names, in full or without the names of containers."""
-    prefix = with_dot(prefix)
-    exact = [candidate for candidate in found if candidate.prefix == prefix]
-    return exact or [candidate for candidate in found if candidate.prefix.endswith(f".{prefix}")]
+    shapes = {name[len(prefix) :]: tuple(t.shape) for name, t in tensors.items() if name.startswith(prefix)}
+    format = format_of(shapes)
+    names = [architecture] if architecture else list(known_models())
+    misfits = sorted((compare(shapes, format, name) for name in names), key=lambda misfit: misfit.total)
+    return Candidate(prefix, format, shapes, misfits)
 
 
 def with_dot(prefix: str) -> str:
@@ -320,12 +328,14 @@ def choose(path: Path, tensors: Tensors, prefix: str | None, architecture: str |
     Raises:
         InputError: There is none, or there are several.
     """
-    found = candidates(tensors, architecture)
-    if not found:
+    prefixes = find_prefixes(tensors)
+    if not prefixes:
         raise InputError(f"{path} has no Res2Net: {what_else(tensors)}", "checkpoint")
-    if prefix is not None and not (found := with_prefix(everything := found, prefix)):
-        there = " and ".join(under(candidate.prefix) for candidate in everything)
-        raise InputError(f"{path} has no Res2Net {under(with_dot(prefix))}; there is one {there}", "prefix")
+    chosen = prefixes if prefix is None else named_by(prefix, prefixes)
+    if not chosen:
+        there = " and ".join(map(under, prefixes))
+        raise InputError(f"{path} has no Res2Net {under(with_dot(prefix or ''))}; there is one {there}", "prefix")
+    found = [compare_all(tensors, name, architecture) for name in chosen]
     complete = [candidate for candidate in found if not candidate.misfits[0].total]
     complete = [c for i, c in enumerate(complete) if not any(is_copy(tensors, c, other) for other in complete[:i])]
     if len(complete) > 1:
@@ -378,7 +388,7 @@ def choose_wiring(
         wiring, reason = IMPLIED[candidate.format]
     else:
         raise InputError(
-            f"{path}: the Res2Net {under(candidate.prefix)} has the shapes of {same[0]}, but its file does not show "
+            f"{path}: the Res2Net {under(candidate.prefix)} has the shapes of {same[0]}, but the file does not show "
             "which wiring it was trained with, and the weights load into all of them: name official (the authors' "
             "code, timm, MMPretrain), paddle (PaddleClas) or mmdet (MMDetection, MMSegmentation)",
             "wiring",
@@ -394,7 +404,7 @@ def choose_wiring(
             "wiring",
         )
     if registered:
-        return registered[0], {}, wiring, reason
+        return architecture or registered[0], {}, wiring, reason
     return architecture or same[0], {"block_args": {"wiring": wiring}}, wiring, reason
 
 
@@ -412,8 +422,10 @@ def find_classifier(tensors: Tensors, candidate: Candidate, num_features: int) -
     if names.keys() != {"fc.weight", "fc.bias"}:
         return {}
     weight, bias = (tensors[names[key]] for key in ("fc.weight", "fc.bias"))
-    inputs = weight.shape[0] if candidate.format == "paddle" else weight.shape[1] if weight.ndim > 1 else 0
-    return names if inputs == num_features and bias.ndim == 1 and weight.ndim in (2, 4) else {}
+    if weight.ndim not in (2, 4) or bias.ndim != 1:
+        return {}
+    inputs = weight.shape[0 if candidate.format == "paddle" else 1]  # Paddle stores a linear layer transposed
+    return names if inputs == num_features else {}
 
 
 # ---------------------------------------------------------------------------------------- explaining
@@ -485,7 +497,7 @@ def explain_misfit(candidate: Candidate, architecture: str | None) -> tuple[str,
             f"of {misfit.architecture}: {listed(grouped(misfit.missing, target))}; name a file or a prefix with all",
             ["checkpoint", "prefix"],
         )
-    if architecture or (wrong and misfit.total <= len(target) // 10):
+    if architecture or (wrong and (misfit.total <= len(target) // 10 or str(candidate) == describe(target))):
         problems = [*misfit.misshapen, *(f"{short(name)} is not in the model" for name in misfit.unexpected)]
         problems += [f"{name} of the model is missing" for name in grouped(misfit.missing, target)]
         return f"{misfit.total} tensors of {where} do not fit {misfit.architecture}: {listed(problems)}", []

@@ -106,22 +106,22 @@ def is_released(checkpoint: Checkpoint, metadata: dict[str, str]) -> bool:
     return metadata["source_sha256"].startswith(checkpoint.sha256)
 
 
-def released_as(path: Path, architecture: str | None = None) -> Checkpoint | None:
+def released_as(path: Path, architecture: str | None = None, wiring: str | None = None) -> Checkpoint | None:
     """Return the checkpoint of the catalogue that a file was released as, according to its hash; None if none.
 
     Args:
         path: The file.
         architecture: The architecture that it must have; default any.
+        wiring: The wiring that it must have; default any.
     """
     convert.check_file(path)
     digest = sha256_of(path)
     for checkpoint in catalog.load().checkpoints.values():
-        if (
-            checkpoint.sha256
-            and digest.startswith(checkpoint.sha256)
-            and architecture in (None, checkpoint.architecture)
-        ):
-            return checkpoint
+        if checkpoint.sha256 and digest.startswith(checkpoint.sha256):
+            if architecture not in (None, checkpoint.architecture):
+                continue
+            if wiring in (None, backbone.known_models()[checkpoint.architecture].wiring or "official"):
+                return checkpoint
     return None
 
 

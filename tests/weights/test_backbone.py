@@ -18,8 +18,8 @@ from torchvision.ops import FeaturePyramidNetwork
 
 from res2net_zoo import catalog
 from res2net_zoo.utils.errors import InputError
-from res2net_zoo.weights.backbone import candidates, find, group_by_prefix
-from res2net_zoo.weights.downloads import sha256_of
+from res2net_zoo.weights.backbone import compare_all, find, group_by_prefix
+from res2net_zoo.weights.downloads import released_as, sha256_of
 from res2net_zoo.weights.layouts import to_layout, wiring_doubt
 from tests.conftest import input_error, read_tree, spread
 from tests.weights.originals.spec import to_holocron, to_mindspore, to_mmpretrain, to_paddle
@@ -231,7 +231,7 @@ def test_formats_imply_a_wiring(format, name, wiring, tmp_path):
 def test_every_architecture_is_recognised(name):
     with torch.device("meta"):
         state = timm.create_model(name).state_dict()
-    (candidate,) = candidates(prefixed(state, "net."))
+    candidate = compare_all(prefixed(state, "net."), "net.")
     assert name in [misfit.architecture for misfit in candidate.misfits if not misfit.total]
 
 
@@ -313,6 +313,14 @@ WITHOUT_ONE = {
         lambda s: {"weight": torch.ones(1), "layer.bias": torch.ones(1)},
         "has no Res2Net: its 2 tensors are under weight, layer, and none has the name of a block, such as layer1",
     ),
+    "deformable convolutions": (
+        lambda s: {**s, **{k.replace("weight", "offset"): t for k, t in s.items() if ".convs." in k}},
+        "do not fit res2net_tiny: layer1.0.convs.0.offset is not in the model; .* and 1\\d more$",
+    ),
+    "many": (
+        lambda s: {f"a{i}.layer1.0.convs.0.weight": torch.ones(1) for i in range(40)},
+        "blocks of Res2Nets under 40 prefixes; the limit is 32",
+    ),
     "no tensors": (lambda s: {"epoch": 3}, "has no Res2Net: it has no tensors"),
     "unknown widths": (
         lambda s: prefixed(small(layers=(1, 2, 4, 1), base_width=20), "net."),
@@ -375,8 +383,11 @@ def test_released_file_is_recognised_by_its_hash(in_process, monkeypatch, tmp_pa
     path = saved(tmp_path / "file.pth", spread(timm.create_model("res2net50d")).state_dict())
     checkpoint = catalog.load().checkpoints["res2net50d.in1k"]
     monkeypatch.setattr(checkpoint, "sha256", sha256_of(path)[:8])
-    result = in_process("hub/convert.py", "--checkpoint", path, "--output", tmp_path / "out")
+    args = ["--checkpoint", path, "--wiring", "official", "--output", tmp_path / "out"]
+    result = in_process("hub/convert.py", *args)
     assert result.returncode == 0 and "res2net50d.in1k in" in result.stdout and "as published" in result.stdout
+    assert released_as(path, "res2net50d", "mmdet") is None and released_as(path, "res2net101d") is None
+    assert released_as(path, "res2net50d") is checkpoint
 
 
 @pytest.mark.parametrize(
