@@ -171,9 +171,9 @@ def drop_unused(state_dict: dict[str, torch.Tensor], model: nn.Module | None = N
     return {name: tensor for name, tensor in state_dict.items() if not name.startswith(UNREAD_BY_DLA)}
 
 
-def _create_dla(variant: str, pretrained: bool = False, **kwargs) -> DLA:
+def _create_dla(variant: str, pretrained: bool = False, model_cls: type[DLA] = DLA, **kwargs) -> DLA:
     return build_model(
-        DLA,
+        model_cls,
         variant,
         pretrained,
         pretrained_filter_fn=drop_unused,

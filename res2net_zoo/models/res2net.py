@@ -175,8 +175,8 @@ def check_numbers(name: str, values: Any, count: int, most: int) -> None:
         raise ValueError(f"{name} is {values!r}; it must be {count} integers from 1 to {most}, one for each {each}")
 
 
-def _create_res2net(variant: str, pretrained: bool = False, **kwargs) -> Res2Net:
-    return build_model(Res2Net, variant, pretrained, block=Bottle2neck, **kwargs)
+def _create_res2net(variant: str, pretrained: bool = False, model_cls: type[Res2Net] = Res2Net, **kwargs) -> Res2Net:
+    return build_model(model_cls, variant, pretrained, **{"block": Bottle2neck, **kwargs})
 
 
 # The deep stem of three 3x3 convolutions and the average pooling in the shortcut ("Bag of Tricks",

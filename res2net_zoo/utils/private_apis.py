@@ -54,6 +54,12 @@ PRIVATE_APIS = [
         "reads config.json of a `local-dir:`; the exported `load_model_config_from_hf` reads only from the Hub",
     ),
     PrivateApi(
+        "timm.models._input",
+        "update_model_args",
+        TIMM,
+        "records the arguments that rebuild a model from its config.json; only `create_model` records them otherwise",
+    ),
+    PrivateApi(
         "torch._C",
         "_are_functorch_transforms_active",
         TORCH,
