@@ -1,10 +1,9 @@
 """The interface of the authors' code, for projects that hold a copy of it.
 
-    from res2net_zoo.originals import res2net50_v1b_26w_4s
-
-replaces the import from a copied `res2net_v1b.py`, `res2net.py`, `res2next.py` or `dla.py`. The functions have the
-authors' names and signatures. They return models of the zoo whose children, state-dict keys and attributes have the
-authors' names and order, with the same output and the same initialization.
+`from res2net_zoo.originals import res2net50_v1b_26w_4s` replaces the import from a copied `res2net_v1b.py`,
+`res2net.py`, `res2next.py` or `dla.py`. The functions have the authors' names and signatures. They return models of the
+zoo whose children, state-dict keys and attributes have the authors' names and order, with the same output and
+initialization.
 """
 
 import copy
@@ -347,7 +346,8 @@ def refuse_ambiguous(arguments: Mapping[str, Any]) -> None:
 def load_file(model: nn.Module, path: str | os.PathLike) -> None:
     """Load the weights of a file, strictly and without unrestricted unpickling.
 
-    A state dict may be the file's content or its entry `state_dict`, and all names may have a prefix such as `module.`.
+    The state dict is the file's content or its entry `state_dict`, and all names may have a prefix such as `module.`.
+    Projections that the authors' DLA never uses keep their values.
 
     Args:
         model: A model of this module.
