@@ -13,11 +13,11 @@ from urllib.parse import urlsplit
 import timm
 import torch
 from timm.layers import DropPath
-from timm.models import get_arch_name
+from timm.models import get_arch_name, get_model_args
 from torch import nn
 
 from res2net_zoo import catalog
-from res2net_zoo.utils.console import nearest
+from res2net_zoo.utils.console import nearest, warn
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import write_atomically
 from res2net_zoo.weights.convert import UNREAD_BY_DLA
@@ -100,8 +100,12 @@ def authors_state_dict(model: nn.Module, name: str) -> OrderedDict[str, torch.Te
     built: Any = model
     architecture = built.pretrained_cfg["architecture"]
     _check_architecture(name, architecture)
+    if dilation := _dilation(get_model_args(model)):
+        warn(
+            f"{name} is dilated: {dilation}; only copies of the authors' code that dilate in this way compute the same"
+        )
     with torch.device("meta"):
-        theirs = _layers(timm.create_model(architecture, num_classes=built.num_classes))
+        theirs = _layers(timm.create_model(architecture, num_classes=built.num_classes, **dilation))
     ours = _layers(model)
     for layer in [*theirs, *ours]:
         if ours.get(layer) != theirs.get(layer):
@@ -131,6 +135,14 @@ def save_state_dict(state: OrderedDict[str, torch.Tensor], path: Path) -> None:
         write_atomically(path, lambda new: new.write_bytes(content.getbuffer()))
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _dilation(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a model that dilate it as copies of the authors' code do, which timm's rule does not."""
+    keys = {"strides", "dilations", "multi_grid"}
+    if arguments.get("dilation_rule") == "mmdet":
+        keys |= {"output_stride", "dilation_rule"}
+    return {key: value for key, value in arguments.items() if key in keys}
 
 
 def _layers(model: nn.Module) -> dict[str, str]:
