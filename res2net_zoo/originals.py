@@ -22,6 +22,7 @@ from timm.models.dla import DlaTree
 from timm.models.resnet import downsample_avg, downsample_conv
 from torch import nn
 
+from res2net_zoo import catalog
 from res2net_zoo.models import dla, res2net
 from res2net_zoo.models.block import Bottle2neck as ZooBottle2neck
 from res2net_zoo.models.block import Res2NetModule
@@ -29,7 +30,14 @@ from res2net_zoo.utils.private_apis import update_model_args
 from res2net_zoo.weights.authors import ARCHITECTURES
 from res2net_zoo.weights.convert import UNREAD_BY_DLA, convert
 
-__all__ = ["DLA", "Bottle2neck", "Res2Net", *ARCHITECTURES]
+__all__ = ["DLA", "Bottle2neck", "Res2Net", "model_urls", *ARCHITECTURES]
+
+# The original files by function, for code that downloads them itself.
+model_urls = {
+    name: checkpoint.url
+    for name, architecture in ARCHITECTURES.items()
+    if (checkpoint := catalog.load().checkpoint(architecture)) and checkpoint.url
+}
 
 AUTHORS_ATTRIBUTES = {"act1": "relu", "global_pool": "avgpool"}  # by timm's names
 

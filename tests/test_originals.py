@@ -99,6 +99,12 @@ def test_signatures(name):
         assert function(False, num_classes=7).fc.weight.shape[0] == 7
 
 
+def test_urls():
+    urls = originals.model_urls
+    assert urls["res2net50_v1b_26w_4s"].endswith("/res2net50_v1b_26w_4s-3cf99910.pth")
+    assert set(ARCHITECTURES) - set(urls) == {"res2net152_v1b_26w_4s"}
+
+
 @pytest.mark.parametrize(("name", "reference"), REFERENCES.items())
 def test_keys_have_the_authors_order_and_shapes(name, reference):
     rows = json.loads(gzip.decompress((PARITY / f"official-{reference}.json.gz").read_bytes()))["parameters"]
@@ -284,6 +290,22 @@ class TestClasses:
         with pytest.raises(TypeError, match=r"must be res2net_zoo\.originals\.Bottle2neck"):
             originals.Res2Net(nn.Identity, [1, 2, 1, 1])
 
+    def test_derived_class(self, x):
+        """As projects derive from the class of `res2net.py`, with a `forward` of their own."""
+
+        class WithoutPooling(originals.Res2Net):
+            def __init__(self, block, layers, baseWidth=26, scale=4, **kwargs):
+                super().__init__(block, layers, baseWidth=baseWidth, scale=scale, v1b=False, **kwargs)
+
+            def forward(self, x):
+                x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+                return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+        model = create("res2net50")
+        derived = WithoutPooling(originals.Bottle2neck, [1, 2, 1, 1], channels=FEW["channels"]).eval()
+        derived.load_state_dict(model.state_dict())
+        assert torch.equal(derived(x), model.forward_features(x))
+
     def test_blocks(self):
         shortcut = nn.Conv2d(8, 64, 1)
         first = spread(originals.Bottle2neck(8, 16, 1, shortcut, baseWidth=32, scale=2, stype="stage")).eval()
@@ -329,6 +351,7 @@ class TestZoo:
         assert model(x).shape == (1, 3) and [name for name, _ in model.named_children()][-2:] == ["avgpool", "fc"]
         assert torch.equal(torch.jit.script(model)(x), model(x))
 
+    @pytest.mark.first_case
     @pytest.mark.parametrize("name", ["res2net50_v1b_26w_4s", "res2net_dla60"])
     def test_optimize(self, name):
         model, x = create(name), torch.randn(1, 3, 64, 64)
@@ -373,6 +396,7 @@ def test_torch_hub_has_the_authors_functions():
     assert len(hubconf.__all__) == len(ARCHITECTURES) == 15
 
 
+@pytest.mark.full
 def test_importing_the_zoo_does_not_import_the_interface():
     code = "import sys, res2net_zoo; print('res2net_zoo.originals' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
