@@ -277,6 +277,46 @@ def test_maps(x):
             originals.res2net50_v1b(maps=wrong)
 
 
+# What copies of the authors' file compute for an output_stride: UACANet's 8, 16 and 32, and InSPyReNet's 8 and 32.
+DILATED = [
+    dict(strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4)),
+    dict(strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2)),
+    dict(strides=(1, 2, 2, 2), dilations=(1, 1, 2, 4)),
+    dict(strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4), multi_grid=(1, 2, 1)),
+    dict(strides=(1, 2, 2, 2), dilations=(1, 1, 2, 4), multi_grid=(1, 2, 4)),
+]
+
+
+@pytest.mark.parametrize("arguments", DILATED)
+def test_dilation_of_copies(arguments, x):
+    """Every convolution has its stage's dilation, also in the first block, whose shortcut pools only for its stride."""
+    depth = dict(layers=(1, 2, 1, 3))
+    model = create("res2net50_v1b", **depth, **arguments)
+    plain = create("res2net50_v1b", **depth)
+    plain.load_state_dict(model.state_dict())
+    stages = zip(range(1, 5), arguments["strides"], arguments["dilations"], strict=True)
+    for number, stride, dilation in stages:
+        stage = getattr(plain, f"layer{number}")
+        factors = arguments.get("multi_grid", (1, 1, 1)) if number == 4 else (1, 1, 1)
+        for block, factor in zip(stage, factors, strict=False):
+            for conv in block.convs:
+                conv.dilation = conv.padding = (dilation * factor,) * 2
+        for conv in stage[0].convs:
+            conv.stride = (stride, stride)
+        stage[0].pool.stride = stride
+        if number > 1:
+            stage[0].downsample[0] = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
+    assert torch.equal(model(x), plain(x))
+    maps = create("res2net50_v1b", **depth, **arguments, maps=(0, 1, 2, 3, 4))(x)
+    assert all(torch.equal(a, b) for a, b in zip(maps, ByAttribute(plain)(x)[1:], strict=True))
+
+
+def test_output_stride_with_a_rule():
+    given = dict(output_stride=16, dilation_rule="mmdet")
+    model = create("res2net50", **given)
+    assert str(model.layer4) == str(create("res2net50", strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2)).layer4)
+
+
 class TestClasses:
     """`Res2Net(Bottle2neck, [3, 4, 6, 3], baseWidth=26, scale=4)`, as copies of the authors' functions call it."""
 

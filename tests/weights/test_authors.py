@@ -123,6 +123,19 @@ def test_models_that_the_authors_code_computes_otherwise(tmp_path, capsys):
     assert not (tmp_path / "x.pth").exists()
 
 
+def test_dilated_models_are_written_with_a_warning(tmp_path, capsys):
+    dilated = dict(strides=(1, 2, 2, 2), dilations=(1, 1, 2, 4), multi_grid=(1, 2, 4))
+    name = save(timm.create_model("res2net50d", num_classes=3, **dilated), tmp_path / "m")
+    assert cli.main(["original", name, "--output", str(tmp_path / "x.pth")]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is dilated: {'strides': [1, 2, 2, 2]" in line and (tmp_path / "x.pth").exists()
+    name = save(timm.create_model("res2net50d", output_stride=16, dilation_rule="mmdet"), tmp_path / "mmdet")
+    assert cli.main(["original", name, "--output", str(tmp_path / "x.pth")]) == 0
+    # No copy of the authors' code has timm's rule.
+    name = save(timm.create_model("res2net50d", num_classes=3, output_stride=16), tmp_path / "timm")
+    assert "its layer4.0.convs.0 is" in error_of(capsys, name, "--output", tmp_path / "y.pth")
+
+
 def test_files_that_cannot_be_written(finetuned, tmp_path, capsys):
     assert "is a folder; name a file" in error_of(capsys, finetuned, "--output", tmp_path)
     assert "cannot write into" in error_of(capsys, finetuned, "--output", tmp_path / "no" / "such.pth")
