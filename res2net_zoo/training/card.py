@@ -71,6 +71,7 @@ def training_card(
         template_path=str(TEMPLATE),
         title=markdown(name),
         local_name=json.dumps(f"local-dir:{folder.name}"),
+        folder_name=json.dumps(folder.name),
         top1=f"{top1:.3f}",
         top5=f"{top5:.3f}",
         measured_in=f" (measured in {precision})" * (report.final is None and precision != "no"),

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import EvalResultEntry, ModelCard, eval_result_entries_to_yaml
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as WEIGHTS
 from huggingface_hub.utils import yaml_dump
+from timm.models import get_model_args
 from torch import nn
 
 from res2net_zoo.catalog import Checkpoint
@@ -97,9 +98,10 @@ def write_model_folder(
 
 
 def write_config(path: Path, model: nn.Module, origin: Provenance, label_names: Sequence[str] | None = None) -> None:
-    """Write a model's config.json as timm does, but with the licence and origin of the model's actual weights.
+    """Write a model's config.json as timm does, but so that transformers loads it, and with its actual origin.
 
-    timm copies the model's pretrained cfg, which describes the published weights even if the model has others.
+    timm copies the model's pretrained cfg, which describes the published weights even if the model has others, and
+    repeats under `model_args` what transformers passes itself.
 
     Args:
         path: The file.
@@ -109,10 +111,27 @@ def write_config(path: Path, model: nn.Module, origin: Provenance, label_names: 
     """
     save_config_for_hf(model, str(path), model_config={"label_names": list(label_names or [])})
     config = json.loads(path.read_text())
+    config["model_args"] = own_arguments(config["architecture"], config.get("model_args", {}))
     config["pretrained_cfg"] = origin.applied_to(config["pretrained_cfg"], config["architecture"])
     if origin != UNKNOWN:
         config[KEY] = origin.to_dict()
     path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def own_arguments(architecture: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's arguments without those that the rest of its config.json or its architecture determines.
+
+    transformers' `TimmWrapper` passes `num_classes` next to `model_args`, and fails if it is in both. It passes nothing
+    of `pretrained_cfg`, so `in_chans` and `global_pool` stay if they differ from the architecture's.
+
+    Args:
+        architecture: A registered name.
+        arguments: The `model_args` that timm writes.
+    """
+    with torch.device("meta"):
+        defaults = get_model_args(timm.create_model(architecture))
+    repeated = {"num_classes"} | {key for key in ("in_chans", "global_pool") if arguments.get(key) == defaults.get(key)}
+    return {key: value for key, value in arguments.items() if key not in repeated}
 
 
 def write_backbone(
