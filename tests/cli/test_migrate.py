@@ -1,6 +1,8 @@
 """The examples of docs/migrate.md, run without a network in a folder that has the files they name."""
 
 import re
+import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,15 @@ def test_mmdetection(folder):
     with torch.no_grad():
         assert all(torch.equal(a, b) for a, b in zip(model(image), alone(image), strict=True))
     assert not model.features.layer1[0].conv1.weight.requires_grad
+
+
+def test_commands_take_these_options():
+    pytest.importorskip("res2net_zoo.originals")
+    pytest.importorskip("res2net_zoo.weights.backbone")
+    lines = re.findall(r"^res2net-zoo (\S+) (.*)$", PAGE, re.M)
+    assert {command for command, _ in lines} == {"original", "convert"}
+    for command, options in lines:
+        assert import_module(f"res2net_zoo.cli.{command}").parse_args(shlex.split(options)).output
 
 
 def test_timm():
