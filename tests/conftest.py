@@ -40,6 +40,7 @@ SMALL = {
     "res2net50_26w_4s": FEW,
     "res2next50": FEW,
     "res2net50_vd_26w_4s": FEW,
+    "res2net50_v1d_26w_4s": FEW,
     "dla60_res2net": dict(levels=(1, 1, 1, 1, 1, 1), channels=(16, 32, 32, 64, 64, 64)),
     "blres2net50": dict(layers=(2, 2, 2, 1), channels=(16, 32, 48, 64)),
     "seres2next29_6c_24w_4s": dict(layers=(2, 1, 1), channels=(16, 32, 64)),

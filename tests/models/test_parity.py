@@ -13,7 +13,8 @@ import torch
 from res2net_zoo import catalog
 from res2net_zoo.models.dla import drop_unused
 from res2net_zoo.weights.convert import fit
-from tests.conftest import relative_error
+from tests.conftest import ROOT, relative_error
+from tests.models import compare_wirings
 from tests.weights.originals.draw import images, parameter
 
 pytestmark = pytest.mark.first_case
@@ -97,6 +98,20 @@ def test_features_equal_mmdetections():
 def test_other_wirings_differ_from_mmdetections(wiring):
     model, features = load(BACKBONE, features_only=True, out_indices=(1, 2, 3, 4), block_args=dict(wiring=wiring))
     check_features(model, features, lambda error: 20 * TOLERANCE < error < 0.5)
+
+
+@pytest.mark.full
+def test_docs_show_how_far_off_a_weight_is_in_a_wrong_wiring():
+    """The table in docs/models.md is current; its figures may differ in the last digit."""
+    printed = (ROOT / "docs/models.md").read_text().split(compare_wirings.MARKS[0])[1]
+    printed = printed.split(compare_wirings.MARKS[1])[0].strip()
+    rows, current = (
+        [line.split("|")[1:-1] for line in table.splitlines()] for table in (printed, compare_wirings.table())
+    )
+    assert len(rows) == len(current) == 2 + 12
+    for row, wanted in zip(rows[2:], current[2:], strict=True):
+        assert [cell.strip() for cell in row[:2]] == [cell.strip() for cell in wanted[:2]]
+        assert [float(cell) for cell in row[2:]] == pytest.approx([float(cell) for cell in wanted[2:]], rel=0.12)
 
 
 def test_unused_weights_explain_the_printed_size_of_dla():
