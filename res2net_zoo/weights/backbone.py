@@ -39,6 +39,7 @@ from res2net_zoo.weights.pickles import FormatError, StandIn
 WIRINGS = ("official", "paddle", "mmdet")
 LONGEST = 500  # characters of a tensor's name
 MOST_PREFIXES = 32
+MOST_TENSORS = 100_000  # of a file; a training run of res2net200 has 8,000
 
 # Names in a Res2Net's blocks after a prefix: of a ResNet or Big-Little Net, a DLA, PaddleClas's, Holocron's.
 BLOCK = re.compile(
@@ -172,6 +173,8 @@ def read(path: Path) -> Tensors:
         if name in tensors:
             raise FormatError(f"its entry {short(name)} appears twice")
         tensors[name] = tensor
+        if len(tensors) > MOST_TENSORS:
+            raise FormatError(f"it has more tensors than the limit of {MOST_TENSORS:,}")
     return tensors
 
 
