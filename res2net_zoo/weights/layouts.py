@@ -1,4 +1,4 @@
-"""Weights of the zoo under the keys of other code: the way back from `weights.convert`."""
+"""Weights under the keys of OpenMMLab: the way back from `weights.convert`. `weights.authors` has the authors' keys."""
 
 import re
 from collections import OrderedDict
@@ -12,7 +12,7 @@ from res2net_zoo.utils.errors import InputError
 from res2net_zoo.weights.backbone import wiring_of
 
 # The layouts, and the wiring that the code of each computes.
-LAYOUTS = {"authors": "official", "mmpretrain": "official", "mmdet": "mmdet"}
+LAYOUTS = {"mmpretrain": "official", "mmdet": "mmdet"}
 
 
 def to_layout(state: Mapping[str, torch.Tensor], layout: str) -> "OrderedDict[str, torch.Tensor]":
@@ -22,7 +22,6 @@ def to_layout(state: Mapping[str, torch.Tensor], layout: str) -> "OrderedDict[st
         state: State dict of a zoo model of the ResNet kind.
         layout: Whose keys:
 
-            - `authors`: those of the authors' files and of timm, which are the zoo's own.
             - `mmdet`: those of MMDetection's backbone `Res2Net`, for its `init_cfg=dict(type="Pretrained", ...)`. The
               deep stem is `stem.0` to `stem.7`, and there is no classifier.
             - `mmpretrain`: those of an image classifier of MMPretrain, `backbone.*` and `head.fc.*`.
@@ -35,8 +34,6 @@ def to_layout(state: Mapping[str, torch.Tensor], layout: str) -> "OrderedDict[st
     """
     if layout not in LAYOUTS:
         raise InputError(f"unknown keys {layout}; choose {', '.join(LAYOUTS)}", "keys")
-    if layout == "authors":
-        return OrderedDict((name, tensor.detach().cpu().contiguous()) for name, tensor in state.items())
     check_resnet(state, layout)
     deep, renamed = "conv1.0.weight" in state, OrderedDict()
     for name, tensor in state.items():

@@ -102,6 +102,28 @@ def test_a_backbone_is_written_without_a_classifier(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("keys", "model", "first", "wiring"),
+    [
+        ("mmdet", "res2net50_v1d_26w_4s", "stem.0.weight", []),
+        ("mmpretrain", "res2net50d", "backbone.stem.0.conv.weight", []),
+        ("mmdet", "res2net50d", "stem.0.weight", ["--wiring", "official", "--model", "res2net50d"]),
+    ],
+)
+def test_keys_of_openmmlab_and_back(keys, model, first, wiring, tmp_path, capsys):
+    """The keys are MMDetection's or MMPretrain's, `convert` reads them back, and another wiring is warned about."""
+    name = save(spread(timm.create_model(model, num_classes=3)), tmp_path / "zoo")
+    assert cli.main(["original", name, "--keys", keys, "--output", str(tmp_path / "x.pth")]) == 0
+    printed = capsys.readouterr()
+    assert ("loads into" in printed.err or "they load into it" in printed.err) == bool(wiring)
+    assert next(iter(torch.load(tmp_path / "x.pth"))) == first
+    args = ["--checkpoint", str(tmp_path / "x.pth"), "--output", str(tmp_path / "back"), *wiring]
+    assert cli.main(["convert", *args]) == 0
+    zoo, back = (load_file(tmp_path / folder / "model.safetensors") for folder in ("zoo", "back"))
+    assert back.keys() == {key for key in zoo if keys == "mmpretrain" or not key.startswith("fc.")}
+    assert all(torch.equal(tensor, zoo[key]) for key, tensor in back.items())
+
+
+@pytest.mark.parametrize(
     ("name", "words"),
     [
         ("res2net50_v1b_26w_4", "there is no model res2net50_v1b_26w_4; did you mean res2net50_v1b_26w_4s"),

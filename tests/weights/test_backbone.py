@@ -411,7 +411,6 @@ def test_bad_input_writes_nothing(in_process, args, words, tmp_path):
         ("mmdet", "res2net50_v1d_26w_4s", None, "stem.0.weight"),
         ("mmdet", "res2net50_26w_4s", "mmdet", "conv1.weight"),
         ("mmpretrain", "res2net50d", None, "backbone.stem.0.conv.weight"),
-        ("authors", TINY, "official", "conv1.0.weight"),
     ],
 )
 def test_round_trip_through_the_keys_of_other_code(layout, name, wiring, first, tmp_path):
@@ -433,6 +432,6 @@ def test_other_code_lacks_some_models():
             state = timm.create_model(name).state_dict()
         with pytest.raises(InputError, match="mmdet has only Res2Nets of four stages, without attention and cardinal"):
             to_layout(state, "mmdet")
-    with pytest.raises(InputError, match="unknown keys mmseg; choose authors, mmpretrain, mmdet"):
+    with pytest.raises(InputError, match="unknown keys mmseg; choose mmpretrain, mmdet"):
         to_layout({}, "mmseg")
     assert "computes the wiring mmdet: they load" in wiring_doubt(timm.create_model(TINY), "mmdet")
