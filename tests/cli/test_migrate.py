@@ -39,7 +39,6 @@ def run(code: str, result: str) -> torch.nn.Module:
 
 
 def test_the_authors_file():
-    pytest.importorskip("res2net_zoo.originals")
     start = example("From the authors' file", "import")
     model = run(start, "backbone")
     assert [*dict(model.named_children())][-2:] == ["avgpool", "fc"]
@@ -66,8 +65,6 @@ def test_mmdetection(folder):
 
 
 def test_commands_take_these_options():
-    pytest.importorskip("res2net_zoo.originals")
-    pytest.importorskip("res2net_zoo.weights.backbone")
     lines = re.findall(r"^res2net-zoo (\S+) (.*)$", PAGE, re.M)
     assert {command for command, _ in lines} == {"original", "convert"}
     for command, options in lines:
