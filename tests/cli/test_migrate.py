@@ -54,7 +54,10 @@ def test_mmdetection(folder):
 
     base = 'model = dict(backbone=dict(type="ResNet", depth=50, norm_cfg=dict(type="BN"), style="pytorch"))'
     (folder / "base.py").write_text(base)
-    code = example("From MMDetection", "custom_imports").replace("res2net101_v1d_26w_4s", "local-dir:backbone")
+    code = example("From MMDetection", "custom_imports")
+    (name,) = re.findall(r'model_name="([^"]+)"', code)
+    assert timm.is_model_pretrained(name)
+    code = code.replace(name, "local-dir:backbone")
     (folder / "config.py").write_text('_base_ = "base.py"\n' + code)
     model = MODELS.build(config.fromfile(folder / "config.py").model.backbone).eval()
     alone = run(example("From MMDetection", "create_model", "python"), "backbone")
