@@ -125,7 +125,7 @@ def checkpoint_card(checkpoint: Checkpoint, metadata: dict[str, str]) -> ModelCa
             list(reversed(first.values())),
             training_data(checkpoint),
             origin.base_model,
-            "image-classification" if checkpoint.num_classes else "image-feature-extraction",
+            task_of(checkpoint.num_classes),
         ),
         template_path=str(TEMPLATE),
         released=True,
@@ -147,7 +147,7 @@ def unreleased_card(checkpoint: Checkpoint, metadata: dict[str, str], name: str)
         The card, without licence and accuracies.
     """
     return ModelCard.from_template(
-        model_card_data(name, None),
+        model_card_data(name, None, task=task_of(checkpoint.num_classes)),
         template_path=str(TEMPLATE),
         released=False,
         name=name,
@@ -178,12 +178,8 @@ def backbone_card(backbone: Backbone, metadata: dict[str, str], name: str) -> Mo
         ("tensors", f"{len(backbone.state)}; {len(backbone.left_out)} others of the file are left out"),
         ("converted by", f"Res2Net Zoo, conversion version {metadata['converter']}"),
     ]
-    data = model_card_data(name, None)
-    if not backbone.num_classes:
-        data.pipeline_tag = "image-feature-extraction"
-        data.tags = ["image-feature-extraction", "timm", "res2net"]
     return ModelCard.from_template(
-        data,
+        model_card_data(name, None, task=task_of(backbone.num_classes)),
         template_path=str(TEMPLATE.with_name("backbone_card.md")),
         name=markdown(name),
         citation=CITATION,
@@ -193,6 +189,11 @@ def backbone_card(backbone: Backbone, metadata: dict[str, str], name: str) -> Mo
         source=markdown(metadata["source"]),
         source_sha256=metadata["source_sha256"],
     )
+
+
+def task_of(num_classes: int) -> str:
+    """Return the task of a model with or without a classifier, by the Hub's name."""
+    return "image-classification" if num_classes else "image-feature-extraction"
 
 
 def training_data(checkpoint: Checkpoint) -> list[str]:

@@ -235,7 +235,8 @@ def changed(draw: st.DrawFn, content: object, more: st.SearchStrategy = HOSTILE)
         return [*content[:i], draw(changed(content[i], more)), *content[i + 1 :]]
     if isinstance(content, dict) and draw(st.booleans()):
         keys = ["model_args", "layers", "scale", "base_width", "cardinality", "global_pool", "num_classes", "in_chans",
-                "pretrained_cfg", "label_names", "url", "file", "task", "block_args", "channels"]  # fmt: skip
+                "pretrained_cfg", "label_names", "url", "file", "task", "block_args", "channels", "output_stride",
+                "dilation_rule", "strides", "dilations", "multi_grid"]  # fmt: skip
         return {**content, draw(st.sampled_from(keys)): draw(more)}
     return draw(more)
 
