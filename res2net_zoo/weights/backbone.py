@@ -5,6 +5,7 @@ compared with the tensors of every registered model, by name and shape. Names of
 """
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import cache
@@ -87,23 +88,27 @@ class Backbone(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What a registered model's tensors look like.
+    """What the tensors of a registered model look like, or of one with another kind of shortcut.
 
     Attributes:
+        architecture: Its registered name.
+        model_args: Its further arguments.
         shapes: The shape of each tensor, without the classifier and BatchNorm's counters.
         wiring: Its wiring; None if only one wiring of this kind of model exists.
         num_features: Channels of the last feature map.
     """
 
+    architecture: str
+    model_args: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     wiring: str | None
     num_features: int
 
 
 class Misfit(NamedTuple):
-    """How the tensors under a prefix differ from those of a model, by timm's names."""
+    """How the tensors under a prefix differ from those of a model, a key of `known_models()`."""
 
-    architecture: str
+    model: str
     missing: list[str]
     unexpected: list[str]
     misshapen: list[str]
@@ -195,7 +200,7 @@ def flatten(content: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 @cache
 def known_models() -> dict[str, Known]:
-    """Return what the tensors of every registered model look like, by its name."""
+    """Return what the tensors of every registered model look like, by its name and further arguments."""
     known = {}
     for name in catalog.load().architectures:
         with torch.device("meta"):
@@ -203,8 +208,19 @@ def known_models() -> dict[str, Known]:
         shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
         shapes = {key: shape for key, shape in shapes.items() if not key.endswith("num_batches_tracked")}
         is_resnet = timm.model_entrypoint(name).__module__.endswith(".res2net")
-        known[name] = Known(shapes, wiring_of(model.layer1[0]) if is_resnet else None, model.num_features)
+        known[name] = Known(name, {}, shapes, wiring_of(model.layer1[0]) if is_resnet else None, model.num_features)
+        if is_resnet:
+            # A stem and a shortcut may be combined otherwise, as MMDetection's options do.
+            shift = -1 if (has_pool := "layer1.0.downsample.2.weight" in shapes) else 1
+            other = {shifted(key, shift): shape for key, shape in shapes.items()}
+            label, model_args = f"{name} with avg_down={not has_pool}", {"avg_down": not has_pool}
+            known[label] = known[name]._replace(model_args=model_args, shapes=other)
     return known
+
+
+def shifted(key: str, shift: int) -> str:
+    """Return the name of a tensor after moving the layers of a shortcut by `shift` places."""
+    return re.sub(r"(?<=\.downsample\.)\d", lambda match: str(int(match[0]) + shift), key)
 
 
 def wiring_of(first: Any) -> str:
@@ -229,9 +245,9 @@ def format_of(names: Iterable[str]) -> str:
     return "torch"
 
 
-def compare(shapes: Mapping[str, tuple[int, ...]], format: str, architecture: str) -> Misfit:
-    """Compare tensors with those of a registered model, leaving out what is beside the model's own modules."""
-    target = known_models()[architecture].shapes
+def compare(shapes: Mapping[str, tuple[int, ...]], format: str, model: str) -> Misfit:
+    """Compare tensors with those of a known model, leaving out what is beside the model's own modules."""
+    target = known_models()[model].shapes
     inside = {key.partition(".")[0] for key in target}
     found, unexpected, misshapen = set(), [], []
     for name, key in timm_names(shapes, format, target).items():
@@ -246,7 +262,7 @@ def compare(shapes: Mapping[str, tuple[int, ...]], format: str, architecture: st
             continue
         elif key.partition(".")[0] in inside or re.match(r"layer\d\.\d+\.", key):
             unexpected.append(name)
-    return Misfit(architecture, [key for key in target if key not in found], unexpected, misshapen)
+    return Misfit(model, [key for key in target if key not in found], unexpected, misshapen)
 
 
 def find_prefixes(tensors: Iterable[str]) -> list[str]:
@@ -277,7 +293,7 @@ def compare_all(tensors: Tensors, prefix: str, architecture: str | None = None) 
     """
     shapes = {name[len(prefix) :]: tuple(t.shape) for name, t in tensors.items() if name.startswith(prefix)}
     format = format_of(shapes)
-    names = [architecture] if architecture else list(known_models())
+    names = [name for name, known in known_models().items() if architecture in (None, known.architecture)]
     misfits = sorted((compare(shapes, format, name) for name in names), key=lambda misfit: misfit.total)
     return Candidate(prefix, format, shapes, misfits)
 
@@ -310,7 +326,7 @@ def find(path: Path, prefix: str | None = None, wiring: str | None = None, archi
         check_file(path)
         tensors = read(path)
         candidate = choose(path, tensors, prefix, architecture)
-        same = [misfit.architecture for misfit in candidate.misfits if not misfit.total]
+        same = [misfit.model for misfit in candidate.misfits if not misfit.total]
         name, model_args, wiring, reason = choose_wiring(path, candidate, same, wiring, architecture)
         classifier = find_classifier(tensors, candidate, known_models()[name].num_features)
         num_classes = len(tensors[classifier["fc.bias"]]) if classifier else 0
@@ -342,7 +358,7 @@ def choose(path: Path, tensors: Tensors, prefix: str | None, architecture: str |
     complete = [candidate for candidate in found if not candidate.misfits[0].total]
     complete = [c for i, c in enumerate(complete) if not any(is_copy(tensors, c, other) for other in complete[:i])]
     if len(complete) > 1:
-        there = " and ".join(f"{under(c.prefix)} ({c.misfits[0].architecture}: {c})" for c in complete)
+        there = " and ".join(f"{under(c.prefix)} ({c.misfits[0].model}: {c})" for c in complete)
         raise InputError(f"{path} has {len(complete)} complete Res2Nets: {there}; name the prefix of one", "prefix")
     if not complete:
         closest = min(found, key=lambda candidate: candidate.misfits[0].total)
@@ -355,7 +371,7 @@ def choose(path: Path, tensors: Tensors, prefix: str | None, architecture: str |
 
 def is_copy(tensors: Tensors, ours: Candidate, theirs: Candidate) -> bool:
     """Return whether two prefixes have the same tensors of a Res2Net, such as a module under two names."""
-    target = known_models()[ours.misfits[0].architecture].shapes
+    target = known_models()[ours.misfits[0].model].shapes
     names, others = ours.names(target), theirs.names(target)
     return all(key in others and torch.equal(tensors[full], tensors[others[key]]) for key, full in names.items())
 
@@ -368,7 +384,7 @@ def choose_wiring(
     Args:
         path: The file, for messages.
         candidate: The tensors.
-        same: The registered models of this shape.
+        same: The known models of this shape.
         wiring: The chosen wiring, if any.
         architecture: The chosen model, if any.
 
@@ -378,15 +394,15 @@ def choose_wiring(
     Raises:
         InputError: The wiring is not known, or the chosen model has another one.
     """
-    known = known_models()
-    if known[same[0]].wiring is None:
+    first, others = known_models()[same[0]], known_models().values()
+    if first.wiring is None:
         if wiring not in (None, "official"):
             raise InputError(f"{same[0]} has only the official wiring, not {wiring}", "wiring")
-        return same[0], {}, "official", "the only one of this kind of model"
+        return first.architecture, {}, "official", "the only one of this kind of model"
     if wiring:
         reason = "as chosen"
     elif architecture:
-        wiring, reason = str(known[architecture].wiring), f"that of {architecture}"
+        wiring, reason = str(first.wiring), f"that of {architecture}"
     elif candidate.format in IMPLIED:
         wiring, reason = IMPLIED[candidate.format]
     else:
@@ -396,19 +412,16 @@ def choose_wiring(
             "code, timm, MMPretrain), paddle (PaddleClas) or mmdet (MMDetection, MMSegmentation)",
             "wiring",
         )
-    if architecture:
-        same = [name for name, other in known.items() if other.shapes == known[architecture].shapes]
-    registered = [name for name in same if known[name].wiring == wiring]
-    if architecture and architecture not in registered and registered:
+    fitting = [known for known in others if known.shapes == first.shapes and known.wiring == wiring]
+    if architecture and fitting and architecture not in [known.architecture for known in fitting]:
         raise InputError(
-            f"{architecture} has the wiring {known[architecture].wiring}; with the wiring {wiring} it is "
-            f"{registered[0]}",
+            f"{architecture} has the wiring {first.wiring}; with the wiring {wiring} it is {fitting[0].architecture}",
             "model",
             "wiring",
         )
-    if registered:
-        return architecture or registered[0], {}, wiring, reason
-    return architecture or same[0], {"block_args": {"wiring": wiring}}, wiring, reason
+    if fitting:
+        return architecture or fitting[0].architecture, fitting[0].model_args, wiring, reason
+    return first.architecture, {**first.model_args, "block_args": {"wiring": wiring}}, wiring, reason
 
 
 def find_classifier(tensors: Tensors, candidate: Candidate, num_features: int) -> dict[str, str]:
@@ -492,21 +505,21 @@ def explain_misfit(candidate: Candidate, architecture: str | None) -> tuple[str,
         architecture: The chosen model, if any.
     """
     misfit = candidate.misfits[0]
-    target = known_models()[misfit.architecture].shapes
+    target = known_models()[misfit.model].shapes
     where, wrong = f"the Res2Net {under(candidate.prefix)}", len(misfit.unexpected) + len(misfit.misshapen)
     if not wrong and (architecture or not lacks_only_last_blocks(misfit.missing, target)):
         return (
             f"{where} is not complete: it has {candidate} and lacks {len(misfit.missing)} of the {len(target)} tensors "
-            f"of {misfit.architecture}: {listed(grouped(misfit.missing, target))}; name a file or a prefix with all",
+            f"of {misfit.model}: {listed(grouped(misfit.missing, target))}; name a file or a prefix with all",
             ["checkpoint", "prefix"],
         )
     if architecture or (wrong and (misfit.total <= len(target) // 10 or str(candidate) == describe(target))):
         problems = [*misfit.misshapen, *(f"{short(name)} is not in the model" for name in misfit.unexpected)]
         problems += [f"{name} of the model is missing" for name in grouped(misfit.missing, target)]
-        return f"{misfit.total} tensors of {where} do not fit {misfit.architecture}: {listed(problems)}", []
+        return f"{misfit.total} tensors of {where} do not fit {misfit.model}: {listed(problems)}", []
     return (
         f"{where} has the shape of no registered model: it has {candidate}; the nearest is "
-        f"{misfit.architecture}, which has {describe(target)}; name the prefix of another backbone, or a model to list "
+        f"{misfit.model}, which has {describe(target)}; name the prefix of another backbone, or a model to list "
         "the tensors that differ",
         ["prefix", "model"],
     )
@@ -548,13 +561,18 @@ def group_by_prefix(names: Iterable[str], prefix: str) -> dict[str, list[str]]:
 
 
 def check_architecture(name: str) -> str:
-    """Return the registered model that a name without a tag means.
+    """Return the registered model that a name means, without its tag; the authors' names are known as well.
 
     Raises:
         InputError: There is none; suggests similar names.
     """
     architectures = list(catalog.load().architectures)
-    name = name.partition(".")[0]
-    if name not in architectures:
+    architecture = name.partition(".")[0]
+    if architecture not in architectures and timm.is_model(architecture):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # timm's, that the authors' names are deprecated
+            model: Any = timm.create_model(architecture)
+        architecture = model.pretrained_cfg["architecture"]
+    if architecture not in architectures:
         raise InputError(f"the catalogue has no model {name}; {nearest(name, architectures)}", "model")
-    return name
+    return architecture

@@ -428,10 +428,12 @@ def timm_names(source: Iterable[str], format: str, target: Container[str]) -> di
         target: The model's names.
     """
     names = {name: RENAMERS[format](name) for name in source}
-    # timm's shortcut always begins with a pooling layer, at index 0. MindCV and PaddleClas have none, or
-    # only where it pools, so their indices 0 and 1 become 1 and 2.
+    # timm's shortcut always begins with a pooling layer, at index 0. PaddleClas's names have none, and MindCV's only
+    # where it pools, so that indices 0 and 1 become 1 and 2. Without it, later stages compute something else.
     first = ".downsample.0.weight"
     unpooled = {key.removesuffix(first) for key in names.values() if key.endswith(first) and key not in target}
+    if format != "paddle":
+        unpooled &= {"layer1.0"}
     return {
         name: re.sub(r"(?<=\.downsample\.)\d", lambda match: str(int(match[0]) + 1), key)
         if key.partition(".downsample.")[0] in unpooled

@@ -232,7 +232,21 @@ def test_every_architecture_is_recognised(name):
     with torch.device("meta"):
         state = timm.create_model(name).state_dict()
     candidate = compare_all(prefixed(state, "net."), "net.")
-    assert name in [misfit.architecture for misfit in candidate.misfits if not misfit.total]
+    assert name in [misfit.model for misfit in candidate.misfits if not misfit.total]
+
+
+@pytest.mark.parametrize("name", ["res2net50_26w_4s", "res2net50d"])
+def test_other_combinations_of_stem_and_shortcut(name, in_process, tmp_path):
+    """MMDetection's options `deep_stem` and `avg_down` are independent of each other."""
+    avg_down = name == "res2net50_26w_4s"
+    model = spread(timm.create_model(name, num_classes=5, avg_down=avg_down, block_args={"wiring": "mmdet"})).eval()
+    path = saved(tmp_path / "file", {f"backbone.{k}": tensor for k, tensor in model.state_dict().items()})
+    args = ["--checkpoint", path, "--output", tmp_path / "out"]
+    assert f"shapes of {name} with avg_down={avg_down}, but" in input_error(in_process("hub/convert.py", *args))
+    assert in_process("hub/convert.py", *args, "--wiring", "mmdet").returncode == 0
+    ours, x = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(ours(x), model(x))
 
 
 def test_wiring_without_a_model_of_its_own_is_recorded(in_process, tiny, tmp_path):
@@ -264,6 +278,9 @@ def test_choices_of_wiring_and_model(in_process, tmp_path):
     assert "do not fit res2net101d" in refused(path, architecture="res2net101d") or "not complete" in refused(
         path, architecture="res2net101d"
     )
+    args = ["--checkpoint", path, "--model", "res2net50_v1b_26w_4s", "--output", tmp_path / "out"]
+    result = in_process("hub/convert.py", *args)
+    assert result.returncode == 0 and "recognised res2net50d under" in result.stdout and not result.stderr
     # The authors' weights under MMDetection's keys were trained with the official wiring.
     renamed = saved(tmp_path / "renamed", {to_mmdet(name.removeprefix("encoder.")): t for name, t in state.items()})
     found = find(renamed, architecture="res2net50d")

@@ -382,6 +382,14 @@ def test_prefix_is_removed_only_if_all_names_share_it(tmp_path):
     assert "none of its 900 tensor names" in refuse(tmp_path / "file", "torch")
 
 
+def test_shortcuts_without_pooling_are_not_taken_for_others(tmp_path):
+    """They compute something else where the stride is 2, although the shapes are the same."""
+    unpooled = timm.create_model("res2net_tiny", avg_down=False).state_dict()
+    torch.save(unpooled, tmp_path / "file")
+    with pytest.raises(InputError, match=r"layer2\.0\.downsample"):
+        convert(tmp_path / "file", "torch", timm.create_model("res2net_tiny").state_dict())
+
+
 def test_mismatch_message_has_both_shapes_and_class_counts(tmp_path):
     model = small_model("torch")
     state = model.state_dict()
