@@ -3,7 +3,7 @@
 Usage: res2net-zoo convert [--model NAME] [--checkpoint FILE] --output DIR
 
 FILE is a published weight file, or any checkpoint with a Res2Net in it: of a training run, a detector, a segmenter.
-The one complete Res2Net is found by the names and shapes of its tensors, under any prefix, and its model is recognised.
+The one complete Res2Net is found by the names and shapes of its tensors, under any prefix, and its model is recognized.
 The wiring (official, paddle, mmdet) determines what the weights compute; name it if the file does not show it.
 
 With NAME as arch.tag, a checkpoint of the catalogue, the whole file must match it; without FILE it is downloaded.
@@ -39,7 +39,7 @@ SHOWN = 12  # prefixes of tensors that are left out
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument(
-        "--model", help="arch.tag of the catalogue's checkpoint, or the architecture (default: recognised)"
+        "--model", help="arch.tag of the catalogue's checkpoint, or the architecture (default: recognized)"
     )
     parser.add_argument("--checkpoint", metavar="FILE", help="weight file, or its URL (default: the catalogue's URL)")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="model folder to write")
@@ -134,11 +134,11 @@ def write(args: argparse.Namespace, path: Path, checkpoint: "Checkpoint | None",
 
 
 def report(backbone: "Backbone") -> None:
-    """Print what was recognised, and which tensors of the file are left out."""
+    """Print what was recognized, and which tensors of the file are left out."""
     from res2net_zoo.utils.console import printable, warn
     from res2net_zoo.weights.backbone import group_by_prefix, under
 
-    print(f"recognised {backbone.architecture} {under(backbone.prefix)}: {len(backbone.state)} tensors")
+    print(f"recognized {backbone.architecture} {under(backbone.prefix)}: {len(backbone.state)} tensors")
     print(f"  wiring {backbone.wiring}: {backbone.reason}")
     print(f"  classes: {backbone.num_classes or 'none, there is no classifier for its features'}")
     if backbone.contradiction:

@@ -236,11 +236,11 @@ def measure(
 
 def benchmark_of(source: "Source", num_rows: int | None, num_classes: int, wanted: str | None) -> str | None:
     """Return which ImageNet benchmark the data is; None for other data or models of other classes."""
-    from res2net_zoo.data.labels import recognise
+    from res2net_zoo.data.labels import recognize
 
     if wanted is not None or num_classes != 1000:
         return wanted
-    return recognise(source.name, source.split, source.class_names, num_rows)
+    return recognize(source.name, source.split, source.class_names, num_rows)
 
 
 def check_published(

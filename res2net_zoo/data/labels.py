@@ -54,7 +54,7 @@ def real_labels() -> dict[str, list[int]]:
     return RealLabelsImagenet(names).real_labels
 
 
-def recognise(name: str, split: str, class_names: Sequence[str] | None, num_rows: int | None) -> str | None:
+def recognize(name: str, split: str, class_names: Sequence[str] | None, num_rows: int | None) -> str | None:
     """Recognize an ImageNet benchmark by the properties of a dataset.
 
     Args:

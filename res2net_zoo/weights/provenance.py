@@ -158,7 +158,7 @@ class Provenance:
     def __str__(self) -> str:
         """Return the record as text."""
         known = {
-            "random": "random initialisation",
+            "random": "random initialization",
             "checkpoint": f"the checkpoint {self.checkpoint}",
             "file": "a file that is not a release",
             "unknown": "unknown origin",

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from res2net_zoo.data.labels import imagenet_synsets, match_classes, real_labels, recognise, subset_synsets
+from res2net_zoo.data.labels import imagenet_synsets, match_classes, real_labels, recognize, subset_synsets
 from res2net_zoo.utils.errors import InputError
 
 
@@ -100,12 +100,12 @@ def test_incompatible_classes_are_refused():
 def test_benchmarks_are_recognized():
     synsets = imagenet_synsets()
     numbers = [str(i) for i in range(1000)]
-    assert recognise("ILSVRC/imagenet-1k", "validation", None, None) == "imagenet-1k"
-    assert recognise("ILSVRC/imagenet-1k", "train", None, None) is None
-    assert recognise("val", "validation", synsets, 50_000) == "imagenet-1k"
-    assert recognise("sketch", "train", synsets, 50_889) == "imagenet-sketch"
-    assert recognise("train", "train", synsets, 1_281_167) is None
-    assert recognise("v2", "test", numbers, 10_000) == "imagenet-v2"
-    assert recognise("a", "test", subset_synsets("imagenet-a")[::-1], None) == "imagenet-a"
-    assert recognise("r", "test", subset_synsets("imagenet-r"), 5) == "imagenet-r"
-    assert recognise("digits", "validation", numbers[:10], 360) is None
+    assert recognize("ILSVRC/imagenet-1k", "validation", None, None) == "imagenet-1k"
+    assert recognize("ILSVRC/imagenet-1k", "train", None, None) is None
+    assert recognize("val", "validation", synsets, 50_000) == "imagenet-1k"
+    assert recognize("sketch", "train", synsets, 50_889) == "imagenet-sketch"
+    assert recognize("train", "train", synsets, 1_281_167) is None
+    assert recognize("v2", "test", numbers, 10_000) == "imagenet-v2"
+    assert recognize("a", "test", subset_synsets("imagenet-a")[::-1], None) == "imagenet-a"
+    assert recognize("r", "test", subset_synsets("imagenet-r"), 5) == "imagenet-r"
+    assert recognize("digits", "validation", numbers[:10], 360) is None

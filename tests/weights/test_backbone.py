@@ -1,4 +1,4 @@
-"""The backbone out of any checkpoint: what `convert` recognises, what it leaves out, and what it refuses."""
+"""The backbone out of any checkpoint: what `convert` recognizes, what it leaves out, and what it refuses."""
 
 import argparse
 import json
@@ -93,7 +93,7 @@ def test_a_detector_gives_its_backbone_to_another(in_process, tmp_path):
         assert result.returncode == 0, result.stderr
         contents.append(read_tree(tmp_path / "out"))
     assert contents[0] == contents[1]
-    assert "recognised res2net_tiny under the prefix model.module.backbone." in result.stdout
+    assert "recognized res2net_tiny under the prefix model.module.backbone." in result.stdout
     assert "wiring official: as chosen" in result.stdout and "classes: none" in result.stdout
     assert "model.module.neck. 20: model.module.neck.inner_blocks.0.0.weight" in result.stdout
     assert re.search(r"\n  optimizer\. \d{3}: optimizer\.state\.0\.", result.stdout)
@@ -228,7 +228,7 @@ def test_formats_imply_a_wiring(format, name, wiring, tmp_path):
 
 
 @pytest.mark.parametrize("name", catalog.load().architectures)
-def test_every_architecture_is_recognised(name):
+def test_every_architecture_is_recognized(name):
     with torch.device("meta"):
         state = timm.create_model(name).state_dict()
     candidate = compare_all(prefixed(state, "net."), "net.")
@@ -280,7 +280,7 @@ def test_choices_of_wiring_and_model(in_process, tmp_path):
     )
     args = ["--checkpoint", path, "--model", "res2net50_v1b_26w_4s", "--output", tmp_path / "out"]
     result = in_process("hub/convert.py", *args)
-    assert result.returncode == 0 and "recognised res2net50d under" in result.stdout and not result.stderr
+    assert result.returncode == 0 and "recognized res2net50d under" in result.stdout and not result.stderr
     # The authors' weights under MMDetection's keys were trained with the official wiring.
     renamed = saved(tmp_path / "renamed", {to_mmdet(name.removeprefix("encoder.")): t for name, t in state.items()})
     found = find(renamed, architecture="res2net50d")
@@ -396,7 +396,7 @@ def test_left_out_tensors_are_grouped_where_they_leave_the_path():
     }
 
 
-def test_released_file_is_recognised_by_its_hash(in_process, monkeypatch, tmp_path):
+def test_released_file_is_recognized_by_its_hash(in_process, monkeypatch, tmp_path):
     path = saved(tmp_path / "file.pth", spread(timm.create_model("res2net50d")).state_dict())
     checkpoint = catalog.load().checkpoints["res2net50d.in1k"]
     monkeypatch.setattr(checkpoint, "sha256", sha256_of(path)[:8])

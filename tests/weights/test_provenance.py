@@ -317,7 +317,7 @@ class TestFromAFolder:
         student = finetune("student", *args)
         assert stated(student) == {"origin": "random", "trained": True, "teacher": "teacher"}
         assert (
-            "random initialisation, trained, teacher teacher, licence not stated" in (student / "README.md").read_text()
+            "random initialization, trained, teacher teacher, licence not stated" in (student / "README.md").read_text()
         )
 
     def test_hub_repository(self, hub, finetune, publish, tmp_path):  # noqa: F811
