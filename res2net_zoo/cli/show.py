@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 
 from res2net_zoo import catalog
-from res2net_zoo.catalog import Printed
+from res2net_zoo.catalog import Checkpoint, Printed
 from res2net_zoo.cli.command import command, parser_of
 from res2net_zoo.utils.console import nearest
 from res2net_zoo.utils.errors import InputError
@@ -83,15 +83,18 @@ def show(name: str) -> str:
     facts += [("derives from", checkpoint.base_model)] if checkpoint.base_model else []
     facts += [("notes", checkpoint.notes)] if checkpoint.notes else []
     facts += [("also", ", ".join(others))] if others else []
+    return "\n".join(f"{key:15}{value}" for key, value in facts) + f"\n\n{results(checkpoint)}"
+
+
+def results(checkpoint: Checkpoint) -> str:
+    """Return the table of a checkpoint's accuracies, or of the results of the larger models whose backbone it is."""
     if checkpoint.downstream:
         rows = [(x.model, x.dataset, x.text, x.source) for x in checkpoint.downstream]
-        table = markdown_table(("backbone of", "measured on", "result", "source"), rows)
-    else:
-        table = markdown_table(
-            ("measured on", "split", "top-1", "top-5", "source"),
-            [(a.dataset, a.split, f"{a.top1:.3f}", f"{a.top5:.3f}", a.source) for a in checkpoint.accuracies],
-        )
-    return "\n".join(f"{key:15}{value}" for key, value in facts) + f"\n\n{table}"
+        return markdown_table(("backbone of", "measured on", "result", "source"), rows)
+    return markdown_table(
+        ("measured on", "split", "top-1", "top-5", "source"),
+        [(a.dataset, a.split, f"{a.top1:.3f}", f"{a.top5:.3f}", a.source) for a in checkpoint.accuracies],
+    )
 
 
 def printed_figures(printed: Printed) -> str:

@@ -95,12 +95,7 @@ class Res2NetModule(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if scale < 1:
-            raise ValueError(f"scale is {scale}; it must be at least 1")
-        if width < 1 or width % cardinality:
-            raise ValueError(f"{width} channels per group are not divisible by cardinality {cardinality}")
-        if wiring not in get_args(Wiring):
-            raise ValueError(f"wiring is {wiring!r}; it must be one of {', '.join(get_args(Wiring))}")
+        check_groups(width, scale, cardinality, wiring)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         first_dilation = first_dilation or dilation
         # In a stage whose stride timm replaces by dilation, only the first block has a different dilation, which is how
@@ -261,6 +256,20 @@ class Bottle2neck(Res2NetModule):
         """
         shortcut = x if self.downsample is None else self.downsample(x)
         return self.forward_residual(x, shortcut, self.last_act)
+
+
+def check_groups(width: int, scale: int, cardinality: int, wiring: str) -> None:
+    """Check the arguments of a block's groups.
+
+    Raises:
+        ValueError: An argument is invalid.
+    """
+    if scale < 1:
+        raise ValueError(f"scale is {scale}; it must be at least 1")
+    if width < 1 or width % cardinality:
+        raise ValueError(f"{width} channels per group are not divisible by cardinality {cardinality}")
+    if wiring not in get_args(Wiring):
+        raise ValueError(f"wiring is {wiring!r}; it must be one of {', '.join(get_args(Wiring))}")
 
 
 def fold(conv: Any, norm: Any) -> tuple[Any, Any]:
