@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -23,6 +24,7 @@ from res2net_zoo.hub.publish import LicenseError, check_license
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.hub_client import TRIES
 from res2net_zoo.weights import downloads
+from res2net_zoo.weights.convert import convert
 from tests.conftest import ROOT, full_disk, input_error, read_tree, spread
 from tests.hub_server import Hub, hasten, serve
 from tests.weights.test_convert import write
@@ -109,15 +111,16 @@ def test_pretrained_weights_from_the_release(hub, model, original):
 DETECTOR = "res2net101_v1d_26w_4s.mmdet_htc_coco"
 
 
+def to_mmdet(name: str) -> str:
+    """Return MMDetection's name for a tensor of a backbone."""
+    return re.sub(r"^conv1\.", "stem.", re.sub(r"^bn1\.", "stem.7.", name))
+
+
 @pytest.fixture
 def backbone(hub, monkeypatch, tmp_path) -> torch.nn.Module:
     """A backbone, whose detector's file in MMDetection's format is on the server and in the catalogue."""
     model = spread(timm.create_model("res2net101_v1d_26w_4s", num_classes=0)).eval()
-
-    def theirs(name: str) -> str:
-        return "backbone." + re.sub(r"^conv1\.", "stem.", re.sub(r"^bn1\.", "stem.7.", name))
-
-    state = {theirs(name): tensor for name, tensor in model.state_dict().items()}
+    state = {f"backbone.{to_mmdet(name)}": tensor for name, tensor in model.state_dict().items()}
     state |= {"neck.fpn_convs.0.conv.weight": torch.zeros(2, 2), "roi_head.bbox_head.0.fc_cls.bias": torch.zeros(81)}
     torch.save({"meta": {"epoch": 20}, "state_dict": state, "optimizer": {}}, tmp_path / "htc.pth")
     content = (tmp_path / "htc.pth").read_bytes()
@@ -143,6 +146,17 @@ def test_pretrained_backbone_of_a_detector(backbone):
     classifier = timm.create_model(DETECTOR, pretrained=True, num_classes=3, in_chans=1).eval()
     assert classifier(x[:, :1]).shape == (1, 3) and classifier.fc.weight.shape == (3, 2048)
     assert torch.equal(classifier.layer4[2].conv3.weight, backbone.layer4[2].conv3.weight)
+
+
+@pytest.mark.parametrize("num_classes", [0, 5])
+def test_backbone_alone_in_mmdetections_format(tmp_path, num_classes):
+    """Its classifier, if there is one, belongs to another wiring and is left out."""
+    create = partial(timm.create_model, "res2net50_v1d_26w_4s", layers=(1, 1, 1, 1))
+    state = spread(create(num_classes=num_classes)).state_dict()
+    torch.save({to_mmdet(name): tensor for name, tensor in state.items()}, tmp_path / "b.pth")
+    target = create(num_classes=0).state_dict()
+    found = convert(tmp_path / "b.pth", "mmdet", target)
+    assert found.keys() == target.keys() and all(torch.equal(found[name], state[name]) for name in found)
 
 
 def test_untrained_models_have_a_classifier_even_if_the_default_weights_have_none():
