@@ -65,9 +65,10 @@ def main(args: argparse.Namespace) -> int:
 
     if args.model is None and args.checkpoint is None:
         raise InputError("name a weight file, or a checkpoint of the catalogue", "checkpoint", "model")
-    is_search = args.checkpoint is not None and (
-        args.prefix is not None or args.wiring is not None or "." not in (args.model or "")
-    )
+    chooses = args.prefix is not None or args.wiring is not None
+    if args.checkpoint is None and chooses:
+        raise InputError("a prefix and a wiring choose what to take from a file; name the file", "checkpoint")
+    is_search = args.checkpoint is not None and (chooses or "." not in (args.model or ""))
     checkpoint = None if is_search else catalog.choose([args.model])[0]
     source = args.checkpoint
     if checkpoint and source is None and not (source := checkpoint.url):

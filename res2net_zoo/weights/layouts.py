@@ -33,7 +33,7 @@ def to_layout(state: Mapping[str, torch.Tensor], layout: str) -> "OrderedDict[st
         InputError: The layout is unknown, or its code has no such model.
     """
     if layout not in LAYOUTS:
-        raise InputError(f"unknown keys {layout}; choose {', '.join(LAYOUTS)}", "keys")
+        raise InputError(f"unknown keys {layout}; choose {', '.join(LAYOUTS)}")
     check_resnet(state, layout)
     deep, renamed = "conv1.0.weight" in state, OrderedDict()
     for name, tensor in state.items():

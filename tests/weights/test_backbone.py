@@ -407,6 +407,19 @@ def test_released_file_is_recognized_by_its_hash(in_process, monkeypatch, tmp_pa
     assert released_as(path, "res2net50d") is checkpoint
 
 
+def test_checkpoint_is_downloaded_from_a_url(hub, in_process, tiny, tmp_path):
+    saved(tmp_path / "det.pth", prefixed(tiny, "backbone."))
+    hub.add("models/files/originals", {"det.pth": (tmp_path / "det.pth").read_bytes()})
+    url = f"{hub.endpoint}/files/originals/resolve/main/det.pth"
+    args = ["--checkpoint", f"{url}?signature=hunter2", "--output", tmp_path / "out"]
+    line = input_error(in_process("hub/convert.py", *args))
+    assert line.startswith(f"error: {url}: the Res2Net under the prefix backbone. has the shapes of res2net_tiny, but")
+    assert in_process("hub/convert.py", *args, "--wiring", "official").returncode == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["provenance"]["source"] == url
+    assert not any(b"hunter2" in content for content in read_tree(tmp_path / "out").values())
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -414,7 +427,11 @@ def test_released_file_is_recognized_by_its_hash(in_process, monkeypatch, tmp_pa
         (["--checkpoint", "READM.md"], "did you mean README.md?"),
         (["--checkpoint", "README.md", "--model", "res2net50"], "no model res2net50; did you mean res2net50_26w_4s"),
         (["--checkpoint", "README.md", "--wiring", "mmdett"], "invalid choice: 'mmdett'; did you mean mmdet?"),
-        (["--prefix", "x"], "name a weight file, or a checkpoint of the catalogue (--checkpoint, --model)"),
+        (
+            ["--model", "res2net50d.in1k", "--prefix", "x"],
+            "choose what to take from a file; name the file (--checkpoint)",
+        ),
+        ([], "name a weight file, or a checkpoint of the catalogue (--checkpoint, --model)"),
     ],
 )
 def test_bad_input_writes_nothing(in_process, args, words, tmp_path):
