@@ -141,7 +141,7 @@ def report(backbone: "Backbone") -> None:
 
     print(f"recognized {backbone.architecture} {under(backbone.prefix)}: {len(backbone.state)} tensors")
     print(f"  wiring {backbone.wiring}: {backbone.reason}")
-    print(f"  classes: {backbone.num_classes or 'none, there is no classifier for its features'}")
+    print(f"  classes: {backbone.num_classes or 'none, without a classifier'}")
     if backbone.contradiction:
         warn(backbone.contradiction)
     groups = group_by_prefix(backbone.left_out, backbone.prefix)
