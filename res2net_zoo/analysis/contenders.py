@@ -29,16 +29,18 @@ from torch.nn import functional as F
 from res2net_zoo.analysis.cost import count
 from res2net_zoo.inference import backends
 from res2net_zoo.inference.export import INPUT, import_openvino, openvino_core, openvino_settings, require, run_onnx
+from res2net_zoo.inference.optimization import uses_tf32
 from res2net_zoo.kernels.training import accelerate_training
 from res2net_zoo.utils.errors import InputError, first_line
 from res2net_zoo.utils.private_apis import fail_at_recompile_limit
 from res2net_zoo.weights.pretrained import create_model
 
 OURS, TIMM, PLAIN, RESNET50, PRODUCT = "ours", "timm", "plain", "resnet50", "matrix product"
-PEERS = ("eager", "inductor", "onnxruntime", "openvino")
+PEERS = ("eager", "inductor", "cudagraphs", "onnxruntime", "openvino")
 # Maximum difference from the float32 model's logits, relative to the largest logit. Half precision has 3 decimals,
 # of which a deep network loses some, and more in training because of BatchNorm.
 TOLERANCE = {"infer": {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}, "train": {"float32": 1e-2}}
+TF32_TOLERANCE = {"infer": 2e-2, "train": 0.1}  # those of float32 where convolutions use TF32
 
 Call = Callable[[], torch.Tensor]
 
@@ -123,7 +125,10 @@ def contenders(
     ways = []
     for peer in peers:
         if training or setting.device != "cpu":
-            ways += [peer] if peer in ("eager", "inductor") else []
+            suited = ("eager", "inductor") if training else ("eager", "inductor", "cudagraphs")
+            ways += [peer] if peer in suited else []
+            continue
+        if peer == "cudagraphs":
             continue
         ways.append(peer)
         if peer == "eager" and half:
@@ -173,7 +178,10 @@ def build(contender: Contender, setting: Setting, folder: Path) -> Built:
         raise Skipped(f"{contender}: {error}") from error
     except Exception as error:  # compilers and runtimes raise any type; the other contenders continue
         raise Skipped(f"{contender} fails: {first_line(error)}") from error
-    if not off <= TOLERANCE[setting.mode].get(setting.precision, math.inf):
+    allowed = TOLERANCE[setting.mode].get(setting.precision, math.inf)
+    if setting.precision == "float32" and uses_tf32(images.device):
+        allowed = TF32_TOLERANCE[setting.mode]
+    if not off <= allowed:
         raise Skipped(f"{contender} computes wrong results: its logits differ by {off:.2g} of the largest")
     return Built(contender, call, off)
 
@@ -270,6 +278,11 @@ def _inductor(model: Any, images: torch.Tensor, precision: str, variant: str, fi
     return call
 
 
+def _cudagraphs(model: nn.Module, images: torch.Tensor, precision: Any, variant: str, file: Path) -> Call:
+    run = backends.BACKENDS["cudagraphs"](model, images, precision)
+    return torch.inference_mode()(lambda: run(images).float())
+
+
 def _onnxruntime(model: nn.Module, images: torch.Tensor, precision: str, variant: str, file: Path) -> Call:
     require("onnx", "onnxscript", "onnxruntime")
     if precision != "float32":
@@ -314,6 +327,7 @@ def _openvino_settings(precision: str, streams: int = 1) -> dict[str, Any]:
 INFERENCE: dict[str, Callable[[nn.Module, torch.Tensor, str, str, Path], Call]] = {
     "eager": _eager,
     "inductor": _inductor,
+    "cudagraphs": _cudagraphs,
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
 }
@@ -396,6 +410,7 @@ def _memory_of_process(contender: Contender, setting: Setting, folder: Path) -> 
     call = build(contender, setting, folder).call
     gc.collect()
     if setting.device != "cpu":
+        torch.cuda.empty_cache()  # release memory that was needed only for building
         torch.cuda.reset_peak_memory_stats()
     elif before is None:
         return None
@@ -406,7 +421,8 @@ def _memory_of_process(contender: Contender, setting: Setting, folder: Path) -> 
     for _ in range(3):
         call()
     if setting.device != "cpu":
-        return torch.cuda.max_memory_allocated() / 2**20
+        # Not the allocated memory: intermediate results of a CUDA graph are not allocated while it runs.
+        return torch.cuda.max_memory_reserved() / 2**20
     peak = _resident("VmHWM")
     return None if peak is None or before is None else peak - before
 

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from res2net_zoo.analysis.contenders import Setting
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-PEERS = ("eager", "inductor", "onnxruntime", "openvino")
+PEERS = ("eager", "inductor", "cudagraphs", "onnxruntime", "openvino")
 AGAINST = ("timm", "resnet50")
-BACKENDS = ("auto", "native", "openvino", "onnxruntime", "inductor", "cudagraphs", "eager")
+BACKENDS = ("auto", "native", "openvino", "onnxruntime", "inductor", "inductor-padded", "cudagraphs", "eager")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

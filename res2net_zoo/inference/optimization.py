@@ -29,6 +29,7 @@ from res2net_zoo.utils.files import is_special, read_json, write_atomically
 
 PADDED = 16  # channels that a GPU's matrix units process at a time in half precision
 TOLERANCE = 1e-4  # maximum error of float32 logits, relative to the largest
+TF32_TOLERANCE = 2e-2  # the same if the model's own logits have the 3 decimals of TF32
 ROUNDS = 5  # timings of each backend
 PAUSE = 0.02  # seconds before each timing, in which the threads of the previous backend become idle
 CHANGED = 1.5  # a cached choice is repeated if its time differs by this factor, because the machine was busy or is
@@ -314,9 +315,15 @@ def check(found: torch.Tensor, expected: torch.Tensor, precision: Precision) -> 
         raise Unavailable(f"it returns {tuple(found.shape)} instead of {tuple(expected.shape)}")
     error = ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
     # Half precision has 3 decimals, some of which a deep network loses.
-    allowed = TOLERANCE if precision == "float32" else 0.1
+    exact = TF32_TOLERANCE if uses_tf32(expected.device) else TOLERANCE
+    allowed = exact if precision == "float32" else 0.1
     if not error <= allowed:
         raise Unavailable(f"its logits differ by {error:.2g} of the largest, more than {allowed:g}")
+
+
+def uses_tf32(device: torch.device) -> bool:
+    """Return whether float32 convolutions on a device round their inputs to TF32, PyTorch's default on GPUs."""
+    return device.type == "cuda" and torch.backends.cudnn.allow_tf32
 
 
 @torch.no_grad()

@@ -151,6 +151,14 @@ def test_overflowing_model(tiny, tmp_path):
         res2net_zoo.optimize(broken, images(1, 3, 64, 64), cache_dir=tmp_path)
 
 
+def test_tolerance_of_tf32(monkeypatch):
+    expected, found = torch.ones(1, 2), torch.tensor([[1.0, 1.001]])
+    with pytest.raises(Unavailable, match=r"differ by 0\.001 of the largest, more than 0\.0001"):
+        optimization.check(found, expected, "float32")
+    monkeypatch.setattr(optimization, "uses_tf32", lambda device: True)
+    optimization.check(found, expected, "float32")
+
+
 def test_no_backend_can_run_the_model(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(optimization, "candidates", lambda device: ["eager"])
     monkeypatch.setitem(optimization.BACKENDS, "eager", lambda model, *_: lambda x: 2 * model(x))
