@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 PRECISIONS = ("float32", "bfloat16", "float16")
 PEERS = ("eager", "inductor", "cudagraphs", "onnxruntime", "openvino")
 AGAINST = ("timm", "resnet50")
-BACKENDS = ("auto", "native", "openvino", "onnxruntime", "inductor", "inductor-padded", "cudagraphs", "eager")
+BACKENDS = ("auto", "native", "openvino", "onnxruntime", "inductor", "inductor-padded", "cudagraphs", "triton", "eager")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -5,6 +5,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import fx, nn
 from res2net_zoo.kernels.cpu_network import Network
 
 Precision = Literal["float32", "bfloat16", "float16"]
-Backend = Literal["native", "inductor", "inductor-padded", "openvino", "onnxruntime", "cudagraphs", "eager"]
+Backend = Literal["native", "inductor", "inductor-padded", "openvino", "onnxruntime", "cudagraphs", "triton", "eager"]
 Call = Callable[[torch.Tensor], torch.Tensor]
 T = TypeVar("T")
 
@@ -70,27 +71,62 @@ def _cudagraphs(model: nn.Module, example: torch.Tensor, precision: Precision) -
         raise Unavailable("CUDA graphs need an NVIDIA GPU")
     run = eager(model, example, precision)
 
-    def record(images: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
-        torch.cuda.synchronize()  # the graph that this one replaces may still be running
+    def prepare(images: torch.Tensor) -> tuple[Callable[[torch.Tensor], object], Callable[[], torch.Tensor]]:
         taken = images.clone()
+        return taken.copy_, lambda: run(taken)
+
+    return _graphed(prepare)
+
+
+def _triton(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
+    if example.device.type != "cuda":
+        raise Unavailable("it supports NVIDIA GPUs only")
+    if not find_spec("triton"):
+        raise Unavailable("Triton is not installed")
+    from res2net_zoo.kernels.gpu_network import GpuNetwork
+
+    graph = model if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model)
+    network = GpuNetwork(graph, getattr(torch, precision), example.device)
+
+    def prepare(images: torch.Tensor) -> tuple[Callable[[torch.Tensor], object], Callable[[], torch.Tensor]]:
+        program = network.program(images)
+        program.load(images)
+        return program.load, program.run
+
+    return _graphed(prepare)
+
+
+def _graphed(
+    prepare: Callable[[torch.Tensor], tuple[Callable[[torch.Tensor], object], Callable[[], torch.Tensor]]],
+) -> Call:
+    """Return a function of images that replays a CUDA graph, captured for each shape.
+
+    Args:
+        prepare: Returns, for images, a function that writes images of that shape into a fixed buffer, and one that
+            computes logits from the buffer, which is captured.
+    """
+
+    def record(images: torch.Tensor) -> tuple[Callable[[torch.Tensor], object], torch.cuda.CUDAGraph, torch.Tensor]:
+        torch.cuda.synchronize()  # the graph that this one replaces may still be running
+        load, run = prepare(images)
         stream = torch.cuda.Stream()  # warm up, so that libraries choose their kernels before the capture
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
-                run(taken)
+                run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = run(taken)
-        return graph, taken, logits
+            logits = run()
+        return load, graph, logits
 
-    graphs: _Cache[tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = _Cache()
+    graphs: _Cache[tuple[Callable[[torch.Tensor], object], torch.cuda.CUDAGraph, torch.Tensor]] = _Cache()
     lock = threading.Lock()  # a graph has a single input and a single output buffer
 
     def call(images: torch.Tensor) -> torch.Tensor:
         with lock:
-            graph, taken, logits = graphs.get(tuple(images.shape), partial(record, images))
-            taken.copy_(images)
+            load, graph, logits = graphs.get(tuple(images.shape), partial(record, images))
+            load(images)
             graph.replay()
             return logits.clone()
 
@@ -178,5 +214,6 @@ BACKENDS: dict[str, Callable[[nn.Module, torch.Tensor, Precision], Call]] = {
     "openvino": _openvino,
     "onnxruntime": _onnxruntime,
     "cudagraphs": _cudagraphs,
+    "triton": _triton,
     "eager": eager,
 }

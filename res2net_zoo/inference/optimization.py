@@ -27,7 +27,9 @@ from res2net_zoo.models.block import Res2NetModule
 from res2net_zoo.utils.errors import InputError, one_line
 from res2net_zoo.utils.files import is_special, read_json, write_atomically
 
-PADDED = 16  # channels that a GPU's matrix units process at a time in half precision
+# Multiples to which the widths of groups are padded: the channels that a GPU's matrix units process at a time in half
+# precision, and those that a thread reads at a time.
+PADDED: dict[str, int] = {"inductor-padded": 16, "triton": 8}
 TOLERANCE = 1e-4  # maximum error of float32 logits, relative to the largest
 TF32_TOLERANCE = 2e-2  # the same if the model's own logits have the 3 decimals of TF32
 ROUNDS = 5  # timings of each backend
@@ -187,8 +189,8 @@ def _build(
         Unavailable: The backend fails or returns different logits.
     """
     try:
-        padded = name == "inductor-padded"
-        call = BACKENDS[name](fold_batch_norm(model, PADDED) if padded else folded, example, precision)
+        network = fold_batch_norm(model, PADDED[name]) if name in PADDED else folded
+        call = BACKENDS[name](network, example, precision)
         with torch.no_grad():
             check(call(example).float(), expected, precision)
         return call
@@ -294,7 +296,7 @@ def pad_width(block: Res2NetModule, multiple: int) -> None:
 def candidates(device: torch.device) -> list[Backend]:
     """Return the backends that are available for a device and ready within seconds."""
     if device.type == "cuda":
-        return ["inductor", "inductor-padded", "cudagraphs", "eager"]
+        return ["triton", "inductor", "inductor-padded", "cudagraphs", "eager"]
     if device.type != "cpu":
         return ["eager"]
     installed: list[Backend] = ["native"]
