@@ -27,8 +27,8 @@ LAUNCHERS = {
     }.items()
     for command in commands
 }
-# Each prints a file, a folder or a format of its own.
-OWN_VALUES = {"--output", "--format", "--precision", "--mixed-precision", "--license", "--scale"}
+# Each prints a file, a folder or a format of its own; `benchmark` takes backends, the others plain PyTorch as well.
+OWN_VALUES = {"--backend", "--output", "--format", "--precision", "--mixed-precision", "--license", "--scale"}
 ENTRY = "import sys; from res2net_zoo_cli import main; sys.exit(main())"
 
 
