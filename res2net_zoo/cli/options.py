@@ -10,7 +10,10 @@ from res2net_zoo.utils.command_line import did_you_mean, within
 IMAGES = "image files, folders, or quoted patterns such as 'a/*.jpg'"
 MODEL = "model name as for timm.create_model (default: %(default)s)"
 SKIP_CORRUPT = "skip images that cannot be decoded, and report them; the exit code is then 1"
-BACKENDS = ("torch", "auto", "native", "openvino", "onnxruntime", "inductor", "inductor-padded", "cudagraphs", "eager")
+BACKENDS = (
+    "torch", "auto", "native", "openvino", "onnxruntime",
+    "inductor", "inductor-padded", "cudagraphs", "triton", "eager",
+)  # fmt: skip
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # torch's name: Accelerate's
 
 

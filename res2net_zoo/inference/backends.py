@@ -1,25 +1,30 @@
 """Inference backends: each compiles a model to a function of images."""
 
+import contextlib
 import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import fx, nn
 
-from res2net_zoo.kernels.cpu_network import Network
+from res2net_zoo.kernels.cpu_network import Network, Unsupported
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Backend = Literal["native", "inductor", "inductor-padded", "openvino", "onnxruntime", "cudagraphs", "triton", "eager"]
 Call = Callable[[torch.Tensor], torch.Tensor]
+Load = Callable[[torch.Tensor], object]
+Run = Callable[[], torch.Tensor]
 T = TypeVar("T")
 
 KEPT = 4  # networks that a backend caches, one per image size; for res2net50_26w_4s each takes 250 MB
+GRAPHS = 8  # CUDA graphs that a backend caches, one per number and size of images
+OLDEST = (8, 0)  # the least compute capability that Triton supports
 LARGEST_PIXEL = 1e15  # activations of larger inputs may overflow
 
 
@@ -50,7 +55,7 @@ def compile_frozen(model: Callable[..., torch.Tensor], device: torch.device) -> 
     """Compile a model by torch.compile with constant weights, and with CUDA graphs on a GPU."""
     options: dict[str, Any] = {"freezing": True}
     if device.type == "cuda":
-        options |= {"max_autotune": True, "triton.cudagraphs": True}
+        options["triton.cudagraphs"] = True
     return torch.compile(model, options=options)
 
 
@@ -71,16 +76,18 @@ def _cudagraphs(model: nn.Module, example: torch.Tensor, precision: Precision) -
         raise Unavailable("CUDA graphs need an NVIDIA GPU")
     run = eager(model, example, precision)
 
-    def prepare(images: torch.Tensor) -> tuple[Callable[[torch.Tensor], object], Callable[[], torch.Tensor]]:
-        taken = images.clone()
-        return taken.copy_, lambda: run(taken)
+    def prepare(shape: tuple[int, ...]) -> tuple[Load, Run]:
+        taken = torch.zeros(shape, device=example.device)
+        return lambda images: taken[: len(images)].copy_(images), lambda: run(taken)
 
-    return _graphed(prepare)
+    return GraphedNetwork(prepare, example)
 
 
 def _triton(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
-    if example.device.type != "cuda":
+    if example.device.type != "cuda" or torch.version.hip:
         raise Unavailable("it supports NVIDIA GPUs only")
+    if torch.cuda.get_device_capability(example.device) < OLDEST:
+        raise Unavailable("it needs a GPU of compute capability 8.0 (Ampere) or newer")
     if not find_spec("triton"):
         raise Unavailable("Triton is not installed")
     from res2net_zoo.kernels.gpu_network import GpuNetwork
@@ -88,49 +95,112 @@ def _triton(model: nn.Module, example: torch.Tensor, precision: Precision) -> Ca
     graph = model if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model)
     network = GpuNetwork(graph, getattr(torch, precision), example.device)
 
-    def prepare(images: torch.Tensor) -> tuple[Callable[[torch.Tensor], object], Callable[[], torch.Tensor]]:
-        program = network.program(images)
-        program.load(images)
+    def prepare(shape: tuple[int, ...]) -> tuple[Load, Run]:
+        program = network.program(shape)
         return program.load, program.run
 
-    return _graphed(prepare)
+    return GraphedNetwork(prepare, example)
 
 
-def _graphed(
-    prepare: Callable[[torch.Tensor], tuple[Callable[[torch.Tensor], object], Callable[[], torch.Tensor]]],
-) -> Call:
-    """Return a function of images that replays a CUDA graph, captured for each shape.
+class Captured(NamedTuple):
+    """A CUDA graph, how to fill its input, and its output."""
+
+    load: Load
+    graph: torch.cuda.CUDAGraph
+    logits: torch.Tensor
+
+
+class GraphedNetwork:
+    """A network that replays CUDA graphs.
+
+    A graph has a fixed shape and fixed memory. One is captured for each image size, and for each number of images
+    that is a power of two or the example's; other numbers of images use a part of the next larger graph.
 
     Args:
-        prepare: Returns, for images, a function that writes images of that shape into a fixed buffer, and one that
-            computes logits from the buffer, which is captured.
+        prepare: Returns, for a shape (N, C, H, W), a function that copies up to N images into a fixed buffer, and one
+            that computes logits from the buffer, which is captured.
+        example: Images of the most frequent shape, on the GPU.
     """
 
-    def record(images: torch.Tensor) -> tuple[Callable[[torch.Tensor], object], torch.cuda.CUDAGraph, torch.Tensor]:
-        torch.cuda.synchronize()  # the graph that this one replaces may still be running
-        load, run = prepare(images)
-        stream = torch.cuda.Stream()  # warm up, so that libraries choose their kernels before the capture
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = run()
-        return load, graph, logits
+    capturing = threading.Lock()  # other captures in the process must wait
 
-    graphs: _Cache[tuple[Callable[[torch.Tensor], object], torch.cuda.CUDAGraph, torch.Tensor]] = _Cache()
-    lock = threading.Lock()  # a graph has a single input and a single output buffer
+    def __init__(self, prepare: Callable[[tuple[int, ...]], tuple[Load, Run]], example: torch.Tensor) -> None:
+        self.prepare, self.device, self.usual = prepare, example.device, len(example)
+        self.graphs: _Cache[Captured] = _Cache(GRAPHS)
+        self.lock = threading.Lock()
+        self.done = torch.cuda.Event()
+        self.pool: Any = torch.cuda.graph_pool_handle()  # for all graphs, as they never run at the same time
 
-    def call(images: torch.Tensor) -> torch.Tensor:
-        with lock:
-            load, graph, logits = graphs.get(tuple(images.shape), partial(record, images))
-            load(images)
-            graph.replay()
-            return logits.clone()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Compute logits (N, classes).
 
-    return call
+        Args:
+            images: Images (N, C, H, W) on the GPU of the network.
+
+        Raises:
+            ValueError: The images are on another device.
+        """
+        if images.device != self.device:
+            raise ValueError(f"the images are on {images.device}, the optimized model is on {self.device}")
+        shape = (graph_size(len(images), self.usual), *images.shape[1:])
+        try:
+            with self.lock, torch.cuda.device(self.device):
+                return self.replay(images, self.graph(shape))
+        except Unsupported:  # too many images for the kernels
+            if len(images) == 1:
+                raise
+        return torch.cat([self(half) for half in images.chunk(2)])
+
+    def replay(self, images: torch.Tensor, captured: Captured) -> torch.Tensor:
+        """Run a graph on the current stream, after its last run on any stream."""
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self.done)
+        captured.load(images)
+        captured.graph.replay()
+        logits = captured.logits[: len(images)].clone()
+        self.done.record(stream)
+        return logits
+
+    def graph(self, shape: tuple[int, ...]) -> Captured:
+        """Return the graph of a shape."""
+        if shape in self.graphs.made:
+            return self.graphs.get(shape, partial(self.capture, shape))
+        torch.cuda.synchronize()  # the graph that this one replaces may be running
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return self.graphs.get(shape, partial(self.capture, shape))
+        self.graphs.made.clear()
+        torch.cuda.empty_cache()
+        self.pool = torch.cuda.graph_pool_handle()
+        return self.graphs.get(shape, partial(self.capture, shape))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def capture(self, shape: tuple[int, ...]) -> Captured:
+        """Capture the graph of a shape."""
+        with self.capturing:
+            load, run = self.prepare(shape)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # libraries choose their kernels before the capture
+                for _ in range(3):
+                    run()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads, such as those that load images, may allocate memory meanwhile.
+            with torch.cuda.graph(graph, self.pool, stream, capture_error_mode="thread_local"):
+                logits = run()
+        return Captured(load, graph, logits)
+
+
+def graph_size(images: int, usual: int) -> int:
+    """Return the number of images of the graph that runs a number of images.
+
+    Args:
+        images: The number of images.
+        usual: The most frequent number.
+    """
+    power = 1 << (images - 1).bit_length()
+    return min(size for size in (power, usual) if size >= images)
 
 
 def _openvino(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
@@ -170,13 +240,14 @@ def _onnxruntime(model: nn.Module, example: torch.Tensor, precision: Precision) 
 class _Cache(Generic[T]):
     """A least-recently-used cache, which is not thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: int) -> None:
+        self.kept = kept
         self.made: OrderedDict[Hashable, T] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """Return the value of a key, and create it if it is not cached."""
         if key not in self.made:
-            while len(self.made) >= KEPT:
+            while len(self.made) >= self.kept:
                 self.made.popitem(last=False)
             self.made[key] = make()
         self.made.move_to_end(key)
@@ -194,7 +265,7 @@ def _by_shape(example: torch.Tensor, make: Callable[[torch.Tensor, bool], Callab
     if example.device.type != "cpu":
         raise Unavailable("it is used on CPUs only")
     usual = tuple(example.shape)
-    networks: _Cache[Callable[[np.ndarray], np.ndarray]] = _Cache()
+    networks: _Cache[Callable[[np.ndarray], np.ndarray]] = _Cache(KEPT)
     lock = threading.Lock()
 
     def call(images: torch.Tensor) -> torch.Tensor:

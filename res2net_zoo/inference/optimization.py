@@ -62,14 +62,14 @@ class Optimized:
 
         Args:
             images: Normalized images (N, C, H, W) of any number, including 0, and any size that the model
-                supports. Sizes other than the example's can require a compilation of several seconds; networks
-                are cached for the last few sizes.
+                supports, on the example's device. Sizes other than the example's can require a compilation of
+                several seconds; networks are cached for the last few sizes.
 
         Returns:
             Logits (N, classes) in float32. Images with NaN or infinite pixels get the same logits as from the model.
 
         Raises:
-            ValueError: The images are not (N, C, H, W).
+            ValueError: The images are not (N, C, H, W), or on another device.
         """
         if images.ndim != 4:
             raise ValueError(f"images have the shape {tuple(images.shape)}, not (N, C, H, W)")
@@ -89,7 +89,7 @@ def optimize(
     """Optimize a model for inference on this machine.
 
     BatchNorm is folded into the convolutions. With `backend="auto"`, interleaved timings of the example compare the
-    backends that are available and ready within seconds (on a GPU: all), and select the fastest. The choice is cached
+    backends that are available without torch.compile, and select the fastest. The choice is cached
     with its time in huggingface_hub's assets cache; if the backend's time differs much from it later, the comparison is
     repeated. The selected backend reproduces the model's logits for the example, in float32
     to 1e-4 of the largest.
@@ -101,9 +101,9 @@ def optimize(
         backend: `"native"` (CPU: the zoo's own machine code, needs a C++ compiler), `"openvino"`,
             `"onnxruntime"` (CPU, the package of that name), `"inductor"` (torch.compile with frozen
             weights; on a GPU with CUDA graphs; its first call takes a minute or more),
-            `"inductor-padded"` (the same, the groups' widths padded to multiples of 16), `"cudagraphs"`
-            (GPU: eager, without the cost of launching kernels), `"eager"`, or `"auto"`. An unavailable
-            backend is replaced by the fastest other one, with a warning that gives the reason.
+            `"inductor-padded"` (the same, the groups' widths padded to multiples of 16), `"triton"` (NVIDIA GPU: the
+            zoo's own kernels), `"cudagraphs"` (GPU: eager, without the cost of launching kernels), `"eager"`, or
+            `"auto"`. An unavailable backend is replaced by the fastest other one, with a warning that gives the reason.
         cache_dir: Folder for cached choices; defaults to huggingface_hub's assets cache.
         refresh: Whether to compare the backends again instead of using a cached choice.
 
@@ -293,18 +293,25 @@ def pad_width(block: Res2NetModule, multiple: int) -> None:
     block.conv3 = widen(block.conv3, 0, block.scale)
 
 
-def candidates(device: torch.device) -> list[Backend]:
-    """Return the backends that are available for a device and ready within seconds."""
+def candidates(device: torch.device, slow: bool = False) -> list[Backend]:
+    """Return the backends that are available for a device.
+
+    Args:
+        device: The device.
+        slow: Whether to include those of torch.compile, which take a minute or more to be ready.
+    """
+    found: list[Backend] = []
     if device.type == "cuda":
-        return ["triton", "inductor", "inductor-padded", "cudagraphs", "eager"]
-    if device.type != "cpu":
-        return ["eager"]
-    installed: list[Backend] = ["native"]
-    if find_spec("openvino"):
-        installed.append("openvino")
-    if find_spec("onnxruntime") and find_spec("onnxscript"):
-        installed.append("onnxruntime")
-    return [*installed, "eager"]
+        found += ["triton", "cudagraphs", *(("inductor", "inductor-padded") if slow else ())]
+    elif device.type == "cpu":
+        found.append("native")
+        if find_spec("openvino"):
+            found.append("openvino")
+        if find_spec("onnxruntime") and find_spec("onnxscript"):
+            found.append("onnxruntime")
+        if slow:
+            found.append("inductor")
+    return [*found, "eager"]
 
 
 def check(found: torch.Tensor, expected: torch.Tensor, precision: Precision) -> None:

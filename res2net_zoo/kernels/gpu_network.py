@@ -54,6 +54,7 @@ TILES: tuple[Tile, ...] = (
     (32, 64, 128, 4, 4),
     (16, 64, 128, 4, 4),
 )
+SMALLEST: Tile = (16, 32, 32, 4, 2)  # for GPUs with little shared memory, where the others fail
 
 
 def units(*numbers: int) -> int:
@@ -84,6 +85,7 @@ class Convolution:
         cut: Number of the first output channel that is written to `rest` instead of `dst`.
         rest: Output for the channels from `cut`.
         also: To which the output is added.
+        is_last: Whether the output is the network's and not read by another convolution.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Convolution:
         add: torch.Tensor | None = None,
         rest: torch.Tensor | None = None,
         also: torch.Tensor | None = None,
+        is_last: bool = False,
     ) -> None:
         kh, kw, stride, pad, dilation = geometry
         n, in_h, in_w, self.chs_in = src.shape
@@ -116,6 +119,7 @@ class Convolution:
         self.constants = dict(
             KH=kh, KW=kw, SRC_UNIT=src_unit, DST_UNIT=unit, RELU=relu, HAS_ADD=add is not None,
             HAS_PARTS=rest is not None, HAS_ALSO=also is not None, PRECISION=precision(src.dtype),
+            ROUND=precision(src.dtype) == "tf32" and not is_last,
         )  # fmt: skip
         self.variant = (*self.constants.values(), src.dtype, dst.dtype)
         self.key = (self.sizes, self.variant)
@@ -173,6 +177,11 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
 
 
+def round_to_tf32(weight: torch.Tensor) -> torch.Tensor:
+    """Round float32 to the 10 bits of TF32's mantissa, as GPUs ignore the others."""
+    return ((weight.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
 class Program:
     """The kernels for one batch size and image size, and their buffers."""
 
@@ -187,7 +196,7 @@ class Program:
         nodes = _fuse(source, lowering.calls, result)
         if nodes[-1].dst is result and result.base is None and not nodes[-1].parts:
             result.is_float = True
-        self.source = source
+        self.source, self.result = source, result
         # The windows of the stem are rows of up to 8 pixels of 4 channels: no masks, and reads of 8 bytes.
         readers = [node for node in nodes if node.src is source]
         self.border = readers[0].conv.padding[0] if len(readers) == 1 and is_stem(readers[0]) else None
@@ -279,7 +288,7 @@ class Program:
             kw, pad = 1, 0
         step = Convolution(
             src, where[0], self.network.packed(conv, stem), (kh, kw, stride, pad, dilation), node.dst.c,
-            node.act == RELU, add, where[1] if len(where) == 2 else None, also,
+            node.act == RELU, add, where[1] if len(where) == 2 else None, also, node.dst is self.result,
         )  # fmt: skip
         self.steps.append(step)
 
@@ -301,10 +310,10 @@ class Program:
         self.steps.append(run)
 
     def load(self, images: torch.Tensor) -> None:
-        """Copy images (N, C, H, W) of any strides into the network's input."""
+        """Copy images (N, C, H, W) of any strides into the network's input; N may be less than the network's."""
         n, c, h, w = images.shape
         if self.border is None:
-            self.view(self.source).copy_(nhwc(images))
+            self.view(self.source)[:n].copy_(nhwc(images))
             return
         to = self.buffers[self.source]
         gpu_steps.load_images[(-(-n * h * w // 256),)](
@@ -377,9 +386,9 @@ class GpuNetwork:
         self.partial = torch.empty(0, device=device)
         self.ready = torch.empty(0, dtype=torch.int32, device=device)
 
-    def program(self, images: torch.Tensor) -> Program:
-        """Return the kernels for images (N, C, H, W) of a shape."""
-        n, c, h, w = images.shape
+    def program(self, shape: tuple[int, ...]) -> Program:
+        """Return the kernels for images of a shape (N, C, H, W)."""
+        n, c, h, w = shape
         return Program(self, (n, c, h, w))
 
     def packed(self, conv: Any, stem: bool) -> Weights:
@@ -394,7 +403,9 @@ class GpuNetwork:
             else:
                 taps = taps.flatten(0, 1)
             rows, pitch = (-(-size // 16) * 16 for size in taps.shape[1:])
-            taps = F.pad(taps, (0, pitch - taps.shape[2], 0, rows - taps.shape[1]))
+            taps = F.pad(taps, (0, pitch - taps.shape[2], 0, rows - taps.shape[1])).contiguous()
+            if precision(self.dtype) == "tf32":
+                taps = round_to_tf32(taps)
             flat = F.pad(taps.flatten(), (0, SLACK * (pitch + 1))).to(self.device, self.dtype)
             bias = torch.zeros(len(weight)) if conv.bias is None else conv.bias.detach().float()
             self.weights[conv, stem] = Weights(flat, F.pad(bias.to(self.device), (0, SLACK)), rows, pitch)
@@ -422,13 +433,7 @@ class GpuNetwork:
         with ThreadPoolExecutor() as pool:  # compilers run in parallel
             list(pool.map(lambda kernel: kernel[0].compile(*kernel[1:]), kernels.values()))
         for key, step in new.items():
-            timed: list[tuple[float, Tile, int]] = []
-            for tile, split in choices[key]:
-                step.choose(tile, split, self.scratch(*step.room(tile, split)))
-                try:
-                    timed.append((milliseconds(step), tile, split))
-                except OutOfResources:
-                    continue
+            timed = self.time(step, choices[key]) or self.time(step, [(SMALLEST, 1)])
             if not timed:
                 raise Unsupported("no tile size of the kernel works on this GPU")
             self.times[key] = sorted(timed)
@@ -436,6 +441,15 @@ class GpuNetwork:
         for step in steps:
             tile, split = self.tuned[step.key]
             step.choose(tile, split, self.scratch(*step.room(tile, split)))
+
+    def time(self, step: Convolution, choices: list[tuple[Tile, int]]) -> list[tuple[float, Tile, int]]:
+        """Return the times of a convolution with tile sizes, in milliseconds, for those that this GPU supports."""
+        timed = []
+        for tile, split in choices:
+            step.choose(tile, split, self.scratch(*step.room(tile, split)))
+            with contextlib.suppress(OutOfResources):
+                timed.append((milliseconds(step), tile, split))
+        return timed
 
 
 def milliseconds(step: Callable[[], object]) -> float:

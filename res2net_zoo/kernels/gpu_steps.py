@@ -5,10 +5,17 @@ import triton.language as tl
 
 
 @triton.jit
+def _to_tf32(x):
+    """Round float32 to the 10 bits of TF32's mantissa, as products ignore the others."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(x == x, ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
 def _finish(
     acc, bias, add, dst, dst2, also, pixel, channel, pixels, cut, chs,
     add_pitch, dst_pitch, dst2_pitch, also_pitch,
-    RELU: tl.constexpr, HAS_ADD: tl.constexpr, HAS_PARTS: tl.constexpr, HAS_ALSO: tl.constexpr,
+    RELU: tl.constexpr, HAS_ADD: tl.constexpr, HAS_PARTS: tl.constexpr, HAS_ALSO: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """Add the bias and the residual to a tile, apply ReLU, and write it."""
     at = pixel.to(tl.int64)[:, None]
@@ -20,6 +27,8 @@ def _finish(
     if RELU:
         # Unlike tl.maximum(acc, 0), this keeps NaN, as torch does.
         acc = tl.where(acc < 0.0, 0.0, acc)
+    if ROUND:
+        acc = _to_tf32(acc)
     out = acc.to(dst.dtype.element_ty)
     if HAS_PARTS:
         first = inside & (channel < cut)[None, :]
@@ -30,8 +39,10 @@ def _finish(
         tl.store(dst + at * dst_pitch + channel[None, :], out, mask=mask)
     if HAS_ALSO:
         places = also + at * also_pitch + channel[None, :]
-        more = tl.load(places, mask=mask, other=0.0)
-        tl.store(places, (more.to(tl.float32) + out.to(tl.float32)).to(out.dtype), mask=mask)
+        more = tl.load(places, mask=mask, other=0.0).to(tl.float32) + out.to(tl.float32)
+        if ROUND:
+            more = _to_tf32(more)
+        tl.store(places, more.to(out.dtype), mask=mask)
 
 
 @triton.jit(
@@ -45,7 +56,7 @@ def convolve(
     pixels, in_h, in_w, out_h, out_w, chs_in, chs_out, cut, stride, pad, dilation,
     src_pitch, add_pitch, dst_pitch, dst2_pitch, also_pitch, weight_rows, weight_pitch,
     KH: tl.constexpr, KW: tl.constexpr, SRC_UNIT: tl.constexpr, DST_UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    RELU: tl.constexpr, HAS_ADD: tl.constexpr, HAS_PARTS: tl.constexpr, HAS_ALSO: tl.constexpr,
+    RELU: tl.constexpr, HAS_ADD: tl.constexpr, HAS_PARTS: tl.constexpr, HAS_ALSO: tl.constexpr, ROUND: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """Convolve a channel range of NHWC pixels as an implicit matrix product, see `gpu_network.Convolution`.
@@ -91,7 +102,7 @@ def convolve(
     if not SHARED:
         _finish(
             acc, bias, add, dst, dst2, also, pixel, channel, pixels, cut, chs_out,
-            add_pitch, dst_pitch, dst2_pitch, also_pitch, RELU, HAS_ADD, HAS_PARTS, HAS_ALSO,
+            add_pitch, dst_pitch, dst2_pitch, also_pitch, RELU, HAS_ADD, HAS_PARTS, HAS_ALSO, ROUND,
         )  # fmt: skip
     else:
         # The program that finishes a tile last adds up the partial sums of all.
@@ -107,7 +118,7 @@ def convolve(
             tl.store(ready + tile, 0)
             _finish(
                 acc, bias, add, dst, dst2, also, pixel, channel, pixels, cut, chs_out,
-                add_pitch, dst_pitch, dst2_pitch, also_pitch, RELU, HAS_ADD, HAS_PARTS, HAS_ALSO,
+                add_pitch, dst_pitch, dst2_pitch, also_pitch, RELU, HAS_ADD, HAS_PARTS, HAS_ALSO, ROUND,
             )  # fmt: skip
 
 
