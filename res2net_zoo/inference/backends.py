@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from res2net_zoo.kernels.cpu_network import Network, Unsupported
+from res2net_zoo.utils.private_apis import freezing
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Backend = Literal["native", "inductor", "inductor-padded", "openvino", "onnxruntime", "cudagraphs", "triton", "eager"]
@@ -51,12 +52,21 @@ def eager(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call
     return call
 
 
-def compile_frozen(model: Callable[..., torch.Tensor], device: torch.device) -> Callable[..., torch.Tensor]:
+def compile_frozen(model: Callable[..., torch.Tensor], device: torch.device) -> Call:
     """Compile a model by torch.compile with constant weights, and with CUDA graphs on a GPU."""
-    options: dict[str, Any] = {"freezing": True}
-    if device.type == "cuda":
-        options["triton.cudagraphs"] = True
-    return torch.compile(model, options=options)
+    compiled = torch.compile(model, options={"triton.cudagraphs": True} if device.type == "cuda" else None)
+    compiled_for: set[Hashable] = set()
+
+    def call(images: torch.Tensor) -> torch.Tensor:
+        kind = (images.shape, images.stride(), images.dtype, torch.is_inference_mode_enabled())
+        if kind in compiled_for:
+            return compiled(images)
+        with freezing():
+            logits = compiled(images)
+        compiled_for.add(kind)
+        return logits
+
+    return call
 
 
 def _inductor(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:

@@ -81,6 +81,18 @@ def test_inductor(tiny, digits, precision):
         assert relative_error(fast(digits[:2]), tiny(digits[:2])) < (1e-4 if precision == "float32" else 0.05)
 
 
+@pytest.mark.slow
+def test_compiled_weights_are_constant():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
+    compiled = backends.compile_frozen(model, torch.device("cpu"))
+    x = images(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(x).clone()
+        torch.testing.assert_close(compiled(x), expected)
+        model[0].weight.zero_()
+        torch.testing.assert_close(compiled(x), expected)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_every_wiring(name, tmp_path, monkeypatch):
     """Tests the selected backend; the export of each wiring is tested elsewhere."""

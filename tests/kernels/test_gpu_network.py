@@ -112,7 +112,7 @@ def check_networks() -> None:
         model = spread(timm.create_model(name, num_classes=7, **SMALL[name])).eval()
         folded = fold_batch_norm(model, 8)
         graph = folded if isinstance(folded, fx.GraphModule) else fx.symbolic_trace(folded)
-        images = torch.randn(2, 3, 32, 40)
+        images = torch.randn(2, 3, 32, 64)
         network = GpuNetwork(graph.to(DEVICE), torch.float32, torch.device(DEVICE))
         program = network.program(images.shape)
         program.load(images.to(DEVICE))
