@@ -146,6 +146,10 @@ def test_settings_of_torch(monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)
     private_apis.fail_at_recompile_limit()
     assert torch._dynamo.config.fail_on_recompile_limit_hit
+    with private_apis.freezing():
+        assert torch._inductor.config.freezing
+    assert not torch._inductor.config.freezing
+    assert callable(torch.cuda._sleep)
 
 
 def test_torchvision():
