@@ -24,6 +24,7 @@ from torch import nn
 
 from res2net_zoo import catalog
 from res2net_zoo.models import dla, res2net
+from res2net_zoo.models._pooling import WindowAvgPool2d
 from res2net_zoo.models.block import Bottle2neck as ZooBottle2neck
 from res2net_zoo.models.block import Res2NetModule
 from res2net_zoo.utils.private_apis import update_model_args
@@ -39,7 +40,8 @@ model_urls = {
     if (checkpoint := catalog.load().checkpoint(architecture)) and checkpoint.url
 }
 
-AUTHORS_ATTRIBUTES = {"act1": "relu", "global_pool": "avgpool"}  # by timm's names
+# The attributes by other names: timm's, and for the maximum pooling that of the authors' Res2NeXt.
+AUTHORS_ATTRIBUTES = {"act1": "relu", "global_pool": "avgpool", "maxpool1": "maxpool"}
 
 # Arguments that do not rebuild the model from a folder.
 NOT_RECORDED = {"maps", "return_levels", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay", "device", "dtype"}
@@ -54,6 +56,8 @@ class _AuthorsNames:
     The pooling keeps both spatial dimensions, and `forward_head` flattens.
     """
 
+    has_window = True  # whether the average pooling is that of the authors' Res2NeXt and DLA
+
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(AUTHORS_ATTRIBUTES.get(name, name), value)
 
@@ -66,8 +70,11 @@ class _AuthorsNames:
         Args:
             pool_type: The pooling, as for timm's `SelectAdaptivePool2d`; `""` for none.
         """
-        self.avgpool = SelectAdaptivePool2d(pool_type=pool_type, flatten=False)
-        self.avgpool.train(self.training)
+        pooling: Any = SelectAdaptivePool2d(pool_type=pool_type, flatten=False)
+        if pool_type == "avg":
+            pooling = WindowAvgPool2d() if self.has_window else nn.AdaptiveAvgPool2d(1)
+        pooling.pool_type = pool_type  # which timm's `reset_classifier` reads
+        self.avgpool = pooling.train(self.training)
         self.is_pooled = bool(pool_type)
 
 
@@ -171,7 +178,10 @@ class Res2Net(_AuthorsNames, res2net.Res2Net):
         arguments["block_args"] = {"scale": scale, **(kwargs.get("block_args") or {})}
         pool_type = arguments.pop("global_pool", "avg")
         super().__init__(_Block, tuple(layers), num_classes=num_classes, global_pool=pool_type, **arguments)
+        self.has_window = arguments.get("cardinality", 1) > 1
         self.reset_pooling(pool_type)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            pool_every_projection(stage[0].downsample)
         self.relu.inplace = not v1b
         self.feature_info[0]["module"] = "relu"
         self.maps = None if maps is None else checked_maps(maps, 4)
@@ -302,6 +312,12 @@ class DLA(_AuthorsNames, dla.DLA):
             levels = self.forward_intermediates(x, list(range(max(self.maps) + 1)), stop_early=True)[1]
             return [levels[i] for i in self.maps]
         return self.forward_head(self.forward_features(x))
+
+
+def pool_every_projection(shortcut: Any) -> None:
+    """Replace the identity of a v1b shortcut with stride 1 by the authors' pooling, which has the same output."""
+    if isinstance(shortcut, nn.Sequential) and isinstance(shortcut[0], nn.Identity):
+        shortcut[0] = nn.AvgPool2d(1, 1, ceil_mode=True, count_include_pad=False)
 
 
 def order_projection(tree: Any) -> None:

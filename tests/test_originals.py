@@ -148,6 +148,41 @@ def test_children(x):
     assert [name for name, _ in dla.named_children()] == ["base_layer", *levels, "avgpool", "fc"]
 
 
+def test_poolings_are_the_authors(x):
+    """Code recognizes layers by their class, and sets strides and windows of a built model."""
+    model = create("res2net50_v1b", channels=(32, 64, 96, 128), strides=(1, 2, 2, 1))
+    assert isinstance(model.avgpool, nn.AdaptiveAvgPool2d) and model.avgpool.output_size == 1
+    poolings = [stage[0].downsample[0] for stage in (model.layer1, model.layer2, model.layer3, model.layer4)]
+    assert all(isinstance(pooling, nn.AvgPool2d) for pooling in poolings)
+    assert [pooling.kernel_size for pooling in poolings] == [1, 2, 2, 1]
+    first = model.layer4[0]
+    for layer in (*first.convs, first.pool, first.downsample[0]):
+        layer.stride = 2
+    first.downsample[0].kernel_size = 2
+    plain = create("res2net50_v1b", channels=(32, 64, 96, 128))
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model(x), plain(x))
+    assert create("res2next50").maxpool1.kernel_size == 3
+
+
+@pytest.mark.parametrize("name", ["res2next50", "res2net_dla60", "res2next_dla60"])
+def test_window_of_the_pooling(name):
+    """The authors' `AvgPool2d(7)` sums in another order than a mean, and reads only one window of larger maps."""
+    model = create(name)
+    features = torch.randn(2, model.num_features, 11, 13)
+    for size in ((7, 7), (8, 7), (11, 13)):
+        x = features[:, :, : size[0], : size[1]]
+        assert torch.equal(model.avgpool(x), nn.AvgPool2d(7)(x))
+        logits = model.fc(nn.AvgPool2d(7)(x) if "dla" in name else nn.AvgPool2d(7)(x).flatten(1))
+        assert torch.equal(model.forward_head(x), logits.flatten(1))
+    for size in ((6, 9), (7, 6)):
+        x = features[:, :, : size[0], : size[1]]
+        assert torch.equal(model.avgpool(x), nn.AdaptiveAvgPool2d(1)(x))
+    assert model.avgpool(features.repeat(1, 1, 2, 1)).shape[2:] == (1, 1)
+    model.reset_classifier(3)
+    assert torch.equal(model.avgpool(features), nn.AvgPool2d(7)(features))
+
+
 def test_parts_can_be_moved_and_trained(x):
     model = OfParts(create("res2net50_v1b_26w_4s")).train()
     model(x).square().sum().backward()
@@ -392,9 +427,11 @@ class TestZoo:
         assert torch.equal(torch.jit.script(model)(x), model(x))
 
     @pytest.mark.first_case
-    @pytest.mark.parametrize("name", ["res2net50_v1b_26w_4s", "res2net_dla60"])
-    def test_optimize(self, name):
-        model, x = create(name), torch.randn(1, 3, 64, 64)
+    @pytest.mark.parametrize(
+        ("name", "size"), [("res2net50_v1b_26w_4s", 64), ("res2net_dla60", 64), ("res2next50", 256)]
+    )
+    def test_optimize(self, name, size):
+        model, x = create(name), torch.randn(1, 3, size, size)
         with torch.no_grad():
             assert relative_error(res2net_zoo.optimize(model, x, backend="native")(x), model(x)) < 1e-5
 

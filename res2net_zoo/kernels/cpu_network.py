@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from res2net_zoo.kernels.compiler import CannotCompile, compile_library
+from res2net_zoo.models._pooling import has_one_window, pool_window
 
 SOURCE = Path(__file__).with_name("cpu_network.cpp")
 FUNCTIONS = {
@@ -233,6 +234,11 @@ class _Lowering(fx.Interpreter):
             if gate.shape != (x.n, x.c, 1, 1):
                 raise Unsupported("multiplying tensors is supported only for a map and its gate")
             return self.emit("mul", x, gate)
+        if target is pool_window:
+            (x,) = args
+            if has_one_window(x.h, x.w):
+                return self.pool("avg_pool", x, nn.AvgPool2d(7))
+            return self.emit("mean", x, shape=(x.n, x.c, 1, 1))
         if target is torch.cat and (args[1:] == (1,) or kwargs.get("dim") == 1):
             parts = args[0]
             return self.emit("cat", *parts, shape=(parts[0].n, sum(part.c for part in parts), *parts[0].shape[2:]))
