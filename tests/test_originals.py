@@ -189,6 +189,27 @@ def test_parts_can_be_moved_and_trained(x):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_gradients_are_the_authors(x):
+    """A map that three layers read gets their gradients in an order, which rounds: the authors' shortcut comes last."""
+
+    def forward(net):
+        maps = [net.maxpool(net.relu(net.bn1(net.conv1(x))))]
+        for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+            y = maps[-1]
+            for block in stage:
+                branch = block.bn3(block.conv3(block.forward_groups(block.conv1(y))))
+                y = block.relu(branch + (y if block.downsample is None else block.downsample(y)))
+            maps.append(y)
+        return maps
+
+    model, gradients = create("res2net50_v1b", maps=(0, 1, 2, 3, 4)).train(), []
+    for maps in (forward(model), model(x)):
+        model.zero_grad()
+        sum(m.square().mean() for m in maps).backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_classifier_can_be_replaced(x):
     model = create("res2net50_v1b_26w_4s")
     model.fc = nn.Sequential(nn.Linear(model.fc.in_features, 8), nn.Linear(8, 3))

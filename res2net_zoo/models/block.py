@@ -254,8 +254,10 @@ class Bottle2neck(Res2NetModule):
         Returns:
             (N, planes * 4, ceil(H / stride), ceil(W / stride)).
         """
+        out = self.conv3(self.forward_groups(self.conv1(x)))
+        # Last, as in the authors' and MMDetection's code: the order in which gradients are added determines rounding.
         shortcut = x if self.downsample is None else self.downsample(x)
-        return self.forward_residual(x, shortcut, self.last_act)
+        return self.forward_end(out, shortcut, self.last_act)
 
 
 def check_groups(width: int, scale: int, cardinality: int, wiring: str) -> None:
