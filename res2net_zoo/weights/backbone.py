@@ -35,6 +35,7 @@ from res2net_zoo.weights.convert import (
     short,
     timm_names,
 )
+from res2net_zoo.weights.moved_parts import named_as_res2net
 from res2net_zoo.weights.pickles import FormatError, StandIn
 
 WIRINGS = ("official", "paddle", "mmdet")
@@ -325,7 +326,13 @@ def find(path: Path, prefix: str | None = None, wiring: str | None = None, archi
     with readable_errors(path, "weight"):
         check_file(path)
         tensors = read(path)
-        candidate = choose(path, tensors, prefix, architecture)
+        try:
+            candidate = choose(path, tensors, prefix, architecture)
+        except InputError:
+            if (moved := named_as_res2net(tensors)) is None or not has_complete(moved, prefix, architecture):
+                raise
+            tensors = moved
+            candidate = choose(path, tensors, prefix, architecture)
         same = [misfit.model for misfit in candidate.misfits if not misfit.total]
         name, model_args, wiring, reason = choose_wiring(path, candidate, same, wiring, architecture)
         classifier = find_classifier(tensors, candidate, known_models()[name].num_features)
@@ -367,6 +374,13 @@ def choose(path: Path, tensors: Tensors, prefix: str | None, architecture: str |
         message, parameters = explain_misfit(closest, architecture)
         raise InputError(f"{path}: {message}{also}", *parameters)
     return complete[0]
+
+
+def has_complete(tensors: Tensors, prefix: str | None, architecture: str | None) -> bool:
+    """Return whether a complete Res2Net is under a prefix, or under any if it is None."""
+    prefixes = find_prefixes(tensors)
+    chosen = prefixes if prefix is None else named_by(prefix, prefixes)
+    return any(not compare_all(tensors, name, architecture).misfits[0].total for name in chosen)
 
 
 def is_copy(tensors: Tensors, ours: Candidate, theirs: Candidate) -> bool:

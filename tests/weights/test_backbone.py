@@ -377,6 +377,39 @@ def test_one_module_under_two_names_is_one_backbone(tiny, tmp_path):
     assert found.prefix == "net." and len(found.left_out) == len(tiny)
 
 
+def moved(net: nn.Module, how: str) -> nn.Module:
+    """Return a project's module that holds the parts of a Res2Net, next to others."""
+    first, second = nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3)
+    if how == "children":
+        return nn.ModuleDict({"pre": first, "norm": second, "features": nn.Sequential(*list(net.children())[:-1])})
+    if how == "parts":
+        stem = nn.Sequential(net.conv1, net.bn1, net.act1)
+        parts = {"layer0": stem, "layer1": nn.Sequential(net.maxpool, net.layer1), "layer2": net.layer2}
+        return nn.ModuleDict({"norm": second, **parts, "layer3": net.layer3, "layer4": net.layer4, "head": first})
+    names = ["conv", "bn", "act", "pool", "encoder1", "encoder2", "encoder3", "encoder4"]
+    return nn.ModuleDict(dict(zip(names, net.children(), strict=False)) | {"decoder": first})
+
+
+@pytest.mark.parametrize("name", [TINY, "res2net50_26w_4s"])
+@pytest.mark.parametrize("how", ["children", "parts", "names"])
+def test_parts_in_modules_of_a_project(how, name, tmp_path):
+    with torch.device("cpu" if name == TINY else "meta"):
+        net = timm.create_model(name)
+    if name != TINY:
+        net = net.to_empty(device="cpu")
+        for tensor in net.state_dict().values():
+            tensor.fill_(1)
+    project = prefixed(moved(net, how).state_dict(), "module.")
+    backbone = find(saved(tmp_path / "run.pth", {"state_dict": project}), wiring="official")
+    expected = without_classifier(net.state_dict())
+    assert backbone.architecture == name and backbone.num_classes == 0
+    assert backbone.prefix == ("state_dict.module.features." if how == "children" else "state_dict.module.")
+    assert backbone.state.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in backbone.state.items())
+    incomplete = {key: tensor for key, tensor in project.items() if not key.endswith("0.convs.1.weight")}
+    assert "state_dict" in refused(saved(tmp_path / "half.pth", {"state_dict": incomplete}), wiring="official")
+
+
 def test_half_precision_and_other_classifiers(tiny, tmp_path):
     other = {"fc.0.weight": torch.ones(4, 384), "fc.0.bias": torch.ones(4)}
     half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tiny.items()}
