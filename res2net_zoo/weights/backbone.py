@@ -518,7 +518,9 @@ def explain_misfit(candidate: Candidate, architecture: str | None) -> tuple[str,
         candidate: The tensors; no registered model fits.
         architecture: The chosen model, if any.
     """
-    misfit = candidate.misfits[0]
+    # A model of which the file has a part explains more than one that differs in fewer tensors.
+    parts = [misfit for misfit in candidate.misfits if not misfit.unexpected and not misfit.misshapen]
+    misfit = (parts or candidate.misfits)[0]
     target = known_models()[misfit.model].shapes
     where, wrong = f"the Res2Net {under(candidate.prefix)}", len(misfit.unexpected) + len(misfit.misshapen)
     if not wrong and (architecture or not lacks_only_last_blocks(misfit.missing, target)):

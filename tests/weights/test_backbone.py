@@ -305,6 +305,14 @@ WITHOUT_ONE = {
         f"is not complete: it has stage depths 1-2, widths 6-13, scale 4, {DEEP} and lacks 85 of the 185 tensors of "
         "res2net_tiny: all of layer3; all of layer4; name a file or a prefix with all$",
     ),
+    "half, with fewer tensors than it lacks": (
+        lambda s: {
+            name: t
+            for name, t in timm.create_model("res2net50_26w_4s").state_dict().items()
+            if not name.startswith(("layer3", "layer4"))
+        },
+        "is not complete: it has stage depths 3-4, widths 26-52, .* of res2net50_26w_4s: all of layer3; all of layer4;",
+    ),
     "no stem": (
         lambda s: {name: t for name, t in s.items() if name.startswith("layer")},
         "not complete: .* no stem and lacks 15 of the 185 tensors of res2net_tiny: all of conv1; all of bn1;",
