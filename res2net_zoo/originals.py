@@ -114,6 +114,16 @@ class Bottle2neck(ZooBottle2neck):
         self.downsample = downsample
         self.last_act = True
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a block; also one of the authors' class, from a model that was pickled whole."""
+        if "hierarchical" not in state:
+            absent = {name: nn.Identity() for name in ("pool", "aa", "drop_block")}
+            added = dict(
+                wiring="official", hierarchical=state["stype"] == "normal", last_act=True, se=None, drop_path=None
+            )
+            state = {**state, **added, "_modules": {**absent, **state["_modules"]}}
+        super().__setstate__(state)
+
     @property
     def width(self) -> int:
         """Channels of one group."""
@@ -187,6 +197,13 @@ class Res2Net(_AuthorsNames, res2net.Res2Net):
         self.maps = None if maps is None else checked_maps(maps, 4)
         self.v1b, self.inplanes = v1b, self.num_features
         self.baseWidth, self.scale = arguments["base_width"], arguments["block_args"]["scale"]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a model; also one of the authors' class, which was pickled whole."""
+        if "maps" not in state:
+            added = dict(maps=None, has_window=False, is_pooled=True, drop_rate=0.0, grad_checkpointing=False)
+            state = {"v1b": isinstance(state["_modules"]["conv1"], nn.Sequential), **added, **state}
+        super().__setstate__(state)
 
     def _make_layer(self, block: Any, planes: int, blocks: int, stride: int = 1) -> nn.Sequential:
         """Create another stage, as the authors' method of this name does for models that derive from theirs.

@@ -251,6 +251,29 @@ def test_copies(x, tmp_path):
     assert torch.equal(parallel.module(x), model(x))
 
 
+def test_models_that_were_pickled_with_the_authors_classes(x):
+    """Their objects have other attributes: no modules without effect, and `stype`, `width` and `nums` by themselves."""
+    expected = create("res2net50_v1b")
+    model = copy.deepcopy(expected)
+    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+        for number, block in enumerate(stage):
+            own = {name: module for name, module in block._modules.items() if type(module) is not nn.Identity}
+            sizes = dict(stype=block.stype, width=block.width, nums=block.nums, scale=block.scale)
+            state = {**vars(nn.Module().eval()), "_modules": own, "downsample": None, **sizes}
+            if "downsample" in own:
+                del state["downsample"]
+            stage[number] = originals.Bottle2neck.__new__(originals.Bottle2neck)
+            stage[number].__setstate__(state)
+    restored = originals.Res2Net.__new__(originals.Res2Net)
+    attributes = dict(inplanes=256, baseWidth=26, scale=4)
+    restored.__setstate__({**vars(nn.Module().eval()), "_modules": model._modules, **attributes})
+    assert torch.equal(restored(x), expected(x)) and restored.v1b
+    again = pickle.loads(pickle.dumps(restored)).train()
+    again(x).sum().backward()
+    assert again.layer2[1].stype == "normal" and again.conv1[0].weight.grad is not None
+    assert restored.state_dict().keys() == expected.state_dict().keys()
+
+
 class TestWeights:
     def test_published(self, hub, tmp_path):
         released = spread(timm.create_model("res2net50d"))
