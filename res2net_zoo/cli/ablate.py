@@ -29,17 +29,18 @@ if TYPE_CHECKING:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     add, whole = parser.add_argument, within(int, 1)
-    add("--only", nargs="+", choices=PAPER, help="not all of the paper's")
-    add("--frame", choices=("cifar", "imagenet"), help="of a grid of your own; cifar by default")
-    add("--depth", nargs="+", type=whole, metavar="L", help="a grid of your own: layers")
-    add("--cardinality", nargs="+", type=whole, metavar="C", help="groups of each 3x3 convolution")
-    add("--width", nargs="+", type=whole, metavar="W", help="channels of each of them")
-    add("--scale", nargs="+", type=whole, metavar="S", help="groups of the hierarchy")
-    add("--rounds", type=within(int, 0), default=5, metavar="N", help="timings of each; 0 for none")
-    add("--batch-size", type=whole, default=1, metavar="N", help="images a timing")
-    add("--device", default="cpu", help="where to time, such as cuda")
-    add("--figure", type=Path, metavar="FILE", help="draw a picture (needs matplotlib)")
-    add("--output", type=Path, metavar="FILE", help="all figures as JSON")
+    add("--only", nargs="+", choices=PAPER, help="tables and figures of the paper (default: all)")
+    add("--depth", nargs="+", type=whole, metavar="L", help="custom grid: layers")
+    add("--cardinality", nargs="+", type=whole, metavar="C", help="custom grid: groups of each 3x3 convolution")
+    add("--width", nargs="+", type=whole, metavar="W", help="custom grid: channels of each group of a convolution")
+    add("--scale", nargs="+", type=whole, metavar="S", help="custom grid: groups of the hierarchy")
+    add("--frame", choices=("cifar", "imagenet"), help="stem and stages of the custom grid (default: cifar)")
+    about = "timings of each model, 0 to skip them (default: %(default)s)"
+    add("--rounds", type=within(int, 0), default=5, metavar="N", help=about)
+    add("--batch-size", type=whole, default=1, metavar="N", help="images per batch (default: %(default)s)")
+    add("--device", default="cpu", help="device of the timings, such as cuda (default: %(default)s)")
+    add("--figure", type=Path, metavar="FILE", help="plot the results")
+    add("--output", type=Path, metavar="FILE", help="write the results as JSON")
     return parser.parse_args(argv)
 
 
@@ -67,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace, grid: dict[str, list[int]]) -> None:
-    """Refuse options that exclude each other and files that cannot be written, before minutes of measuring."""
+    """Check that the options do not exclude each other and the files can be written, before minutes of timings."""
     from res2net_zoo.analysis.ablate import check_picture
     from res2net_zoo.utils.errors import InputError
     from res2net_zoo.utils.files import check_writable_file

@@ -83,7 +83,7 @@ def test_picture_of_two_models(in_process, digits, tmp_path, tiny, method):
     for line, path in zip(lines[2:-1], sorted(digits.iterdir()), strict=True):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         with torch.no_grad():
-            score = 100 * tiny(cam.load(tiny, str(path))).softmax(1).max().item()
+            score = 100 * tiny(cam.load_image(tiny, str(path))).softmax(1).max().item()
         assert (
             cells[:2] == [str(path), path.stem[-1]]
             and [float(cell) for cell in cells[2:]] == [pytest.approx(score, abs=0.06)] * 2

@@ -12,6 +12,7 @@ from res2net_zoo.utils import card_metadata
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.weights.provenance import of_folder
 from res2net_zoo.weights.published import published_accuracies
+from res2net_zoo.weights.verification import verify
 
 SHIPPED = Path(__file__).parents[2] / "hub" / "models" / "res2net_tiny.digits"
 
@@ -49,7 +50,7 @@ def test_expanding_metadata_is_refused_by_all_readers(tmp_path, name):
     folder = shutil.copytree(SHIPPED, tmp_path / "model")
     (folder / "README.md").write_text(f"---\nlicense: mit\n{bomb}\n---\n\nText\n")
     with pytest.raises(InputError, match=bound):
-        check_folder(folder)
+        check_folder(folder, verify)
     assert of_folder(folder).license == "apache-2.0"  # from its config
     assert published_accuracies(f"local-dir:{folder}") == []
     for name in ("cat", "dog"):
