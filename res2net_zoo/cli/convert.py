@@ -141,6 +141,8 @@ def report(backbone: "Backbone") -> None:
 
     print(f"recognized {backbone.architecture} {under(backbone.prefix)}: {len(backbone.state)} tensors")
     print(f"  wiring {backbone.wiring}: {backbone.reason}")
+    if channels := backbone.model_args.get("in_chans"):
+        print(f"  channels of its images: {channels}")
     print(f"  classes: {backbone.num_classes or 'none, without a classifier'}")
     if backbone.contradiction:
         warn(backbone.contradiction)

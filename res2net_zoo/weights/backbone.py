@@ -68,7 +68,8 @@ class Backbone(NamedTuple):
     Attributes:
         prefix: The prefix of its tensors in the file, with the names of containers; `""` at the top level.
         architecture: The registered model of its shape.
-        model_args: Further arguments of the model: a wiring that no registered model of this shape has.
+        model_args: Further arguments of the model: a wiring that no registered model of this shape has, or the channels
+            of its images if they are not 3.
         wiring: Its wiring.
         reason: How the wiring is known.
         num_classes: Classes of its classifier; 0 without one.
@@ -249,14 +250,14 @@ def format_of(names: Iterable[str]) -> str:
 def compare(shapes: Mapping[str, tuple[int, ...]], format: str, model: str) -> Misfit:
     """Compare tensors with those of a known model, leaving out what is beside the model's own modules."""
     target = known_models()[model].shapes
-    inside = {key.partition(".")[0] for key in target}
+    inside, first = {key.partition(".")[0] for key in target}, next(iter(target))
     found, unexpected, misshapen = set(), [], []
     for name, key in timm_names(shapes, format, target).items():
         if key in found:
             unexpected.append(name)
         elif key in target:
             found.add(key)
-            if shapes[name] != target[key]:
+            if shapes[name] != target[key] and not (key == first and differs_in_channels(shapes[name], target[key])):
                 label = short(name) if name == key else f"{short(name)} (in the model {key})"
                 misshapen.append(f"{label} has shape {shapes[name]} in the file and {target[key]} in the model")
         elif key.endswith("num_batches_tracked") or key.startswith(UNREAD_BY_DLA):
@@ -264,6 +265,11 @@ def compare(shapes: Mapping[str, tuple[int, ...]], format: str, model: str) -> M
         elif key.partition(".")[0] in inside or re.match(r"layer\d\.\d+\.", key):
             unexpected.append(name)
     return Misfit(model, [key for key in target if key not in found], unexpected, misshapen)
+
+
+def differs_in_channels(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Return whether a first convolution differs only in the channels of its images."""
+    return len(shape) == 4 and shape[1] > 0 and (shape[0], *shape[2:]) == (expected[0], *expected[2:])
 
 
 def find_prefixes(tensors: Iterable[str]) -> list[str]:
@@ -335,6 +341,9 @@ def find(path: Path, prefix: str | None = None, wiring: str | None = None, archi
             candidate = choose(path, tensors, prefix, architecture)
         same = [misfit.model for misfit in candidate.misfits if not misfit.total]
         name, model_args, wiring, reason = choose_wiring(path, candidate, same, wiring, architecture)
+        first = next(iter(known_models()[name].shapes))
+        if (in_chans := tensors[candidate.names({first})[first]].shape[1]) != 3:
+            model_args = {**model_args, "in_chans": in_chans}
         classifier = find_classifier(tensors, candidate, known_models()[name].num_features)
         num_classes = len(tensors[classifier["fc.bias"]]) if classifier else 0
         with torch.device("meta"):

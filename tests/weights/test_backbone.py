@@ -385,6 +385,20 @@ def test_one_module_under_two_names_is_one_backbone(tiny, tmp_path):
     assert found.prefix == "net." and len(found.left_out) == len(tiny)
 
 
+@pytest.mark.parametrize("channels", [1, 6])
+def test_images_with_other_channels(channels, in_process, tmp_path):
+    net = spread(timm.create_model(TINY, in_chans=channels, num_classes=2)).eval()
+    path = saved(tmp_path / "run.pth", {"state_dict": prefixed(net.state_dict(), "module.resnet.")})
+    args = ["--checkpoint", path, "--wiring", "official", "--output", tmp_path / "out"]
+    result = in_process("hub/convert.py", *args)
+    assert result.returncode == 0 and f"\n  channels of its images: {channels}\n" in result.stdout
+    again, x = (
+        timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval(),
+        torch.randn(1, channels, 64, 64),
+    )
+    assert torch.equal(again(x), net(x))
+
+
 def moved(net: nn.Module, how: str) -> nn.Module:
     """Return a project's module that holds the parts of a Res2Net, next to others."""
     first, second = nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3)
