@@ -244,8 +244,8 @@ def _suppress_output() -> Iterator[None]:
 def _optimized(model: nn.Module, images: torch.Tensor, precision: Any, contender: Contender) -> tuple[Contender, Call]:
     from res2net_zoo.inference.optimization import candidates, optimize
 
-    if contender.how not in ("auto", *candidates(images.device, slow=True)):
-        raise Skipped(f"the backend is unavailable on this machine for {images.device.type}")
+    if contender.how not in ("auto", *candidates(images.device, precision, slow=True)):
+        raise Skipped(f"the backend is unavailable on this machine for {images.device.type} and {precision}")
     how: Any = contender.how
     optimized = optimize(model, images, precision, backend=how, refresh=True)
     if contender.how not in ("auto", optimized.backend):

@@ -96,6 +96,8 @@ def _cudagraphs(model: nn.Module, example: torch.Tensor, precision: Precision) -
 def _triton(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
     if example.device.type != "cuda" or torch.version.hip:
         raise Unavailable("it supports NVIDIA GPUs only")
+    if precision == "float32":
+        raise Unavailable("it supports bfloat16 and float16 only")
     if torch.cuda.get_device_capability(example.device) < OLDEST:
         raise Unavailable("it needs a GPU of compute capability 8.0 (Ampere) or newer")
     if not find_spec("triton"):

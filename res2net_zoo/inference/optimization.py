@@ -101,9 +101,10 @@ def optimize(
         backend: `"native"` (CPU: the zoo's own machine code, needs a C++ compiler), `"openvino"`,
             `"onnxruntime"` (CPU, the package of that name), `"inductor"` (torch.compile with frozen
             weights; on a GPU with CUDA graphs; its first call takes a minute or more),
-            `"inductor-padded"` (the same, the groups' widths padded to multiples of 16), `"triton"` (NVIDIA GPU: the
-            zoo's own kernels), `"cudagraphs"` (GPU: eager, without the cost of launching kernels), `"eager"`, or
-            `"auto"`. An unavailable backend is replaced by the fastest other one, with a warning that gives the reason.
+            `"inductor-padded"` (the same, the groups' widths padded to multiples of 16), `"triton"` (NVIDIA GPU,
+            bfloat16 and float16: the zoo's own kernels), `"cudagraphs"` (GPU: eager, without the cost of launching
+            kernels), `"eager"`, or `"auto"`. An unavailable backend is replaced by the fastest other one, with a
+            warning that gives the reason.
         cache_dir: Folder for cached choices; defaults to huggingface_hub's assets cache.
         refresh: Whether to compare the backends again instead of using a cached choice.
 
@@ -120,7 +121,7 @@ def optimize(
     expected = _logits_of(model, example)
     folded = fold_batch_norm(model)
     build = partial(_build, model=model, folded=folded, example=example, expected=expected, precision=precision)
-    ready = candidates(device)
+    ready = candidates(device, precision)
     if backend != "auto":
         if call := _build_or_warn(build, backend, CANNOT_RUN):
             return Optimized(call, backend, precision, {}, expected.shape[1])
@@ -293,16 +294,19 @@ def pad_width(block: Res2NetModule, multiple: int) -> None:
     block.conv3 = widen(block.conv3, 0, block.scale)
 
 
-def candidates(device: torch.device, slow: bool = False) -> list[Backend]:
+def candidates(device: torch.device, precision: Precision, slow: bool = False) -> list[Backend]:
     """Return the backends that are available for a device.
 
     Args:
         device: The device.
+        precision: Type of activations and weights.
         slow: Whether to include those of torch.compile, which take a minute or more to be ready.
     """
     found: list[Backend] = []
     if device.type == "cuda":
-        found += ["triton", "cudagraphs", *(("inductor", "inductor-padded") if slow else ())]
+        if precision != "float32":
+            found.append("triton")
+        found += ["cudagraphs", *(("inductor", "inductor-padded") if slow else ())]
     elif device.type == "cpu":
         found.append("native")
         if find_spec("openvino"):

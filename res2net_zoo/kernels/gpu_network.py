@@ -36,7 +36,7 @@ from res2net_zoo.kernels.cpu_network import (
 )
 from res2net_zoo.utils.private_apis import occupy_gpu
 
-UNIT = 8  # channels that a thread reads at once in half precision
+UNIT = 8  # channels that a thread reads at once
 SLACK = 256  # elements and rows that a tile may read past the weights
 SPLITS = (1, 2, 4, 8, 16)
 REPEATS = 5  # timings of a tile size
@@ -86,7 +86,6 @@ class Convolution:
         cut: Number of the first output channel that is written to `rest` instead of `dst`.
         rest: Output for the channels from `cut`.
         also: To which the output is added.
-        is_last: Whether the output is the network's and not read by another convolution.
     """
 
     def __init__(
@@ -100,7 +99,6 @@ class Convolution:
         add: torch.Tensor | None = None,
         rest: torch.Tensor | None = None,
         also: torch.Tensor | None = None,
-        is_last: bool = False,
     ) -> None:
         kh, kw, stride, pad, dilation = geometry
         n, in_h, in_w, self.chs_in = src.shape
@@ -119,8 +117,7 @@ class Convolution:
         )  # fmt: skip
         self.constants = dict(
             KH=kh, KW=kw, SRC_UNIT=src_unit, DST_UNIT=unit, RELU=relu, HAS_ADD=add is not None,
-            HAS_PARTS=rest is not None, HAS_ALSO=also is not None, PRECISION=precision(src.dtype),
-            ROUND=precision(src.dtype) == "tf32" and not is_last,
+            HAS_PARTS=rest is not None, HAS_ALSO=also is not None,
         )  # fmt: skip
         self.variant = (*self.constants.values(), src.dtype, dst.dtype)
         self.key = (self.sizes, self.variant)
@@ -171,16 +168,6 @@ class Convolution:
         """Launch the kernel."""
         args, values = self.arguments()
         gpu_steps.convolve[(self.tiles(self.tile), self.split)](*args, **values)
-
-
-def precision(dtype: torch.dtype) -> str:
-    """Return how the kernel multiplies float32: as PyTorch's convolutions do."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
-
-
-def round_to_tf32(weight: torch.Tensor) -> torch.Tensor:
-    """Round float32 to the 10 bits of TF32's mantissa, as GPUs ignore the others."""
-    return ((weight.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 class Program:
@@ -289,7 +276,7 @@ class Program:
             kw, pad = 1, 0
         step = Convolution(
             src, where[0], self.network.packed(conv, stem), (kh, kw, stride, pad, dilation), node.dst.c,
-            node.act == RELU, add, where[1] if len(where) == 2 else None, also, node.dst is self.result,
+            node.act == RELU, add, where[1] if len(where) == 2 else None, also,
         )  # fmt: skip
         self.steps.append(step)
 
@@ -375,7 +362,7 @@ class GpuNetwork:
 
     Args:
         graph: The traced model, in eval mode, BatchNorm folded, its groups padded to multiples of `UNIT` channels.
-        dtype: Type of activations and weights; sums are float32.
+        dtype: Type of activations and weights, bfloat16 or float16; sums are float32.
         device: The GPU, or the CPU under Triton's interpreter.
     """
 
@@ -383,7 +370,6 @@ class GpuNetwork:
         self.graph, self.dtype, self.device = graph, dtype, device
         self.weights: dict[tuple[nn.Module, bool], Weights] = {}
         self.tuned: dict[tuple, tuple[Tile, int]] = {}
-        self.times: dict[tuple, list[tuple[float, Tile, int]]] = {}
         self.partial = torch.empty(0, device=device)
         self.ready = torch.empty(0, dtype=torch.int32, device=device)
 
@@ -405,8 +391,6 @@ class GpuNetwork:
                 taps = taps.flatten(0, 1)
             rows, pitch = (-(-size // 16) * 16 for size in taps.shape[1:])
             taps = F.pad(taps, (0, pitch - taps.shape[2], 0, rows - taps.shape[1])).contiguous()
-            if precision(self.dtype) == "tf32":
-                taps = round_to_tf32(taps)
             flat = F.pad(taps.flatten(), (0, SLACK * (pitch + 1))).to(self.device, self.dtype)
             bias = torch.zeros(len(weight)) if conv.bias is None else conv.bias.detach().float()
             self.weights[conv, stem] = Weights(flat, F.pad(bias.to(self.device), (0, SLACK)), rows, pitch)
@@ -437,7 +421,6 @@ class GpuNetwork:
             timed = self.time(step, choices[key]) or self.time(step, [(SMALLEST, 1)])
             if not timed:
                 raise Unsupported("no tile size of the kernel works on this GPU")
-            self.times[key] = sorted(timed)
             self.tuned[key] = min(timed)[1:]
         for step in steps:
             tile, split = self.tuned[step.key]

@@ -5,17 +5,10 @@ import triton.language as tl
 
 
 @triton.jit
-def _to_tf32(x):
-    """Round float32 to the 10 bits of TF32's mantissa, as products ignore the others."""
-    bits = x.to(tl.int32, bitcast=True)
-    return tl.where(x == x, ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True), x)
-
-
-@triton.jit
 def _finish(
     acc, bias, add, dst, dst2, also, pixel, channel, pixels, cut, chs,
     add_pitch, dst_pitch, dst2_pitch, also_pitch,
-    RELU: tl.constexpr, HAS_ADD: tl.constexpr, HAS_PARTS: tl.constexpr, HAS_ALSO: tl.constexpr, ROUND: tl.constexpr,
+    RELU: tl.constexpr, HAS_ADD: tl.constexpr, HAS_PARTS: tl.constexpr, HAS_ALSO: tl.constexpr,
 ):  # fmt: skip
     """Add the bias and the residual to a tile, apply ReLU, and write it."""
     at = pixel.to(tl.int64)[:, None]
@@ -27,8 +20,6 @@ def _finish(
     if RELU:
         # Unlike tl.maximum(acc, 0), this keeps NaN, as torch does.
         acc = tl.where(acc < 0.0, 0.0, acc)
-    if ROUND:
-        acc = _to_tf32(acc)
     out = acc.to(dst.dtype.element_ty)
     if HAS_PARTS:
         first = inside & (channel < cut)[None, :]
@@ -40,8 +31,6 @@ def _finish(
     if HAS_ALSO:
         places = also + at * also_pitch + channel[None, :]
         more = tl.load(places, mask=mask, other=0.0).to(tl.float32) + out.to(tl.float32)
-        if ROUND:
-            more = _to_tf32(more)
         tl.store(places, more.to(out.dtype), mask=mask)
 
 
@@ -55,8 +44,8 @@ def convolve(
     src, weight, bias, add, dst, dst2, also, partial, ready,
     pixels, in_h, in_w, out_h, out_w, chs_in, chs_out, cut, stride, pad, dilation,
     src_pitch, add_pitch, dst_pitch, dst2_pitch, also_pitch, weight_rows, weight_pitch,
-    KH: tl.constexpr, KW: tl.constexpr, SRC_UNIT: tl.constexpr, DST_UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    RELU: tl.constexpr, HAS_ADD: tl.constexpr, HAS_PARTS: tl.constexpr, HAS_ALSO: tl.constexpr, ROUND: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, SRC_UNIT: tl.constexpr, DST_UNIT: tl.constexpr,
+    RELU: tl.constexpr, HAS_ADD: tl.constexpr, HAS_PARTS: tl.constexpr, HAS_ALSO: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """Convolve a channel range of NHWC pixels as an implicit matrix product, see `gpu_network.Convolution`.
@@ -98,11 +87,11 @@ def convolve(
         place = ((image * in_h + y) * in_w + x).to(tl.int64) * src_pitch
         a = tl.load(src + place[:, None] + c[None, :], mask=ok[:, None] & (c < chs_in)[None, :], other=0.0)
         b = tl.load(weight + (tap * weight_rows + c)[:, None] * weight_pitch + channel[None, :])
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.dot(a, b, acc)
     if not SHARED:
         _finish(
             acc, bias, add, dst, dst2, also, pixel, channel, pixels, cut, chs_out,
-            add_pitch, dst_pitch, dst2_pitch, also_pitch, RELU, HAS_ADD, HAS_PARTS, HAS_ALSO, ROUND,
+            add_pitch, dst_pitch, dst2_pitch, also_pitch, RELU, HAS_ADD, HAS_PARTS, HAS_ALSO,
         )  # fmt: skip
     else:
         # The program that finishes a tile last adds up the partial sums of all.
@@ -118,7 +107,7 @@ def convolve(
             tl.store(ready + tile, 0)
             _finish(
                 acc, bias, add, dst, dst2, also, pixel, channel, pixels, cut, chs_out,
-                add_pitch, dst_pitch, dst2_pitch, also_pitch, RELU, HAS_ADD, HAS_PARTS, HAS_ALSO, ROUND,
+                add_pitch, dst_pitch, dst2_pitch, also_pitch, RELU, HAS_ADD, HAS_PARTS, HAS_ALSO,
             )  # fmt: skip
 
 

@@ -43,6 +43,14 @@ def test_numbers_of_images_share_graphs():
 
 
 @needs_gpu
+def test_float32_is_replaced(tmp_path):
+    model = timm.create_model("res2net_tiny").eval().cuda()
+    with pytest.warns(UserWarning, match="triton.*it supports bfloat16 and float16 only"):
+        optimized = res2net_zoo.optimize(model, images(1, 3, 64, 64), "float32", "triton", cache_dir=tmp_path)
+    assert optimized.backend in ("cudagraphs", "eager")
+
+
+@needs_gpu
 def test_any_number_size_strides_and_type(fast):
     for n in (3, 1, 2, 5, 7, 0):
         batch = images(n, 3, 64, 64)

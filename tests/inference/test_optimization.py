@@ -120,7 +120,7 @@ def test_choice_is_cached(tiny, tmp_path):
 def choose(tiny, tmp_path, monkeypatch, native: float, eager: float, **options):
     """Optimize a model on a machine where the backends take these times."""
     takes = {"native": native, "eager": eager}
-    monkeypatch.setattr(optimization, "candidates", lambda device: ["native", "eager"])
+    monkeypatch.setattr(optimization, "candidates", lambda *_: ["native", "eager"])
 
     def times(calls, example):  # the native backend is not a function of this package
         return [takes["native" if isinstance(call, cpu_network.Network) else "eager"] for call in calls]
@@ -171,8 +171,14 @@ def test_tolerance_of_tf32(monkeypatch):
     optimization.check(found, expected, "float32")
 
 
+def test_triton_supports_half_precision_only():
+    gpu = torch.device("cuda")
+    assert "triton" not in optimization.candidates(gpu, "float32")
+    assert all(optimization.candidates(gpu, precision)[0] == "triton" for precision in ("bfloat16", "float16"))
+
+
 def test_no_backend_can_run_the_model(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(optimization, "candidates", lambda device: ["eager"])
+    monkeypatch.setattr(optimization, "candidates", lambda *_: ["eager"])
     monkeypatch.setitem(optimization.BACKENDS, "eager", lambda model, *_: lambda x: 2 * model(x))
     with pytest.raises(ValueError, match="no backend can run this model here in float32: eager: its logits differ by"):
         res2net_zoo.optimize(tiny, images(1, 3, 32, 32), cache_dir=tmp_path)
@@ -180,7 +186,7 @@ def test_no_backend_can_run_the_model(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("how", ["a file in the way", "a full disk", "a folder in the way"])
 def test_unwritable_cache(tiny, tmp_path, monkeypatch, how):
-    monkeypatch.setattr(optimization, "candidates", lambda device: ["native", "eager"])
+    monkeypatch.setattr(optimization, "candidates", lambda *_: ["native", "eager"])
     x, cache = images(1, 3, 32, 32), tmp_path / "cache"
     expected = res2net_zoo.optimize(tiny, x, cache_dir=tmp_path / "other")(x)
     if how == "a file in the way":
@@ -197,7 +203,7 @@ def test_unwritable_cache(tiny, tmp_path, monkeypatch, how):
 
 
 def test_cached_choice_that_is_a_pipe_or_nested_json(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(optimization, "candidates", lambda device: ["eager"])
+    monkeypatch.setattr(optimization, "candidates", lambda *_: ["eager"])
     res2net_zoo.optimize(tiny, images(1, 3, 32, 32), cache_dir=tmp_path)
     (file,) = tmp_path.rglob("*.json")
     file.unlink()
@@ -288,7 +294,7 @@ def test_few_networks_are_cached(tiny, tmp_path, monkeypatch, backend):
     ],
 )
 def test_damaged_choice_is_repeated(tiny, tmp_path, monkeypatch, text):
-    monkeypatch.setattr(optimization, "candidates", lambda device: ["native", "eager"])
+    monkeypatch.setattr(optimization, "candidates", lambda *_: ["native", "eager"])
     res2net_zoo.optimize(tiny, images(1, 3, 32, 32), cache_dir=tmp_path)
     (file,) = tmp_path.rglob("*.json")
     file.write_text(text)
@@ -300,18 +306,18 @@ def test_failing_backend_is_replaced_with_a_warning(tiny, tmp_path, monkeypatch)
     def broken(*args):
         raise RuntimeError("no such luck\nand more")
 
-    monkeypatch.setattr(optimization, "candidates", lambda device: ["native", "eager"])
+    monkeypatch.setattr(optimization, "candidates", lambda *_: ["native", "eager"])
     monkeypatch.setitem(optimization.BACKENDS, "native", broken)
     with pytest.warns(UserWarning, match="native cannot run this model here .*no such luck"):
         fast = res2net_zoo.optimize(tiny, images(1, 3, 32, 32), backend="native", cache_dir=tmp_path)
     assert fast.backend == "eager"
-    monkeypatch.setattr(optimization, "candidates", lambda device: ["eager"])
+    monkeypatch.setattr(optimization, "candidates", lambda *_: ["eager"])
     with pytest.warns(UserWarning, match="CUDA graphs need an NVIDIA GPU"):
         fast = res2net_zoo.optimize(tiny, images(1, 3, 32, 32), backend="cudagraphs", cache_dir=tmp_path)
 
 
 def test_backend_with_wrong_logits_is_not_used(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(optimization, "candidates", lambda device: ["native", "eager"])
+    monkeypatch.setattr(optimization, "candidates", lambda *_: ["native", "eager"])
     monkeypatch.setitem(optimization.BACKENDS, "native", lambda model, *_: lambda x: 1.001 * model(x))
     with pytest.warns(UserWarning, match="differ by 0.001"):
         assert res2net_zoo.optimize(tiny, images(1, 3, 32, 32), cache_dir=tmp_path).backend == "eager"
@@ -327,7 +333,7 @@ def test_untraceable_model_runs_in_eager_mode(tmp_path, monkeypatch):
             x = self.bn(self.conv(x)).mean((2, 3))
             return x if x.sum() > 0 else 2 * x
 
-    monkeypatch.setattr(optimization, "candidates", lambda device: ["native", "eager"])
+    monkeypatch.setattr(optimization, "candidates", lambda *_: ["native", "eager"])
     model = spread(Strange()).eval()
     with pytest.warns(UserWarning, match="native cannot run"):
         fast = res2net_zoo.optimize(model, images(2, 3, 9, 9), cache_dir=tmp_path)
