@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
     from res2net_zoo.utils.console import progress_bar, warn
     from res2net_zoo.utils.errors import InputError
     from res2net_zoo.utils.files import check_writable_file
-    from res2net_zoo.utils.processes import all_or_none, start_processes
+    from res2net_zoo.utils.processes import all_or_none, start_processes, wait_for_all
     from res2net_zoo.weights.pretrained import create_model
 
     accelerator = start_processes(args.threads, args.mixed_precision)
@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> int:
                     write(path, scores, classes, embedding)
         if skipped == len(paths):
             raise InputError(f"none of the {skipped} images can be decoded")
-    accelerator.wait_for_everyone()  # if a process exits with 1, the launcher ends the others
+    wait_for_all()  # if a process exits with 1, the launcher ends the others
     accelerator.end_training()
     return 1 if skipped else 0
 

@@ -107,7 +107,7 @@ def validate(args: argparse.Namespace, accelerator: "Accelerator") -> int:
     from res2net_zoo import catalog
     from res2net_zoo.cli.results import ResultsFile
     from res2net_zoo.utils.errors import InputError
-    from res2net_zoo.utils.processes import all_or_none
+    from res2net_zoo.utils.processes import all_or_none, wait_for_all
 
     def read_old() -> list[dict]:
         wanted = args.resume and accelerator.is_main_process and args.output.exists()
@@ -140,7 +140,7 @@ def validate(args: argparse.Namespace, accelerator: "Accelerator") -> int:
 
     if accelerator.is_main_process and rows:
         print_table(rows)
-    accelerator.wait_for_everyone()  # if a process exits with 1, the launcher ends the others
+    wait_for_all()  # if a process exits with 1, the launcher ends the others
     accelerator.end_training()
     file.check("in the table above")
     if args.check and (unpublished := [result["model"] for result in rows if result["passed"] is None]):

@@ -24,7 +24,7 @@ from res2net_zoo.utils import processes
 from res2net_zoo.utils.console import printable, warn
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.markdown import markdown_table
-from res2net_zoo.utils.processes import all_or_none
+from res2net_zoo.utils.processes import all_or_none, wait_for_all
 from res2net_zoo.weights import provenance
 
 CARD = Path(__file__).with_name("card.md")  # template of a model's card
@@ -78,7 +78,7 @@ def train(args: argparse.Namespace, run: Path, recipe: dict[str, Any], command: 
         best = objective.best_epoch()
         value = state.metrics[best - 1][model.best]
         accelerator.print(f"best in epoch {best}: {model.best} {value:.3f}; the model is in {args.output}")
-        accelerator.wait_for_everyone()
+        wait_for_all()
     return stopped
 
 

@@ -31,7 +31,7 @@ from res2net_zoo.training.optimization import Optimization, scaled_lr
 from res2net_zoo.training.report import Mistakes, Report, hardware
 from res2net_zoo.utils.console import warn
 from res2net_zoo.utils.errors import InputError
-from res2net_zoo.utils.processes import all_or_none, start_processes
+from res2net_zoo.utils.processes import all_or_none, start_processes, wait_for_all
 
 
 def start(args: argparse.Namespace, run: Path) -> Accelerator:
@@ -356,7 +356,7 @@ def finish(objective: Classification, check: Callable[[str], str]) -> None:
             f"the model is in {args.output}"
         )
         print(f"to reproduce: {check(report.data.valid.split)}")
-    accelerator.wait_for_everyone()
+    wait_for_all()
     accelerator.end_training()
 
 

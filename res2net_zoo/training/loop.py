@@ -41,6 +41,7 @@ from res2net_zoo.training.checkpoints import (
 from res2net_zoo.training.optimization import highest_rate
 from res2net_zoo.utils.console import progress_bar, with_options
 from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.processes import wait_for_all
 from res2net_zoo.utils.shutdown import Stop
 
 SKIPPED_STEPS = 20  # consecutive steps skipped by the loss scaler after which training counts as diverged
@@ -228,7 +229,7 @@ class Loop:
                     message = f"stopped by {name} after step {state.done} of {settings.total}; resume it to go on"
                     self.accelerator.print(with_options(message, "resume"), flush=True)
                     # Signals are still handled here, because launchers send them again.
-                    self.accelerator.wait_for_everyone()
+                    wait_for_all()
                     self.accelerator.end_training()
                     return 128 + number
                 images = (state.done - first) * settings.step_images

@@ -54,6 +54,14 @@ def all_or_none(work: Callable[[], T]) -> T:
     return result
 
 
+def wait_for_all() -> None:
+    """Wait until every process calls this.
+
+    Unlike `Accelerator.wait_for_everyone`, processes on the CPU may outnumber the GPUs of the machine.
+    """
+    all_or_none(lambda: None)
+
+
 def main_first(accelerator: "Accelerator", work: Callable[[], T]) -> T:
     """Call a function in every process, in the main process of each machine before the others.
 
