@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -362,10 +363,7 @@ def _product(how: str, setting: Setting) -> Call:
     a, b = (torch.randn(setting.matrix, setting.matrix, generator=generator) for _ in range(2))
     if how == "torch":
         a, b = (x.to(setting.device, getattr(torch, setting.precision)) for x in (a, b))
-        if setting.device != "cpu":
-            # TF32 is enabled by default for convolutions, but not for matrix products.
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
-        return torch.inference_mode()(lambda: a @ b)
+        return partial(_matrix_product, a, b)
     import numpy as np
 
     ov = import_openvino()
@@ -377,6 +375,20 @@ def _product(how: str, setting: Setting) -> Call:
     compiled = openvino_core().compile_model(model, "CPU", _openvino_settings(setting.precision))
     request = compiled.create_infer_request()
     return lambda: torch.from_numpy(request.infer([a.numpy()], share_inputs=True, share_outputs=True)[0])
+
+
+@torch.inference_mode()
+def _matrix_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if a.device.type == "cpu":
+        return a @ b
+    # TF32 is enabled by default for convolutions, but not for matrix products. The setting is restored, because
+    # models compiled by torch.compile are compiled again when it has changed.
+    settings = torch.backends.cuda.matmul
+    before, settings.allow_tf32 = settings.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        return a @ b
+    finally:
+        settings.allow_tf32 = before
 
 
 def peak_memory(contender: Contender, setting: Setting, folder: Path) -> float | None:

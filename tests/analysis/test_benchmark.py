@@ -246,3 +246,11 @@ def test_figure_needs_matplotlib(in_process, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     error = input_error(in_process("scripts/benchmark.py", "--figure", Path("a.png")))
     assert "drawing needs matplotlib" in error
+
+
+def test_matrix_products_restore_the_precision():
+    """Otherwise models that torch.compile has compiled are compiled again while they are timed."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    product = contenders._product("torch", Setting(**{**vars(TINY), "device": "meta"}))
+    assert product().shape == (64, 64)
+    assert torch.backends.cuda.matmul.allow_tf32 == before

@@ -144,7 +144,7 @@ class TestRunsUnder:
             assert torch.equal(torch.fx.symbolic_trace(block)(x), block(x))
 
     def test_export_with_dynamic_batch_and_size(self, kind):
-        """Blocks with a stride need torch 2.14; torch.export of 2.11 fixes whether their sizes are odd."""
+        """Passes with torch 2.14; with a stride it fails with 2.11, whose export fixes whether sizes are odd."""
         block, x = make(kind), images(kind)
         dims = {0: torch.export.Dim("n"), 2: torch.export.Dim("h", min=4), 3: torch.export.Dim("w", min=4)}
         exported = torch.export.export(block, (x,), dynamic_shapes=(dims,)).module()
