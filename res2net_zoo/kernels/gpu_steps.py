@@ -5,6 +5,31 @@ import triton.language as tl
 
 
 @triton.jit
+def _products(
+    src, weight, image, y0, x0, inside, channel, begin, end, blocks, in_h, in_w, chs_in, dilation,
+    src_pitch, weight_rows, weight_pitch,
+    KH: tl.constexpr, KW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Return the sums of products of a tile over some steps, each a tap and a block of input channels."""
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    for step in range(begin, end):
+        tap = step // blocks
+        block = step - tap * blocks
+        c = block * BK + tl.arange(0, BK)
+        if KH * KW == 1:
+            y, x, ok = y0, x0, inside
+        else:
+            y = y0 + (tap // KW) * dilation
+            x = x0 + (tap % KW) * dilation
+            ok = inside & (y >= 0) & (y < in_h) & (x >= 0) & (x < in_w)
+        place = ((image * in_h + y) * in_w + x).to(tl.int64) * src_pitch
+        a = tl.load(src + place[:, None] + c[None, :], mask=ok[:, None] & (c < chs_in)[None, :], other=0.0)
+        b = tl.load(weight + (tap * weight_rows + c)[:, None] * weight_pitch + channel[None, :])
+        acc = tl.dot(a, b, acc)
+    return acc
+
+
+@triton.jit
 def _finish(
     acc, bias, add, dst, dst2, also, pixel, channel, pixels, cut, chs,
     add_pitch, dst_pitch, dst2_pitch, also_pitch,
@@ -73,21 +98,10 @@ def convolve(
         each = tl.cdiv(steps, tl.num_programs(1))
         begin = tl.program_id(1) * each
         end = tl.minimum(begin + each, steps)
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for step in range(begin, end):
-        tap = step // blocks
-        block = step - tap * blocks
-        c = block * BK + tl.arange(0, BK)
-        if KH * KW == 1:
-            y, x, ok = y0, x0, inside
-        else:
-            y = y0 + (tap // KW) * dilation
-            x = x0 + (tap % KW) * dilation
-            ok = inside & (y >= 0) & (y < in_h) & (x >= 0) & (x < in_w)
-        place = ((image * in_h + y) * in_w + x).to(tl.int64) * src_pitch
-        a = tl.load(src + place[:, None] + c[None, :], mask=ok[:, None] & (c < chs_in)[None, :], other=0.0)
-        b = tl.load(weight + (tap * weight_rows + c)[:, None] * weight_pitch + channel[None, :])
-        acc = tl.dot(a, b, acc)
+    acc = _products(
+        src, weight, image, y0, x0, inside, channel, begin, end, blocks, in_h, in_w, chs_in, dilation,
+        src_pitch, weight_rows, weight_pitch, KH, KW, BM, BN, BK,
+    )  # fmt: skip
     if not SHARED:
         _finish(
             acc, bias, add, dst, dst2, also, pixel, channel, pixels, cut, chs_out,
