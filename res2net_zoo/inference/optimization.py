@@ -89,10 +89,9 @@ def optimize(
     """Optimize a model for inference on this machine.
 
     BatchNorm is folded into the convolutions. With `backend="auto"`, interleaved timings of the example compare the
-    backends that are available without torch.compile, and select the fastest. The choice is cached
-    with its time in huggingface_hub's assets cache; if the backend's time differs much from it later, the comparison is
-    repeated. The selected backend reproduces the model's logits for the example, in float32
-    to 1e-4 of the largest.
+    backends that are available without torch.compile, and select the fastest. The choice is cached with its time in
+    huggingface_hub's assets cache; if the backend's time differs much from it later, the comparison is repeated. The
+    selected backend reproduces the model's logits for the example, in float32 to 1e-4 of the largest.
 
     Args:
         model: A model that maps images to logits. It is not modified; its copy is in eval mode.

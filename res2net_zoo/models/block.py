@@ -110,19 +110,11 @@ class Res2NetModule(nn.Module):
 
         self.conv1 = nn.Conv2d(in_chs, width * scale, kernel_size=1, bias=False, **dd)
         self.bn1 = norm_layer(width * scale, **dd)
+        how: Any = dict(
+            stride=1 if use_aa else stride, padding=first_dilation, dilation=first_dilation, groups=cardinality
+        )
         self.convs = nn.ModuleList(
-            nn.Conv2d(
-                width,
-                width,
-                kernel_size=3,
-                stride=1 if use_aa else stride,
-                padding=first_dilation,
-                dilation=first_dilation,
-                groups=cardinality,
-                bias=False,
-                **dd,
-            )
-            for _ in range(num_convs)
+            nn.Conv2d(width, width, kernel_size=3, bias=False, **how, **dd) for _ in range(num_convs)
         )
         self.bns = nn.ModuleList(norm_layer(width, **dd) for _ in range(num_convs))
         self.aa: Any = create_aa(aa_layer or "", width, stride, enable=use_aa, **dd)
