@@ -92,20 +92,21 @@ def library() -> ctypes.CDLL:
 
 
 @dataclass(eq=False)
-class _Value:
+class Value:
     """A tensor (N, C, H, W) in a separate buffer, or at channel `first` of another value."""
 
     n: int
     c: int
     h: int
     w: int
-    base: "_Value | None" = None
+    base: "Value | None" = None
     first: int = 0
     pad: int = 0  # border of zeros that its readers need
     is_float: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
+        """The shape as a tensor (N, C, H, W)."""
         return (self.n, self.c, self.h, self.w)
 
     @property
@@ -132,7 +133,7 @@ class _Value:
         """The layout that values must share to reuse the same buffer, including the border."""
         return (self.n, self.h, self.w, self.c, self.pad, self.is_float)
 
-    def place(self) -> tuple["_Value", int]:
+    def place(self) -> tuple["Value", int]:
         """Return the value whose buffer contains this one, and the first channel in it."""
         first, value = self.first, self
         while value.base is not None:
@@ -142,43 +143,45 @@ class _Value:
 
 
 @dataclass(eq=False)
-class _Node:
+class Node:
     """An operation with its fused activation, and values that are added to its result or to which it is added."""
 
     kind: int
-    src: _Value
-    dst: _Value
+    src: Value
+    dst: Value
     act: int = NONE
-    gate: _Value | None = None
-    add: _Value | None = None
-    also: _Value | None = None
+    gate: Value | None = None
+    add: Value | None = None
+    also: Value | None = None
     conv: Any = None
     window: tuple = ()
     # For a convolution: ranges of its output channels, and the destination of each.
-    parts: list[tuple[int, int, _Value]] = field(default_factory=list)
+    parts: list[tuple[int, int, Value]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
 class _Call:
     name: str
-    inputs: tuple[_Value, ...]
-    out: _Value
+    inputs: tuple[Value, ...]
+    out: Value
     detail: Any = None
 
 
-class _Lowering(fx.Interpreter):
-    """Runs a traced model on `_Value`s instead of tensors, and records its calls."""
+class Lowering(fx.Interpreter):
+    """Runs a traced model on `Value`s instead of tensors, and records its calls."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
         self.extra_traceback = False
         self.calls: list[_Call] = []
 
-    def emit(self, name: str, *inputs: _Value, shape: tuple[int, int, int, int] | None = None, detail: Any = None):
-        self.calls.append(_Call(name, inputs, _Value(*(shape or inputs[0].shape)), detail))
+    def emit(self, name: str, *inputs: Value, shape: tuple[int, int, int, int] | None = None, detail: Any = None):
+        """Record an operation on values, and return its output."""
+        self.calls.append(_Call(name, inputs, Value(*(shape or inputs[0].shape)), detail))
         return self.calls[-1].out
 
     def call_module(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Record a module."""
         module = self.fetch_attr(str(target))
         (x,) = args
         match module:
@@ -209,7 +212,8 @@ class _Lowering(fx.Interpreter):
                 return self.emit("mean", x, shape=(x.n, x.c, 1, 1))
         raise Unsupported(f"{type(module).__name__} is unsupported ({target})")
 
-    def pool(self, name: str, x: _Value, module: Any) -> _Value:
+    def pool(self, name: str, x: Value, module: Any) -> Value:
+        """Record a pooling."""
         sizes = (module.kernel_size, module.stride, module.padding)
         k, s, p = (size if isinstance(size, tuple) else (size, size) for size in sizes)
         # Let torch compute the shape, because the rules for ceil_mode are complicated.
@@ -218,13 +222,15 @@ class _Lowering(fx.Interpreter):
         n, c, h, w = shape(meta, k, s, p, ceil_mode=module.ceil_mode).shape
         return self.emit(name, x, shape=(n, c, h, w), detail=(*k, *s, *p, getattr(module, "count_include_pad", False)))
 
-    def flattened(self, x: _Value) -> _Value:
+    def flattened(self, x: Value) -> Value:
+        """Return the value of a flattened map, which must be a single pixel."""
         if x.h * x.w != 1:
             raise Unsupported("flattening a map larger than one pixel is unsupported")
         return x
 
     def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        values = [arg for arg in args if isinstance(arg, _Value)]
+        """Record a function."""
+        values = [arg for arg in args if isinstance(arg, Value)]
         if target in (operator.add, operator.iadd, torch.add) and len(values) == 2 and not kwargs:
             if values[0].shape != values[1].shape:
                 raise Unsupported("adding tensors of different shapes is unsupported")
@@ -263,8 +269,9 @@ class _Lowering(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
     def call_method(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Record a method."""
         x = args[0]
-        if isinstance(x, _Value):
+        if isinstance(x, Value):
             if target == "mean" and args[1:] == ((2, 3),) and kwargs == {"keepdim": True}:
                 return self.emit("mean", x, shape=(x.n, x.c, 1, 1))
             if target == "sigmoid":
@@ -275,7 +282,7 @@ class _Lowering(fx.Interpreter):
         return super().call_method(target, args, kwargs)
 
 
-def _cut(source: _Value, calls: list[_Call], result: _Value) -> tuple[int, _Value] | None:
+def _cut(source: Value, calls: list[_Call], result: Value) -> tuple[int, Value] | None:
     """Find the call after which images that were processed one by one can be processed together.
 
     Returns:
@@ -293,7 +300,7 @@ def _cut(source: _Value, calls: list[_Call], result: _Value) -> tuple[int, _Valu
     return found
 
 
-def _fuse(source: _Value, calls: list[_Call], result: _Value) -> list[_Node]:
+def fuse_nodes(source: Value, calls: list[_Call], result: Value) -> list[Node]:
     """Fuse calls into fewer nodes, which write directly to the buffers of their readers."""
     return _Fusion(source, calls, result).nodes
 
@@ -310,13 +317,13 @@ class _Fusion:
         untouched: Unmodified slices of values that only slices read.
     """
 
-    def __init__(self, source: _Value, calls: list[_Call], result: _Value) -> None:
-        self.nodes: list[_Node] = []
+    def __init__(self, source: Value, calls: list[_Call], result: Value) -> None:
+        self.nodes: list[Node] = []
         self.uses = Counter([result, *(value for call in calls for value in call.inputs)])
         self.slices = Counter(call.inputs[0] for call in calls if call.name == "slice")
-        self.maker: dict[_Value, _Node] = {}
-        self.made: dict[_Value, int] = {source: 0}
-        self.untouched: set[_Value] = set()
+        self.maker: dict[Value, Node] = {}
+        self.made: dict[Value, int] = {source: 0}
+        self.untouched: set[Value] = set()
         for call in calls:
             self.fuse_call(call)
 
@@ -349,20 +356,20 @@ class _Fusion:
             case "resize":
                 self.append(RESIZE, x, out)
 
-    def append(self, kind: int, src: _Value, dst: _Value, **kwargs) -> None:
+    def append(self, kind: int, src: Value, dst: Value, **kwargs) -> None:
         """Append a node."""
-        self.nodes.append(_Node(kind, src, dst, **kwargs))
+        self.nodes.append(Node(kind, src, dst, **kwargs))
         self.maker[dst] = self.nodes[-1]
         self.made[dst] = len(self.nodes)
 
-    def rename(self, node: _Node, dst: _Value) -> None:
+    def rename(self, node: Node, dst: Value) -> None:
         """Replace the output of a node by a value that was computed from it."""
         del self.maker[node.dst]
         self.made[dst] = self.made.pop(node.dst)
         node.dst = dst
         self.maker[dst] = node
 
-    def activate(self, x: _Value, out: _Value, act: int, kinds: tuple[int, ...]) -> None:
+    def activate(self, x: Value, out: Value, act: int, kinds: tuple[int, ...]) -> None:
         """Apply an activation in the node of its input, if that has one of these kinds, or in a new node."""
         node = self.maker.get(x)
         if node and self.uses[x] == 1 and node.kind in kinds and node.act == NONE and not node.also:
@@ -403,7 +410,7 @@ class _Fusion:
                 return True
         return False
 
-    def concatenate(self, values: tuple[_Value, ...], out: _Value) -> None:
+    def concatenate(self, values: tuple[Value, ...], out: Value) -> None:
         """Let the nodes of values write directly into their concatenation, and copy the other values."""
         first = 0
         for value in values:
@@ -416,12 +423,12 @@ class _Fusion:
                 value.base, value.first = out, first
                 self.untouched.remove(value)
             else:
-                self.append(POINTWISE, value, _Value(*value.shape, base=out, first=first))
+                self.append(POINTWISE, value, Value(*value.shape, base=out, first=first))
             first += value.c
         self.made[out] = len(self.nodes)
 
 
-def _redirected(parts: list[tuple[int, int, _Value]], value: _Value) -> list[tuple[int, int, _Value]]:
+def _redirected(parts: list[tuple[int, int, Value]], value: Value) -> list[tuple[int, int, Value]]:
     """Return the destinations of a convolution's output channels, with a separate one for a slice."""
     begin, end = value.first, value.first + value.c
     return [
@@ -471,24 +478,24 @@ class _Program:
         self.arena = _Arena()
         self.keep: list[Any] = []
         self.tables: dict[tuple, torch.Tensor] = {}
-        self.buffers: dict[_Value, torch.Tensor] = {}
+        self.buffers: dict[Value, torch.Tensor] = {}
 
         # Process images one by one where maps are large, and together where weights are large.
         single, first_calls, one = network.lower((1, *shape[1:]))
         cut = _cut(single, first_calls, one) if shape[0] > 1 else None
-        front = [_Node(INPUT, single, single)]
-        together = [_Node(INPUT, source, source)]
+        front = [Node(INPUT, single, single)]
+        together = [Node(INPUT, source, source)]
         if cut:
             count, passed = cut
-            front += _fuse(single, first_calls[:count], passed)
+            front += fuse_nodes(single, first_calls[:count], passed)
             source = calls[count - 1].out
             calls, together = calls[count:], []
-        together += _fuse(source, calls, result)
+        together += fuse_nodes(source, calls, result)
         # Logits are always float32.
         logits = result
         if together[-1].dst is not result or result.base is not None or together[-1].parts:
-            logits = _Value(*result.shape)
-            together.append(_Node(POINTWISE, result, logits))
+            logits = Value(*result.shape)
+            together.append(Node(POINTWISE, result, logits))
         logits.is_float = True
         for node in (*front, *together):
             if node.kind == CONV and isinstance(node.conv, nn.Conv2d):
@@ -510,7 +517,7 @@ class _Program:
         self.inputs = [i for i, (step, _, _) in enumerate(steps) if step.kind == INPUT]
         self.logits = self.buffers[logits].as_strided((logits.n, logits.c), (logits.pitch, 1))
 
-    def buffer(self, root: _Value) -> torch.Tensor:
+    def buffer(self, root: Value) -> torch.Tensor:
         """Allocate a value's buffer, with zeros for the border, which no step writes.
 
         Additional elements are for taps that are read in pairs, because the last one can be incomplete.
@@ -520,9 +527,9 @@ class _Program:
             raise Unsupported(f"a map of {size} elements is too large for 32-bit offsets")
         return self.arena.zeros(size, torch.float32 if root.is_float else self.network.dtype)
 
-    def place(self, nodes: list[_Node]) -> None:
+    def place(self, nodes: list[Node]) -> None:
         """Allocate the buffers of values; values of the same shape with disjoint lifetimes share one."""
-        last: dict[_Value, int] = {}
+        last: dict[Value, int] = {}
         for i, node in enumerate(nodes):
             for value in (node.src, node.dst, node.gate, node.add, node.also):
                 if value is not None:
@@ -550,7 +557,7 @@ class _Program:
             self.tables[key] = offsets.flatten().to(torch.int32)
         return self.tables[key].data_ptr()
 
-    def view(self, value: _Value | None, pixels: tuple[int, ...] | None = None, skip: int = 0) -> _View:
+    def view(self, value: Value | None, pixels: tuple[int, ...] | None = None, skip: int = 0) -> _View:
         """Return the view of a value for a step.
 
         Args:
@@ -569,7 +576,7 @@ class _Program:
         data = buffer.data_ptr() + (first - skip) * buffer.element_size()
         return _View(data, table, image, row, pixel)
 
-    def steps_of(self, node: _Node) -> list[tuple[_Step, list, list]]:
+    def steps_of(self, node: Node) -> list[tuple[_Step, list, list]]:
         """Return the steps of a node, each with the ranges of channels that it reads and writes."""
         src, dst = node.src, node.dst
         step = _Step(kind=node.kind, act=node.act, pixels=dst.n * dst.h * dst.w, channels=dst.c, images=dst.n)
@@ -609,13 +616,13 @@ class _Program:
                 step.count_pad = node.window[6]
         return [(step, reads, [self.span(dst)])]
 
-    def span(self, value: _Value, skip: int = 0, size: int | None = None) -> tuple[int, int, int]:
+    def span(self, value: Value, skip: int = 0, size: int | None = None) -> tuple[int, int, int]:
         """Return the address of a value's buffer, and the value's range of channels in it."""
         root, first = value.place()
         storage = self.buffers[root].untyped_storage().data_ptr()
         return storage, first + skip, first + skip + (value.c if size is None else size)
 
-    def convolve(self, step: _Step, node: _Node, low: int, high: int, where: _Value) -> None:
+    def convolve(self, step: _Step, node: Node, low: int, high: int, where: Value) -> None:
         """Set the fields of a convolution's step for the output channels from `low` to `high`."""
         conv, src, dst = node.conv, node.src, node.dst
         root, _ = src.place()
@@ -723,11 +730,11 @@ class Network:
             parts = images.split(self.images_at_once)
             return torch.cat([self.program(_shape_of(part)).run(part) for part in parts])
 
-    def lower(self, shape: tuple[int, int, int, int]) -> tuple[_Value, list[_Call], _Value]:
+    def lower(self, shape: tuple[int, int, int, int]) -> tuple[Value, list[_Call], Value]:
         """Return the value of the images, the calls of the model, and its result."""
-        source, lowering = _Value(*shape), _Lowering(self.graph)
+        source, lowering = Value(*shape), Lowering(self.graph)
         result = lowering.run(source)
-        if not isinstance(result, _Value):
+        if not isinstance(result, Value):
             raise Unsupported("the model's output must be a single tensor")
         return source, lowering.calls, result
 

@@ -28,11 +28,11 @@ from res2net_zoo.kernels.cpu_network import (
     POINTWISE,
     RELU,
     RESIZE,
+    Lowering,
+    Node,
     Unsupported,
-    _fuse,
-    _Lowering,
-    _Node,
-    _Value,
+    Value,
+    fuse_nodes,
 )
 from res2net_zoo.utils.private_apis import occupy_gpu
 
@@ -174,14 +174,14 @@ class Program:
     """The kernels for one batch size and image size, and their buffers."""
 
     def __init__(self, network: "GpuNetwork", shape: tuple[int, int, int, int]) -> None:
-        source, lowering = _Value(*shape), _Lowering(network.graph)
+        source, lowering = Value(*shape), Lowering(network.graph)
         result = lowering.run(source)
-        if not isinstance(result, _Value) or result.h * result.w != 1:
+        if not isinstance(result, Value) or result.h * result.w != 1:
             raise Unsupported("the model's output must be logits (N, classes)")
         self.network = network
-        self.buffers: dict[_Value, torch.Tensor] = {}
+        self.buffers: dict[Value, torch.Tensor] = {}
         self.steps: list[Callable[[], object]] = []
-        nodes = _fuse(source, lowering.calls, result)
+        nodes = fuse_nodes(source, lowering.calls, result)
         if nodes[-1].dst is result and result.base is None and not nodes[-1].parts:
             result.is_float = True
         self.source, self.result = source, result
@@ -194,9 +194,9 @@ class Program:
         network.tune([step for step in self.steps if isinstance(step, Convolution)])
         self.logits = self.view(result)[:, 0, 0]
 
-    def place(self, nodes: list[_Node]) -> None:
+    def place(self, nodes: list[Node]) -> None:
         """Allocate the buffers of values; values of the same shape with disjoint lifetimes share one."""
-        last: dict[_Value, int] = {}
+        last: dict[Value, int] = {}
         for i, node in enumerate(nodes):
             values = [node.src, node.dst, node.gate, node.add, node.also, *(where for _, _, where in node.parts)]
             for value in filter(None, values):
@@ -213,7 +213,7 @@ class Program:
                 if end == i and root is not self.source:
                     free.setdefault(root.layout, []).append(self.buffers[root])
 
-    def new(self, root: _Value) -> torch.Tensor:
+    def new(self, root: Value) -> torch.Tensor:
         """Allocate a value's buffer (N, H, W, pitch)."""
         dtype = torch.float32 if root.is_float else self.network.dtype
         if root is self.source and self.border is not None:
@@ -225,7 +225,7 @@ class Program:
             raise Unsupported("a map of 2**31 elements or more is too large")
         return torch.zeros(root.n, root.h, root.w, pitch, dtype=dtype, device=self.network.device)
 
-    def view(self, value: _Value) -> torch.Tensor:
+    def view(self, value: Value) -> torch.Tensor:
         """Return a value as a tensor (N, H, W, C)."""
         root, first = value.place()
         whole = self.buffers[root]
@@ -233,7 +233,7 @@ class Program:
             whole = whole[:, self.border : self.border + root.h, self.border : self.border + root.w]
         return whole[..., first : first + value.c]
 
-    def lower(self, node: _Node) -> None:
+    def lower(self, node: Node) -> None:
         """Append the kernels of a node."""
         src, dst = self.view(node.src), self.view(node.dst)
         match node.kind:
@@ -251,7 +251,7 @@ class Program:
                 size = (node.dst.h, node.dst.w)
                 self.steps.append(lambda: dst.copy_(nhwc(F.interpolate(nchw(src), size=size, mode="bilinear"))))
 
-    def convolve(self, node: _Node) -> None:
+    def convolve(self, node: Node) -> None:
         """Append the kernels of a convolution."""
         conv, src = node.conv, self.view(node.src)
         linear = isinstance(conv, nn.Linear)
@@ -280,7 +280,7 @@ class Program:
         )  # fmt: skip
         self.steps.append(step)
 
-    def convolve_by_torch(self, node: _Node, src, add, also, parts) -> None:
+    def convolve_by_torch(self, node: Node, src, add, also, parts) -> None:
         """Append a convolution that the kernel does not support."""
         conv = node.conv
         weight, bias = conv.weight.to(src), None if conv.bias is None else conv.bias.to(src)
@@ -315,7 +315,7 @@ class Program:
         return self.logits
 
 
-def is_stem(node: _Node) -> bool:
+def is_stem(node: Node) -> bool:
     """Return whether a node is a convolution of images by the kernel's method for few channels."""
     conv = node.conv
     if node.kind != CONV or isinstance(conv, nn.Linear) or node.src.c > 4 or conv.groups > 1:

@@ -22,7 +22,7 @@ VARIANTS = {
     "unmodified": contextlib.nullcontext,
     "no prefetch of weights": lambda: compiled_with("-DAHEAD=0"),
     "any pixel pitch": lambda: mock.patch.object(
-        cpu_network._Value, "pitch", property(lambda value: value.c if value.c < 16 else -(-value.c // 16) * 16)
+        cpu_network.Value, "pitch", property(lambda value: value.c if value.c < 16 else -(-value.c // 16) * 16)
     ),
     "pages of 4 KB": lambda: mock.patch.object(
         cpu_network, "mmap", mock.Mock(spec=["mmap"], mmap=cpu_network.mmap.mmap)
