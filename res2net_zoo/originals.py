@@ -90,6 +90,9 @@ class Bottle2neck(ZooBottle2neck):
         scale: Number of groups.
         stype: `"stage"` for the first block of a stage, which has no additions between the groups and pools the last
             one; `"normal"` for the others.
+
+    Raises:
+        TypeError: `downsample` is not a module, for example because a copy of the authors' file takes a dilation there.
     """
 
     def __init__(
@@ -102,6 +105,11 @@ class Bottle2neck(ZooBottle2neck):
         scale: int = 4,
         stype: str = "normal",
     ) -> None:
+        if not isinstance(downsample, nn.Module | None):
+            raise TypeError(
+                f"downsample is {downsample!r}; it must be a module or None: copies of the authors' file that take a "
+                "dilation there are replaced by Res2Net's strides, dilations and multi_grid"
+            )
         Res2NetModule.__init__(
             self,
             inplanes,

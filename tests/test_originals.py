@@ -338,6 +338,12 @@ def test_unknown_arguments_are_refused(argument):
         originals.res2net50_v1b_26w_4s(**{argument: 1})
 
 
+def test_dilation_in_place_of_a_shortcut_is_refused():
+    """Copies with a dilation take it as the block's fourth argument."""
+    with pytest.raises(TypeError, match=r"downsample is 2; it must be a module or None: copies .* strides, dilations"):
+        originals.Bottle2neck(64, 16, 1, 2)
+
+
 def test_maps(x):
     expected = ByAttribute(create("res2net50_v1b"))(x)[1:]
     for maps in ((1, 2, 3, 4), (0, 1, 2, 3, 4), (3, 1), [4]):
