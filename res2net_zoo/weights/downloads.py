@@ -89,8 +89,9 @@ def read_original(
             path, checkpoint.format, target, lambda key: is_dla and key.startswith(convert.UNREAD_BY_DLA)
         )
     except InputError as error:
-        also = "" if digest.startswith(checkpoint.sha256) else f"; {other}"
-        raise WrongFileError(str(error).replace(str(path), name) + also) from error
+        hint = f"to find a {checkpoint.architecture} in another checkpoint, name the model without its tag"
+        also = "" if digest.startswith(checkpoint.sha256) else f"; {other}; {hint}"
+        raise WrongFileError(str(error).replace(str(path), name) + also, *["model"] * bool(also)) from error
     released = digest.startswith(checkpoint.sha256)
     if not source:  # the catalogue's URL is recorded only if the hash confirms it
         known = released and checkpoint.sha256 and checkpoint.url

@@ -383,6 +383,7 @@ class TestConvertCommand:
             (["--model", NAME, "--checkpoint", "no/such/file"], "cannot read no/such/file: No such file"),
             (["--model", NAME, "--checkpoint", "README.md"], "README.md"),
             (["--model", "res2net50_26w_4s.in1k", "--checkpoint", "README.md"], "is not the released"),
+            (["--model", "res2net50_26w_4s.in1k", "--checkpoint", "README.md"], "without its tag (--model)"),
         ],
     )
     def test_bad_input_writes_nothing(self, in_process, args, words, tmp_path):
