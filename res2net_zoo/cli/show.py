@@ -41,10 +41,10 @@ def show(name: str) -> str:
     Raises:
         InputError: The catalogue has no such entry.
     """
-    from res2net_zoo.models import dla, res2net
+    from res2net_zoo.weights.authors import ARCHITECTURES
 
     everything = catalog.load()
-    name = {**res2net.AUTHORS_NAMES, **dla.AUTHORS_NAMES}.get(name, name)
+    name = ARCHITECTURES.get(name, name)
     architecture = everything.architectures.get(name.split(".")[0])
     checkpoint = everything.checkpoint(name)
     if architecture is None or ("." in name and checkpoint is None):
