@@ -25,6 +25,8 @@ from res2net_zoo.weights.card import model_card
 from res2net_zoo.weights.model_folder import write_model_folder
 from tests.conftest import FEW, ROOT, relative_error, spread
 
+pytestmark = pytest.mark.first_case
+
 PARITY = Path(__file__).parent / "models" / "parity"
 SMALL_DLA = dict(levels=(1, 1, 1, 2, 3, 1), channels=(16, 16, 32, 32, 64, 64))
 REFERENCES = {

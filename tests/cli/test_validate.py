@@ -78,6 +78,7 @@ def test_streaming_in_bf16(in_process, tmp_path):
     assert results(tmp_path / "r.json")[0]["samples"] == 360
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("backend", ["native", "eager", "auto"])
 def test_backends_count_the_same(in_process, tmp_path, backend):
     """With any backend and batches of any size, and on record: the backend that ran the model."""

@@ -119,6 +119,7 @@ def test_convolutions():
     run("check_convolutions")
 
 
+@pytest.mark.full
 def test_nan():
     run("check_nan")
 

@@ -17,6 +17,8 @@ from res2net_zoo.weights.downloads import sha256_of
 from res2net_zoo.weights.model_folder import write_model_folder
 from tests.conftest import SHIPPED_MODEL, spread
 
+pytestmark = pytest.mark.first_case
+
 PARITY = Path(__file__).parents[1] / "models" / "parity"
 
 

@@ -25,6 +25,8 @@ from tests.conftest import input_error, read_tree, spread
 from tests.weights.originals.spec import to_holocron, to_mindspore, to_mmpretrain, to_paddle
 from tests.weights.test_convert import ORIGINALS, write
 
+pytestmark = pytest.mark.first_case
+
 TINY = "res2net_tiny"
 State = dict[str, torch.Tensor]
 

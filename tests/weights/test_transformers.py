@@ -16,6 +16,8 @@ from res2net_zoo.weights.card import model_card
 from res2net_zoo.weights.model_folder import write_backbone, write_model_folder
 from tests.conftest import ROOT, SHIPPED_DATA, SHIPPED_MODEL, SMALL, spread
 
+pytestmark = pytest.mark.first_case
+
 transformers = pytest.importorskip("transformers")
 
 
