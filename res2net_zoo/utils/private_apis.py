@@ -160,7 +160,7 @@ def freezing() -> contextlib.AbstractContextManager:
     """Return a context in which `torch.compile` makes constants of the weights of models that it traces for inference.
 
     As an option of `torch.compile` it has no effect, because the tracer reads only the global setting. Checked with
-    torch 2.11 and 2.15.
+    torch 2.11 and 2.14.
     """
     import torch
 
