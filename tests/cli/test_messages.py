@@ -101,7 +101,7 @@ def test_errors_are_one_line_with_a_suggestion(in_process, monkeypatch, tmp_path
         (("list", "--max-params", "nan"), "--max-params: nan is not 0 or more and finite"),
         (("list", "--max-gmacs", "inf"), "--max-gmacs: inf is not 0 or more and finite"),
         (("list", "--min-top1", "101"), "--min-top1: 101 is not 0 or more, up to 100"),
-        (("show", "res2net50"), "did you mean res2net50_26w_4s or"),
+        (("show", "res2net50_26"), "did you mean res2net50_26w_4s or"),
         (("show", "res2net50d.in2k"), "did you mean res2net50d.in1k"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
