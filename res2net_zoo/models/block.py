@@ -25,8 +25,8 @@ Wiring = Literal["official", "paddle", "mmdet"]
 class Res2NetModule(nn.Module):
     """The Res2Net block, for any shortcut.
 
-    A backbone subclasses it and gives `forward_residual` its own shortcut in `forward`, so that the parameters have
-    the names that every released checkpoint uses: `conv1 bn1 convs.i bns.i conv3 bn3 se`.
+    A backbone subclasses it and gives `forward_residual` or `forward_end` its own shortcut in `forward`, so that the
+    parameters have the names that every released checkpoint uses: `conv1 bn1 convs.i bns.i conv3 bn3 se`.
 
     Three wirings exist, with the same parameters but different results. They differ in the blocks that change the
     resolution or the number of channels:
