@@ -15,14 +15,17 @@ import re
 import resource
 import runpy
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants as constants
 import numpy as np
 import pytest
 import timm
 import torch
+from filelock import FileLock
 from PIL import Image
 
 import res2net_zoo  # noqa: F401  registers the models
@@ -47,6 +50,16 @@ SMALL = {
 }
 
 Program = Callable[..., subprocess.CompletedProcess]
+
+
+def import_mmengine(name: str = "mmengine") -> Any:
+    """Import mmengine or a module of it, one process at a time; skip the tests if it is missing.
+
+    It imports yapf, which writes a cache on its first import after an installation; another process that reads the
+    unfinished cache fails.
+    """
+    with FileLock(Path(tempfile.gettempdir()) / f"res2net-zoo-{os.getuid()}-mmengine.lock"):
+        return pytest.importorskip(name)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 
-from tests.conftest import ROOT, SHIPPED_MODEL
+from tests.conftest import ROOT, SHIPPED_MODEL, import_mmengine
 
 PAGE = (ROOT / "docs" / "migrate.md").read_text()
 
@@ -49,7 +49,7 @@ def test_the_authors_file():
 
 
 def test_mmdetection(folder):
-    config = pytest.importorskip("mmengine.config").Config
+    config = import_mmengine("mmengine.config").Config
     from mmengine.registry import MODELS
 
     base = 'model = dict(backbone=dict(type="ResNet", depth=50, norm_cfg=dict(type="BN"), style="pytorch"))'

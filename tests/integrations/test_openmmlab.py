@@ -8,9 +8,9 @@ import timm
 import torch
 
 from res2net_zoo.utils.errors import InputError
-from tests.conftest import SHIPPED_MODEL, SMALL, spread
+from tests.conftest import SHIPPED_MODEL, SMALL, import_mmengine, spread
 
-mmengine = pytest.importorskip("mmengine")
+mmengine = import_mmengine()
 from mmengine.config import Config  # noqa: E402  not before the skip
 from mmengine.registry import MODELS  # noqa: E402
 
