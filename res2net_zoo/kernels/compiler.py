@@ -50,7 +50,7 @@ def compile_library(source: Path, functions: Functions) -> ctypes.CDLL:
     """Return the library of a source, compiled if it is not in the cache.
 
     Args:
-        source: The C++ file; it can include `vectors.h` from the same folder.
+        source: The C++ file; it can include headers from the same folder.
         functions: Signatures of the functions in it.
 
     Raises:
@@ -63,7 +63,8 @@ def compile_library(source: Path, functions: Functions) -> ctypes.CDLL:
         machine = [line for line in output.splitlines() if line.startswith(b"#define")]
         if not machine:
             raise CannotCompile(f"{shlex.join(compiler)} is not a C++ compiler; set CXX to another one")
-        texts = (source.read_bytes(), source.with_name("vectors.h").read_bytes())
+        headers = sorted(source.parent.glob("*.h"))
+        texts = [path.read_bytes() for path in (source, *headers)]
         facts = b"\0".join((*texts, " ".join(FLAGS).encode(), *machine))
         key = hashlib.sha256(facts).hexdigest()[:16]
         try:

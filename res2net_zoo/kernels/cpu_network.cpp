@@ -1,40 +1,38 @@
 // The native steps of res2net_zoo/kernels/cpu_network.py: convolutional networks on CPUs, one call per inference.
 //
-// A network is a list of steps over buffers of activations in NHWC layout, in float32 or bfloat16; sums are
-// always float32. Buffers of padded convolutions have a border of zeros, so that taps need no bounds check.
-// All threads execute the list together. Each starts with its part of a step and then steals work from the
+// A network is a list of steps over buffers of activations in NHWC layout, in float32, bfloat16 or 8-bit integers; sums
+// are float32, or int32 of integers. Buffers of padded convolutions have a border of zeros, so that taps need no bounds
+// check. All threads execute the list together. Each starts with its part of a step and then steals work from the
 // others' parts. They synchronize only if a step reads the output of earlier ones, and then wait for the work,
 // not for each other: if a thread is scheduled late, the others have done its part.
 //
 // A convolution is a matrix product of pixels and output channels without the usual copy of the input
 // (Dukhan, "The Indirect Convolution Algorithm", arXiv 1907.02129): a tile of ROWS pixels by two vectors of
-// channels stays in registers while the kernel iterates over taps and input channels.
+// channels stays in registers, see products.h. With tile registers, which load pixels at a fixed distance, the input
+// of other convolutions than 1x1 is first copied, for a block of pixels at a time.
+//
+// 8-bit integers q have the values scale * (q - zero). A convolution scales its sums by channel to the integers of its
+// output, so that it adds, activates and rounds once.
 
 #include <atomic>
 #include <omp.h>
 #include <thread>
 #include <vector>
 
-#include "vectors.h"
+#include "products.h"
 
 namespace {
-
-#ifdef WIDE
-// With 32 registers of 16 floats, 28 sums, 2 vectors of weights and 1 of input are the largest tile, which has
-// the fewest loads per multiplication.
-constexpr int ROWS = 14;
-#else
-constexpr int ROWS = 6;
-#endif
 
 enum Kind { CONV, POINTWISE, MAX_POOL, AVG_POOL, MEAN, RESIZE, INPUT };
 enum Act { NONE, RELU, SIGMOID };
 
 // The output channels of one tile: their input channels, and their weights by tap and input channel, with
-// LANES * vectors for each (in bfloat16 those of two channels are interleaved).
+// LANES * vectors for each (in bfloat16 those of two channels are interleaved, in 8 bits those of four). In 8 bits the
+// output is scale * sum + bias.
 struct Tile {
     const void* weight;
     const float* bias;
+    const float* scale;
     int64_t first_in, channels_in, first_out, channels_out;
 };
 
@@ -43,6 +41,7 @@ struct View {
     void* data;
     const int32_t* pixels;  // offset of each output pixel of the step (for a source: that of its first tap)
     int64_t image, row, pixel;  // the same as strides, for steps that iterate over windows
+    float scale, zero;          // of 8-bit integers; in a convolution relative to its output
 };
 
 struct Step {
@@ -50,6 +49,11 @@ struct Step {
     int64_t pixels, channels;  // of the output
     View src, gate, add, dst, also;  // `also` += the output in `dst`
     int64_t dst_is_float;
+    float floor;        // minimum of a convolution's output
+    float gain, shift;  // 8 bits: also = gain * output + also.scale * also + shift
+    int64_t rows;       // maximum number of pixels per tile
+    int64_t bytes;      // tile registers: bytes of a pixel's input, a multiple of 64; 0 without them
+    int64_t panel;      // tile registers: bytes from one copied pixel to the next; 0 if pixels are not copied
     int64_t block, tiles, taps;
     const Tile* tile;
     const int32_t* tap;
@@ -74,57 +78,45 @@ inline Vec activate(Vec v, int64_t act) {
     return v;
 }
 
-#ifndef AHEAD
-#define AHEAD 40  // prefetch distance of weights in channels; hardware prefetchers stop at page boundaries
-#endif
-
-template <int M, int N> using Sums = Vec[M][N];
-
-template <int M, int N>
-inline void multiply(Sums<M, N>& sum, const float* const* x, const float* w, const Step& s, int64_t channels) {
-    for (int64_t t = 0; t < s.taps; t++) {
-        int64_t k = s.tap[t], end = k + channels;
-        for (; k < end; k++, w += LANES * N) {
-            Vec weight[N];
-#pragma GCC unroll 2
-            for (int n = 0; n < N; n++) {
-                memcpy(&weight[n], w + LANES * n, sizeof(Vec));
-                __builtin_prefetch(w + LANES * (AHEAD * N + n));
-            }
-#pragma GCC unroll 16
-            for (int m = 0; m < M; m++) {
-                Vec value = splat(x[m][k]);
-#pragma GCC unroll 2
-                for (int n = 0; n < N; n++) sum[m][n] += value * weight[n];
-            }
-        }
-    }
+// Values of 8-bit integers; floats are unchanged.
+template <class T> inline Vec read(const View& v, const T* p, Lanes some) {
+    Vec x = load(p, some);
+    return sizeof(T) == 1 ? fma(x, splat(v.scale), splat(-v.scale * v.zero)) : x;
+}
+template <class T> inline void write(const View& v, T* p, Vec x, Lanes some) {
+    if (sizeof(T) == 1) x = max(fma(x, splat(1 / v.scale), splat(v.zero)), zero());
+    store(p, x, some);
 }
 
-template <int M, int N>
-inline void multiply(Sums<M, N>& sum, const bf16* const* x, const bf16* w, const Step& s, int64_t channels) {
-#ifdef __AVX512BF16__
-    for (int64_t t = 0; t < s.taps; t++) {
-        int64_t k = s.tap[t], end = k + channels;
-        for (; k < end; k += 2, w += 2 * LANES * N) {
-            __m512bh weight[N];
-#pragma GCC unroll 2
-            for (int n = 0; n < N; n++) {
-                memcpy(&weight[n], w + 2 * LANES * n, sizeof(Vec));
-                __builtin_prefetch(w + 2 * LANES * (AHEAD * N + n));
-            }
-#pragma GCC unroll 16
-            for (int m = 0; m < M; m++) {
-                int32_t pair;
-                memcpy(&pair, x[m] + k, sizeof pair);
-                __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 2
-                for (int n = 0; n < N; n++) sum[m][n] = _mm512_dpbf16_ps(sum[m][n], weight[n], value);
-            }
+// The end of a convolution: scale, add, activate, store. A copy of the step's fields, which stores could overwrite as
+// far as the compiler knows.
+template <class T> struct Epilogue {
+    const View add, dst, also;
+    const bool to_float;
+    const Vec floor, gain, shift;
+    static constexpr bool INT = sizeof(T) == 1;
+
+    explicit Epilogue(const Step& s)
+        : add(s.add), dst(s.dst), also(s.also), to_float(s.dst_is_float), floor(splat(s.floor)),
+          gain(splat(s.gain)), shift(splat(s.shift)) {}
+
+    // The sums of pixel m and of the output channels from c.
+    inline void operator()(int64_t m, int64_t c, Vec v, Lanes some) const {
+        if (add.data) {
+            Vec other = load(at<T>(add, m) + c, some);
+            v = INT ? fma(other, splat(add.scale), v) : v + other;
+        }
+        v = max(v, floor);
+        if (to_float) store(at<float>(dst, m) + c, v, some);
+        else store(at<T>(dst, m) + c, v, some);
+        if (also.data) {
+            T* p = at<T>(also, m) + c;
+            Vec other = load(p, some);
+            v = INT ? fma(v, gain, fma(other, splat(also.scale), shift)) : v + other;
+            store(p, INT ? max(v, zero()) : v, some);
         }
     }
-#endif
-}
+};
 
 template <class T, int M, int N> __attribute__((noinline)) void tile(const Step& s, const Tile& t, int64_t m0) {
     const T* x[M];
@@ -134,38 +126,29 @@ template <class T, int M, int N> __attribute__((noinline)) void tile(const Step&
             if (s.add.data) __builtin_prefetch(at<T>(s.add, m0 + m) + t.first_out + n);
             __builtin_prefetch(at<T>(s.dst, m0 + m) + t.first_out + n, 1);
         }
-    Sums<M, N> sum;
+    Sums<T, M, N> sum;
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 2
-        for (int n = 0; n < N; n++) memcpy(&sum[m][n], t.bias + LANES * n, sizeof(Vec));
-    multiply<M, N>(sum, x, static_cast<const T*>(t.weight), s, t.channels_in);
-    Vec floor = splat(s.act == RELU ? 0 : -INFINITY);
+        for (int n = 0; n < N; n++)
+            if constexpr (sizeof(T) == 1) sum[m][n] = no_sum();
+            else memcpy(&sum[m][n], t.bias + LANES * n, sizeof(Vec));
+    multiply<T, M, N>(sum, x, static_cast<const T*>(t.weight), s.tap, s.taps, t.channels_in);
+    Epilogue<T> finish(s);
 #pragma GCC unroll 2
     for (int n = 0; n < N; n++) {
         int64_t c = t.first_out + LANES * n;
         Lanes some = first(t.channels_out - LANES * n);
-        if (s.add.data)
 #pragma GCC unroll 16
-            for (int m = 0; m < M; m++) sum[m][n] += load(at<T>(s.add, m0 + m) + c, some);
-#pragma GCC unroll 16
-        for (int m = 0; m < M; m++) sum[m][n] = max(sum[m][n], floor);
-        if (s.dst_is_float)
-#pragma GCC unroll 16
-            for (int m = 0; m < M; m++) store(at<float>(s.dst, m0 + m) + c, sum[m][n], some);
-        else
-#pragma GCC unroll 16
-            for (int m = 0; m < M; m++) store(at<T>(s.dst, m0 + m) + c, sum[m][n], some);
-        if (s.also.data)
-#pragma GCC unroll 16
-            for (int m = 0; m < M; m++) {
-                T* also = at<T>(s.also, m0 + m) + c;
-                store(also, sum[m][n] + load(also, some), some);
-            }
+        for (int m = 0; m < M; m++)
+            if constexpr (sizeof(T) == 1) {
+                Vec scale = load(t.scale + LANES * n, ALL), bias = load(t.bias + LANES * n, ALL);
+                finish(m0 + m, c, fma(as_float(sum[m][n]), scale, bias), some);
+            } else finish(m0 + m, c, sum[m][n], some);
     }
 }
 
-// Pointers to tile<T, M, N> for each M from 1 to ROWS.
+// Call tile<T, M, N> for M from 1 to ROWS.
 template <class T, int N, int M = ROWS> inline void tile_of(int64_t rows, const Step& s, const Tile& t, int64_t m0) {
     if (rows == M) tile<T, M, N>(s, t, m0);
     else if constexpr (M > 1) tile_of<T, N, M - 1>(rows, s, t, m0);
@@ -184,11 +167,165 @@ inline int64_t tile_at(const Step& s, int64_t groups, int64_t work) {
     return first * s.tiles + n * size + (inside - n * wide * size + vector - 1) / vector;
 }
 
-inline int64_t groups_of(const Step& s) { return (s.pixels + ROWS - 1) / ROWS; }
+inline int64_t groups_of(const Step& s) { return (s.pixels + s.rows - 1) / s.rows; }
+
+// A thread's memory for tile registers.
+struct Panels {
+    std::vector<char> memory;        // the input of a block's groups of pixels
+    std::vector<int64_t> copied;     // for each of these groups, which one is in memory, or -1
+    const Step* step = nullptr;      // the step whose input it is
+    int64_t rows = 0;                // pixels that registers are configured for
+
+    ~Panels() {
+#ifdef TILES
+        if (rows) _tile_release();
+#endif
+    }
+
+    char* of(const Step& s, int64_t i) {
+        uintptr_t begin = reinterpret_cast<uintptr_t>(memory.data());
+        return memory.data() + (-begin & 63) + i * s.rows * s.panel;
+    }
+
+    void begin(const Step& s) {
+        if (step == &s) return;
+        step = &s;
+        if (s.panel) {
+            size_t size = s.block * s.rows * s.panel + 128;
+            if (memory.size() < size) memory.resize(size);
+            copied.assign(s.block, -1);
+        }
+#ifdef TILES
+        if (rows != s.rows) configure_tiles(rows = s.rows);
+#endif
+    }
+};
+
+#ifdef TILES
+// Copy the input of `rows` pixels: the channels of all taps, in the order of the weights.
+template <class T> void copy_taps(const Step& s, const Tile& t, int64_t m0, int64_t rows, char* to) {
+    constexpr int STEP = 4 / sizeof(T);  // the number of channels is padded to this
+    int64_t bytes = t.channels_in * sizeof(T), width = (t.channels_in + STEP - 1) / STEP * 4, full = bytes / 64 * 64;
+    __mmask64 some = (uint64_t(1) << (bytes - full)) - 1;
+    if (bytes <= 32) {  // shorter stores cross fewer cache lines
+        __mmask32 few = (uint64_t(1) << bytes) - 1;
+        for (int64_t m = 0; m < rows; m++, to += s.panel) {
+            const char* pixel = reinterpret_cast<const char*>(at<T>(s.src, m0 + m) + t.first_in);
+            char* p = to;
+            for (int64_t i = 0; i < s.taps; i++, p += width)
+                _mm256_storeu_epi8(p, _mm256_maskz_loadu_epi8(few, pixel + s.tap[i] * int64_t(sizeof(T))));
+            _mm512_storeu_si512(p, _mm512_setzero_si512());
+        }
+        return;
+    }
+    for (int64_t m = 0; m < rows; m++, to += s.panel) {
+        const char* pixel = reinterpret_cast<const char*>(at<T>(s.src, m0 + m) + t.first_in);
+        char* p = to;
+        for (int64_t i = 0; i < s.taps; i++, p += width) {  // a store may overlap the next tap, which follows
+            const char* from = pixel + s.tap[i] * int64_t(sizeof(T));
+            for (int64_t k = 0; k < full; k += 64) _mm512_storeu_si512(p + k, _mm512_loadu_si512(from + k));
+            if (bytes > full) _mm512_storeu_si512(p + full, _mm512_maskz_loadu_epi8(some, from + full));
+        }
+        _mm512_storeu_si512(p, _mm512_setzero_si512());  // weights of the rest are zero, which NaN would not respect
+    }
+}
+
+// A tile whose sums are complete.
+struct Summed {
+    const Tile* tile = nullptr;
+    int64_t m0, rows;
+};
+
+// Sum the products of a tile of a convolution with tile registers, and call `between` after each part. `slot` is the
+// group's index in its block.
+template <class T, class F>
+void sum_tile(const Step& s, const Summed& one, int64_t slot, Panels& panels, TileSums<T>& sums, F between) {
+    const Tile& t = *one.tile;
+    const char* x = reinterpret_cast<const char*>(at<T>(s.src, one.m0) + t.first_in);
+    int64_t pitch = s.src.pixel * sizeof(T);
+    if (s.panel) {
+        x = panels.of(s, slot), pitch = s.panel;
+        int64_t what = one.m0 << 20 | t.first_in;
+        if (panels.copied[slot] != what) {
+            copy_taps<T>(s, t, one.m0, one.rows, panels.of(s, slot));
+            panels.copied[slot] = what;
+        }
+    }
+    const char* w = static_cast<const char*>(t.weight);
+    int64_t upper = s.rows > TILE ? (s.rows + 1) / 2 : s.rows;
+    bool two = t.channels_out > LANES;
+    if (s.rows > TILE && two) multiply_tiles<T, 2, 2>(sums, upper, x, pitch, w, s.bytes, between);
+    else if (s.rows > TILE) multiply_tiles<T, 2, 1>(sums, upper, x, pitch, w, s.bytes, between);
+    else if (two) multiply_tiles<T, 1, 2>(sums, upper, x, pitch, w, s.bytes, between);
+    else multiply_tiles<T, 1, 1>(sums, upper, x, pitch, w, s.bytes, between);
+}
+
+// Writes the output of a tile, some rows at a time.
+template <class T> struct Finisher {
+    const Epilogue<T> finish;
+    const TileSums<T>* sums = nullptr;
+    int64_t m0 = 0, c = 0, next = 0, rows = 0;
+    int count = 0;
+    Vec bias[2], scale[2];
+    Lanes some[2];
+
+    explicit Finisher(const Step& s) : finish(s) {}
+
+    void start(const Summed& one, const TileSums<T>& of) {
+        const Tile& t = *one.tile;
+        sums = &of, m0 = one.m0, rows = one.rows, c = t.first_out, next = 0, count = t.channels_out > LANES ? 2 : 1;
+        for (int n = 0; n < count; n++) {
+            bias[n] = load(t.bias + LANES * n, ALL), some[n] = first(t.channels_out - LANES * n);
+            if (sizeof(T) == 1) scale[n] = load(t.scale + LANES * n, ALL);
+        }
+    }
+    template <int N> inline void write_rows(int64_t begin, int64_t end) const {
+        const Finisher own = *this;  // stores could overwrite the fields, as far as the compiler knows
+        for (int64_t m = begin; m < end; m++)
+#pragma GCC unroll 2
+            for (int n = 0; n < N; n++) {
+                Vec v;
+                if constexpr (sizeof(T) == 1) v = fma(as_float(own.sums->of[m][n]), own.scale[n], own.bias[n]);
+                else v = own.sums->of[m][n] + own.bias[n];
+                own.finish(own.m0 + m, own.c + LANES * n, v, own.some[n]);
+            }
+    }
+    inline void advance(int64_t by) {
+        int64_t end = next + by < rows ? next + by : rows;
+        if (count == 2) write_rows<2>(next, end);
+        else write_rows<1>(next, end);
+        next = end;
+    }
+};
+
+// Compute tiles `u` to `end` of a convolution with tile registers. A tile is finished while the next one is summed, for
+// which other parts of the processor are used.
+template <class T> void matrix_conv(const Step& s, int64_t u, int64_t end, Panels& panels) {
+    int64_t groups = groups_of(s);
+    panels.begin(s);
+    TileSums<T> sums[2];
+    Finisher<T> last(s);
+    int64_t steps = s.bytes / TILE_BYTES, by = (s.rows + steps - 1) / steps;
+    for (int64_t i = 0; u < end; u++, i ^= 1) {
+        int64_t first = u / (s.block * s.tiles) * s.block;
+        int64_t size = groups - first < s.block ? groups - first : s.block;
+        int64_t inside = u - first * s.tiles, group = first + inside % size;
+        int64_t m = s.pixels * group / groups, rows = s.pixels * (group + 1) / groups - m;
+        Summed one{&s.tile[inside / size], m, rows};
+        sum_tile<T>(s, one, group - first, panels, sums[i], [&] { last.advance(by); });
+        last.start(one, sums[i]);
+    }
+    last.advance(s.rows);
+}
+#endif
 
 // Compute tiles `u` to `end` of a convolution. Pixels are split evenly into groups of at most a tile, and all weights
 // are applied to one block of groups at a time.
-template <class T> void conv(const Step& s, int64_t u, int64_t end) {
+template <class T> void conv(const Step& s, int64_t u, int64_t end, Panels& panels) {
+#ifdef TILES
+    if constexpr (sizeof(T) < 4)
+        if (s.bytes) return matrix_conv<T>(s, u, end, panels);
+#endif
     int64_t groups = groups_of(s);
     for (; u < end; u++) {
         int64_t first = u / (s.block * s.tiles) * s.block;
@@ -205,13 +342,45 @@ template <class T> void pointwise(const Step& s, int64_t m, int64_t end) {
     for (; m < end; m++)
         for (int64_t c = 0; c < s.channels; c += LANES) {
             Lanes some = first(s.channels - c);
-            Vec v = load(at<T>(s.src, m) + c, some);
-            if (s.gate.data) v *= load(at<T>(s.gate, m) + c, some);
-            if (s.add.data) v += load(at<T>(s.add, m) + c, some);
+            Vec v = read(s.src, at<T>(s.src, m) + c, some);
+            if (s.gate.data) v *= read(s.gate, at<T>(s.gate, m) + c, some);
+            if (s.add.data) v = read(s.add, at<T>(s.add, m) + c, some) + v;
             v = activate(v, s.act);
             if (s.dst_is_float) store(at<float>(s.dst, m) + c, v, some);
-            else store(at<T>(s.dst, m) + c, v, some);
+            else write(s.dst, at<T>(s.dst, m) + c, v, some);
         }
+}
+
+// The maximum or the sum of bytes in a window, of 64 channels.
+template <class S, class F> inline void reduce(const Step& s, const u8* from, int64_t rows, int64_t columns, S* to, F f) {
+    for (int i = 0; i < 64; i++) to[i] = 0;
+    for (int64_t h = 0; h < rows; h++, from += s.src.row)
+        for (int64_t w = 0; w < columns; w++)
+            for (int i = 0; i < 64; i++) to[i] = f(to[i], from[w * s.src.pixel + i]);
+}
+
+// Pool the window of an output pixel, in integers.
+inline void pool_bytes(const Step& s, int64_t n, int64_t h0, int64_t w0, int64_t rows, int64_t columns, float scale, u8* to) {
+    // real = scale * src.scale * (sum - count * zero)
+    Vec gain = splat(scale * s.src.scale / s.dst.scale);
+    int64_t zeros = s.kind == MAX_POOL ? 1 : rows * columns;
+    Vec shift = splat(std::fma(-scale * s.src.scale / s.dst.scale, s.src.zero * zeros, s.dst.zero));
+    for (int64_t c = 0; c < s.channels; c += 64) {
+        int64_t count = s.channels - c < 64 ? s.channels - c : 64;
+        const u8* from = at<u8>(s.src, n, h0, w0) + c;
+        u8 largest[64];
+        uint16_t sum[64];
+        float sums[64];
+        if (s.kind == MAX_POOL) reduce(s, from, rows, columns, largest, [](u8 a, u8 b) { return a > b ? a : b; });
+        else reduce(s, from, rows, columns, sum, [](uint16_t a, u8 b) { return static_cast<uint16_t>(a + b); });
+        if (s.kind == MAX_POOL && s.src.scale == s.dst.scale && s.src.zero == s.dst.zero) {
+            memcpy(to + c, largest, count);
+            continue;
+        }
+        for (int i = 0; i < 64; i++) sums[i] = s.kind == MAX_POOL ? largest[i] : sum[i];
+        for (int64_t i = 0; i < count; i += LANES)
+            store(to + c + i, max(fma(load(sums + i, ALL), gain, shift), zero()), first(count - i));
+    }
 }
 
 template <class T> void pool(const Step& s, int64_t u, int64_t end) {
@@ -226,16 +395,21 @@ template <class T> void pool(const Step& s, int64_t u, int64_t end) {
             h0 = h0 < 0 ? 0 : h0, w0 = w0 < 0 ? 0 : w0;
             h1 = lower(h1, s.in_h), w1 = lower(w1, s.in_w);
             float scale = 1.0f / (s.count_pad ? padded : (h1 - h0) * (w1 - w0));
+            if constexpr (sizeof(T) == 1)
+                if ((h1 - h0) * (w1 - w0) <= 257) {  // 257 * 255 fits 16 bits
+                    pool_bytes(s, n, h0, w0, h1 - h0, w1 - w0, s.kind == MAX_POOL ? 1 : scale, at<u8>(s.dst, n, oh, ow));
+                    continue;
+                }
             for (int64_t c = 0; c < s.channels; c += LANES) {
                 Lanes some = first(s.channels - c);
                 Vec v = s.kind == MAX_POOL ? splat(-INFINITY) : zero();
                 for (int64_t h = h0; h < h1; h++)
                     for (int64_t w = w0; w < w1; w++) {
-                        Vec x = load(at<T>(s.src, n, h, w) + c, some);
+                        Vec x = read(s.src, at<T>(s.src, n, h, w) + c, some);
                         v = s.kind == MAX_POOL ? max(x, v) : v + x;
                     }
                 if (s.kind == AVG_POOL) v *= splat(scale);
-                store(at<T>(s.dst, n, oh, ow) + c, v, some);
+                write(s.dst, at<T>(s.dst, n, oh, ow) + c, v, some);
             }
         }
 }
@@ -247,10 +421,10 @@ template <class T> void mean(const Step& s, int64_t u, int64_t end) {
         Lanes some = first(s.channels - c);
         Vec v = zero();
         for (int64_t h = 0; h < s.in_h; h++)
-            for (int64_t w = 0; w < s.in_w; w++) v += load(at<T>(s.src, n, h, w) + c, some);
+            for (int64_t w = 0; w < s.in_w; w++) v += read(s.src, at<T>(s.src, n, h, w) + c, some);
         v *= splat(1.0f / (s.in_h * s.in_w));
         if (s.dst_is_float) store(at<float>(s.dst, n, 0, 0) + c, v, some);
-        else store(at<T>(s.dst, n, 0, 0) + c, v, some);
+        else write(s.dst, at<T>(s.dst, n, 0, 0) + c, v, some);
     }
 }
 
@@ -271,10 +445,10 @@ template <class T> void resize(const Step& s, int64_t u, int64_t end) {
             for (int64_t c = 0; c < s.channels; c += LANES) {
                 Lanes some = first(s.channels - c);
                 auto row = [&](int64_t h) {
-                    return splat(1 - x) * load(at<T>(s.src, n, h, left) + c, some) +
-                           splat(x) * load(at<T>(s.src, n, h, right) + c, some);
+                    return fma(splat(x), read(s.src, at<T>(s.src, n, h, right) + c, some),
+                               splat(1 - x) * read(s.src, at<T>(s.src, n, h, left) + c, some));
                 };
-                store(at<T>(s.dst, n, oh, ow) + c, splat(1 - y) * row(top) + splat(y) * row(bottom), some);
+                write(s.dst, at<T>(s.dst, n, oh, ow) + c, fma(splat(y), row(bottom), splat(1 - y) * row(top)), some);
             }
         }
     }
@@ -292,8 +466,10 @@ template <class T> void input(const Step& s, int64_t u, int64_t end) {
                 const float* pixels = from + c * s.gate.image + w * s.src.pixel;
                 T converted[LANES];
                 int64_t count = s.in_w - w < LANES ? s.in_w - w : LANES;
-                if (s.src.pixel == 1) store(converted, load(pixels, first(count)), first(count));
-                else for (int64_t i = 0; i < count; i++) narrow(pixels[i * s.src.pixel], converted[i]);
+                float gathered[LANES];
+                if (s.src.pixel != 1)
+                    for (int64_t i = 0; i < count; i++) gathered[i] = pixels[i * s.src.pixel];
+                write(s.dst, converted, load(s.src.pixel == 1 ? pixels : gathered, first(count)), first(count));
                 for (int64_t i = 0; i < count; i++) to[(w + i) * s.dst.pixel + c] = converted[i];
             }
     }
@@ -309,9 +485,9 @@ inline int64_t units_of(const Step& s) {
     }
 }
 
-template <class T> void work(const Step& s, int64_t begin, int64_t end) {
+template <class T> void work(const Step& s, int64_t begin, int64_t end, Panels& panels) {
     switch (s.kind) {
-        case CONV: return conv<T>(s, begin, end);
+        case CONV: return conv<T>(s, begin, end, panels);
         case POINTWISE: return pointwise<T>(s, begin, end);
         case MEAN: return mean<T>(s, begin, end);
         case RESIZE: return resize<T>(s, begin, end);
@@ -339,6 +515,7 @@ template <class T> void walk(const Step* steps, int64_t count, int threads) {
     {
         int thread = omp_get_thread_num();
         int64_t since = 0;
+        Panels panels;
         for (int64_t i = 0; i < count; i++) {
             const Step& s = steps[i];
             if (s.wait)
@@ -357,7 +534,7 @@ template <class T> void walk(const Step* steps, int64_t count, int threads) {
                     int64_t first = begin + counter[1 + owner].value.fetch_add(chunk, std::memory_order_relaxed);
                     if (first >= end) break;
                     int64_t last = first + chunk < end ? first + chunk : end;
-                    work<T>(s, first, last);
+                    work<T>(s, first, last, panels);
                     counter->value.fetch_add(last - first, std::memory_order_release);
                 }
             }
@@ -382,8 +559,20 @@ int has_bf16() {
 #endif
 }
 
-void run(const Step* steps, int64_t count, int threads, int is_bf16) {
-    if (is_bf16) walk<bf16>(steps, count, threads);
+// Pixels per tile of tile registers, or 0 if this machine has none, or does not permit this process to use them.
+int tiled_pixels() {
+#ifdef TILES
+    static const bool permitted = permit_tiles();
+    return permitted ? TILED_PIXELS : 0;
+#else
+    return 0;
+#endif
+}
+
+// Run steps whose elements have this number of bytes: float32, bfloat16 or 8-bit integers.
+void run(const Step* steps, int64_t count, int threads, int bytes) {
+    if (bytes == 1) walk<u8>(steps, count, threads);
+    else if (bytes == 2) walk<bf16>(steps, count, threads);
     else walk<float>(steps, count, threads);
 }
 }

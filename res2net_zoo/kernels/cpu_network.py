@@ -14,6 +14,7 @@ The steps are in `cpu_network.cpp`, which is compiled on the machine that runs i
 
 import contextlib
 import ctypes
+import math
 import mmap
 import operator
 import threading
@@ -28,18 +29,21 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from res2net_zoo.kernels.compiler import CannotCompile, compile_library
+from res2net_zoo.kernels.quantization import Scale, calibrate, quantize_weight
 from res2net_zoo.models._pooling import has_one_window, pool_window
 
 SOURCE = Path(__file__).with_name("cpu_network.cpp")
 FUNCTIONS = {
     "run": (None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int),
-    **dict.fromkeys(("has_bf16", "lanes", "rows"), (ctypes.c_int,)),
+    **dict.fromkeys(("has_bf16", "lanes", "rows", "tiled_pixels"), (ctypes.c_int,)),
 }
 
 CONV, POINTWISE, MAX_POOL, AVG_POOL, MEAN, RESIZE, INPUT = range(7)
 NONE, RELU, SIGMOID = range(3)
 
 CACHE_BYTES = 256 * 1024  # block of its input that a convolution processes at a time: a part of the L2 cache
+CACHE_WEIGHTS = 1024 * 1024  # size of weights that the L2 cache of a processor with tile registers has room for
+LINE = 64  # bytes of a cache line, and of a row of a tile register
 MAP_ELEMENTS = 2**18  # size of one image's map from which on images are processed one by one: that of the L2 cache
 
 
@@ -54,6 +58,8 @@ class _View(ctypes.Structure):
         ("image", ctypes.c_int64),
         ("row", ctypes.c_int64),
         ("pixel", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("zero", ctypes.c_float),
     )
 
 
@@ -61,6 +67,7 @@ class _Tile(ctypes.Structure):
     _fields_ = (
         ("weight", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("first_in", "channels_in", "first_out", "channels_out")),
     )
 
@@ -69,7 +76,9 @@ class _Step(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("kind", "act", "wait", "pixels", "channels")),
         *((name, _View) for name in ("src", "gate", "add", "dst", "also")),
-        *((name, ctypes.c_int64) for name in ("dst_is_float", "block", "tiles", "taps")),
+        ("dst_is_float", ctypes.c_int64),
+        *((name, ctypes.c_float) for name in ("floor", "gain", "shift")),
+        *((name, ctypes.c_int64) for name in ("rows", "bytes", "panel", "block", "tiles", "taps")),
         ("tile", ctypes.c_void_p),
         ("tap", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("images", "in_h", "in_w", "out_h", "out_w")),
@@ -103,6 +112,10 @@ class Value:
     first: int = 0
     pad: int = 0  # border of zeros that its readers need
     is_float: bool = False
+    line: int = 16  # elements of a cache line
+    name: str = ""  # of the graph's node, by which its scale is calibrated
+    is_sum: bool = False  # a sum in the place of a slice, with a scale of its own
+    pooled: "Value | None" = None  # the map whose maxima these are, and whose scale they have
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -116,7 +129,13 @@ class Value:
         An odd number of cache lines, because pixels at a distance of 4 KB map to the same few sets of an L1 cache.
         The few channels of an image are dense, which its convolution needs.
         """
-        return self.c if self.c < 16 else (-(-self.c // 16) | 1) * 16
+        lines = -(-self.c // self.line)
+        return self.c if self.c < 16 else (lines | 1 if lines * self.line > 128 else lines) * self.line
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """The layout that values must share to reuse the same buffer, including the border."""
+        return (self.n, self.h, self.w, self.c, self.pad, self.is_float)
 
     @property
     def row(self) -> int:
@@ -127,11 +146,6 @@ class Value:
     def image(self) -> int:
         """Elements from one image to the next."""
         return (self.h + 2 * self.pad) * self.row
-
-    @property
-    def layout(self) -> tuple[int, ...]:
-        """The layout that values must share to reuse the same buffer, including the border."""
-        return (self.n, self.h, self.w, self.c, self.pad, self.is_float)
 
     def place(self) -> tuple["Value", int]:
         """Return the value whose buffer contains this one, and the first channel in it."""
@@ -153,6 +167,7 @@ class Node:
     gate: Value | None = None
     add: Value | None = None
     also: Value | None = None
+    total: Value | None = None  # the sum in the place of `also`
     conv: Any = None
     window: tuple = ()
     # For a convolution: ranges of its output channels, and the destination of each.
@@ -175,10 +190,18 @@ class Lowering(fx.Interpreter):
         self.extra_traceback = False
         self.calls: list[_Call] = []
 
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node of the graph, and name its result."""
+        result = super().run_node(n)
+        if isinstance(result, Value):
+            result.name = n.name
+        return result
+
     def emit(self, name: str, *inputs: Value, shape: tuple[int, int, int, int] | None = None, detail: Any = None):
         """Record an operation on values, and return its output."""
-        self.calls.append(_Call(name, inputs, Value(*(shape or inputs[0].shape)), detail))
-        return self.calls[-1].out
+        out = Value(*(shape or inputs[0].shape), line=inputs[0].line)
+        self.calls.append(_Call(name, inputs, out, detail))
+        return out
 
     def call_module(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Record a module."""
@@ -220,7 +243,9 @@ class Lowering(fx.Interpreter):
         meta = torch.empty(x.n, x.c, x.h, x.w, device="meta")
         shape = F.max_pool2d if name == "max_pool" else F.avg_pool2d
         n, c, h, w = shape(meta, k, s, p, ceil_mode=module.ceil_mode).shape
-        return self.emit(name, x, shape=(n, c, h, w), detail=(*k, *s, *p, getattr(module, "count_include_pad", False)))
+        out = self.emit(name, x, shape=(n, c, h, w), detail=(*k, *s, *p, getattr(module, "count_include_pad", False)))
+        out.pooled = x if name == "max_pool" else None
+        return out
 
     def flattened(self, x: Value) -> Value:
         """Return the value of a flattened map, which must be a single pixel."""
@@ -298,6 +323,11 @@ def _cut(source: Value, calls: list[_Call], result: Value) -> tuple[int, Value] 
         if alone and call.out.c * call.out.h * call.out.w >= MAP_ELEMENTS:
             found = i + 1, call.out
     return found
+
+
+def _padded(size: int, multiple: int) -> int:
+    """Return the next multiple from a size on."""
+    return -(-size // multiple) * multiple
 
 
 def fuse_nodes(source: Value, calls: list[_Call], result: Value) -> list[Node]:
@@ -403,9 +433,9 @@ class _Fusion:
             if not (node and node.kind == CONV and not node.also):
                 continue
             if target in self.untouched and self.uses[target] == 1 and self.made[target] < self.made[value]:
-                node.also = target
+                node.also, node.total = target, call.out
                 self.untouched.remove(target)
-                call.out.base = target
+                call.out.base, call.out.is_sum = target, True
                 self.made[call.out] = self.made[value]
                 return True
         return False
@@ -520,12 +550,15 @@ class _Program:
     def buffer(self, root: Value) -> torch.Tensor:
         """Allocate a value's buffer, with zeros for the border, which no step writes.
 
-        Additional elements are for taps that are read in pairs, because the last one can be incomplete.
+        Additional elements are for steps that read several channels, or pixels, at a time, and the last ones only
+        to multiply them by zero, or not to use the result.
         """
-        size = root.n * root.image + 64
+        size = root.n * root.image + root.pitch + 64
         if size >= 2**31:
             raise Unsupported(f"a map of {size} elements is too large for 32-bit offsets")
-        return self.arena.zeros(size, torch.float32 if root.is_float else self.network.dtype)
+        buffer = self.arena.zeros(size, torch.float32 if root.is_float else self.network.dtype)
+        zero = self.network.scale_of(root).zero
+        return buffer.fill_(zero) if root.pad and zero else buffer
 
     def place(self, nodes: list[Node]) -> None:
         """Allocate the buffers of values; values of the same shape with disjoint lifetimes share one."""
@@ -542,11 +575,15 @@ class _Program:
             for value in (node.dst, *(where for _, _, where in node.parts)):
                 root, _ = value.place()
                 if root not in self.buffers:
-                    spare = free.get(root.layout)
+                    spare = free.get(self.layout(root))
                     self.buffers[root] = spare.pop() if spare else self.buffer(root)
             for root, end in last.items():
                 if end == i and root not in given:
-                    free.setdefault(root.layout, []).append(self.buffers[root])
+                    free.setdefault(self.layout(root), []).append(self.buffers[root])
+
+    def layout(self, root: Value) -> tuple[int, ...]:
+        """Return what values must share to reuse the same buffer: their layout, and the content of the border."""
+        return (*root.layout, self.network.scale_of(root).zero if root.pad else 0)
 
     def table(self, *key: int) -> int:
         """Return the address of the offsets of pixels (n, h, w), n * image + h * row + w * pixel + start."""
@@ -574,7 +611,7 @@ class _Program:
         origin = root.pad * (row + pixel)
         table = self.table(value.n, h, w, image, row * sh, pixel * sw, origin - ph * row - pw * pixel)
         data = buffer.data_ptr() + (first - skip) * buffer.element_size()
-        return _View(data, table, image, row, pixel)
+        return _View(data, table, image, row, pixel, *self.network.scale_of(value))
 
     def steps_of(self, node: Node) -> list[tuple[_Step, list, list]]:
         """Return the steps of a node, each with the ranges of channels that it reads and writes."""
@@ -606,7 +643,8 @@ class _Program:
                 root, first = node.gate.place()
                 gate = self.buffers[root]
                 table = self.table(src.n, src.h, src.w, root.pitch, 0, 0, 0)
-                step.gate = _View(gate.data_ptr() + first * gate.element_size(), table)
+                data = gate.data_ptr() + first * gate.element_size()
+                step.gate = _View(data, table, 0, 0, 0, *self.network.scale_of(node.gate))
         else:
             for view in (step.src, step.dst):
                 view.data += int(ctypes.c_int32.from_address(view.pixels).value) * self.network.dtype.itemsize
@@ -633,22 +671,64 @@ class _Program:
         kh, kw = (1, 1) if linear else conv.kernel_size
         # For dense pixels, the taps of a row are one range of channels: a stem of 7 x 7 x 3 is 7 taps of 21 channels.
         merged = kw > 1 and dw == 1 and root.c == src.c < 16 and (linear or conv.groups == 1)
-        tiles, packed = self.network.packed(conv, low, high, merged)
+        tiles, packed = self.network.packed(conv, low, high, merged, node, where)
         step.src = self.view(src, (dst.h, dst.w, sh, sw, ph, pw))
         step.add = self.view(node.add)
         step.also = self.view(node.also)
         # Tiles count channels from the convolution's first one, but a separate buffer of a part starts at 0.
         step.dst = self.view(where, skip=0 if where is dst or where.base is None else low)
         step.dst_is_float = where.place()[0].is_float
+        self.rescale(step, node, where)
         row, pixel = root.row, root.pitch
         taps = [y * dh * row + x * dw * pixel for y in range(kh) for x in range(1 if merged else kw)]
         tap = torch.tensor(taps, dtype=torch.int32)
         self.keep += [tap, packed]
         step.tap, step.taps = tap.data_ptr(), len(taps)
         step.tile, step.tiles = ctypes.addressof(tiles), len(tiles)
-
         # Number of pixel groups whose input stays in the L2 cache while all tiles process it.
-        step.block = max(1, CACHE_BYTES // (library().rows() * src.c * sh * sw * self.network.dtype.itemsize))
+        size = self.network.dtype.itemsize
+        step.rows = library().rows()
+        step.block = max(1, CACHE_BYTES // (step.rows * src.c * sh * sw * size))
+        if self.network.has_tiles and len({tile.channels_in for tile in tiles}) == 1:
+            consecutive = kh == kw == sh == sw == 1 and root.pad == 0
+            self.use_tile_registers(step, tiles[0], root, src.place()[1], consecutive)
+
+    def use_tile_registers(self, step: _Step, tile: _Tile, src: Value, first: int, consecutive: bool) -> None:
+        """Set the fields of a convolution's step that uses tile registers.
+
+        Args:
+            step: The step.
+            tile: Its first tile.
+            src: The value whose buffer it reads.
+            first: Its first channel in the buffer.
+            consecutive: Whether it reads all pixels of the buffer, in their order and without a border.
+        """
+        size = self.network.dtype.itemsize
+        groups = -(-step.pixels // library().tiled_pixels())
+        step.rows = -(-step.pixels // groups)
+        step.bytes = _padded(step.taps * _padded(tile.channels_in * size, 4), LINE)
+        inside = (first + tile.first_in) * size + step.bytes <= src.pitch * size
+        if not (consecutive and inside):
+            step.panel = (step.bytes // LINE + 1 | 1) * LINE  # an odd number of cache lines, see `Value.pitch`
+        # If the L2 cache has the weights, a group's outputs are better written together.
+        if step.bytes * step.channels <= CACHE_WEIGHTS:
+            step.block = 1
+        elif step.panel:
+            step.block = max(1, CACHE_BYTES // (step.rows * step.panel))
+
+    def rescale(self, step: _Step, node: Node, where: Value) -> None:
+        """Set the minimum of a convolution's output, and the scales of what it adds, relative to that of the output."""
+        step.floor = 0 if node.act == RELU else -math.inf
+        if self.network.dtype != torch.uint8:
+            return
+        scale, zero = self.network.scale_of(where)
+        step.add.scale /= scale
+        if not step.dst_is_float:
+            step.floor = zero if node.act == RELU else 0
+        if node.also is not None and node.total is not None:
+            total = self.network.scale_of(node.total)
+            step.gain, step.also.scale = scale / total.scale, step.also.scale / total.scale
+            step.shift = total.zero - step.gain * zero - step.also.scale * step.also.zero
 
     def synchronize(self, steps: list[tuple[_Step, list, list]]) -> None:
         """Synchronize threads before each step that conflicts with the steps since the last synchronization."""
@@ -671,8 +751,7 @@ class _Program:
             step = self.steps[index]
             step.src = _View(images.data_ptr() + i * image * images.element_size(), None, image, row, pixel)
             step.gate.image = channel
-        is_bf16 = self.network.dtype == torch.bfloat16
-        library().run(self.steps, len(self.steps), torch.get_num_threads(), is_bf16)
+        library().run(self.steps, len(self.steps), torch.get_num_threads(), self.network.dtype.itemsize)
         return self.logits.clone()
 
 
@@ -689,7 +768,9 @@ class Network:
 
     Args:
         graph: The traced model, in eval mode, BatchNorm folded.
-        dtype: Type of activations and weights, float32 or bfloat16; sums are float32 in both.
+        dtype: Type of activations and weights: float32 or bfloat16, with sums in float32, or int8, with sums in
+            int32.
+        calibration: For int8, preprocessed images (N, C, H, W) by which activations are scaled.
         images_at_once: Maximum batch size; larger batches are split. A small one keeps activations in the caches,
             a large one reuses weights for more images.
 
@@ -697,14 +778,26 @@ class Network:
         Unsupported: This machine cannot compile the steps, or does not support bfloat16.
     """
 
-    def __init__(self, graph: fx.GraphModule, dtype: torch.dtype = torch.float32, images_at_once: int = 4) -> None:
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        dtype: torch.dtype = torch.float32,
+        images_at_once: int = 4,
+        calibration: torch.Tensor | None = None,
+    ) -> None:
         if dtype == torch.bfloat16 and not library().has_bf16():
             raise Unsupported("this processor does not support bfloat16 products")
-        if dtype not in (torch.float32, torch.bfloat16):
+        if dtype not in (torch.float32, torch.bfloat16, torch.int8):
             raise Unsupported(f"{dtype} is unsupported")
         library()
         self.graph = graph
-        self.dtype = dtype
+        self.dtype = torch.uint8 if dtype == torch.int8 else dtype  # of activations
+        self.has_tiles = dtype != torch.float32 and library().tiled_pixels() > 0
+        self.scales: dict[str, Scale] = {}
+        if dtype == torch.int8:
+            if calibration is None:
+                raise Unsupported("int8 needs calibration images")
+            self.scales = calibrate(graph, calibration)
         self.images_at_once = images_at_once
         self.programs: dict[tuple[int, ...], _Program] = {}
         self.weights: dict[tuple, tuple[Any, Any]] = {}
@@ -732,11 +825,17 @@ class Network:
 
     def lower(self, shape: tuple[int, int, int, int]) -> tuple[Value, list[_Call], Value]:
         """Return the value of the images, the calls of the model, and its result."""
-        source, lowering = Value(*shape), Lowering(self.graph)
+        source, lowering = Value(*shape, line=LINE // self.dtype.itemsize), Lowering(self.graph)
         result = lowering.run(source)
         if not isinstance(result, Value):
             raise Unsupported("the model's output must be a single tensor")
         return source, lowering.calls, result
+
+    def scale_of(self, value: Value) -> Scale:
+        """Return the scale of a value's integers; slices and parts of a concatenation have that of the whole."""
+        while (base := value.pooled if value.base is None else value.base) is not None and not value.is_sum:
+            value = base
+        return Scale(1.0, 0) if value.is_float else self.scales.get(value.name, Scale(1.0, 0))
 
     def program(self, shape: tuple[int, int, int, int]) -> _Program:
         """Return the steps for images of a shape (N, C, H, W)."""
@@ -746,16 +845,18 @@ class Network:
             self.programs[shape] = _Program(self, shape)
         return self.programs[shape]
 
-    def packed(self, conv: Any, low: int, high: int, merged: bool) -> tuple[Any, Any]:
+    def packed(self, conv: Any, low: int, high: int, merged: bool, node: Node, where: Value) -> tuple[Any, Any]:
         """Return the tiles of a convolution's output channels from `low` to `high`, and the tensors of their memory."""
-        key = (conv, low, high, merged)
+        added = Scale(0.0, 0) if node.add is None else self.scale_of(node.add)
+        scales = (self.scale_of(node.src), self.scale_of(where), added)
+        key = (conv, low, high, merged, scales)
         if key not in self.weights:
-            self.weights[key] = self.pack(conv, low, high, merged)
+            self.weights[key] = self.pack(conv, low, high, merged, *scales)
         return self.weights[key]
 
-    def pack(self, conv: Any, low: int, high: int, merged: bool) -> tuple[Any, Any]:
+    def pack(self, conv: Any, low: int, high: int, merged: bool, src: Scale, dst: Scale, add: Scale) -> tuple[Any, Any]:
         """Pack weights in the layout of `Tile` in cpu_network.cpp."""
-        lanes = library().lanes()
+        lanes, together = library().lanes(), 4 // self.dtype.itemsize
         weight = conv.weight.detach().float()
         if weight.ndim == 2:
             weight = weight[:, :, None, None]
@@ -763,6 +864,12 @@ class Network:
         groups = getattr(conv, "groups", 1)
         group_out = out_chs // groups
         bias = torch.zeros(out_chs) if conv.bias is None else conv.bias.detach().float()
+        scale = torch.ones(out_chs)
+        if self.dtype == torch.uint8:
+            weight, scale = quantize_weight(weight)
+            gain = scale.double() * src.scale / dst.scale
+            zeros = src.zero * gain * weight.flatten(1).sum(1) + add.zero * add.scale / dst.scale
+            bias, scale = (bias / dst.scale + dst.zero - zeros).float(), gain.float()
         # A tile of a grouped convolution includes all groups that it overlaps, so it is narrow.
         vectors = 2 if groups == 1 or group_out % (2 * lanes) == 0 else 1
         keep, tiles = [], []
@@ -771,17 +878,19 @@ class Network:
             width = lanes * min(vectors, -(-(end - begin) // lanes))
             first_group, last_group = begin // group_out, (end - 1) // group_out
             chs = (last_group - first_group + 1) * group_in
-            block = torch.zeros(kh, kw, chs, width)
+            block = torch.zeros(kh, kw, chs, width, dtype=weight.dtype)
             for group in range(first_group, last_group + 1):
                 a, b = max(begin, group * group_out), min(end, (group + 1) * group_out)
                 c = (group - first_group) * group_in
                 block[:, :, c : c + group_in, a - begin : b - begin] = weight[a:b].permute(2, 3, 1, 0)
             if merged:
                 block, chs = block.view(kh, 1, kw * chs, width), kw * chs
-            if self.dtype == torch.bfloat16:
-                block = F.pad(block, (0, 0, 0, chs % 2)).view(*block.shape[:2], -1, 2, width).transpose(-1, -2)
-            block = self.arena.zeros(block.numel(), self.dtype).copy_(block.flatten())
-            offsets = F.pad(bias[begin:end], (0, width - (end - begin))).contiguous()
-            keep += [block, offsets]
-            tiles.append(_Tile(block.data_ptr(), offsets.data_ptr(), first_group * group_in, chs, begin, end - begin))
+            block = F.pad(block, (0, 0, 0, -chs % together)).view(-1, together, width).transpose(1, 2)
+            block = F.pad(block, (0, 0, 0, 0, 0, -len(block) % 16))  # tile registers load 16 at a time
+            packed = block.flatten().to(torch.int8).view(torch.uint8) if self.dtype == torch.uint8 else block.flatten()
+            block = self.arena.zeros(block.numel(), self.dtype).copy_(packed)
+            offsets, factors = (F.pad(x[begin:end], (0, width - (end - begin))).contiguous() for x in (bias, scale))
+            keep += [block, offsets, factors]
+            memory = (block.data_ptr(), offsets.data_ptr(), factors.data_ptr())
+            tiles.append(_Tile(*memory, first_group * group_in, chs, begin, end - begin))
         return (_Tile * len(tiles))(*tiles), keep

@@ -1,18 +1,22 @@
-// Vectors of floats, and their loads and stores as float32 or bfloat16, for cpu_network.cpp and fused_norm.cpp.
+// Vectors of floats, and their loads and stores as float32, bfloat16 or 8-bit integers, for cpu_network.cpp and
+// fused_norm.cpp.
 
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#ifdef __AVX2__
 #include <immintrin.h>
+#endif
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define WIDE 1
 #endif
 
 namespace {
 
 using bf16 = uint16_t;
+using u8 = uint8_t;
 
 inline float widen(float x) { return x; }
 inline float widen(bf16 x) {
@@ -51,6 +55,15 @@ inline void store(bf16* p, Vec v, Lanes some) {
     _mm256_mask_storeu_epi16(p, some, _mm512_cvtepi32_epi16(u));
 #endif
 }
+// 8-bit integers are stored from positive floats, rounded to nearest, half to even; larger ones saturate.
+inline Vec load(const u8* p, Lanes some) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, p)));
+}
+inline void store(u8* p, Vec v, Lanes some) {
+    __m128i bytes = _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(v));
+    asm("" : "+x"(bytes));  // compilers would merge the instructions, which is slower on some processors (Zen 4)
+    _mm_mask_storeu_epi8(p, some, bytes);
+}
 // The same if memory continues after `some`: without a mask, with which some processors (Zen 5) do not prefetch.
 inline Vec load_over(const float* p, Lanes some) { return _mm512_maskz_mov_ps(some, _mm512_loadu_ps(p)); }
 inline Vec load_over(const bf16* p, Lanes some) {
@@ -58,7 +71,13 @@ inline Vec load_over(const bf16* p, Lanes some) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_maskz_cvtepu16_epi32(some, all), 16));
 }
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(b, a); }  // this order propagates a NaN in `a`
+inline Vec min(Vec a, Vec b) { return _mm512_min_ps(b, a); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec where_positive(Vec x, Vec v) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, zero(), _CMP_GT_OQ), v); }
+using Ints = __m512i;  // int32
+inline Ints no_sum() { return _mm512_setzero_si512(); }
+inline Ints splat_int(int32_t x) { return _mm512_set1_epi32(x); }
+inline Vec as_float(Ints x) { return _mm512_cvtepi32_ps(x); }
 #else
 // Portable: eight floats, in registers of the compiler's choice.
 constexpr int LANES = 8;
@@ -78,9 +97,29 @@ template <class T> inline void store(T* p, Vec v, Lanes some) {
     if (some == LANES && sizeof(T) == 4) memcpy(p, &v, sizeof v);
     else for (int i = 0; i < some; i++) narrow(v[i], p[i]);
 }
+inline Vec load(const u8* p, Lanes some) {
+    Vec v{};
+    for (int i = 0; i < some; i++) v[i] = p[i];
+    return v;
+}
+inline void store(u8* p, Vec v, Lanes some) {
+    const Vec shift = Vec{} + 12582912.0f;  // 1.5 * 2^23, where floats have no fraction: rounds half to even
+    const Vec top = Vec{} + 255;
+    v = (top < v ? top : v) + shift - shift;
+    for (int i = 0; i < some; i++) p[i] = static_cast<u8>(v[i]);
+}
 template <class T> inline Vec load_over(const T* p, Lanes some) { return load(p, some); }
 inline Vec max(Vec a, Vec b) { return a < b ? b : a; }
+inline Vec min(Vec a, Vec b) { return b < a ? b : a; }
+inline Vec fma(Vec a, Vec b, Vec c) {
+    for (int i = 0; i < LANES; i++) a[i] = std::fma(a[i], b[i], c[i]);
+    return a;
+}
 inline Vec where_positive(Vec x, Vec v) { return x > zero() ? v : zero(); }
+typedef int32_t Ints __attribute__((vector_size(32), aligned(4)));
+inline Ints no_sum() { return Ints{}; }
+inline Ints splat_int(int32_t x) { return x - Ints{}; }
+inline Vec as_float(Ints x) { return __builtin_convertvector(x, Vec); }
 #endif
 
 }  // namespace

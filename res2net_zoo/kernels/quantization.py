@@ -1,0 +1,77 @@
+"""Quantization of a traced network to 8-bit integers, after training: for `cpu_network`.
+
+Activations are unsigned, real = scale * (q - zero), with one scale for each tensor, calibrated on images. Weights are
+signed and symmetric, with one scale for each output channel (Krishnamoorthi, arXiv 1806.08342, section 2).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+LEVELS = 255  # steps of an unsigned 8-bit integer
+LARGEST_WEIGHT = 127  # the absolute value of a signed 8-bit integer, in a symmetric range
+AT_ONCE = 8  # images per forward pass of the calibration
+
+
+class Scale(NamedTuple):
+    """Scale and zero point of a tensor: real = scale * (q - zero)."""
+
+    scale: float
+    zero: int
+
+
+class _Ranges(fx.Interpreter):
+    """Runs a traced model, and records the range of each map: of each image its minimum and maximum."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.extra_traceback = False
+        self.ranges: dict[str, list[torch.Tensor]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, torch.Tensor) and result.ndim > 1 and n.op != "get_attr":
+            flat = result.flatten(1)
+            self.ranges.setdefault(n.name, []).append(torch.stack([flat.amin(1), flat.amax(1)]))
+        return result
+
+
+@torch.no_grad()
+def calibrate(graph: fx.GraphModule, images: torch.Tensor) -> dict[str, Scale]:
+    """Return scale and zero point of each map of a network.
+
+    A map's range is the mean over images of their minimum and maximum: larger values of single images saturate, so
+    that the others have smaller steps.
+
+    Args:
+        graph: The traced model, in eval mode, BatchNorm folded.
+        images: Preprocessed images (N, C, H, W).
+
+    Returns:
+        By name of the graph's node. The range includes zero, which padding needs.
+    """
+    runner = _Ranges(graph)
+    for part in images.split(AT_ONCE):
+        runner.run(part)
+    scales = {}
+    for name, parts in runner.ranges.items():
+        low, high = torch.cat(parts, 1).double().mean(1).tolist()
+        low, high = min(low, 0.0), max(high, 0.0)
+        scale = (high - low) / LEVELS or 1.0
+        scales[name] = Scale(scale, round(-low / scale))
+    return scales
+
+
+def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize the weights of a convolution, symmetrically for each output channel.
+
+    Args:
+        weight: (out_chs, ...), float32.
+
+    Returns:
+        Integers of the same shape in int8, and the scale of each output channel (out_chs,) in float32.
+    """
+    largest = weight.flatten(1).abs().amax(1)
+    scale = torch.where(largest > 0, largest, torch.ones(())) / LARGEST_WEIGHT
+    return (weight / scale.view(-1, *(1,) * (weight.ndim - 1))).round().to(torch.int8), scale
