@@ -19,6 +19,7 @@ import mmap
 import operator
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -116,6 +117,7 @@ class Value:
     name: str = ""  # of the graph's node, by which its scale is calibrated
     is_sum: bool = False  # a sum in the place of a slice, with a scale of its own
     pooled: "Value | None" = None  # the map whose maxima these are, and whose scale they have
+    flat: bool = False  # represents a tensor (N, C)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -199,7 +201,7 @@ class Lowering(fx.Interpreter):
 
     def emit(self, name: str, *inputs: Value, shape: tuple[int, int, int, int] | None = None, detail: Any = None):
         """Record an operation on values, and return its output."""
-        out = Value(*(shape or inputs[0].shape), line=inputs[0].line)
+        out = Value(*(shape or inputs[0].shape), flat=inputs[0].flat, line=inputs[0].line)
         self.calls.append(_Call(name, inputs, out, detail))
         return out
 
@@ -251,6 +253,7 @@ class Lowering(fx.Interpreter):
         """Return the value of a flattened map, which must be a single pixel."""
         if x.h * x.w != 1:
             raise Unsupported("flattening a map larger than one pixel is unsupported")
+        x.flat = True
         return x
 
     def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -307,14 +310,14 @@ class Lowering(fx.Interpreter):
         return super().call_method(target, args, kwargs)
 
 
-def _cut(source: Value, calls: list[_Call], result: Value) -> tuple[int, Value] | None:
+def _cut(source: Value, calls: list[_Call]) -> tuple[int, Value] | None:
     """Find the call after which images that were processed one by one can be processed together.
 
     Returns:
         The number of calls before it, and the only value that later calls read: the last large map of this kind. None
         if there is none.
     """
-    last = {value: i for i, call in enumerate(calls) for value in call.inputs} | {result: len(calls)}
+    last = {value: i for i, call in enumerate(calls) for value in call.inputs}
     alive = {source}
     found = None
     for i, call in enumerate(calls):
@@ -330,9 +333,9 @@ def _padded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def fuse_nodes(source: Value, calls: list[_Call], result: Value) -> list[Node]:
+def fuse_nodes(source: Value, calls: list[_Call], *results: Value) -> list[Node]:
     """Fuse calls into fewer nodes, which write directly to the buffers of their readers."""
-    return _Fusion(source, calls, result).nodes
+    return _Fusion(source, calls, results).nodes
 
 
 class _Fusion:
@@ -347,9 +350,9 @@ class _Fusion:
         untouched: Unmodified slices of values that only slices read.
     """
 
-    def __init__(self, source: Value, calls: list[_Call], result: Value) -> None:
+    def __init__(self, source: Value, calls: list[_Call], results: tuple[Value, ...]) -> None:
         self.nodes: list[Node] = []
-        self.uses = Counter([result, *(value for call in calls for value in call.inputs)])
+        self.uses = Counter([*results, *(value for call in calls for value in call.inputs)])
         self.slices = Counter(call.inputs[0] for call in calls if call.name == "slice")
         self.maker: dict[Value, Node] = {}
         self.made: dict[Value, int] = {source: 0}
@@ -501,9 +504,7 @@ class _Program:
     """The steps for one batch size and image size, and their memory."""
 
     def __init__(self, network: "Network", shape: tuple[int, int, int, int]) -> None:
-        source, calls, result = network.lower(shape)
-        if result.h * result.w != 1:
-            raise Unsupported("the model's output must be logits (N, classes)")
+        source, calls, results = network.lower(shape)
         self.network = network
         self.arena = _Arena()
         self.keep: list[Any] = []
@@ -511,41 +512,52 @@ class _Program:
         self.buffers: dict[Value, torch.Tensor] = {}
 
         # Process images one by one where maps are large, and together where weights are large.
-        single, first_calls, one = network.lower((1, *shape[1:]))
-        cut = _cut(single, first_calls, one) if shape[0] > 1 else None
+        single, first_calls, _ = network.lower((1, *shape[1:]))
+        cut = _cut(single, first_calls) if shape[0] > 1 else None
         front = [Node(INPUT, single, single)]
         together = [Node(INPUT, source, source)]
+        passed: list[tuple[Value, Value]] = []  # value of an image, and that of all images
         if cut:
-            count, passed = cut
-            front += fuse_nodes(single, first_calls[:count], passed)
+            count, last = cut
+            pairs = [(single, source), *((one.out, all_.out) for one, all_ in zip(first_calls, calls, strict=True))]
+            passed = [(one, whole) for one, whole in pairs[: count + 1] if one is last or whole in results]
+            front += fuse_nodes(single, first_calls[:count], *(one for one, _ in passed))
+            passed = [(_separate(one, front), whole) for one, whole in passed]
             source = calls[count - 1].out
             calls, together = calls[count:], []
-        together += fuse_nodes(source, calls, result)
+        together += fuse_nodes(source, calls, *results)
         # Logits are always float32.
-        logits = result
-        if together[-1].dst is not result or result.base is not None or together[-1].parts:
-            logits = Value(*result.shape)
-            together.append(Node(POINTWISE, result, logits))
-        logits.is_float = True
+        results = [_separate(value, together, last=True) if value.flat else value for value in results]
+        for value in results:
+            value.is_float |= value.flat
         for node in (*front, *together):
             if node.kind == CONV and isinstance(node.conv, nn.Conv2d):
                 root, _ = node.src.place()
                 root.pad = max(root.pad, *node.conv.padding)
         steps = []
         if cut:
-            source.pad = passed.pad = max(source.pad, passed.pad)
-            whole = self.buffers[source] = self.buffer(source)
-            self.buffers[passed] = whole
+            for one, whole in passed:
+                whole.pad = one.pad = max(whole.pad, one.pad)
+                self.buffers[one] = self.buffers[whole] = self.buffer(whole)
             self.place(front)
             for i in range(shape[0]):
-                self.buffers[passed] = whole[i * passed.image :]
+                for one, whole in passed:
+                    self.buffers[one] = self.buffers[whole][i * one.image :]
                 steps += [step for node in front for step in self.steps_of(node)]
-        self.place(together)
+        self.place(together, results)
         steps += [step for node in together for step in self.steps_of(node)]
         self.synchronize(steps)
         self.steps = (_Step * len(steps))(*(step for step, _, _ in steps))
         self.inputs = [i for i, (step, _, _) in enumerate(steps) if step.kind == INPUT]
-        self.logits = self.buffers[logits].as_strided((logits.n, logits.c), (logits.pitch, 1))
+        self.results = [self.tensor(value) for value in results]
+
+    def tensor(self, value: Value) -> torch.Tensor:
+        """Return a value as a view of its buffer, (N, C) or (N, C, H, W)."""
+        root, first = value.place()
+        origin = root.pad * (root.row + root.pitch) + first
+        strides = (root.image, 1, root.row, root.pitch)
+        pixels = self.buffers[root].as_strided(value.shape, strides, origin)
+        return pixels[:, :, 0, 0] if value.flat else pixels
 
     def buffer(self, root: Value) -> torch.Tensor:
         """Allocate a value's buffer, with zeros for the border, which no step writes.
@@ -560,8 +572,8 @@ class _Program:
         zero = self.network.scale_of(root).zero
         return buffer.fill_(zero) if root.pad and zero else buffer
 
-    def place(self, nodes: list[Node]) -> None:
-        """Allocate the buffers of values; values of the same shape with disjoint lifetimes share one."""
+    def place(self, nodes: list[Node], results: Sequence[Value] = ()) -> None:
+        """Allocate the buffers of values; those of the same shape with disjoint lifetimes share one, except results."""
         last: dict[Value, int] = {}
         for i, node in enumerate(nodes):
             for value in (node.src, node.dst, node.gate, node.add, node.also):
@@ -569,6 +581,7 @@ class _Program:
                     last[value.place()[0]] = i
             for _, _, value in node.parts:
                 last[value.place()[0]] = i
+        last |= {value.place()[0]: len(nodes) for value in results}
         free: dict[tuple, list[torch.Tensor]] = {}
         given = set(self.buffers)
         for i, node in enumerate(nodes):
@@ -744,15 +757,36 @@ class _Program:
                 read, written = [], []
             read, written = read + reads, written + writes
 
-    def run(self, images: torch.Tensor) -> torch.Tensor:
-        """Compute logits (N, classes) in float32 for images (N, C, H, W) in float32 with any strides."""
+    def run(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Compute the results for images (N, C, H, W) in float32 with any strides; the next run overwrites them."""
         image, channel, row, pixel = images.stride()
         for i, index in enumerate(self.inputs):
             step = self.steps[index]
             step.src = _View(images.data_ptr() + i * image * images.element_size(), None, image, row, pixel)
             step.gate.image = channel
         library().run(self.steps, len(self.steps), torch.get_num_threads(), self.network.dtype.itemsize)
-        return self.logits.clone()
+        return self.results
+
+
+def _separate(value: Value, nodes: list[Node], last: bool = False) -> Value:
+    """Return a value, or its copy if it is a part of another value.
+
+    Args:
+        value: The value.
+        nodes: The nodes that compute it, to which the copy is appended.
+        last: Whether to copy it as well if the last node does not compute all of it, or other nodes can read it.
+    """
+    if value.base is None and not (last and (not nodes or nodes[-1].dst is not value or nodes[-1].parts)):
+        return value
+    copy = Value(*value.shape, flat=value.flat)
+    nodes.append(Node(POINTWISE, value, copy))
+    return copy
+
+
+def _empty(count: int, result: torch.Tensor) -> torch.Tensor:
+    """Return memory for a number of images' results in float32, in channels_last if they are maps."""
+    layout = torch.channels_last if result.ndim == 4 else torch.contiguous_format
+    return torch.empty((count, *result.shape[1:]), memory_format=layout)
 
 
 def _shape_of(images: torch.Tensor) -> tuple[int, int, int, int]:
@@ -791,6 +825,7 @@ class Network:
             raise Unsupported(f"{dtype} is unsupported")
         library()
         self.graph = graph
+        (self.output,) = next(reversed(graph.graph.nodes)).args  # a node, or a list or tuple of nodes
         self.dtype = torch.uint8 if dtype == torch.int8 else dtype  # of activations
         self.has_tiles = dtype != torch.float32 and library().tiled_pixels() > 0
         self.scales: dict[str, Scale] = {}
@@ -804,32 +839,40 @@ class Network:
         self.arena = _Arena()
         self.lock = threading.Lock()
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Compute logits.
+    def __call__(self, images: torch.Tensor) -> Any:
+        """Compute the model's output.
 
         Args:
             images: (N, C, H, W), on the CPU; N may be 0.
 
         Returns:
-            (N, classes), float32.
+            Logits (N, classes), a map (N, C, h, w), or a list or tuple of them, as the model returns; in float32, maps
+            in channels_last.
 
         Raises:
             Unsupported: An operation of the model is unsupported for images of this size.
         """
         images = images.detach().float()
+        count, done = len(images), 0
         with self.lock:
-            if not len(images):
-                return self.program((1, *_shape_of(images)[1:])).logits[:0].clone()
-            parts = images.split(self.images_at_once)
-            return torch.cat([self.program(_shape_of(part)).run(part) for part in parts])
+            whole = self.program((min(max(count, 1), self.images_at_once), *_shape_of(images)[1:])).results
+            results = [_empty(count, result) for result in whole]
+            for part in images.split(self.images_at_once) if count else ():
+                for result, some in zip(results, self.program(_shape_of(part)).run(part), strict=True):
+                    result[done : done + len(part)] = some
+                done += len(part)
+        if isinstance(self.output, tuple):
+            return tuple(results)
+        return results if isinstance(self.output, list) else results[0]
 
-    def lower(self, shape: tuple[int, int, int, int]) -> tuple[Value, list[_Call], Value]:
-        """Return the value of the images, the calls of the model, and its result."""
+    def lower(self, shape: tuple[int, int, int, int]) -> tuple[Value, list[_Call], list[Value]]:
+        """Return the value of the images, the calls of the model, and its results."""
         source, lowering = Value(*shape, line=LINE // self.dtype.itemsize), Lowering(self.graph)
-        result = lowering.run(source)
-        if not isinstance(result, Value):
-            raise Unsupported("the model's output must be a single tensor")
-        return source, lowering.calls, result
+        output = lowering.run(source)
+        results = list(output) if isinstance(output, tuple | list) else [output]
+        if not all(isinstance(result, Value) for result in results):
+            raise Unsupported("the model's output must be a tensor, or a list or tuple of tensors")
+        return source, lowering.calls, results
 
     def scale_of(self, value: Value) -> Scale:
         """Return the scale of a value's integers; slices and parts of a concatenation have that of the whole."""

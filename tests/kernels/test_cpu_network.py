@@ -49,9 +49,9 @@ def network(model: nn.Module, dtype: torch.dtype = torch.float32, **kwargs) -> N
     return Network(fx.symbolic_trace(model.eval()), dtype, **kwargs)
 
 
-def small(name: str) -> nn.Module:
+def small(name: str, **kwargs) -> nn.Module:
     few = FEW if name.startswith("res2net50") else SMALL.get(name, {})
-    return spread(timm.create_model(name, num_classes=7, **few)).eval()
+    return spread(timm.create_model(name, **(kwargs or dict(num_classes=7)), **few)).eval()
 
 
 @torch.no_grad()
@@ -91,6 +91,106 @@ def test_bfloat16_is_as_accurate_as_torchs(name):
         expected, torchs = model(x), small(name).bfloat16()(x.bfloat16()).float()
     ours = Network(fold_batch_norm(model), torch.bfloat16)(x)
     assert relative_error(ours, expected) < max(0.02, 1.5 * relative_error(torchs, expected))
+
+
+@torch.no_grad()
+def check_maps(found, expected, tolerance: float = 1e-5) -> None:
+    assert type(found) is type(expected) and len(found) == len(expected)
+    for ours, torchs in zip(found, expected, strict=True):
+        assert ours.shape == torchs.shape and ours.dtype == torch.float32
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        assert relative_error(ours, torchs) < tolerance
+
+
+@pytest.mark.parametrize("cut", [2**18, 1], ids=["one by one where large", "one by one where possible"])
+@pytest.mark.parametrize("name", [*SMALL, "res2net_tiny", "resnet18"])
+@torch.no_grad()
+def test_maps_of_all_families(name, cut, monkeypatch):
+    monkeypatch.setattr(cpu_network, "MAP_ELEMENTS", cut)
+    model = small(name, features_only=True)
+    net = Network(fold_batch_norm(model))
+    for n, h, w in ((1, 96, 64), (3, 32, 32), (6, 160, 128), (2, 160, 160)):
+        check_maps(net(images(n, 3, h, w)), model(images(n, 3, h, w)))
+    assert [tuple(ours.shape) for ours in net(images(0, 3, 64, 64))] == [
+        (0, *x.shape[1:]) for x in model(images(1, 3, 64, 64))
+    ]
+
+
+@needs_bf16
+@pytest.mark.parametrize("name", SMALL)
+@torch.no_grad()
+def test_maps_in_bfloat16(name):
+    model = small(name, features_only=True)
+    for shape in ((1, 3, 64, 64), (5, 3, 160, 160)):
+        check_maps(Network(fold_batch_norm(model), torch.bfloat16)(images(*shape)), model(images(*shape)), 0.05)
+
+
+@torch.no_grad()
+def test_maps_stay_valid_after_the_next_call():
+    net = Network(fold_batch_norm(small("res2net_tiny", features_only=True)))
+    x, other = images(2, 3, 64, 64), images(2, 3, 64, 64) + 1
+    maps = net(x)
+    copies = [x.clone() for x in maps]
+    net(other)
+    assert all(torch.equal(ours, copy) for ours, copy in zip(maps, copies, strict=True))
+    assert all(torch.equal(ours, copy) for ours, copy in zip(net(x), copies, strict=True))
+
+
+class Outputs(nn.Module):
+    """Returns tensors that other operations read, write parts of, or fuse into."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.conv, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor):
+        y = self.conv(x)
+        low, high = torch.chunk(y, 2, 1)
+        match self.what:
+            case "map":
+                return y
+            case "image":
+                return x, y
+            case "twice":
+                return y, F.relu(y), y
+            case "parts":
+                return [low, high + low]
+            case "concatenated":
+                z = torch.cat([self.second(y), low], 1)
+                return self.second(y) + y, z, torch.relu(z)
+            case "logits":
+                pooled = F.relu(self.second(y)).mean((2, 3), keepdim=True)
+                return y, pooled, self.fc(torch.sigmoid(pooled).flatten(1)), pooled
+        return None
+
+
+@pytest.mark.parametrize("cut", [2**18, 1])
+@pytest.mark.parametrize("what", ["map", "image", "twice", "parts", "concatenated"])
+@torch.no_grad()
+def test_outputs_that_are_read(what, cut, monkeypatch):
+    monkeypatch.setattr(cpu_network, "MAP_ELEMENTS", cut)
+    model = Outputs(what).eval()
+    for n in (1, 3, 5):
+        found, expected = network(model)(images(n, 3, 9, 7)), model(images(n, 3, 9, 7))
+        check_maps(*([found], [expected]) if what == "map" else (found, expected))
+
+
+@torch.no_grad()
+def test_maps_and_logits_of_one_model():
+    model = Outputs("logits").eval()
+    *maps, logits, last = network(model)(images(5, 3, 9, 7))
+    *expected, expected_logits, expected_last = model(images(5, 3, 9, 7))
+    check_maps([*maps, last], [*expected, expected_last])
+    assert logits.shape == (5, 5) and relative_error(logits, expected_logits) < 1e-5
+
+
+@torch.no_grad()
+def test_last_map_of_a_classifier():
+    """`forward_features` of a model without pooling and classifier."""
+    model = small("res2net_tiny", num_classes=0, global_pool="")
+    check_maps([Network(fold_batch_norm(model))(images(3, 3, 32, 64))], [model(images(3, 3, 32, 64))])
 
 
 @settings(deadline=None, max_examples=60)
@@ -199,14 +299,14 @@ class Odd(nn.Module):
             return F.softmax(x.mean((2, 3)), dim=1)
         if self.what == "broadcast":
             return x + x.mean((2, 3), keepdim=True)
-        if self.what == "map":
-            return x
-        if self.what == "pair":
-            return x, x
+        if self.what == "dict":
+            return {"x": x}
+        if self.what == "nested":
+            return x, [x]
         return F.gelu(x)
 
 
-@pytest.mark.parametrize("what", ["softmax", "broadcast", "map", "pair", "gelu"])
+@pytest.mark.parametrize("what", ["softmax", "broadcast", "dict", "nested", "gelu"])
 def test_unsupported_operations(what):
     with pytest.raises(Unsupported):
         network(Odd(what))(images(1, 3, 8, 8))
