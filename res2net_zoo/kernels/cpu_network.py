@@ -116,7 +116,7 @@ class Value:
     line: int = 16  # elements of a cache line
     name: str = ""  # of the graph's node, by which its scale is calibrated
     is_sum: bool = False  # a sum in the place of a slice, with a scale of its own
-    pooled: "Value | None" = None  # the map whose maxima these are, and whose scale they have
+    like: "Value | None" = None  # the value whose scale it has
     flat: bool = False  # represents a tensor (N, C)
 
     @property
@@ -246,7 +246,7 @@ class Lowering(fx.Interpreter):
         shape = F.max_pool2d if name == "max_pool" else F.avg_pool2d
         n, c, h, w = shape(meta, k, s, p, ceil_mode=module.ceil_mode).shape
         out = self.emit(name, x, shape=(n, c, h, w), detail=(*k, *s, *p, getattr(module, "count_include_pad", False)))
-        out.pooled = x if name == "max_pool" else None
+        out.like = x if name == "max_pool" else None
         return out
 
     def flattened(self, x: Value) -> Value:
@@ -550,6 +550,7 @@ class _Program:
         self.steps = (_Step * len(steps))(*(step for step, _, _ in steps))
         self.inputs = [i for i, (step, _, _) in enumerate(steps) if step.kind == INPUT]
         self.results = [self.tensor(value) for value in results]
+        self.scales = [network.scale_of(value) for value in results]
 
     def tensor(self, value: Value) -> torch.Tensor:
         """Return a value as a view of its buffer, (N, C) or (N, C, H, W)."""
@@ -765,7 +766,12 @@ class _Program:
             step.src = _View(images.data_ptr() + i * image * images.element_size(), None, image, row, pixel)
             step.gate.image = channel
         library().run(self.steps, len(self.steps), torch.get_num_threads(), self.network.dtype.itemsize)
-        return self.results
+        if self.network.dtype != torch.uint8:
+            return self.results
+        pairs = zip(self.results, self.scales, strict=True)
+        return [
+            result if result.is_floating_point() else (result.float() - zero) * scale for result, (scale, zero) in pairs
+        ]
 
 
 def _separate(value: Value, nodes: list[Node], last: bool = False) -> Value:
@@ -778,7 +784,7 @@ def _separate(value: Value, nodes: list[Node], last: bool = False) -> Value:
     """
     if value.base is None and not (last and (not nodes or nodes[-1].dst is not value or nodes[-1].parts)):
         return value
-    copy = Value(*value.shape, flat=value.flat)
+    copy = Value(*value.shape, flat=value.flat, line=value.line, like=value)
     nodes.append(Node(POINTWISE, value, copy))
     return copy
 
@@ -876,9 +882,9 @@ class Network:
 
     def scale_of(self, value: Value) -> Scale:
         """Return the scale of a value's integers; slices and parts of a concatenation have that of the whole."""
-        while (base := value.pooled if value.base is None else value.base) is not None and not value.is_sum:
+        while (base := value.base or value.like) is not None and not (value.is_sum or value.is_float):
             value = base
-        return Scale(1.0, 0) if value.is_float else self.scales.get(value.name, Scale(1.0, 0))
+        return Scale(1.0, 0) if value.is_float or not self.scales else self.scales[value.name]
 
     def program(self, shape: tuple[int, int, int, int]) -> _Program:
         """Return the steps for images of a shape (N, C, H, W)."""
