@@ -11,16 +11,18 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from res2net_zoo.kernels.cpu_network import Network, Unsupported
 from res2net_zoo.utils.private_apis import freezing
 
-Precision = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["float32", "bfloat16", "float16", "int8"]
 Backend = Literal["native", "inductor", "inductor-padded", "openvino", "onnxruntime", "cudagraphs", "triton", "eager"]
 Call = Callable[[torch.Tensor], torch.Tensor]
 Load = Callable[[torch.Tensor], object]
 Run = Callable[[], torch.Tensor]
+Runner = Callable[[np.ndarray], np.ndarray]
 T = TypeVar("T")
 
 KEPT = 4  # networks that a backend caches, one per image size; for res2net50_26w_4s each takes 250 MB
@@ -33,15 +35,23 @@ class Unavailable(Exception):
     """The backend is unavailable on this machine or for this model; the message has the reason."""
 
 
-def _native(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
+def _native(
+    model: nn.Module, example: torch.Tensor, precision: Precision, calibration: torch.Tensor | None = None
+) -> Call:
     if example.device.type != "cpu":
         raise Unavailable("it supports CPUs only")
+    if precision == "int8":
+        raise Unsupported("its steps do not support int8")
     graph = model if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model)
     return Network(graph, getattr(torch, precision))
 
 
-def eager(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
+def eager(
+    model: nn.Module, example: torch.Tensor, precision: Precision, calibration: torch.Tensor | None = None
+) -> Call:
     """Run a copy of the model in PyTorch's eager mode, channels last."""
+    if precision == "int8":
+        raise Unavailable("PyTorch runs models in float only; use openvino or onnxruntime for int8")
     dtype = getattr(torch, precision)
     module: Any = copy.deepcopy(model)
     module.to(dtype=dtype, memory_format=torch.channels_last)
@@ -69,7 +79,9 @@ def compile_frozen(model: Callable[..., torch.Tensor], device: torch.device) -> 
     return call
 
 
-def _inductor(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
+def _inductor(
+    model: nn.Module, example: torch.Tensor, precision: Precision, calibration: torch.Tensor | None = None
+) -> Call:
     compiled = compile_frozen(eager(model, example, precision), example.device)
 
     def call(images: torch.Tensor) -> torch.Tensor:
@@ -81,7 +93,9 @@ def _inductor(model: nn.Module, example: torch.Tensor, precision: Precision) -> 
     return call
 
 
-def _cudagraphs(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
+def _cudagraphs(
+    model: nn.Module, example: torch.Tensor, precision: Precision, calibration: torch.Tensor | None = None
+) -> Call:
     if example.device.type != "cuda":
         raise Unavailable("CUDA graphs need an NVIDIA GPU")
     run = eager(model, example, precision)
@@ -93,10 +107,12 @@ def _cudagraphs(model: nn.Module, example: torch.Tensor, precision: Precision) -
     return GraphedNetwork(prepare, example)
 
 
-def _triton(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
+def _triton(
+    model: nn.Module, example: torch.Tensor, precision: Precision, calibration: torch.Tensor | None = None
+) -> Call:
     if example.device.type != "cuda" or torch.version.hip:
         raise Unavailable("it supports NVIDIA GPUs only")
-    if precision == "float32":
+    if precision not in ("bfloat16", "float16"):
         raise Unavailable("it supports bfloat16 and float16 only")
     if torch.cuda.get_device_capability(example.device) < OLDEST:
         raise Unavailable("it needs a GPU of compute capability 8.0 (Ampere) or newer")
@@ -215,20 +231,64 @@ def graph_size(images: int, usual: int) -> int:
     return min(size for size in (power, usual) if size >= images)
 
 
-def _openvino(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
+def _openvino(
+    model: nn.Module, example: torch.Tensor, precision: Precision, calibration: torch.Tensor | None = None
+) -> Call:
     from res2net_zoo.inference.export import run_openvino, to_openvino
+    from res2net_zoo.inference.quantization import quantize_openvino
 
-    hint = "f32" if precision == "float32" else "bf16"
-    run = _by_shape(
-        example,
-        lambda images, dynamic: run_openvino(
-            to_openvino(model, images, dynamic_batch=dynamic), hint, torch.get_num_threads()
-        ),
-    )
+    def run(network: Any) -> Runner:
+        return run_openvino(network, "bf16" if precision == "bfloat16" else "f32", torch.get_num_threads())
+
+    def make(images: torch.Tensor, dynamic: bool) -> Runner:
+        return run(to_openvino(model, images, dynamic_batch=dynamic))
+
+    def resized(network: Any, shape: tuple[int, ...]) -> Any:
+        network = network.clone()
+        network.reshape(list(shape))
+        return network
+
+    if calibration is not None:
+        tools = Quantizer(to_openvino, quantize_openvino, resized, run)
+        return QuantizedNetwork(model, example, calibration, tools)
+    # OpenVINO's ReLU maps NaN to 0.
+    return _with_abnormal_images(_by_shape(example, make), model)
+
+
+def _onnxruntime(
+    model: nn.Module, example: torch.Tensor, precision: Precision, calibration: torch.Tensor | None = None
+) -> Call:
+    from res2net_zoo.inference.export import run_onnx, to_onnx
+    from res2net_zoo.inference.quantization import quantize_onnx
+
+    if precision == "bfloat16":
+        raise Unavailable("ONNX Runtime does not support bfloat16 convolutions on CPUs")
+
+    def run(proto: Any) -> Runner:
+        return run_onnx(proto, torch.get_num_threads())
+
+    def make(images: torch.Tensor, dynamic: bool) -> Runner:
+        return run(to_onnx(model, images, dynamic_batch=dynamic))
+
+    def resized(proto: Any, shape: tuple[int, ...]) -> Any:
+        copied = type(proto)()
+        copied.CopyFrom(proto)
+        del copied.graph.value_info[:]
+        for dim, size in zip(copied.graph.input[0].type.tensor_type.shape.dim, shape, strict=True):
+            if size > 0:
+                dim.dim_value = size
+        return copied
+
+    if calibration is not None:
+        return QuantizedNetwork(model, example, calibration, Quantizer(to_onnx, quantize_onnx, resized, run))
+    return _by_shape(example, make)
+
+
+def _with_abnormal_images(run: Call, model: nn.Module) -> Call:
+    """Return a function of images that leaves NaN, infinite and huge images to PyTorch."""
 
     def call(images: torch.Tensor) -> torch.Tensor:
         logits = run(images)
-        # OpenVINO's ReLU maps NaN to 0; let PyTorch compute the logits of NaN, infinite and huge inputs.
         largest = torch.linalg.vector_norm(images.float().flatten(1), float("inf"), 1)
         abnormal = ~(largest < LARGEST_PIXEL)
         if abnormal.any():
@@ -238,15 +298,73 @@ def _openvino(model: nn.Module, example: torch.Tensor, precision: Precision) -> 
     return call
 
 
-def _onnxruntime(model: nn.Module, example: torch.Tensor, precision: Precision) -> Call:
-    from res2net_zoo.inference.export import run_onnx, to_onnx
+class Quantizer(NamedTuple):
+    """How a library quantizes a model.
 
-    if precision != "float32":
-        raise Unavailable("ONNX Runtime does not support bfloat16 convolutions on CPUs")
-    return _by_shape(
-        example,
-        lambda images, dynamic: run_onnx(to_onnx(model, images, dynamic_batch=dynamic), torch.get_num_threads()),
-    )
+    Attributes:
+        export: Exports a PyTorch model for the size of example images and a dynamic batch size or theirs.
+        quantize: Quantizes an exported model on calibration images; whether weights use 7 bits.
+        resized: Returns a copy of an exported model for a shape (N, C, H, W), with -1 for a dynamic batch size.
+        run: Compiles an exported model.
+    """
+
+    export: Callable[..., Any]
+    quantize: Callable[[Any, torch.Tensor, bool], Any]
+    resized: Callable[[Any, tuple[int, ...]], Any]
+    run: Callable[[Any], Runner]
+
+
+class QuantizedNetwork:
+    """A network in int8, which is quantized once for images of all sizes.
+
+    If the exported model depends on the size of the images, it is quantized again on calibration images of that size.
+
+    Args:
+        model: The model, with BatchNorm folded.
+        example: Images of the most frequent shape.
+        calibration: Calibration images of the same size.
+        tools: The library.
+
+    Attributes:
+        float_layers: Names of the convolutions and linear layers that remain in float.
+    """
+
+    def __init__(self, model: nn.Module, example: torch.Tensor, calibration: torch.Tensor, tools: Quantizer) -> None:
+        from res2net_zoo.inference.quantization import float_layers, has_int8_instructions
+
+        self.model, self.calibration, self.tools = model, calibration, tools
+        self.half_range = not has_int8_instructions()
+        self.quantized = self.quantize(calibration)
+        self.float_layers = float_layers(self.quantized)
+        self.run = _with_abnormal_images(_by_shape(example, self.make), model)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Compute logits (N, classes) of images (N, C, H, W)."""
+        return self.run(images)
+
+    def quantize(self, images: torch.Tensor) -> Any:
+        """Quantize the model for images of the same size as calibration images."""
+        return self.tools.quantize(self.tools.export(self.model, images[:1]), images, self.half_range)
+
+    def make(self, images: torch.Tensor, dynamic: bool) -> Runner:
+        """Return the network for the shape of images, or for their size and a dynamic batch size."""
+        size = tuple(images.shape[2:])
+        shape = (-1 if dynamic else len(images), *images.shape[1:])
+        if size == self.calibration.shape[2:]:
+            return self.tools.run(self.tools.resized(self.quantized, shape))
+        resized = F.interpolate(self.calibration, size, mode="bilinear", antialias=True)
+        with contextlib.suppress(Exception):  # of many types
+            network = self.tools.run(self.tools.resized(self.quantized, shape))
+            if self.agrees(network, resized[:1].repeat(len(images), 1, 1, 1)):
+                return network
+        return self.tools.run(self.tools.resized(self.quantize(resized), shape))
+
+    @torch.no_grad()
+    def agrees(self, network: Runner, images: torch.Tensor) -> bool:
+        """Return whether a network has about the model's logits."""
+        from res2net_zoo.inference.quantization import TOLERANCE, rms_error
+
+        return rms_error(torch.from_numpy(network(images.numpy())), self.model(images)) <= TOLERANCE
 
 
 class _Cache(Generic[T]):
@@ -266,7 +384,7 @@ class _Cache(Generic[T]):
         return self.made[key]
 
 
-def _by_shape(example: torch.Tensor, make: Callable[[torch.Tensor, bool], Callable[[np.ndarray], np.ndarray]]) -> Call:
+def _by_shape(example: torch.Tensor, make: Callable[[torch.Tensor, bool], Runner]) -> Call:
     """Return a function of images with a network for the example's shape, and one for each other image size.
 
     Args:
@@ -277,7 +395,7 @@ def _by_shape(example: torch.Tensor, make: Callable[[torch.Tensor, bool], Callab
     if example.device.type != "cpu":
         raise Unavailable("it is used on CPUs only")
     usual = tuple(example.shape)
-    networks: _Cache[Callable[[np.ndarray], np.ndarray]] = _Cache(KEPT)
+    networks: _Cache[Runner] = _Cache(KEPT)
     lock = threading.Lock()
 
     def call(images: torch.Tensor) -> torch.Tensor:
@@ -290,7 +408,7 @@ def _by_shape(example: torch.Tensor, make: Callable[[torch.Tensor, bool], Callab
     return call
 
 
-BACKENDS: dict[str, Callable[[nn.Module, torch.Tensor, Precision], Call]] = {
+BACKENDS: dict[str, Callable[..., Call]] = {
     "native": _native,
     "inductor": _inductor,
     "inductor-padded": _inductor,

@@ -331,7 +331,7 @@ def run_onnx(source: "Path | onnx.ModelProto", threads: int = 0) -> Runner:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # only errors, which are also raised
+    options.log_severity_level = 4  # errors are also raised
     loaded = str(source) if isinstance(source, Path) else source.SerializeToString()
     session = onnxruntime.InferenceSession(loaded, options, providers=["CPUExecutionProvider"])
     return lambda images: session.run(None, {INPUT: images})[0]

@@ -6,7 +6,7 @@ import json
 import platform
 import statistics
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +22,14 @@ from torch import fx, nn
 from torch.fx.experimental.optimization import fuse
 
 from res2net_zoo.inference.backends import BACKENDS, Backend, Call, Precision, Unavailable
+from res2net_zoo.inference.quantization import TOLERANCE as INT8_TOLERANCE
+from res2net_zoo.inference.quantization import (
+    check_calibration,
+    evenly_spaced,
+    float_norms,
+    has_int8_instructions,
+    rms_error,
+)
 from res2net_zoo.kernels.cpu_network import Unsupported
 from res2net_zoo.models.block import Res2NetModule
 from res2net_zoo.utils.errors import InputError, one_line
@@ -32,6 +40,9 @@ from res2net_zoo.utils.files import is_special, read_json, write_atomically
 PADDED: dict[str, int] = {"inductor-padded": 16, "triton": 8}
 TOLERANCE = 1e-4  # maximum error of float32 logits, relative to the largest
 TF32_TOLERANCE = 2e-2  # the same if the model's own logits have the 3 decimals of TF32
+COMPARED = 64  # calibration images for which the logits of int8 backends are compared
+INT8_PACKAGES = ("onnx", "onnxscript", "onnxruntime", "openvino", "nncf")
+NAMED = 8  # layers in the warning about layers in float
 ROUNDS = 5  # timings of each backend
 PAUSE = 0.02  # seconds before each timing, in which the threads of the previous backend become idle
 CHANGED = 1.5  # a cached choice is repeated if its time differs by this factor, because the machine was busy or is
@@ -48,6 +59,8 @@ class Optimized:
         precision: Type of activations and weights; logits are always float32.
         milliseconds: Time of each backend for the example; empty if backends were not compared.
         classes: Number of logits per image.
+        calibration_images: Number of calibration images that were used; 0 in float.
+        float_layers: Names of the layers that an int8 network computes in float; empty in float.
     """
 
     call: Call
@@ -55,6 +68,8 @@ class Optimized:
     precision: Precision
     milliseconds: dict[Backend, float]
     classes: int
+    calibration_images: int = 0
+    float_layers: tuple[str, ...] = ()
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -83,6 +98,7 @@ def optimize(
     example_input: torch.Tensor,
     precision: Precision = "float32",
     backend: Backend | Literal["auto"] = "auto",
+    calibration: torch.Tensor | Iterable[torch.Tensor] | None = None,
     cache_dir: str | Path | None = None,
     refresh: bool = False,
 ) -> Optimized:
@@ -91,19 +107,27 @@ def optimize(
     BatchNorm is folded into the convolutions. With `backend="auto"`, interleaved timings of the example compare the
     backends that are available without torch.compile, and select the fastest. The choice is cached with its time in
     huggingface_hub's assets cache; if the backend's time differs much from it later, the comparison is repeated. The
-    selected backend reproduces the model's logits for the example, in float32 to 1e-4 of the largest.
+    selected backend reproduces the model's logits for the example, in float32 to 1e-4 of the largest, and in int8 for
+    the calibration images with a root mean square error of at most a quarter of that of the logits.
+
+    int8 is post-training quantization on CPUs: weights are symmetric with one scale per output channel, activations
+    have one scale per tensor, calibrated on images. The calibration images also decide whether a backend agrees.
 
     Args:
         model: A model that maps images to logits. It is not modified; its copy is in eval mode.
         example_input: Typical images (N, C, H, W); the fastest backend depends on their number, size and device.
-        precision: Type of activations and weights.
+        precision: Type of activations and weights; for int8 see `calibration`.
         backend: `"native"` (CPU: the zoo's own machine code, needs a C++ compiler), `"openvino"`,
             `"onnxruntime"` (CPU, the package of that name), `"inductor"` (torch.compile with frozen
             weights; on a GPU with CUDA graphs; its first call takes a minute or more),
             `"inductor-padded"` (the same, the groups' widths padded to multiples of 16), `"triton"` (NVIDIA GPU,
             bfloat16 and float16: the zoo's own kernels), `"cudagraphs"` (GPU: eager, without the cost of launching
             kernels), `"eager"`, or `"auto"`. An unavailable backend is replaced by the fastest other one, with a
-            warning that gives the reason.
+            warning that gives the reason. int8 is available by `"openvino"` and `"onnxruntime"`
+            (`pip install 'res2net-zoo[int8]'`).
+        calibration: For int8, preprocessed images (N, C, H, W) of the example's size, or an iterable of such tensors:
+            at least 32, better a few hundred, typical of the images to classify. At most 300 are used. Other
+            precisions ignore it.
         cache_dir: Folder for cached choices; defaults to huggingface_hub's assets cache.
         refresh: Whether to compare the backends again instead of using a cached choice.
 
@@ -112,32 +136,106 @@ def optimize(
 
     Raises:
         ValueError: The precision or backend is unknown, the images are not (N, C, H, W) floats, the model returns
-            NaN or infinite logits for them, or no backend can run it.
+            NaN or infinite logits for them, no backend can run it, or the calibration images are missing, too few,
+            invalid or random noise.
     """
     _check_request(example_input, precision, backend)
     device, example = example_input.device, example_input.detach().float()
+    images = _calibration(model, example, calibration) if precision == "int8" else None
     model = copy.deepcopy(model).eval().to(device).requires_grad_(False)
-    expected = _logits_of(model, example)
     folded = fold_batch_norm(model)
-    build = partial(_build, model=model, folded=folded, example=example, expected=expected, precision=precision)
+    reference = Reference.of(model, example, images)
+    build = partial(
+        _build, model=model, folded=folded, example=example, reference=reference, precision=precision, images=images
+    )
+
+    def finished(name: Backend, call: Call, milliseconds: dict[Backend, float]) -> Optimized:
+        layers = _float_layers(call, model, folded) if images is not None else ()
+        used = 0 if images is None else len(images)
+        return Optimized(call, name, precision, milliseconds, reference.logits.shape[1], used, layers)
+
     ready = candidates(device, precision)
     if backend != "auto":
         if call := _build_or_warn(build, backend, CANNOT_RUN):
-            return Optimized(call, backend, precision, {}, expected.shape[1])
+            return finished(backend, call, {})
         ready = [name for name in ready if name != backend]
 
-    key = _key(folded, example, precision, ready)
+    key = _key(folded, example, precision, ready, images)
     calls: dict[Backend, Call] = {}
     kept = None if refresh else _read_choice(key, cache_dir, ready)
     if kept and (call := _build_or_warn(build, kept.backend, CANNOT_RUN_NOW)):
         if _takes(call, example, kept.milliseconds):
-            return Optimized(call, kept.backend, precision, {}, expected.shape[1])
+            return finished(kept.backend, call, {})
         calls = {kept.backend: call}
     calls |= _build_all(build, [name for name in ready if name not in calls], precision, required=not calls)
     milliseconds = dict(zip(calls, time_interleaved(list(calls.values()), example), strict=True))
     fastest = min(calls, key=lambda name: milliseconds[name])
     _keep_choice(key, cache_dir, {"backend": fastest, "milliseconds": milliseconds})
-    return Optimized(calls[fastest], fastest, precision, milliseconds, expected.shape[1])
+    return finished(fastest, calls[fastest], milliseconds)
+
+
+class Reference(NamedTuple):
+    """Images (N, C, H, W) and the model's logits for them, to which those of each backend are compared."""
+
+    images: torch.Tensor
+    logits: torch.Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, example: torch.Tensor, calibration: torch.Tensor | None) -> "Reference":
+        """Compute the logits of the example, or else of calibration images.
+
+        Raises:
+            ValueError: The model does not return logits, or they are NaN or infinite.
+        """
+        logits = _logits_of(model, example)
+        if calibration is None:
+            return cls(example, logits)
+        batch = len(example)
+        chosen = evenly_spaced(len(calibration), COMPARED)
+        # Whole batches, for which a backend has a network; a larger batch than the images repeats them.
+        chosen = chosen[torch.arange(batch * max(1, len(chosen) // batch)) % len(chosen)]
+        parts = [_logits_of(model, part) for part in calibration[chosen].split(batch)]
+        return cls(calibration[chosen], torch.cat(parts))
+
+    @torch.no_grad()
+    def check(self, call: Call, batch: int, precision: Precision) -> None:
+        """Check the logits of a backend.
+
+        Args:
+            call: The backend.
+            batch: Number of images per call.
+            precision: Its precision.
+
+        Raises:
+            Unavailable: They differ.
+        """
+        check(torch.cat([call(part).float() for part in self.images.split(batch)]), self.logits, precision)
+
+
+def _calibration(
+    model: nn.Module, example: torch.Tensor, calibration: torch.Tensor | Iterable[torch.Tensor] | None
+) -> torch.Tensor:
+    """Check the calibration images, and warn if the processor has no instructions for int8.
+
+    Raises:
+        ValueError: They are invalid or not of the example's size.
+    """
+    images = check_calibration(model, calibration)
+    if images.shape[2:] != example.shape[2:]:
+        sizes = ["x".join(map(str, shape[2:])) for shape in (images.shape, example.shape)]
+        raise ValueError(f"calibration images are {sizes[0]} and example_input is {sizes[1]}; use the same size")
+    if not has_int8_instructions():
+        warnings.warn("this processor has no VNNI instructions; int8 is hardly faster than float32 on it", stacklevel=3)
+    return images
+
+
+def _float_layers(call: Call, model: nn.Module, folded: nn.Module) -> tuple[str, ...]:
+    """Return the names of the layers that an int8 network computes in float, with a warning."""
+    names = (*getattr(call, "float_layers", ()), *float_norms(model, folded))
+    if names:
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        warnings.warn(f"layers that remain in float: {', '.join(names[:NAMED])}{more}", stacklevel=4)
+    return names
 
 
 def _check_request(example_input: torch.Tensor, precision: str, backend: str) -> None:
@@ -154,12 +252,14 @@ def _check_request(example_input: torch.Tensor, precision: str, backend: str) ->
         raise ValueError(
             f"example_input is {tuple(example_input.shape)}, {example_input.dtype}; it must be (N, C, H, W) floats"
         )
+    if precision == "int8" and example_input.device.type != "cpu":
+        raise ValueError("int8 is supported on CPUs only; use bfloat16 or float16 on a GPU")
     if precision == "float16" and example_input.device.type == "cpu":
         raise ValueError("float16 needs a GPU; use float32 or bfloat16 on the CPU")
 
 
 def _logits_of(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
-    """Return the logits of a model, as a reference for each backend.
+    """Return the logits of a model.
 
     Raises:
         ValueError: The model does not return logits, or they are NaN or infinite.
@@ -180,8 +280,9 @@ def _build(
     model: nn.Module,
     folded: nn.Module,
     example: torch.Tensor,
-    expected: torch.Tensor,
+    reference: Reference,
     precision: Precision,
+    images: torch.Tensor | None,
 ) -> Call:
     """Build a model with one backend, and check its logits.
 
@@ -190,9 +291,8 @@ def _build(
     """
     try:
         network = fold_batch_norm(model, PADDED[name]) if name in PADDED else folded
-        call = BACKENDS[name](network, example, precision)
-        with torch.no_grad():
-            check(call(example).float(), expected, precision)
+        call = BACKENDS[name](network, example, precision, images)
+        reference.check(call, len(example), precision)
         return call
     except Exception as error:  # compilers raise any type; the other backends are tried
         known = isinstance(error, (Unavailable, Unsupported, InputError))
@@ -223,10 +323,12 @@ def _build_all(
             calls[name] = build(name)
         except Unavailable as error:
             reasons.append(f"{name}: {error}")
-            if name == "native":  # expected to run everywhere
+            if name == "native" and precision != "int8":  # expected to run everywhere
                 warnings.warn(CANNOT_RUN.format(name=name, error=error), stacklevel=3)
     if required and not calls:
-        raise ValueError(f"no backend can run this model here in {precision}: {'; '.join(reasons)}")
+        missing = precision == "int8" and not all(map(find_spec, INT8_PACKAGES))
+        hint = "; pip install 'res2net-zoo[int8]' for more" if missing else ""
+        raise ValueError(f"no backend can run this model here in {precision}: {'; '.join(reasons)}{hint}")
     return calls
 
 
@@ -308,13 +410,13 @@ def candidates(device: torch.device, precision: Precision, slow: bool = False) -
         found += ["cudagraphs", *(("inductor", "inductor-padded") if slow else ())]
     elif device.type == "cpu":
         found.append("native")
-        if find_spec("openvino"):
+        if find_spec("openvino") and (precision != "int8" or find_spec("nncf")):
             found.append("openvino")
         if find_spec("onnxruntime") and find_spec("onnxscript"):
             found.append("onnxruntime")
-        if slow:
+        if slow and precision != "int8":
             found.append("inductor")
-    return [*found, "eager"]
+    return found if precision == "int8" else [*found, "eager"]
 
 
 def check(found: torch.Tensor, expected: torch.Tensor, precision: Precision) -> None:
@@ -325,6 +427,10 @@ def check(found: torch.Tensor, expected: torch.Tensor, precision: Precision) -> 
     """
     if found.shape != expected.shape:
         raise Unavailable(f"it returns {tuple(found.shape)} instead of {tuple(expected.shape)}")
+    if precision == "int8":
+        if not (error := rms_error(found, expected)) <= INT8_TOLERANCE:
+            raise Unavailable(f"the error of its logits is {error:.2g} of the logits, more than {INT8_TOLERANCE:g}")
+        return
     error = ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
     # Half precision has 3 decimals, some of which a deep network loses.
     exact = TF32_TOLERANCE if uses_tf32(expected.device) else TOLERANCE
@@ -353,14 +459,25 @@ def _takes(call: Call, example: torch.Tensor, milliseconds: float) -> bool:
     return milliseconds / CHANGED < now < milliseconds * CHANGED
 
 
-def _key(model: nn.Module, example: torch.Tensor, precision: Precision, ready: list[Backend]) -> str:
-    """Return a file name for a choice: a hash of model, images, machine and libraries."""
+def _key(
+    model: nn.Module,
+    example: torch.Tensor,
+    precision: Precision,
+    ready: list[Backend],
+    calibration: torch.Tensor | None = None,
+) -> str:
+    """Return a file name for a choice: a hash of model, images, machine and libraries.
+
+    The calibration images decide which backends agree, so that other images can lead to another choice.
+    """
     device = example.device
     code = model.code if isinstance(model, fx.GraphModule) else str(model)
     shapes = [(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    libraries = {name: _version(name) for name in ("res2net-zoo", "torch", "openvino", "onnxruntime")}
-    facts = (code, shapes, tuple(example.shape), precision, machine, torch.get_num_threads(), libraries, ready)
+    libraries = {name: _version(name) for name in ("res2net-zoo", "torch", "openvino", "onnxruntime", "nncf")}
+    content = None if calibration is None else hashlib.sha256(calibration.contiguous().numpy().data).hexdigest()
+    threads = torch.get_num_threads()
+    facts = (code, shapes, tuple(example.shape), precision, machine, threads, libraries, ready, content)
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
 
