@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.path import Path as PlotPath
     from matplotlib.transforms import Bbox
 
-LIBRARIES = ("res2net-zoo", "torch", "timm", "openvino", "onnxruntime")
+LIBRARIES = ("res2net-zoo", "torch", "timm", "openvino", "onnxruntime", "nncf")
 # Instruction sets that affect the speed of a network.
 INSTRUCTIONS = r"avx2|fma|f16c|avx512f|avx512_?(vnni|bf16|fp16)|avx_vnni|amx_\w+|asimd|asimdhp|asimddp|bf16|i8mm|sve2?"
 

@@ -29,8 +29,17 @@ from torch.nn import functional as F
 
 from res2net_zoo.analysis.cost import count
 from res2net_zoo.inference import backends
-from res2net_zoo.inference.export import INPUT, import_openvino, openvino_core, openvino_settings, require, run_onnx
+from res2net_zoo.inference.export import (
+    INPUT,
+    import_openvino,
+    openvino_core,
+    openvino_settings,
+    require,
+    run_onnx,
+    to_onnx,
+)
 from res2net_zoo.inference.optimization import uses_tf32
+from res2net_zoo.inference.quantization import quantize_onnx, quantize_openvino
 from res2net_zoo.kernels.training import accelerate_training
 from res2net_zoo.utils.errors import InputError, first_line
 from res2net_zoo.utils.private_apis import fail_at_recompile_limit
@@ -40,8 +49,11 @@ OURS, TIMM, PLAIN, RESNET50, PRODUCT = "ours", "timm", "plain", "resnet50", "mat
 PEERS = ("eager", "inductor", "cudagraphs", "onnxruntime", "openvino")
 # Maximum difference from the float32 model's logits, relative to the largest logit. Half precision has 3 decimals,
 # of which a deep network loses some, and more in training because of BatchNorm.
-TOLERANCE = {"infer": {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}, "train": {"float32": 1e-2}}
+# int8 has 2 decimals.
+TOLERANCE = {"infer": {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1, "int8": 0.25}, "train": {"float32": 1e-2}}
 TF32_TOLERANCE = {"infer": 2e-2, "train": 0.1}  # those of float32 where convolutions use TF32
+
+CALIBRATION = 64  # images by which networks are quantized
 
 Call = Callable[[], torch.Tensor]
 
@@ -57,7 +69,7 @@ class Setting:
     Attributes:
         model: Name as for `timm.create_model`; weights are random.
         batch_size: Images per batch.
-        precision: `float32`, `bfloat16` or `float16`.
+        precision: `float32`, `bfloat16`, `float16`, or `int8` for inference on a CPU.
         mode: `infer`, or `train` for a training step.
         input_size: Channels, height and width of the images.
         threads: Number of CPU threads.
@@ -122,14 +134,14 @@ def contenders(
         peers: Backends of the others; those that cannot train are skipped in training.
         against: The others: `timm`, `resnet50`.
     """
-    training, half = setting.mode == "train", setting.precision != "float32"
+    training, half = setting.mode == "train", setting.precision in ("bfloat16", "float16")
     ways = []
     for peer in peers:
         if training or setting.device != "cpu":
             suited = ("eager", "inductor") if training else ("eager", "inductor", "cudagraphs")
             ways += [peer] if peer in suited else []
             continue
-        if peer == "cudagraphs":
+        if peer == "cudagraphs" or (setting.precision == "int8" and peer not in ("onnxruntime", "openvino")):
             continue
         ways.append(peer)
         if peer == "eager" and half:
@@ -139,7 +151,9 @@ def contenders(
             ways.append("openvino streams")
     ours = [Contender(OURS, how) for how in ((ways or ["eager"]) if training else backends)]
     whose = {"timm": TIMM if _timm_model(_untouched_model(OURS, setting)) else PLAIN, "resnet50": RESNET50}
-    products = [how for how in ("torch", "openvino") if how == "torch" or (find_spec(how) and setting.device == "cpu")]
+    products = ["torch"] if setting.precision != "int8" else []
+    if setting.device == "cpu" and find_spec("openvino") and (products or find_spec("nncf")):
+        products.append("openvino")
     return [
         *ours,
         *(Contender(whose[name], how) for name in against for how in ways),
@@ -169,11 +183,11 @@ def build(contender: Contender, setting: Setting, folder: Path) -> Built:
             if setting.mode == "train":
                 call = _training(model, images, setting.precision, compiled=contender.how == "inductor")
             elif contender.who == OURS:
-                contender, call = _optimized(model, images, setting.precision, contender)
+                contender, call = _optimized(model, images, setting, contender)
             else:
                 way, _, variant = contender.how.partition(" ")
                 file = folder / str(contender).replace(" ", "-")
-                call = INFERENCE[way](model, images, setting.precision, variant, file)
+                call = INFERENCE[way](model, images, setting, variant, file)
             off = ((call() - expected).abs().max() / expected.abs().max()).item()
     except (Skipped, InputError) as error:
         raise Skipped(f"{contender}: {error}") from error
@@ -198,9 +212,22 @@ def cost(contender: Contender, setting: Setting) -> tuple[int, int]:
 
 
 def make_images(setting: Setting) -> torch.Tensor:
-    """Return a random batch (N, C, H, W) of float32."""
+    """Return a random batch (N, C, H, W) of float32; in int8 like the calibration images."""
     generator = torch.Generator().manual_seed(0)
+    if setting.precision == "int8":
+        return calibration_images(setting, setting.batch_size)
     return torch.randn(setting.batch_size, *setting.input_size, generator=generator).to(setting.device)
+
+
+def calibration_images(setting: Setting, number: int = CALIBRATION) -> torch.Tensor:
+    """Return smooth random images (N, C, H, W) of float32, with detail of several sizes as in photographs."""
+    generator = torch.Generator().manual_seed(0)
+    channels, *size = setting.input_size
+    images = torch.zeros(number, channels, *size)
+    for cells in (2, 4, 8, 16):
+        detail = torch.randn(number, channels, cells, cells, generator=generator)
+        images += F.interpolate(detail, tuple(size), mode="bilinear") / cells**0.5
+    return images.clamp(-2, 2)  # about the range of ImageNet's normalization
 
 
 def make_model(who: str, setting: Setting) -> nn.Module:
@@ -242,19 +269,24 @@ def _suppress_output() -> Iterator[None]:
         yield
 
 
-def _optimized(model: nn.Module, images: torch.Tensor, precision: Any, contender: Contender) -> tuple[Contender, Call]:
+def _optimized(
+    model: nn.Module, images: torch.Tensor, setting: Setting, contender: Contender
+) -> tuple[Contender, Call]:
     from res2net_zoo.inference.optimization import candidates, optimize
 
+    precision: Any = setting.precision
+    calibration = calibration_images(setting) if precision == "int8" else None
     if contender.how not in ("auto", *candidates(images.device, precision, slow=True)):
         raise Skipped(f"the backend is unavailable on this machine for {images.device.type} and {precision}")
     how: Any = contender.how
-    optimized = optimize(model, images, precision, backend=how, refresh=True)
+    optimized = optimize(model, images, precision, how, calibration, refresh=True)
     if contender.how not in ("auto", optimized.backend):
         raise Skipped(f"it cannot run this model here; {optimized.backend} can")
     return replace(contender, how=optimized.backend), lambda: optimized(images)
 
 
-def _eager(model: nn.Module, images: torch.Tensor, precision: Any, variant: str, file: Path) -> Call:
+def _eager(model: nn.Module, images: torch.Tensor, setting: Setting, variant: str, file: Path) -> Call:
+    precision: Any = setting.precision
     autocast = variant == "autocast"
     run = backends.eager(model, images, "float32" if autocast else precision)
 
@@ -266,10 +298,10 @@ def _eager(model: nn.Module, images: torch.Tensor, precision: Any, variant: str,
     return call
 
 
-def _inductor(model: Any, images: torch.Tensor, precision: str, variant: str, file: Path) -> Call:
+def _inductor(model: Any, images: torch.Tensor, setting: Setting, variant: str, file: Path) -> Call:
     # By default, Dynamo silently falls back to eager at the recompile limit.
     fail_at_recompile_limit()
-    dtype = getattr(torch, precision)
+    dtype = getattr(torch, setting.precision)
     compiled = backends.compile_frozen(model.to(dtype=dtype, memory_format=torch.channels_last), images.device)
 
     @torch.inference_mode()
@@ -279,32 +311,38 @@ def _inductor(model: Any, images: torch.Tensor, precision: str, variant: str, fi
     return call
 
 
-def _cudagraphs(model: nn.Module, images: torch.Tensor, precision: Any, variant: str, file: Path) -> Call:
-    run = backends.BACKENDS["cudagraphs"](model, images, precision)
+def _cudagraphs(model: nn.Module, images: torch.Tensor, setting: Setting, variant: str, file: Path) -> Call:
+    run = backends.BACKENDS["cudagraphs"](model, images, setting.precision)
     return torch.inference_mode()(lambda: run(images).float())
 
 
-def _onnxruntime(model: nn.Module, images: torch.Tensor, precision: str, variant: str, file: Path) -> Call:
+def _onnxruntime(model: nn.Module, images: torch.Tensor, setting: Setting, variant: str, file: Path) -> Call:
     require("onnx", "onnxscript", "onnxruntime")
-    if precision != "float32":
-        raise Skipped(f"{precision} convolutions are unsupported on CPUs")
+    if setting.precision not in ("float32", "int8"):
+        raise Skipped(f"{setting.precision} convolutions are unsupported on CPUs")
     file = file.with_suffix(".onnx")
-    if not file.exists():
+    if not file.exists() and setting.precision == "int8":
+        quantized = quantize_onnx(to_onnx(model, images), calibration_images(setting))
+        file.write_bytes(backends.resize_onnx(quantized, tuple(images.shape)).SerializeToString())
+    elif not file.exists():
         torch.onnx.export(model, (images,), file, input_names=[INPUT], dynamo=True, verbose=False)
     run = run_onnx(file, torch.get_num_threads())
     return lambda: torch.from_numpy(run(images.numpy()))
 
 
-def _openvino(model: nn.Module, images: torch.Tensor, precision: str, variant: str, file: Path) -> Call:
+def _openvino(model: nn.Module, images: torch.Tensor, setting: Setting, variant: str, file: Path) -> Call:
     ov = import_openvino()
     streams = torch.get_num_threads() if variant == "streams" else 1
     shares = images.chunk(streams)
     file = file.with_suffix(".xml")
     if not file.exists():
         converted = ov.convert_model(model, example_input=shares[0])
+        if setting.precision == "int8":
+            converted.reshape([1, *images.shape[1:]])
+            converted = quantize_openvino(converted, calibration_images(setting))
         converted.reshape(list(shares[0].shape))  # static shapes are faster than dynamic ones
         ov.save_model(converted, file, compress_to_fp16=False)
-    compiled = openvino_core().compile_model(file, "CPU", _openvino_settings(precision, streams))
+    compiled = openvino_core().compile_model(file, "CPU", _openvino_settings(setting.precision, streams))
     requests = [compiled.create_infer_request() for _ in shares]
 
     def call() -> torch.Tensor:
@@ -320,12 +358,12 @@ def _openvino(model: nn.Module, images: torch.Tensor, precision: str, variant: s
 
 
 def _openvino_settings(precision: str, streams: int = 1) -> dict[str, Any]:
-    hint = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[precision]
+    hint = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int8": "f32"}[precision]
     settings = openvino_settings(hint, torch.get_num_threads()) | {"NUM_STREAMS": streams}
     return settings if streams == 1 else settings | {"PERFORMANCE_HINT": "THROUGHPUT"}
 
 
-INFERENCE: dict[str, Callable[[nn.Module, torch.Tensor, str, str, Path], Call]] = {
+INFERENCE: dict[str, Callable[[nn.Module, torch.Tensor, Setting, str, Path], Call]] = {
     "eager": _eager,
     "inductor": _inductor,
     "cudagraphs": _cudagraphs,
@@ -368,13 +406,15 @@ def _product(how: str, setting: Setting) -> Call:
 
     ov = import_openvino()
     op = ov.opset13
-    parameter = op.parameter(list(a.shape), np.float32)
+    parameter = op.parameter([1, *a.shape], np.float32)
     # The second matrix is constant, like the weights of a layer.
     product = op.matmul(parameter, op.constant(b.numpy()), False, True)
     model = ov.Model([product], [parameter])
+    if setting.precision == "int8":
+        model = quantize_openvino(model, a[None])
     compiled = openvino_core().compile_model(model, "CPU", _openvino_settings(setting.precision))
     request = compiled.create_infer_request()
-    return lambda: torch.from_numpy(request.infer([a.numpy()], share_inputs=True, share_outputs=True)[0])
+    return lambda: torch.from_numpy(request.infer([a[None].numpy()], share_inputs=True, share_outputs=True)[0])
 
 
 @torch.inference_mode()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from res2net_zoo.analysis.benchmark import Result
     from res2net_zoo.analysis.contenders import Setting
 
-PRECISIONS = ("float32", "bfloat16", "float16")
+PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 PEERS = ("eager", "inductor", "cudagraphs", "onnxruntime", "openvino")
 AGAINST = ("timm", "resnet50")
 BACKENDS = ("auto", "native", "openvino", "onnxruntime", "inductor", "inductor-padded", "cudagraphs", "triton", "eager")
@@ -54,6 +54,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if len(args.peers) > 1 and {"all", "none"} & set(args.peers):
         parser.error("--peers takes all, none, or names")
+    if "int8" in args.precision and "train" in args.mode:
+        parser.error("--precision int8 is for inference; leave out --mode train")
     if args.figure and "infer" not in args.mode:
         parser.error("--figure draws inference; add --mode infer")
     if args.figure and args.output and args.figure.resolve() == args.output.resolve():

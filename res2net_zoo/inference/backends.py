@@ -243,13 +243,8 @@ def _openvino(
     def make(images: torch.Tensor, dynamic: bool) -> Runner:
         return run(to_openvino(model, images, dynamic_batch=dynamic))
 
-    def resized(network: Any, shape: tuple[int, ...]) -> Any:
-        network = network.clone()
-        network.reshape(list(shape))
-        return network
-
     if calibration is not None:
-        tools = Quantizer(to_openvino, quantize_openvino, resized, run)
+        tools = Quantizer(to_openvino, quantize_openvino, resize_openvino, run)
         return QuantizedNetwork(model, example, calibration, tools)
     # OpenVINO's ReLU maps NaN to 0.
     return _with_abnormal_images(_by_shape(example, make), model)
@@ -270,18 +265,27 @@ def _onnxruntime(
     def make(images: torch.Tensor, dynamic: bool) -> Runner:
         return run(to_onnx(model, images, dynamic_batch=dynamic))
 
-    def resized(proto: Any, shape: tuple[int, ...]) -> Any:
-        copied = type(proto)()
-        copied.CopyFrom(proto)
-        del copied.graph.value_info[:]
-        for dim, size in zip(copied.graph.input[0].type.tensor_type.shape.dim, shape, strict=True):
-            if size > 0:
-                dim.dim_value = size
-        return copied
-
     if calibration is not None:
-        return QuantizedNetwork(model, example, calibration, Quantizer(to_onnx, quantize_onnx, resized, run))
+        return QuantizedNetwork(model, example, calibration, Quantizer(to_onnx, quantize_onnx, resize_onnx, run))
     return _by_shape(example, make)
+
+
+def resize_openvino(network: Any, shape: tuple[int, ...]) -> Any:
+    """Return a copy of an OpenVINO model for images of a shape (N, C, H, W), with -1 for a dynamic batch size."""
+    copied = network.clone()
+    copied.reshape(list(shape))
+    return copied
+
+
+def resize_onnx(proto: Any, shape: tuple[int, ...]) -> Any:
+    """Return a copy of an ONNX model with a dynamic batch size, for images of a shape as for `resize_openvino`."""
+    copied = type(proto)()
+    copied.CopyFrom(proto)
+    del copied.graph.value_info[:]
+    for dim, size in zip(copied.graph.input[0].type.tensor_type.shape.dim, shape, strict=True):
+        if size > 0:
+            dim.dim_value = size
+    return copied
 
 
 def _with_abnormal_images(run: Call, model: nn.Module) -> Call:
@@ -304,7 +308,7 @@ class Quantizer(NamedTuple):
     Attributes:
         export: Exports a PyTorch model for the size of example images and a dynamic batch size or theirs.
         quantize: Quantizes an exported model on calibration images; whether weights use 7 bits.
-        resized: Returns a copy of an exported model for a shape (N, C, H, W), with -1 for a dynamic batch size.
+        resized: Copies a model for another shape, as `resize_openvino`.
         run: Compiles an exported model.
     """
 

@@ -115,6 +115,8 @@ def test_contenders_of_half_precision_and_of_training():
     assert hows("ours") == ["native"]
     assert hows("ours", mode="train") == hows("plain", mode="train") == ["eager", "inductor"]
     assert hows("plain", device="cuda") == ["eager", "inductor"]
+    assert hows("plain", precision="int8") == ["onnxruntime", "openvino", "openvino streams"]
+    assert hows("matrix product", precision="int8") == ["openvino"]
 
 
 def test_contender_with_wrong_results_is_skipped(monkeypatch, tmp_path):
@@ -153,6 +155,21 @@ def test_benchmark_of_inference_and_training(in_process, tmp_path):
     assert run.stdout.count("times as fast as the best peer, plain eager") == 4
     assert run.stdout.count("times as fast as the best ResNet-50, resnet50 eager") == 4
     assert "res2net_tiny, train, float32, batch 3, 64x64" in run.stdout
+
+
+@pytest.mark.full
+def test_benchmark_of_int8(in_process, tmp_path):
+    out = tmp_path / "results.json"
+    args = [word for word in QUICK if word not in ("--backend", "--peers", "eager")]
+    args += ["--model", "res2net_tiny", "--precision", "int8", "--backend", "openvino", "--output", out]
+    run = in_process("scripts/benchmark.py", *args, "--peers", "openvino", "onnxruntime", "eager")
+    assert run.returncode == 0, run.stderr
+    rows = {row["contender"]: row for row in json.loads(out.read_text())}
+    peers = {f"{who} {how}" for who in ("plain", "resnet50") for how in ("openvino", "onnxruntime")}
+    assert set(rows) == {"ours openvino", *peers, "matrix product openvino"}
+    for name, row in rows.items():
+        assert row["precision"] == "int8" and row["share_of_peak"] > 0
+        assert name.startswith("matrix") or 1e-4 < row["error"] < 0.25  # rounded to 8 bits
 
 
 def test_failing_contender_does_not_affect_others(in_process):
@@ -228,7 +245,8 @@ def test_labels_of_close_points():
     [
         (["--model", "res2net51"], "there is no model res2net51"),
         (["--batch-size", "0"], "0 is not 1 or more"),
-        (["--precision", "int8"], "int8"),
+        (["--precision", "int4"], "int4"),
+        (["--precision", "int8", "--mode", "train"], "--precision int8 is for inference; leave out --mode train"),
         (["--peers", "all", "eager"], "--peers takes all, none, or names"),
         (["--output", "docs"], "docs is a folder; name a file"),
         (["--output", "no/such/folder/a.json"], "cannot write into"),
