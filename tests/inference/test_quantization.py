@@ -4,9 +4,11 @@ import json
 import logging
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
+from onnx import numpy_helper
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,8 +16,14 @@ import res2net_zoo
 from res2net_zoo.data.sources import open_source
 from res2net_zoo.inference import optimization, quantization
 from res2net_zoo.inference.backends import BACKENDS
-from res2net_zoo.inference.export import load_images
-from res2net_zoo.inference.quantization import MINIMUM, check_calibration, rms_error
+from res2net_zoo.inference.export import load_images, to_onnx, to_openvino
+from res2net_zoo.inference.quantization import (
+    MINIMUM,
+    check_calibration,
+    quantize_onnx,
+    quantize_openvino,
+    rms_error,
+)
 from tests.conftest import SHIPPED_DATA, SHIPPED_MODEL, SMALL, spread
 
 pytestmark = pytest.mark.first_case
@@ -66,6 +74,37 @@ def test_accuracy_on_the_shipped_data(tiny, digits, backend, tmp_path, monkeypat
     assert capfd.readouterr() == ("", "")
     assert logging.getLogger().handlers == handlers and logging.getLoggerClass() is logging.Logger
     assert "openvino_telemetry" not in sys.modules
+
+
+@pytest.mark.parametrize("half_range", [False, True])
+def test_weights_of_onnx_are_symmetric_per_channel(tiny, digits, half_range):
+    """With 7 bits for processors whose sums of 8-bit products saturate."""
+    proto = to_onnx(tiny, digits[:1])
+    before = proto.SerializeToString()
+    quantized = quantize_onnx(proto, digits[:MINIMUM], half_range)
+    assert proto.SerializeToString() == before
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in quantized.graph.initializer}
+    weights = [name for name in tensors if name.endswith("weight_quantized")]
+    assert len(weights) == 38
+    for name in weights:
+        values, scales, zeros = (
+            tensors[name],
+            *(tensors[name.replace("quantized", key)] for key in ("scale", "zero_point")),
+        )
+        assert values.dtype == np.int8 and scales.shape == (len(values),) and not zeros.any()
+        assert np.abs(values.astype(int)).max() in ((63, 64) if half_range else (127, 128))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("half_range", "largest"), [(False, 127), (True, 63)])
+def test_weights_of_openvino_are_symmetric_per_channel(tiny, digits, half_range, largest):
+    quantized = quantize_openvino(to_openvino(tiny, digits[:1]), digits[:MINIMUM], half_range)
+    constants = [op for op in quantized.get_ordered_ops() if op.get_type_name() == "Constant"]
+    weights = [constant.data for constant in constants if constant.data.dtype == np.int8]
+    assert len(weights) == 38
+    for values in weights:
+        channels = np.abs(values.astype(int)).reshape(len(values), -1).max(1)
+        assert np.median(channels) == largest and channels.max() <= largest + 1  # some channels are almost zero
 
 
 @pytest.mark.full
