@@ -39,7 +39,7 @@ from res2net_zoo.inference.export import (
     to_onnx,
 )
 from res2net_zoo.inference.optimization import uses_tf32
-from res2net_zoo.inference.quantization import quantize_onnx, quantize_openvino
+from res2net_zoo.inference.quantization import MINIMUM, quantize_onnx, quantize_openvino
 from res2net_zoo.kernels.training import accelerate_training
 from res2net_zoo.utils.errors import InputError, first_line
 from res2net_zoo.utils.private_apis import fail_at_recompile_limit
@@ -52,8 +52,6 @@ PEERS = ("eager", "inductor", "cudagraphs", "onnxruntime", "openvino")
 # int8 has 2 decimals.
 TOLERANCE = {"infer": {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1, "int8": 0.25}, "train": {"float32": 1e-2}}
 TF32_TOLERANCE = {"infer": 2e-2, "train": 0.1}  # those of float32 where convolutions use TF32
-
-CALIBRATION = 64  # images by which networks are quantized
 
 Call = Callable[[], torch.Tensor]
 
@@ -219,7 +217,7 @@ def make_images(setting: Setting) -> torch.Tensor:
     return torch.randn(setting.batch_size, *setting.input_size, generator=generator).to(setting.device)
 
 
-def calibration_images(setting: Setting, number: int = CALIBRATION) -> torch.Tensor:
+def calibration_images(setting: Setting, number: int = MINIMUM) -> torch.Tensor:
     """Return smooth random images (N, C, H, W) of float32, with detail of several sizes as in photographs."""
     generator = torch.Generator().manual_seed(0)
     channels, *size = setting.input_size
