@@ -19,7 +19,7 @@ from res2net_zoo.utils.private_apis import freezing
 
 Precision = Literal["float32", "bfloat16", "float16", "int8"]
 Backend = Literal["native", "inductor", "inductor-padded", "openvino", "onnxruntime", "cudagraphs", "triton", "eager"]
-Call = Callable[[torch.Tensor], torch.Tensor]
+Call = Callable[[torch.Tensor], Any]  # images to logits or maps
 Load = Callable[[torch.Tensor], object]
 Run = Callable[[], torch.Tensor]
 Runner = Callable[[np.ndarray], np.ndarray]
@@ -33,6 +33,11 @@ LARGEST_PIXEL = 1e15  # activations of larger inputs may overflow
 
 class Unavailable(Exception):
     """The backend is unavailable on this machine or for this model; the message has the reason."""
+
+
+def each(function: Callable[[torch.Tensor], torch.Tensor], output: Any) -> Any:
+    """Apply a function to a model's output: a tensor, or each in a list or tuple."""
+    return function(output) if isinstance(output, torch.Tensor) else type(output)(map(function, output))
 
 
 def _native(
@@ -88,7 +93,7 @@ def _inductor(
         # Frozen weights support inference only; CUDA graphs overwrite their last output.
         with torch.no_grad():
             logits = compiled(images)
-        return logits.clone() if example.device.type == "cuda" else logits
+        return each(torch.clone, logits) if example.device.type == "cuda" else logits
 
     return call
 

@@ -21,7 +21,7 @@ from timm.utils import reparameterize_model
 from torch import fx, nn
 from torch.fx.experimental.optimization import fuse
 
-from res2net_zoo.inference.backends import BACKENDS, Backend, Call, Precision, Unavailable
+from res2net_zoo.inference.backends import BACKENDS, Backend, Call, Precision, Unavailable, each
 from res2net_zoo.inference.quantization import TOLERANCE as INT8_TOLERANCE
 from res2net_zoo.inference.quantization import (
     check_calibration,
@@ -38,6 +38,7 @@ from res2net_zoo.utils.files import is_special, read_json, write_atomically
 # Multiples to which the widths of groups are padded: the channels that a GPU's matrix units process at a time in half
 # precision, and those that a thread reads at a time.
 PADDED: dict[str, int] = {"inductor-padded": 16, "triton": 8}
+RETURN_MAPS = ("native", "inductor", "inductor-padded", "eager")  # backends of models that do not return logits
 TOLERANCE = 1e-4  # maximum error of float32 logits, relative to the largest
 TF32_TOLERANCE = 2e-2  # the same if the model's own logits have the 3 decimals of TF32
 COMPARED = 64  # calibration images for which the logits of int8 backends are compared
@@ -56,9 +57,9 @@ class Optimized:
 
     Attributes:
         backend: The backend that runs it.
-        precision: Type of activations and weights; logits are always float32.
+        precision: Type of activations and weights; logits and maps are always float32.
         milliseconds: Time of each backend for the example; empty if backends were not compared.
-        classes: Number of logits per image.
+        classes: Number of logits per image; None if the model returns feature maps.
         calibration_images: Number of calibration images that were used; 0 in float.
         float_layers: Names of the layers that an int8 network computes in float; empty in float.
     """
@@ -67,13 +68,13 @@ class Optimized:
     backend: Backend
     precision: Precision
     milliseconds: dict[Backend, float]
-    classes: int
+    classes: int | None
     calibration_images: int = 0
     float_layers: tuple[str, ...] = ()
 
     @torch.no_grad()
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Classify images.
+    def __call__(self, images: torch.Tensor) -> Any:
+        """Compute the model's output.
 
         Args:
             images: Normalized images (N, C, H, W) of any number, including 0, and any size that the model
@@ -81,16 +82,20 @@ class Optimized:
                 several seconds; networks are cached for the last few sizes.
 
         Returns:
-            Logits (N, classes) in float32. Images with NaN or infinite pixels get the same logits as from the model.
+            Logits (N, classes) in float32, or the map (N, C, h, w), list or tuple of maps that the model returns.
+            Images with NaN or infinite pixels get the same logits as from the model.
 
         Raises:
             ValueError: The images are not (N, C, H, W), or on another device.
         """
         if images.ndim != 4:
             raise ValueError(f"images have the shape {tuple(images.shape)}, not (N, C, H, W)")
-        if not len(images):
+        if not len(images) and self.classes is not None:
             return images.new_zeros((0, self.classes), dtype=torch.float32)
-        return self.call(images).float()
+        if not len(images):
+            one = self.call(images.new_zeros((1, *images.shape[1:])))
+            return each(lambda tensor: tensor[:0].float(), one)
+        return each(torch.Tensor.float, self.call(images))
 
 
 def optimize(
@@ -114,7 +119,8 @@ def optimize(
     have one scale per tensor, calibrated on images. The calibration images also decide whether a backend agrees.
 
     Args:
-        model: A model that maps images to logits. It is not modified; its copy is in eval mode.
+        model: A model that maps images to logits, to a feature map (N, C, h, w), or to a list or tuple of maps, such as
+            `timm.create_model(..., features_only=True)`. It is not modified; its copy is in eval mode.
         example_input: Typical images (N, C, H, W); the fastest backend depends on their number, size and device.
         precision: Type of activations and weights; for int8 see `calibration`.
         backend: `"native"` (CPU: the zoo's own machine code, needs a C++ compiler), `"openvino"`,
@@ -145,6 +151,7 @@ def optimize(
     model = copy.deepcopy(model).eval().to(device).requires_grad_(False)
     folded = fold_batch_norm(model)
     reference = Reference.of(model, example, images)
+    classes = reference.output.shape[1] if is_logits(reference.output) else None
     build = partial(
         _build, model=model, folded=folded, example=example, reference=reference, precision=precision, images=images
     )
@@ -152,9 +159,9 @@ def optimize(
     def finished(name: Backend, call: Call, milliseconds: dict[Backend, float]) -> Optimized:
         layers = _float_layers(call, model, folded) if images is not None else ()
         used = 0 if images is None else len(images)
-        return Optimized(call, name, precision, milliseconds, reference.logits.shape[1], used, layers)
+        return Optimized(call, name, precision, milliseconds, classes, used, layers)
 
-    ready = candidates(device, precision)
+    ready = [name for name in candidates(device, precision) if classes is not None or name in RETURN_MAPS]
     if backend != "auto":
         if call := _build_or_warn(build, backend, CANNOT_RUN):
             return finished(backend, call, {})
@@ -175,31 +182,31 @@ def optimize(
 
 
 class Reference(NamedTuple):
-    """Images (N, C, H, W) and the model's logits for them, to which those of each backend are compared."""
+    """Images (N, C, H, W) and the model's output for them, to which that of each backend is compared."""
 
     images: torch.Tensor
-    logits: torch.Tensor
+    output: Any
 
     @classmethod
     def of(cls, model: nn.Module, example: torch.Tensor, calibration: torch.Tensor | None) -> "Reference":
-        """Compute the logits of the example, or else of calibration images.
+        """Compute the output for the example, or else for calibration images.
 
         Raises:
-            ValueError: The model does not return logits, or they are NaN or infinite.
+            ValueError: The model does not return logits or maps, or they are NaN or infinite.
         """
-        logits = _logits_of(model, example)
+        output = _output_of(model, example)
         if calibration is None:
-            return cls(example, logits)
+            return cls(example, output)
         batch = len(example)
         chosen = evenly_spaced(len(calibration), COMPARED)
         # Whole batches, for which a backend has a network; a larger batch than the images repeats them.
         chosen = chosen[torch.arange(batch * max(1, len(chosen) // batch)) % len(chosen)]
-        parts = [_logits_of(model, part) for part in calibration[chosen].split(batch)]
-        return cls(calibration[chosen], torch.cat(parts))
+        parts = [_output_of(model, part) for part in calibration[chosen].split(batch)]
+        return cls(calibration[chosen], _joined(parts))
 
     @torch.no_grad()
     def check(self, call: Call, batch: int, precision: Precision) -> None:
-        """Check the logits of a backend.
+        """Check the output of a backend.
 
         Args:
             call: The backend.
@@ -209,7 +216,15 @@ class Reference(NamedTuple):
         Raises:
             Unavailable: They differ.
         """
-        check(torch.cat([call(part).float() for part in self.images.split(batch)]), self.logits, precision)
+        parts = [each(torch.Tensor.float, call(part)) for part in self.images.split(batch)]
+        check(_joined(parts), self.output, precision)
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Return the output for all images from that for some of them each."""
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts)
+    return [torch.cat(same) for same in zip(*parts, strict=True)]
 
 
 def _calibration(
@@ -258,19 +273,26 @@ def _check_request(example_input: torch.Tensor, precision: str, backend: str) ->
         raise ValueError("float16 needs a GPU; use float32 or bfloat16 on the CPU")
 
 
-def _logits_of(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
-    """Return the logits of a model.
+def is_logits(output: Any) -> bool:
+    """Return whether a model's output is logits (N, classes)."""
+    return isinstance(output, torch.Tensor) and output.ndim == 2
+
+
+def _output_of(model: nn.Module, example: torch.Tensor) -> Any:
+    """Return the logits or maps of a model, as a reference for each backend.
 
     Raises:
-        ValueError: The model does not return logits, or they are NaN or infinite.
+        ValueError: The model returns neither, or they are NaN or infinite.
     """
     with torch.no_grad():
         expected = model(example)
-    if expected.ndim != 2:
+    tensors = list(expected) if isinstance(expected, list | tuple) else [expected]
+    if not is_logits(expected) and not all(isinstance(x, torch.Tensor) and x.ndim == 4 for x in tensors):
+        found = ", ".join(str(tuple(x.shape)) if isinstance(x, torch.Tensor) else type(x).__name__ for x in tensors)
         raise ValueError(
-            f"the model returns {tuple(expected.shape)}, not logits (N, classes); add a classifier or pooling"
+            f"the model returns {found}, not logits (N, classes) or maps (N, C, H, W); add a classifier or pooling"
         )
-    if not expected.isfinite().all():
+    if not all(x.isfinite().all() for x in tensors):
         raise ValueError(_why_not_finite(model, example))
     return expected
 
@@ -284,11 +306,13 @@ def _build(
     precision: Precision,
     images: torch.Tensor | None,
 ) -> Call:
-    """Build a model with one backend, and check its logits.
+    """Build a model with one backend, and check its output.
 
     Raises:
-        Unavailable: The backend fails or returns different logits.
+        Unavailable: The backend fails or returns a different output.
     """
+    if not is_logits(reference.output) and name not in RETURN_MAPS:
+        raise Unavailable("it supports models that return logits only")
     try:
         network = fold_batch_norm(model, PADDED[name]) if name in PADDED else folded
         call = BACKENDS[name](network, example, precision, images)
@@ -419,12 +443,16 @@ def candidates(device: torch.device, precision: Precision, slow: bool = False) -
     return found if precision == "int8" else [*found, "eager"]
 
 
-def check(found: torch.Tensor, expected: torch.Tensor, precision: Precision) -> None:
-    """Check the logits of a backend against the model's.
+def check(found: Any, expected: Any, precision: Precision) -> None:
+    """Check the logits of a backend, or each of its maps, against the model's.
 
     Raises:
         Unavailable: They differ.
     """
+    if not isinstance(expected, torch.Tensor):
+        for one, other in zip(found, expected, strict=True):
+            check(one, other, precision)
+        return
     if found.shape != expected.shape:
         raise Unavailable(f"it returns {tuple(found.shape)} instead of {tuple(expected.shape)}")
     if precision == "int8":
@@ -436,7 +464,8 @@ def check(found: torch.Tensor, expected: torch.Tensor, precision: Precision) -> 
     exact = TF32_TOLERANCE if uses_tf32(expected.device) else TOLERANCE
     allowed = exact if precision == "float32" else 0.1
     if not error <= allowed:
-        raise Unavailable(f"its logits differ by {error:.2g} of the largest, more than {allowed:g}")
+        kind = "logits" if is_logits(expected) else "maps"
+        raise Unavailable(f"its {kind} differ by {error:.2g} of the largest, more than {allowed:g}")
 
 
 def uses_tf32(device: torch.device) -> bool:

@@ -82,6 +82,50 @@ def test_inductor(tiny, digits, precision):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["auto", "native", "eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_feature_maps(backend, precision, tmp_path):
+    model = spread(timm.create_model("res2net_tiny", features_only=True)).eval()
+    fast = res2net_zoo.optimize(model, images(2, 3, 64, 64), precision, backend, cache_dir=tmp_path)
+    assert backend in ("auto", fast.backend) and fast.precision == precision
+    for shape in ((2, 3, 64, 64), (5, 3, 32, 96), (0, 3, 64, 64)):
+        with torch.no_grad():
+            expected, found = model(images(*shape)), fast(images(*shape))
+        assert isinstance(found, list) and len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert one.shape == other.shape and one.dtype == torch.float32
+            assert not len(one) or relative_error(one, other) < (1e-4 if precision == "float32" else 0.1)
+
+
+def test_single_map(tmp_path):
+    model = spread(timm.create_model("res2net_tiny", num_classes=0, global_pool="")).eval()
+    fast = res2net_zoo.optimize(model, images(2, 3, 64, 64), cache_dir=tmp_path)
+    assert set(fast.milliseconds) == {"native", "eager"}
+    with torch.no_grad():
+        assert relative_error(fast(images(3, 3, 64, 64)), model(images(3, 3, 64, 64))) < 1e-4
+
+
+def test_backends_without_maps_are_replaced_with_a_warning(tmp_path):
+    model = spread(timm.create_model("res2net_tiny", features_only=True)).eval()
+    with pytest.warns(UserWarning, match=r"openvino cannot run this model here .*return logits only"):
+        fast = res2net_zoo.optimize(model, images(2, 3, 64, 64), backend="openvino", cache_dir=tmp_path)
+    assert fast.backend in ("native", "eager")
+
+
+def test_backend_with_wrong_maps_is_not_used(tmp_path, monkeypatch):
+    model = spread(timm.create_model("res2net_tiny", features_only=True)).eval()
+    native = backends.BACKENDS["native"]
+
+    def wrong(*args):
+        right = native(*args)
+        return lambda images: [right(images)[0], *(1.01 * maps for maps in right(images)[1:])]
+
+    monkeypatch.setitem(backends.BACKENDS, "native", wrong)
+    with pytest.warns(UserWarning, match="its maps differ by"):
+        fast = res2net_zoo.optimize(model, images(2, 3, 64, 64), backend="native", cache_dir=tmp_path)
+    assert fast.backend == "eager"
+
+
 def test_compiled_weights_are_constant():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
     compiled = backends.compile_frozen(model, torch.device("cpu"))
@@ -352,7 +396,7 @@ def test_untraceable_model_runs_in_eager_mode(tmp_path, monkeypatch):
         (dict(example_input=torch.zeros(3, 32, 32)), r"it must be \(N, C, H, W\) floats"),
         (dict(example_input=torch.zeros(0, 3, 32, 32)), r"it must be \(N, C, H, W\) floats"),
         (dict(example_input=torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), r"it must be \(N, C, H, W\) floats"),
-        (dict(model=nn.Conv2d(3, 4, 1)), r"not logits \(N, classes\)"),
+        (dict(model=nn.Flatten(2)), r"not logits \(N, classes\)"),
         (dict(example_input=torch.full((1, 3, 32, 32), float("nan"))), "example_input has NaN or infinite values"),
     ],
 )
