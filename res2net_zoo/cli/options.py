@@ -39,9 +39,9 @@ def add_machine(add: Callable[..., object], workers: bool = True) -> None:
     )
 
 
-def add_backend(add: Callable[..., object], default: str | None, when: str) -> None:
-    """Add the backend of inference; `when` describes its default."""
-    about = "backend of the model: torch for plain PyTorch, auto for the fastest one"
+def add_backend(add: Callable[..., object], default: str | None, when: str, what: str = "model") -> None:
+    """Add the backend of inference; `when` describes its default, `what` is the part that it runs."""
+    about = f"backend of the {what}: torch for plain PyTorch, auto for the fastest one"
     add("--backend", choices=BACKENDS, default=default, help=f"{about} (default: {when})")
 
 

@@ -10,6 +10,7 @@ predicted for each person detected by another model.
 
 Examples:
   res2net-zoo predict-task outputs/voc street.jpg --output drawn
+  res2net-zoo predict-task outputs/voc photos/ --output drawn --backend auto
   res2net-zoo predict-task outputs/keypoints 'photos/*.jpg' --detector outputs/persons --output drawn
 
 Exit codes: 0 done; 2 bad input.
@@ -20,11 +21,14 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from res2net_zoo.cli.command import command, parser_of
-from res2net_zoo.cli.options import IMAGES, add_machine
+from res2net_zoo.cli.options import IMAGES, add_backend, add_machine
 from res2net_zoo.utils.command_line import within
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -37,15 +41,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--threshold", type=within(float, 0, 1), metavar="T", help=about)
     add("--detector", help="detection model for the persons whose keypoints are predicted")
     add_machine(add, workers=False)
+    add_backend(add, "torch", "torch", what="backbone")
     return parser.parse_args(argv)
 
 
 @command(parse_args)
 def main(args: argparse.Namespace) -> int:
-    import torch
-
     from res2net_zoo.data.images import find_images
-    from res2net_zoo.tasks import load
     from res2net_zoo.tasks.keypoints import boxes_of
     from res2net_zoo.tasks.prediction import predict
     from res2net_zoo.utils.errors import InputError
@@ -64,17 +66,14 @@ def main(args: argparse.Namespace) -> int:
     if {path.resolve() for path in outputs} & {path.resolve() for path in paths}:
         raise InputError(f"--output {args.output} contains some of the images, which the pictures would replace")
     (check_writable if args.output.is_dir() else check_can_make)(args.output)
-    model: Any = load(args.model)
-    model = model.to(accelerator.device, memory_format=torch.channels_last)
+    model = load_model(args.model, args.backend, accelerator)
     if args.threshold is not None and model.threshold is None:
         raise InputError(f"--threshold is for detection and keypoints; predictions of {model.task} have no scores")
     boxes = None
     if args.detector is not None:
         if model.task != "keypoints":
             raise InputError(f"--detector is for keypoints; the task of {args.model} is {model.task}")
-        detector: Any = load(args.detector)
-        detector = detector.to(accelerator.device, memory_format=torch.channels_last)
-        boxes = partial(boxes_of, detector)
+        boxes = partial(boxes_of, load_model(args.detector, args.backend, accelerator))
     args.output.mkdir(parents=True, exist_ok=True)
     predictions = predict(model, paths, accelerator, args.threshold, boxes)
     for (picture, record), output in zip(predictions, outputs, strict=True):
@@ -84,3 +83,16 @@ def main(args: argparse.Namespace) -> int:
             temporary.write_text(json.dumps(record) + "\n")
     print(f"{len(outputs)} pictures and JSON files in {args.output}")
     return 0
+
+
+def load_model(name: str, backend: str, accelerator: "Accelerator") -> Any:
+    """Return a task's model on the accelerator's device, whose backbone runs by a backend."""
+    import torch
+
+    from res2net_zoo.inference.forward import accelerate_features
+    from res2net_zoo.tasks import load
+
+    model: Any = load(name)
+    model = model.to(accelerator.device, memory_format=torch.channels_last)
+    accelerate_features(model.features, backend, accelerator)
+    return model

@@ -1,17 +1,22 @@
 """The forward pass of a program: plain PyTorch, or a backend of `optimize` that all processes share."""
 
+import copy
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import nn
 
 from res2net_zoo.data.preprocessing import data_config
 from res2net_zoo.utils.console import warn
 from res2net_zoo.utils.errors import InputError, one_line
 from res2net_zoo.utils.processes import all_or_none, autocasting
+
+if TYPE_CHECKING:
+    from res2net_zoo.inference.optimization import Optimized
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}  # Accelerate's name: torch's
 TORCH = "torch"
@@ -49,22 +54,61 @@ def create_forward(model: Any, backend: str, accelerator: Accelerator, batch_siz
     shape = (batch_size, *data_config(model)["input_size"])
     # Noise suffices to compare backends, and all processes have the same.
     example = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(accelerator.device)
-    precision: Any = PRECISIONS[accelerator.mixed_precision]
 
-    def compiled(name: Any) -> Forward:
-        from res2net_zoo.inference.optimization import optimize  # imports the backends' libraries
-
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                optimized = optimize(model, example, precision, name)
-            except ValueError as error:
-                raise InputError(one_line(error), "backend", "mixed_precision") from error
-        for warning in caught if accelerator.is_main_process else ():
-            if issubclass(warning.category, UserWarning):
-                warn(str(warning.message))
+    def compiled(name: str) -> Forward:
+        optimized = _optimized(model, example, name, accelerator)
         return Forward(optimized, optimized.backend)
 
     first = all_or_none(lambda: compiled(backend) if accelerator.is_main_process else None)
     (chosen,) = broadcast_object_list([first and first.backend])
     return all_or_none(lambda: first or compiled(chosen))
+
+
+def accelerate_features(backbone: nn.Module, backend: str, accelerator: Accelerator) -> None:
+    """Let a backbone compute its maps by a backend, in the accelerator's precision.
+
+    The backend is prepared, and with `auto` chosen, by the images of the first call.
+
+    Args:
+        backbone: A part of a larger network, in eval mode, which returns maps; its method `forward` is replaced, as
+            Accelerate does.
+        backend: `torch` for plain PyTorch, which changes nothing, or a backend of `optimize`.
+        accelerator: Determines the precision.
+
+    Raises:
+        InputError: No backend can run the backbone; raised by its first call.
+    """
+    if backend == TORCH:
+        return
+    original = copy.copy(backbone)  # shares the layers, and keeps the method
+    optimized: Optimized | None = None
+
+    def forward(images: torch.Tensor) -> Any:
+        nonlocal optimized
+        if optimized is None:
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+                optimized = _optimized(original, images.clone(), backend, accelerator)
+        return optimized(images)
+
+    backbone.forward = forward
+
+
+def _optimized(model: nn.Module, example: torch.Tensor, backend: Any, accelerator: Accelerator) -> "Optimized":
+    """Optimize a model in the accelerator's precision, and print the warnings on the main process.
+
+    Raises:
+        InputError: No backend can run the model.
+    """
+    from res2net_zoo.inference.optimization import optimize  # imports the backends' libraries
+
+    precision: Any = PRECISIONS[accelerator.mixed_precision]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            optimized = optimize(model, example, precision, backend)
+        except ValueError as error:
+            raise InputError(one_line(error), "backend", "mixed_precision") from error
+    for warning in caught if accelerator.is_main_process else ():
+        if issubclass(warning.category, UserWarning):
+            warn(str(warning.message))
+    return optimized
