@@ -121,11 +121,35 @@ def open_source(
         if streaming:
             raise InputError(f"nothing can be held out of a stream; read {src} without streaming", "streaming")
         return hold_out(open_source(src, held[0], label_column=label_column), *held[1:])[1]
-    src = src if Path(src).exists() else os.path.expanduser(src)
-    try:
+    with _reporting(src):
+        src = _expanded(src)
         splits, load = _find(src)
         split = _choose_split(src, splits, split)
         return _describe(src, split, load(split, streaming), label_column, labelled)
+
+
+def splits_of(src: str) -> list[str]:
+    """Return the names of the splits of labelled images.
+
+    Args:
+        src: As for `open_source`.
+
+    Raises:
+        InputError: The data does not exist, or cannot be read.
+    """
+    with _reporting(src):
+        return _find(_expanded(src))[0]
+
+
+def _expanded(src: str) -> str:
+    return src if Path(src).exists() else os.path.expanduser(src)
+
+
+@contextlib.contextmanager
+def _reporting(src: str) -> Iterator[None]:
+    """Turn the errors of `datasets` and of its readers into an `InputError` of one line."""
+    try:
+        yield
     except InputError:
         raise
     except Exception as error:
