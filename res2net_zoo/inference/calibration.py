@@ -23,7 +23,12 @@ class Selection(NamedTuple):
     def __str__(self) -> str:
         """Return which images these are."""
         of = f" of {len(self.source.rows)}" if len(self.indices) < len(self.source.rows) else ""
-        return f"{len(self.indices)}{of} images of {self.source.name}, split {self.source.split}"
+        return f"{len(self.indices)}{of} images of {self.data}"
+
+    @property
+    def data(self) -> str:
+        """Name and split of the source."""
+        return f"{self.source.name}, split {self.source.split}"
 
     def samples(
         self,

@@ -13,7 +13,7 @@ import json
 import os
 import threading
 import xml.etree.ElementTree
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -86,18 +86,19 @@ class Exported:
     same_top1: int | None
 
 
-def require(*packages: str) -> None:
+def require(*packages: str, purpose: str = "exporting") -> None:
     """Check that packages are installed.
 
     Args:
         packages: Names of the packages, such as `NEEDS` of a format.
+        purpose: What needs them.
 
     Raises:
         InputError: One is missing.
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(f"exporting needs {' and '.join(missing)}; pip install 'res2net-zoo[export]'")
+        raise InputError(f"{purpose} needs {' and '.join(missing)}; pip install 'res2net-zoo[export]'")
 
 
 def import_openvino() -> Any:
@@ -267,8 +268,7 @@ def to_onnx(
     parts: Any = (proto, graph, *graph.node, *graph.initializer, *graph.value_info, *graph.input, *graph.output)
     for entry in parts:
         del entry.metadata_props[:]
-    for key, value in (facts or {}).items():
-        proto.metadata_props.add(key=key, value=value)
+    set_metadata(proto, facts or {})
     return proto
 
 
@@ -306,9 +306,17 @@ def to_openvino(
     # openvino.convert_model does not fix the size of the images, and takes 2 seconds longer.
     proto = to_onnx(model, example_input, dynamic_batch=dynamic_batch)
     result = openvino_core().read_model(proto.SerializeToString())
-    for key, value in (facts or {}).items():
-        result.set_rt_info(value, [SECTION, key])
+    set_metadata(result, facts or {})
     return result
+
+
+def set_metadata(model: Any, facts: Mapping[str, str]) -> None:
+    """Add metadata to an ONNX or OpenVINO model, in place."""
+    for key, value in facts.items():
+        if hasattr(model, "metadata_props"):
+            model.metadata_props.add(key=key, value=value)
+        else:
+            model.set_rt_info(value, [SECTION, key])
 
 
 def output_name(model: nn.Module) -> str:
@@ -401,6 +409,7 @@ def export(
     """
     check_output(output, export_format)
     require(*NEEDS[export_format])
+    facts = (facts or {}) | {"precision": precision}
     batches = (1, SEVERAL) if batch_size is None else (batch_size,)
     classifies = output_name(model) == "logits"
     package = "onnxruntime" if export_format == "onnx" else "openvino"
@@ -409,8 +418,8 @@ def export(
             new,
             version,
         ):
-            expected = _expected(model, images)
-            difference, same = _check_file(new, package, images, expected, batches, precision, classifies)
+            expected = expected_output(model, images)
+            difference, same = check_file(new, package, images, expected, batches, precision, classifies)
     except CheckError as error:
         raise CheckError(f"{error}; {output} is not written") from error
     except OSError as error:
@@ -462,8 +471,8 @@ def _write_new(
             yield temporary, f"OpenVINO IR {ir_version(temporary)}"
 
 
-def _check_file(
-    file: Path,
+def check_file(
+    file: "Path | onnx.ModelProto | openvino.Model",
     package: str,
     images: torch.Tensor,
     expected: np.ndarray,
@@ -474,7 +483,7 @@ def _check_file(
     """Run an exported model and compare its output with the model's.
 
     Args:
-        file: The exported model.
+        file: The exported model, or its file.
         package: The runtime, `onnxruntime` or `openvino`.
         images: Preprocessed images, (N, C, H, W).
         expected: The model's output for them.
@@ -483,14 +492,14 @@ def _check_file(
         classifies: Whether the output is logits.
 
     Returns:
-        See `_compare`.
+        See `compare`.
 
     Raises:
         CheckError: It does not run, or the outputs differ.
     """
     try:
         run = run_onnx(file) if package == "onnxruntime" else run_openvino(file)
-        difference, same = _compare(run, images.numpy(), expected, batches)
+        difference, same = compare(run, images.numpy(), expected, batches)
     except Exception as error:  # each runtime raises its own types
         raise CheckError(f"{package} cannot run the exported model ({first_line(error)})") from error
     if not difference <= TOLERANCE[precision]:  # so that NaN fails too
@@ -505,30 +514,49 @@ def _check_file(
     return difference, same
 
 
-def check_output(output: Path, export_format: str) -> None:
-    """Check that a file name fits a format and does not replace an unrelated file.
+def card_path(file: Path) -> Path:
+    """Return the path of a quantized file's card, such as `digits-int8.onnx.md`."""
+    return file.with_name(f"{file.name}.md")
+
+
+def names_int8(file: Path) -> bool:
+    """Return whether the name of a file states that it is quantized."""
+    return "int8" in file.name.lower()
+
+
+def check_output(output: Path, export_format: str, precision: str = "float32") -> None:
+    """Check that a file name fits format and precision, and does not replace an unrelated file.
 
     Args:
         output: File to write.
         export_format: `onnx` or `openvino`.
+        precision: `float32`, `float16` or `int8`.
 
     Raises:
-        InputError: It has another suffix or is a folder, or the weights would replace a file that does not
-            belong to an IR.
+        InputError: It has another suffix or is a folder, it has "int8" in its name and is not quantized or the other
+            way round, or weights or card would replace a file that does not belong to an exported one.
     """
-    if output.suffix != FORMATS[export_format]:
+    suffix = FORMATS[export_format]
+    if output.suffix != suffix:
         raise InputError(
-            f"{export_format} files end in {FORMATS[export_format]}; use {output.with_suffix('')}"
-            f"{FORMATS[export_format]} instead of {output.name}"
+            f"{export_format} files end in {suffix}; use {output.with_suffix('')}{suffix} instead of {output.name}"
         )
-    weights = output.with_suffix(".bin")
-    if export_format == "openvino" and output.parent.is_dir():
-        finish_ir(output)
-    for path in (output, weights) if export_format == "openvino" else (output,):
+    if names_int8(output) != (precision == "int8"):
+        if precision == "int8":
+            proposed = output.with_name(f"{output.stem}-int8{suffix}")
+            raise InputError(f"the name of a quantized file must contain int8; use {proposed}", "output")
+        raise InputError(f"{output.name} names a quantized file, but the weights are in {precision}; use another name")
+    companions = [output.with_suffix(".bin")] * (export_format == "openvino")
+    companions += [card_path(output)] * (precision == "int8")
+    if output.parent.is_dir():
+        finish_replacing_together(output, *companions)
+    for path in (output, *companions):
         if path.is_dir():
             raise InputError(f"{path} is a folder; name a file")
-    if export_format == "openvino" and weights.exists() and not output.exists():
-        raise InputError(f"{weights} exists without its IR; move it, or use another file name")
+    kinds = {".bin": "IR", ".md": "model"}
+    for path in companions:
+        if path.exists() and not output.exists():
+            raise InputError(f"{path} exists without its {kinds[path.suffix]}; move it, or use another file name")
 
 
 def save_ir(model: "openvino.Model", path: Path, precision: str) -> None:
@@ -550,35 +578,47 @@ def save_ir(model: "openvino.Model", path: Path, precision: str) -> None:
 
 @contextlib.contextmanager
 def temporary_ir(path: Path) -> Iterator[Path]:
-    """Yield a path to write an IR to, which replaces an existing one when it is complete.
-
-    Two files cannot be replaced atomically. So the old .xml is moved first and the new one last, and the .xml of one
-    IR is never next to the .bin of another. If the process is killed in between, the new files are in the folder
-    `.NAME-new-*` next to them, and `finish_ir` moves them.
+    """Yield a path to write an IR to, which replaces an existing one when it is complete; see `replaced_together`.
 
     Args:
         path: The .xml file; the .bin file has the same name.
     """
     path = path.resolve()
+    with replaced_together(path, path.with_suffix(".bin")) as temporary:
+        yield temporary
+
+
+@contextlib.contextmanager
+def replaced_together(path: Path, *companions: Path) -> Iterator[Path]:
+    """Yield a path to write a file to, which replaces an existing one together with its companions.
+
+    Several files cannot be replaced atomically. So the old main file is moved first and the new one last, and the main
+    file of one version is never next to a companion of another. If the process is killed in between, the new files are
+    in the folder `.NAME-new-*` next to them, and `finish_replacing_together` moves them.
+
+    Args:
+        path: The main file, with an absolute path.
+        companions: The other files, in the same folder. They are written next to the path that this yields.
+    """
     with locked(path), temporary_folder(path) as folder:
         temporary = folder / path.name
         yield temporary
         old = folder / "old"
-        for file in (temporary, temporary.with_suffix(".bin")):
-            make_readable(file)
-            with file.open("rb") as opened:
+        every = (*companions, path)
+        for place in every:
+            make_readable(folder / place.name)
+            with (folder / place.name).open("rb") as opened:
                 os.fsync(opened.fileno())
         old.mkdir()  # marks the files in the folder as complete
-        both = (path.with_suffix(".bin"), path)
         moved: list[Path] = []
         placed: list[Path] = []
         try:
-            for place in reversed(both):
+            for place in reversed(every):
                 if place.exists():
                     place.replace(old / place.name)
                     moved.append(place)
-            for place in both:
-                (temporary.parent / place.name).replace(place)
+            for place in every:
+                (folder / place.name).replace(place)
                 placed.append(place)
         except BaseException:
             for place in reversed(placed):
@@ -588,11 +628,12 @@ def temporary_ir(path: Path) -> Iterator[Path]:
             raise
 
 
-def finish_ir(path: Path) -> None:
-    """Complete the replacement of an IR by a process that was killed.
+def finish_replacing_together(path: Path, *companions: Path) -> None:
+    """Complete a replacement by a process that was killed.
 
     Args:
-        path: The .xml file.
+        path: The main file.
+        companions: The other files.
 
     Raises:
         InputError: Another process is writing it.
@@ -607,9 +648,9 @@ def finish_ir(path: Path) -> None:
         return
     with locked(path):
         for folder in whole:
-            for place in (path.with_suffix(".bin"), path):
+            for name in (*(companion.name for companion in companions), path.name):
                 with contextlib.suppress(FileNotFoundError):  # already moved
-                    (folder / place.name).replace(place)
+                    (folder / name).replace(path.with_name(name))
 
 
 def ir_version(path: Path) -> str:
@@ -619,7 +660,7 @@ def ir_version(path: Path) -> str:
     return "unknown"
 
 
-def _expected(model: nn.Module, images: torch.Tensor) -> np.ndarray:
+def expected_output(model: nn.Module, images: torch.Tensor) -> np.ndarray:
     """Compute the output of the original model, before folding, on a CPU in float32."""
     model = copy.deepcopy(model).cpu().float().eval()
     with torch.no_grad():
@@ -630,7 +671,7 @@ def _expected(model: nn.Module, images: torch.Tensor) -> np.ndarray:
     return expected.numpy()
 
 
-def _compare(run: Runner, images: np.ndarray, expected: np.ndarray, batches: Sequence[int]) -> tuple[float, int]:
+def compare(run: Runner, images: np.ndarray, expected: np.ndarray, batches: Sequence[int]) -> tuple[float, int]:
     """Return the maximum relative error over all images and batch sizes, and the number of images of equal top-1."""
     difference, same = 0.0, np.ones(len(images), dtype=bool)
     for batch in batches:

@@ -296,13 +296,22 @@ def of_folder(folder: Path) -> Provenance:
     config = read_json(path) if path.is_file() else {}
     card = _card_of(folder)
     if isinstance(config, dict) and KEY in config:
-        record = _parse(config[KEY], path)
+        record = parse(config[KEY], path)
         # Without an inherited licence, the owner may add one to the card later.
         return dataclasses.replace(record, license=record.license or card["license"])
     return _released(folder / WEIGHTS) or Provenance(origin="unknown", **card)
 
 
-def _parse(record: Any, path: Path) -> Provenance:
+def parse(record: Any, path: Path) -> Provenance:
+    """Return a record that was read from a file.
+
+    Args:
+        record: Its values, as of `Provenance.to_dict`; unknown ones are ignored.
+        path: The file, for messages.
+
+    Raises:
+        InputError: The record is invalid.
+    """
     if not isinstance(record, dict):
         raise InputError(f"{path}: {KEY} must be an object, not {_short(record)}; correct it, or remove it")
     fields = {field.name for field in dataclasses.fields(Provenance)}
