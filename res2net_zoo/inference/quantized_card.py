@@ -101,7 +101,7 @@ def quantized_card(file: ExportedFile) -> ModelCard:
         details=markdown_table(("model", ""), _details(facts)),
         use=use.format(file=json.dumps(name)),
         input_size=", ".join(map(str, json.loads(facts["input_size"]))),
-        file=code_span(name)[1:-1],
+        verify=code_span(f"res2net-zoo verify {name}"),
         files=markdown_table(("file", "SHA-256"), [(key, value) for key, value in metadata[KEY]["sha256"].items()]),
         citation=CITATION,
     )

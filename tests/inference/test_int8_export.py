@@ -1,6 +1,7 @@
 """`export --precision int8`, its card, and `verify` of exported files."""
 
 import json
+import random
 import re
 import shutil
 from collections.abc import Sequence
@@ -22,10 +23,10 @@ from res2net_zoo.inference import export, int8_export
 from res2net_zoo.inference.calibration import Selection, calibration_and_held_out, load_images
 from res2net_zoo.inference.exported_file import read
 from res2net_zoo.inference.file_verification import verify
-from res2net_zoo.inference.quantization import float_layers, quantize_onnx
+from res2net_zoo.inference.quantization import float_layers, quantize_onnx, quantize_openvino
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.weights.provenance import of_folder
-from tests.conftest import SHIPPED_DATA, SHIPPED_MODEL, full_disk, input_error, read_tree
+from tests.conftest import SHIPPED_DATA, SHIPPED_MODEL, SMALL, full_disk, input_error, read_tree, spread
 
 pytestmark = pytest.mark.first_case
 
@@ -211,11 +212,20 @@ def test_layers_in_float_are_named(quick, tiny, few, tmp_path, monkeypatch):
 
 
 @pytest.mark.full
-def test_every_layer_is_counted_as_by_the_quantizer(made):
-    for export_format in ("onnx", "openvino"):
-        file = made[export_format]
-        graph = onnx.load(file) if export_format == "onnx" else export.openvino_core().read_model(file)
-        assert len(read(file).float_layers) == len(float_layers(graph))
+@pytest.mark.parametrize("name", ["seres2next29_6c_24w_4s", "res2next50", "dla60_res2net"])
+def test_the_file_shows_which_layers_are_in_float(tmp_path, name):
+    model = spread(timm.create_model(name, num_classes=6, **SMALL[name])).eval()
+    coarse = torch.randn(40, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    images = torch.nn.functional.interpolate(coarse, size=(32, 32), mode="bicubic")
+    proto = export.to_onnx(model, images[:2])
+    quantized = quantize_onnx(proto, images)
+    onnx.save(quantized, tmp_path / "m.onnx")
+    network = quantize_openvino(export.openvino_core().read_model(proto.SerializeToString()), images)
+    export.save_ir(network, tmp_path / "m.xml", "float32")
+    found = read(tmp_path / "m.onnx"), read(tmp_path / "m.xml")
+    assert [file.precision for file in found] == ["int8", "int8"] and len({len(file.layers) for file in found}) == 1
+    assert [file.float_layers for file in found] == [float_layers(quantized), float_layers(network)]
+    assert bool(found[1].float_layers) == name.startswith("se")  # NNCF leaves the gates in float
 
 
 @pytest.mark.full
@@ -498,3 +508,31 @@ def test_a_folder_with_a_quantized_file(in_process, copied, tmp_path):
     assert result.returncode == 1 and "1 of " in result.stdout
     line = input_error(in_process("hub/publish.py", folder, "--repo-id", "org/mine", "--dry-run"))
     assert "does not verify: digits-int8.onnx: card: top1_int8 100.100" in line
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_files(made, tmp_path, seed):
+    """A changed file fails to verify or is refused with one line; a changed card is never an error of its own."""
+    rng = random.Random(seed)
+    for _ in range(100):
+        main = made[rng.choice(["onnx", "openvino"])]
+        for path in main.parent.iterdir():
+            shutil.copy(path, tmp_path)
+        damaged = tmp_path / rng.choice([main.name, f"{main.name}.md"])
+        before = damaged.read_bytes()
+        content, at = bytearray(before), rng.randrange(len(before))
+        match rng.randrange(3):
+            case 0:
+                del content[at:]
+            case 1:
+                content[at : at + 3] = rng.randbytes(3)
+            case 2:
+                del content[at : at + rng.randrange(1, 2000)]
+        damaged.write_bytes(content)
+        try:
+            problems = failed(tmp_path / main.name)
+        except InputError as error:
+            assert "\n" not in str(error) and len(str(error)) < 600
+        else:
+            assert problems or damaged.suffix == ".md" or bytes(content) == before
