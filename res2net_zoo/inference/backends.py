@@ -45,10 +45,10 @@ def _native(
 ) -> Call:
     if example.device.type != "cpu":
         raise Unavailable("it supports CPUs only")
-    if precision == "int8":
-        raise Unsupported("its steps do not support int8")
     graph = model if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model)
-    return Network(graph, getattr(torch, precision))
+    network = Network(graph, getattr(torch, precision), calibration=calibration)
+    # Integers have no NaN.
+    return _with_abnormal_images(network, model) if precision == "int8" else network
 
 
 def eager(
@@ -56,7 +56,7 @@ def eager(
 ) -> Call:
     """Run a copy of the model in PyTorch's eager mode, channels last."""
     if precision == "int8":
-        raise Unavailable("PyTorch runs models in float only; use openvino or onnxruntime for int8")
+        raise Unavailable("PyTorch runs models in float only; use native, openvino or onnxruntime for int8")
     dtype = getattr(torch, precision)
     module: Any = copy.deepcopy(model)
     module.to(dtype=dtype, memory_format=torch.channels_last)
@@ -296,13 +296,16 @@ def resize_onnx(proto: Any, shape: tuple[int, ...]) -> Any:
 def _with_abnormal_images(run: Call, model: nn.Module) -> Call:
     """Return a function of images that leaves NaN, infinite and huge images to PyTorch."""
 
-    def call(images: torch.Tensor) -> torch.Tensor:
-        logits = run(images)
+    def call(images: torch.Tensor) -> Any:
+        output = run(images)
         largest = torch.linalg.vector_norm(images.float().flatten(1), float("inf"), 1)
         abnormal = ~(largest < LARGEST_PIXEL)
         if abnormal.any():
-            logits[abnormal] = model(images[abnormal].float())
-        return logits
+            exact = model(images[abnormal].float())
+            outputs, exacts = ([x] if isinstance(x, torch.Tensor) else x for x in (output, exact))
+            for one, other in zip(outputs, exacts, strict=True):
+                one[abnormal] = other
+        return output
 
     return call
 

@@ -129,8 +129,8 @@ def optimize(
             `"inductor-padded"` (the same, the groups' widths padded to multiples of 16), `"triton"` (NVIDIA GPU,
             bfloat16 and float16: the zoo's own kernels), `"cudagraphs"` (GPU: eager, without the cost of launching
             kernels), `"eager"`, or `"auto"`. An unavailable backend is replaced by the fastest other one, with a
-            warning that gives the reason. int8 is available by `"openvino"` and `"onnxruntime"`
-            (`pip install 'res2net-zoo[int8]'`).
+            warning that gives the reason. int8 is available by `"native"`, and by `"openvino"`
+            and `"onnxruntime"` (`pip install 'res2net-zoo[int8]'`).
         calibration: For int8, preprocessed images (N, C, H, W) of the example's size, or an iterable of such tensors:
             at least 32, better a few hundred, typical of the images to classify. At most 300 are used. Other
             precisions ignore it.
@@ -347,7 +347,7 @@ def _build_all(
             calls[name] = build(name)
         except Unavailable as error:
             reasons.append(f"{name}: {error}")
-            if name == "native" and precision != "int8":  # expected to run everywhere
+            if name == "native":  # expected to run everywhere
                 warnings.warn(CANNOT_RUN.format(name=name, error=error), stacklevel=3)
     if required and not calls:
         missing = precision == "int8" and not all(map(find_spec, INT8_PACKAGES))

@@ -76,6 +76,20 @@ def test_accuracy_on_the_shipped_data(tiny, digits, backend, tmp_path, monkeypat
     assert "openvino_telemetry" not in sys.modules
 
 
+def test_native_steps_on_the_shipped_data(tiny, digits, tmp_path):
+    rows = list(open_source(str(SHIPPED_DATA), "validation").rows)
+    images, labels = load_images(tiny, rows), torch.tensor([row["label"] for row in rows])
+    images[0, 0, 5, 5] = float("inf")
+    fast = res2net_zoo.optimize(tiny, images[1:5], "int8", "native", digits, cache_dir=tmp_path)
+    assert (fast.backend, fast.calibration_images, fast.float_layers) == ("native", 100, ())
+    with torch.no_grad():
+        expected, found = tiny(images), fast(images)
+    assert found[0].isnan().all() and not found[1:].isnan().any()
+    assert 0 < rms_error(found[1:], expected[1:]) < 0.04
+    right = [(logits.argmax(1) == labels)[1:].float().mean().item() for logits in (found, expected)]
+    assert abs(right[0] - right[1]) <= 0.005
+
+
 @pytest.mark.parametrize("half_range", [False, True])
 def test_weights_of_onnx_are_symmetric_per_channel(tiny, digits, half_range):
     """With 7 bits for processors whose sums of 8-bit products saturate."""
