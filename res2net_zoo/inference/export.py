@@ -201,6 +201,7 @@ def to_program(
         InputError: The model does not support such images, or torch cannot export it.
     """
     folded = reparameterize_model(copy.deepcopy(model).cpu().float().eval(), inplace=True)
+    folded = folded.to(memory_format=torch.contiguous_format)  # NNCF quantizes channels_last weights worse
     images = example_input.cpu().float()
     if dynamic_batch and len(images) < 2:  # torch.export specializes a dimension of 1 to a constant
         images = images[:1].expand(2, -1, -1, -1).contiguous()

@@ -1,5 +1,6 @@
 """Tests of `res2net_zoo.optimize` in int8: calibration images, accuracy, layers in float, and errors."""
 
+import copy
 import json
 import logging
 import sys
@@ -119,6 +120,15 @@ def test_weights_of_openvino_are_symmetric_per_channel(tiny, digits, half_range,
     for values in weights:
         channels = np.abs(values.astype(int)).reshape(len(values), -1).max(1)
         assert np.median(channels) == largest and channels.max() <= largest + 1  # some channels are almost zero
+
+
+@pytest.mark.parametrize("backend", LIBRARIES)
+def test_weights_in_channels_last_are_quantized_the_same(tiny, digits, backend, tmp_path):
+    fast = [
+        res2net_zoo.optimize(model, digits[:4], "int8", backend, digits, cache_dir=tmp_path)(digits[:8])
+        for model in (tiny, copy.deepcopy(tiny).to(memory_format=torch.channels_last))
+    ]
+    assert torch.allclose(*fast, atol=1e-3)
 
 
 @pytest.mark.full
