@@ -2,8 +2,9 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from res2net_zoo.utils.command_line import did_you_mean, within
 
@@ -15,6 +16,7 @@ BACKENDS = (
     "inductor", "inductor-padded", "cudagraphs", "triton", "eager",
 )  # fmt: skip
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # torch's name: Accelerate's
+INT8 = "int8"
 
 
 def add_batch_size(add: Callable[..., object], default: int) -> None:
@@ -24,8 +26,17 @@ def add_batch_size(add: Callable[..., object], default: int) -> None:
     )
 
 
-def add_machine(add: Callable[..., object], workers: bool = True) -> None:
-    """Add options of workers, threads and precision."""
+class _OnePrecision(argparse.Action):
+    """Refuses two different precisions, as by both spellings of the option."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, value: Any, option_string: Any = None) -> None:
+        if getattr(namespace, self.dest) not in (None, value):
+            raise argparse.ArgumentError(self, "two different precisions are given; choose one")
+        setattr(namespace, self.dest, value)
+
+
+def add_machine(add: Callable[..., object], workers: bool = True, int8: bool = False) -> None:
+    """Add options of workers, threads and precision, which includes int8 for some programs."""
     if workers:
         add("--workers", type=within(int, 0), help="data-loading workers per process (default: depends on the machine)")
     add("--threads", type=within(int, 1), help="CPU threads per process (default: cores divided by processes)")
@@ -33,9 +44,10 @@ def add_machine(add: Callable[..., object], workers: bool = True) -> None:
         "--precision",
         "--mixed-precision",
         dest="mixed_precision",
-        type=mixed_precision,
-        metavar=f"{{{','.join(PRECISIONS)}}}",
-        help="autocast precision (default: that of `accelerate config`, else float32)",
+        action=_OnePrecision,
+        type=precision_or_int8 if int8 else mixed_precision,
+        metavar=f"{{{','.join([*PRECISIONS, *[INT8] * int8])}}}",
+        help=f"autocast precision{', or int8' * int8} (default: that of `accelerate config`, else float32)",
     )
 
 
@@ -45,14 +57,41 @@ def add_backend(add: Callable[..., object], default: str | None, when: str, what
     add("--backend", choices=BACKENDS, default=default, help=f"{about} (default: {when})")
 
 
-def mixed_precision(text: str) -> str:
+def mixed_precision(text: str, choices: Iterable[str] = PRECISIONS) -> str:
     """Argument type: a precision by torch's or Accelerate's name; returns Accelerate's name."""
     if text in PRECISIONS.values():
         return text
     if text not in PRECISIONS:
-        hint = did_you_mean(text, PRECISIONS, f"choose from {', '.join(PRECISIONS)}")
+        hint = did_you_mean(text, choices, f"choose from {', '.join(choices)}")
         raise argparse.ArgumentTypeError(f"invalid choice: {text!r}; {hint}")
     return PRECISIONS[text]
+
+
+def precision_or_int8(text: str) -> str:
+    """Argument type: int8, or a precision by torch's or Accelerate's name; returns Accelerate's name."""
+    return INT8 if text == INT8 else mixed_precision(text, (*PRECISIONS, INT8))
+
+
+def add_calibrate(add: Callable[..., object], default: str) -> None:
+    """Add the calibration images of int8; `default` describes which are used without the option."""
+    about = (
+        f"images for the calibration of int8, as for validation; its training split if it has one (default: {default})"
+    )
+    add("--calibrate", metavar="DATA", help=about)
+
+
+def check_int8(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Check the options of int8."""
+    if args.mixed_precision != INT8:
+        if args.calibrate is not None:
+            parser.error("--calibrate needs --precision int8")
+    elif args.backend == "torch":
+        parser.error("--precision int8 needs a backend; replace --backend torch by --backend auto")
+
+
+def autocast_precision(args: argparse.Namespace) -> str | None:
+    """Return Accelerate's precision; an int8 network does not use it."""
+    return "no" if args.mixed_precision == INT8 else args.mixed_precision
 
 
 def named(text: str) -> tuple[str, object]:

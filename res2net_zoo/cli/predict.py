@@ -23,8 +23,19 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from res2net_zoo.cli.command import command, parser_of
-from res2net_zoo.cli.options import IMAGES, MODEL, SKIP_CORRUPT, add_backend, add_batch_size, add_machine
-from res2net_zoo.cli.shipped import shipped_model
+from res2net_zoo.cli.options import (
+    IMAGES,
+    INT8,
+    MODEL,
+    SKIP_CORRUPT,
+    add_backend,
+    add_batch_size,
+    add_calibrate,
+    add_machine,
+    autocast_precision,
+    check_int8,
+)
+from res2net_zoo.cli.shipped import shipped_data, shipped_model
 from res2net_zoo.utils.command_line import within
 
 if TYPE_CHECKING:
@@ -44,14 +55,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, help="write the result to FILE (default: the standard output)")
     add("--embeddings", type=Path, help="write path and embedding (pooled features) to a Parquet file")
     add_batch_size(add, 32)
-    add_machine(add)
-    add_backend(add, None, f"on a CPU auto for {MANY} images or more without --embeddings, else torch")
+    add_machine(add, int8=True)
+    add_backend(add, None, f"auto for int8, and on a CPU for {MANY} images or more without --embeddings, else torch")
+    add_calibrate(add, "the shipped digits for the shipped model")
     add("--skip-corrupt", action="store_true", help=SKIP_CORRUPT)
     args = parser.parse_args(argv)
     if args.output and args.embeddings and args.output.resolve() == args.embeddings.resolve():
         parser.error(f"--output and --embeddings are both {args.output}; name two files")
     if args.embeddings and args.backend not in (None, "torch"):
         parser.error(f"--embeddings needs plain PyTorch; remove --backend {args.backend}")
+    if args.embeddings and args.mixed_precision == INT8:
+        parser.error("--embeddings needs plain PyTorch; remove --precision int8")
+    check_int8(parser, args)
+    if args.mixed_precision == INT8 and args.calibrate is None:
+        if args.model != shipped_model():
+            parser.error("--precision int8 needs --calibrate DATA, a few hundred images of the kind to classify")
+        args.calibrate = shipped_data()
     return args
 
 
@@ -68,7 +87,7 @@ def main(args: argparse.Namespace) -> int:
     from res2net_zoo.utils.processes import all_or_none, start_processes, wait_for_all
     from res2net_zoo.weights.pretrained import create_model
 
-    accelerator = start_processes(args.threads, args.mixed_precision)
+    accelerator = start_processes(args.threads, autocast_precision(args))
     paths = all_or_none(lambda: find_images(args.images))
     for path in filter(None, (args.output, args.embeddings)):
         check_writable_file(path)
@@ -113,13 +132,18 @@ Answer = Callable[["torch.Tensor"], tuple["torch.Tensor", "torch.Tensor | None"]
 
 
 def create_answer(model: Any, num_images: int, args: argparse.Namespace, accelerator: "Accelerator") -> Answer:
-    """Return the forward pass, by the fastest backend if there are many images."""
+    """Return the forward pass, by the fastest backend in int8 or if there are many images."""
+    from res2net_zoo.inference.calibration import calibration_images
     from res2net_zoo.inference.forward import create_forward
+    from res2net_zoo.utils.processes import main_first
 
     if not args.embeddings:
-        fast = accelerator.device.type == "cpu" and num_images >= MANY
+        images = None
+        if args.mixed_precision == INT8:
+            images = main_first(accelerator, lambda: calibration_images(model, args.calibrate))
+        fast = images is not None or (accelerator.device.type == "cpu" and num_images >= MANY)
         backend = args.backend or ("auto" if fast else "torch")
-        forward = create_forward(model, backend, accelerator, min(args.batch_size, num_images)).call
+        forward = create_forward(model, backend, accelerator, min(args.batch_size, num_images), images).call
         return lambda images: (forward(images), None)
 
     def with_embeddings(images: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:

@@ -29,7 +29,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from res2net_zoo.cli.command import command, parser_of
-from res2net_zoo.cli.options import PRECISIONS, SKIP_CORRUPT, add_backend, add_batch_size, add_machine
+from res2net_zoo.cli.options import (
+    INT8,
+    PRECISIONS,
+    SKIP_CORRUPT,
+    add_backend,
+    add_batch_size,
+    add_calibrate,
+    add_machine,
+    autocast_precision,
+    check_int8,
+)
 from res2net_zoo.cli.shipped import as_in_clone, shipped_data, shipped_model
 from res2net_zoo.utils.command_line import within
 
@@ -43,7 +53,10 @@ if TYPE_CHECKING:
     from res2net_zoo.evaluation import Counts
 
 
-PRECISION_NAMES = {name: torch_name for torch_name, name in PRECISIONS.items()}
+PRECISION_NAMES = {name: torch_name for torch_name, name in PRECISIONS.items()} | {INT8: INT8}
+
+
+OPTIONS = ("benchmark", "label_column", "skip_corrupt", "backend", "calibrate")  # that change a result
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -66,8 +79,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     how = parser.add_argument_group("how")
     add_batch_size(how.add_argument, 64)
-    add_machine(how.add_argument)
-    add_backend(how.add_argument, "torch", "torch, the reference")
+    add_machine(how.add_argument, int8=True)
+    add_backend(how.add_argument, None, "torch, the reference; auto for int8")
+    add_calibrate(how.add_argument, "that of --data")
     how.add_argument("--streaming", action="store_true", help="stream the images without caching them")
     how.add_argument("--skip-corrupt", action="store_true", help=SKIP_CORRUPT)
     result = parser.add_argument_group("output")
@@ -85,6 +99,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.resume and args.output is None:
         parser.error("--resume needs --output with the earlier results")
+    check_int8(parser, args)
+    if args.backend is None:
+        args.backend = "auto" if args.mixed_precision == INT8 else "torch"
     return args
 
 
@@ -93,7 +110,7 @@ def main(args: argparse.Namespace) -> int:
     from res2net_zoo.utils.files import check_writable_file, locked_by_main
     from res2net_zoo.utils.processes import start_processes
 
-    accelerator = start_processes(args.threads, args.mixed_precision)
+    accelerator = start_processes(args.threads, autocast_precision(args))
     if args.output is not None:
         check_writable_file(args.output)
     with locked_by_main(args.output, accelerator):
@@ -123,8 +140,8 @@ def validate(args: argparse.Namespace, accelerator: "Accelerator") -> int:
             "model": name,
             "data": args.data,
             "split": source.split,
-            "precision": accelerator.mixed_precision,
-            "options": {key: getattr(args, key) for key in ("benchmark", "label_column", "skip_corrupt", "backend")},
+            "precision": INT8 if args.mixed_precision == INT8 else accelerator.mixed_precision,
+            "options": {key: getattr(args, key) for key in OPTIONS},
         }
         old = next((result for result in results if run.items() <= result.items()), None)
         try:
@@ -220,18 +237,52 @@ def measure(
     # The size of a stream is known only after it was read.
     if not accuracies or source.num_rows is not None or num_classes != 1000 or args.benchmark is not None:
         check_published(name, accuracies, benchmark, source, args, accelerator)
-    (identity,) = broadcast_object_list([identity_of(model, source)])  # file times may differ between machines
+    images = calibration_of(model, source, args, accelerator) if args.mixed_precision == INT8 else None
+    # File times may differ between machines.
+    (identity,) = broadcast_object_list([identity_of(model, source) | calibration_sha256(images)])
     if old is not None:
         changed = [key.replace("_sha256", "") for key, value in identity.items() if old.get(key) != value]
         if not changed:
             accelerator.print(f"{name} is already done")
             return old | compared(old, find_published(accuracies, old["benchmark"], source), args.tolerance)
         accelerator.print(f"{name} is measured again, because of changed or missing records: {', '.join(changed)}")
-    forward = create_forward(model.eval(), args.backend, accelerator, args.batch_size)
+    forward = create_forward(model.eval(), args.backend, accelerator, args.batch_size, images)
     counts = count(name, model, source, classes, args, accelerator, forward.call)
     benchmark = benchmark or benchmark_of(source, counts.num_rows, num_classes, args.benchmark)
-    result = result_of(counts, benchmark, args, accelerator) | {"backend": forward.backend} | identity
+    result = result_of(counts, benchmark, args, accelerator) | identity
+    result |= {"backend": forward.backend, "calibration_images": forward.calibration_images}
     return compared(result, find_published(accuracies, benchmark, source), args.tolerance)
+
+
+def calibration_of(
+    model: Any, source: "Source", args: argparse.Namespace, accelerator: "Accelerator"
+) -> "torch.Tensor":
+    """Return the calibration images, by default of the data's training split.
+
+    Raises:
+        InputError: They are not given, and the data is a stream, or has no training split, or it is measured.
+    """
+    from res2net_zoo.data.sources import splits_of
+    from res2net_zoo.inference.calibration import calibration_images
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.utils.processes import main_first
+
+    def load() -> "torch.Tensor":
+        if args.calibrate is None:
+            if args.streaming:
+                raise InputError(f"{source.name} is a stream; name the images that calibrate int8", "calibrate")
+            if "train" not in splits_of(args.data) or source.split.startswith("train"):
+                what = "has no training split besides the measured images; name the images that calibrate int8"
+                raise InputError(f"{source.name} {what}", "calibrate")
+        return calibration_images(model, args.calibrate or args.data)
+
+    return main_first(accelerator, load)
+
+
+def calibration_sha256(images: "torch.Tensor | None") -> dict[str, str | None]:
+    """Return a hash of the calibration images; None without."""
+    digest = None if images is None else hashlib.sha256(images.numpy().tobytes()).hexdigest()
+    return {"calibration_sha256": digest}
 
 
 def benchmark_of(source: "Source", num_rows: int | None, num_classes: int, wanted: str | None) -> str | None:
@@ -398,6 +449,7 @@ def read_results(path: Path) -> list[dict]:
                     f"{path} was not written by this program: {key} of result {number} {what}; name another --output"
                 )
         result["options"].setdefault("backend", "torch")  # older versions have no other backend
+        result["options"].setdefault("calibrate", None)
         result.setdefault("backend", "torch")
     return results
 

@@ -28,23 +28,28 @@ class Forward(NamedTuple):
     Attributes:
         call: Maps images (N, C, H, W), normalized, to logits (N, classes) in any precision.
         backend: `torch` for plain PyTorch, else the backend of `optimize`.
+        calibration_images: Number of images that calibrated an int8 network; 0 in float.
     """
 
     call: Callable[[torch.Tensor], torch.Tensor]
     backend: str
+    calibration_images: int = 0
 
 
-def create_forward(model: Any, backend: str, accelerator: Accelerator, batch_size: int) -> Forward:
-    """Return the forward pass of a model by a backend, in the accelerator's precision.
+def create_forward(
+    model: Any, backend: str, accelerator: Accelerator, batch_size: int, calibration: torch.Tensor | None = None
+) -> Forward:
+    """Return the forward pass of a model by a backend, in the accelerator's precision or in int8.
 
     With `auto`, the main process compares the backends, and all processes use the fastest, because the last digits of
-    logits depend on the backend.
+    logits depend on the backend. In int8 each process quantizes the model in the same way.
 
     Args:
         model: A timm model on the accelerator's device, in eval mode.
         backend: `torch` for plain PyTorch, or a backend of `optimize`.
         accelerator: Determines device and precision.
         batch_size: Images of a typical batch; other batches are supported as well.
+        calibration: For int8, images (N, C, H, W) of the model's size, the same in all processes.
 
     Raises:
         InputError: No backend can run the model; raised in all processes.
@@ -56,8 +61,8 @@ def create_forward(model: Any, backend: str, accelerator: Accelerator, batch_siz
     example = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(accelerator.device)
 
     def compiled(name: str) -> Forward:
-        optimized = _optimized(model, example, name, accelerator)
-        return Forward(optimized, optimized.backend)
+        optimized = _optimized(model, example, name, accelerator, calibration)
+        return Forward(optimized, optimized.backend, optimized.calibration_images)
 
     first = all_or_none(lambda: compiled(backend) if accelerator.is_main_process else None)
     (chosen,) = broadcast_object_list([first and first.backend])
@@ -93,19 +98,25 @@ def accelerate_features(backbone: nn.Module, backend: str, accelerator: Accelera
     backbone.forward = forward
 
 
-def _optimized(model: nn.Module, example: torch.Tensor, backend: Any, accelerator: Accelerator) -> "Optimized":
-    """Optimize a model in the accelerator's precision, and print the warnings on the main process.
+def _optimized(
+    model: nn.Module,
+    example: torch.Tensor,
+    backend: Any,
+    accelerator: Accelerator,
+    calibration: torch.Tensor | None = None,
+) -> "Optimized":
+    """Optimize a model in the accelerator's precision, or in int8; print the warnings on the main process.
 
     Raises:
         InputError: No backend can run the model.
     """
     from res2net_zoo.inference.optimization import optimize  # imports the backends' libraries
 
-    precision: Any = PRECISIONS[accelerator.mixed_precision]
+    precision: Any = PRECISIONS[accelerator.mixed_precision] if calibration is None else "int8"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            optimized = optimize(model, example, precision, backend)
+            optimized = optimize(model, example, precision, backend, calibration)
         except ValueError as error:
             raise InputError(one_line(error), "backend", "mixed_precision") from error
     for warning in caught if accelerator.is_main_process else ():

@@ -106,6 +106,26 @@ def test_both_spellings_of_a_precision_are_accepted():
     for words in (["--precision", "bfloat16"], ["--precision", "bf16"], ["--mixed-precision", "bf16"]):
         assert module_of("validate").parse_args(words).mixed_precision == "bf16"
     assert module_of("validate").parse_args([]).mixed_precision is None
+    assert module_of("validate").parse_args(["--precision", "bf16", "--mixed-precision", "bf16"])
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "message"),
+    [
+        ("validate", "--precision int8 --mixed-precision bf16", "two different precisions are given; choose one"),
+        ("validate", "--precision int9", "did you mean int8?"),
+        ("validate", "--precision int8 --backend torch", "replace --backend torch by --backend auto"),
+        ("validate", "--calibrate data", "--calibrate needs --precision int8"),
+        ("predict", "a.jpg --precision int8 --model resnet50", "--precision int8 needs --calibrate DATA"),
+        ("predict", "a.jpg --precision int8 --embeddings e.parquet", "remove --precision int8"),
+        ("predict", "a.jpg --calibrate data", "--calibrate needs --precision int8"),
+        ("finetune", "--precision int8", "choose from float32, bfloat16, float16"),
+    ],
+)
+def test_precisions_that_do_not_fit(program, words, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        module_of(program).parse_args(words.split())
+    assert error.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("path", "command"), LAUNCHERS.items(), ids=LAUNCHERS)

@@ -92,11 +92,26 @@ def test_backends_agree_with_timm(in_process, digits, backend):
     assert [answer["score"] for answer in found] == pytest.approx(scores.amax(1).tolist(), abs=1e-5)
 
 
+@pytest.mark.full
+def test_int8(in_process, program, digits):
+    """The shipped model is calibrated on the shipped digits; two processes quantize it in the same way."""
+    scores, _ = timms(sorted(map(str, digits.rglob("*.png"))))
+    args = [digits, "--precision", "int8", "--backend", "openvino", "--batch-size", 3, "--format", "jsonl", "--topk", 1]
+    found = []
+    for result in (in_process(PREDICT, *args), program(PREDICT, *args, processes=2)):
+        assert result.returncode == 0, result.stderr
+        found.append([json.loads(line)["predictions"][0] for line in result.stdout.splitlines() if line[0] == "{"])
+        assert [answer["class"] for answer in found[-1]] == scores.argmax(1).tolist()
+    one, two = ([answer["score"] for answer in answers] for answers in found)
+    assert one == pytest.approx(two, abs=1e-4)
+    assert scores.amax(1).tolist() == pytest.approx(one, abs=0.05) != pytest.approx(one, abs=1e-6)
+
+
 def test_many_images_use_the_fastest_backend(in_process, digits, monkeypatch):
     used = []
     real = optimization.optimize
 
-    def optimize(model, example, precision, backend):
+    def optimize(model, example, precision, backend, calibration):
         used.append((backend, len(example)))
         return real(model, example, precision, "eager")
 

@@ -103,6 +103,58 @@ def test_processes_share_a_backend(program, tmp_path):
     assert (entry["samples"], entry["num_processes"]) == (360, 2) and entry["top1"] >= 99.5
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("backend", ["onnxruntime", "auto", "native"])
+def test_int8(in_process, tmp_path, backend):
+    """Calibrated on the training split; batches of any size, exact counts, and on record: precision and backend."""
+    args = ["--precision", "int8", "--backend", backend, "--batch-size", "47", "--output", tmp_path / "r.json"]
+    result = in_process(VALIDATE, *args)
+    assert result.returncode == 0, result.stderr
+    (entry,) = results(tmp_path / "r.json")
+    assert (entry["precision"], entry["calibration_images"], entry["samples"]) == ("int8", 300, 360)
+    assert entry["correct1"] >= 358 and entry["correct5"] == 360
+    assert f"{entry['backend']}, int8" in table(result)[0]
+    assert entry["backend"] == backend or "another is used" in result.stderr or backend == "auto"
+
+
+@pytest.mark.full
+def test_int8_is_measured_again_with_other_calibration_images(in_process, tmp_path):
+    args = ["--precision", "int8", "--backend", "onnxruntime", "--output", tmp_path / "r.json"]
+    assert in_process(VALIDATE, *args).returncode == 0
+    assert "is already done" in in_process(VALIDATE, *args, "--resume").stdout
+    calibrate = ["--calibrate", f"{SHIPPED_DATA}/data/validation*.parquet"]
+    assert "is already done" not in in_process(VALIDATE, *args, *calibrate, "--resume").stdout
+    assert len(results(tmp_path / "r.json")) == 2
+
+
+@pytest.mark.full
+def test_processes_share_a_quantized_network(program, tmp_path):
+    found = []
+    for processes in (1, 2):
+        output = tmp_path / f"{processes}.json"
+        result = program(VALIDATE, "--precision", "int8", "--output", output, processes=processes)
+        assert result.returncode == 0, result.stderr
+        found += results(output)
+    assert [entry["num_processes"] for entry in found] == [1, 2]
+    assert all((entry["samples"], entry["precision"]) == (360, "int8") for entry in found)
+    assert all(entry["correct1"] >= 358 for entry in found)
+    assert found[0]["calibration_sha256"] == found[1]["calibration_sha256"] is not None
+
+
+def test_int8_needs_calibration_images(in_process, tmp_path):
+    data = save_images(tmp_path / "data", [str(i) for i in range(10)], 4)
+    args = [VALIDATE, "--data", data, "--precision", "int8"]
+    assert "data has no training split besides the measured images; name" in input_error(in_process(*args))
+    few = save_images(tmp_path / "few", ["a"], 3)
+    assert "there are 3 calibration images; int8 needs at least 32" in input_error(
+        in_process(*args, "--calibrate", few)
+    )
+    line = input_error(in_process(VALIDATE, "--streaming", "--precision", "int8"))
+    assert "digits is a stream; name the images that calibrate int8 (--calibrate)" in line
+    line = input_error(in_process(*args, "--calibrate", tmp_path / "nowhere"))
+    assert "nowhere" in line
+
+
 def copy_with_card(tmp_path: Path, top1: float) -> Path:
     """Copy the shipped model with a card that states another top-1."""
     folder = shutil.copytree(SHIPPED_MODEL, tmp_path / f"claims_{top1}")
