@@ -33,7 +33,8 @@ class _Ranges(fx.Interpreter):
         result = super().run_node(n)
         if isinstance(result, torch.Tensor) and n.op != "get_attr":
             low, high = self.ranges.get(n.name, (0.0, 0.0))  # padding needs zero
-            self.ranges[n.name] = min(low, result.min().item()), max(high, result.max().item())
+            lowest, highest = (value.item() for value in result.aminmax())
+            self.ranges[n.name] = min(low, lowest), max(high, highest)
         return result
 
 
@@ -53,7 +54,7 @@ def calibrate(graph: fx.GraphModule, images: torch.Tensor) -> dict[str, Scale]:
     """
     runner = _Ranges(graph)
     for part in images.split(AT_ONCE):
-        runner.run(part)
+        runner.run(part.to(memory_format=torch.channels_last))
     scales = {}
     for name, (low, high) in runner.ranges.items():
         scale = (high - low) / LEVELS or 1.0
