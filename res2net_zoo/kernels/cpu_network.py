@@ -42,10 +42,24 @@ FUNCTIONS = {
 CONV, POINTWISE, MAX_POOL, AVG_POOL, MEAN, RESIZE, INPUT = range(7)
 NONE, RELU, SIGMOID = range(3)
 
-CACHE_BYTES = 256 * 1024  # block of its input that a convolution processes at a time: a part of the L2 cache
-CACHE_WEIGHTS = 1024 * 1024  # size of weights that the L2 cache of a processor with tile registers has room for
+
+def _l2_cache_bytes() -> int:
+    """Return the size of the L2 cache of a core, or 1 MB where the system does not provide it."""
+    try:
+        return int(Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip().removesuffix("K")) * 1024
+    except (OSError, ValueError):
+        return 2**20
+
+
+# Measured on processors with an L2 cache of 1 MB (AMD Zen 5) and of 2 MB (Intel with AMX).
+L2_BYTES = _l2_cache_bytes()
+IMAGES_AT_ONCE = 8 if L2_BYTES >= 2**21 else 4  # 16 by tile registers
+PIXELS_AT_ONCE = 2**23  # of all images at once, for which more than 4 are processed
+CACHE_BYTES = 2**16 if L2_BYTES >= 2**21 else 2**18  # block of its input that a convolution processes at a time
+CACHE_BYTES_BY_TILES = 2**18
+CACHE_WEIGHTS = 2**20  # size of weights that the L2 cache of a processor with tile registers has room for
 LINE = 64  # bytes of a cache line, and of a row of a tile register
-MAP_ELEMENTS = 2**18  # size of one image's map from which on images are processed one by one: that of the L2 cache
+MAP_ELEMENTS = L2_BYTES // 4  # size of one image's map from which on images are processed one by one; half by tiles
 
 
 class Unsupported(Exception):
@@ -310,8 +324,13 @@ class Lowering(fx.Interpreter):
         return super().call_method(target, args, kwargs)
 
 
-def _cut(source: Value, calls: list[_Call]) -> tuple[int, Value] | None:
+def _cut(source: Value, calls: list[_Call], large: int) -> tuple[int, Value] | None:
     """Find the call after which images that were processed one by one can be processed together.
+
+    Args:
+        source: The image.
+        calls: The calls.
+        large: The least number of elements of a large map.
 
     Returns:
         The number of calls before it, and the only value that later calls read: the last large map of this kind. None
@@ -323,7 +342,7 @@ def _cut(source: Value, calls: list[_Call]) -> tuple[int, Value] | None:
     for i, call in enumerate(calls):
         alive = {value for value in (*alive, call.out) if last.get(value, -1) > i}
         alone = len(alive) == 1 and call.out in alive and call.name != "slice"
-        if alone and call.out.c * call.out.h * call.out.w >= MAP_ELEMENTS:
+        if alone and call.out.c * call.out.h * call.out.w >= large:
             found = i + 1, call.out
     return found
 
@@ -513,7 +532,7 @@ class _Program:
 
         # Process images one by one where maps are large, and together where weights are large.
         single, first_calls, _ = network.lower((1, *shape[1:]))
-        cut = _cut(single, first_calls) if shape[0] > 1 else None
+        cut = _cut(single, first_calls, MAP_ELEMENTS // (1 + network.has_tiles)) if shape[0] > 1 else None
         front = [Node(INPUT, single, single)]
         together = [Node(INPUT, source, source)]
         passed: list[tuple[Value, Value]] = []  # value of an image, and that of all images
@@ -727,8 +746,8 @@ class _Program:
         # If the L2 cache has the weights, a group's outputs are better written together.
         if step.bytes * step.channels <= CACHE_WEIGHTS:
             step.block = 1
-        elif step.panel:
-            step.block = max(1, CACHE_BYTES // (step.rows * step.panel))
+        else:
+            step.block = max(1, CACHE_BYTES_BY_TILES // (step.rows * (step.panel or src.pitch * size)))
 
     def rescale(self, step: _Step, node: Node, where: Value) -> None:
         """Set the minimum of a convolution's output, and the scales of what it adds, relative to that of the output."""
@@ -812,7 +831,7 @@ class Network:
             int32.
         calibration: For int8, preprocessed images (N, C, H, W) by which activations are scaled.
         images_at_once: Maximum batch size; larger batches are split. A small one keeps activations in the caches,
-            a large one reuses weights for more images.
+            a large one reuses weights for more images. By default it depends on the processor and the image size.
 
     Raises:
         Unsupported: This machine cannot compile the steps, or does not support bfloat16.
@@ -822,7 +841,7 @@ class Network:
         self,
         graph: fx.GraphModule,
         dtype: torch.dtype = torch.float32,
-        images_at_once: int = 4,
+        images_at_once: int | None = None,
         calibration: torch.Tensor | None = None,
     ) -> None:
         if dtype == torch.bfloat16 and not library().has_bf16():
@@ -861,15 +880,20 @@ class Network:
         images = images.detach().float()
         count, done = len(images), 0
         with self.lock:
-            whole = self.program((min(max(count, 1), self.images_at_once), *_shape_of(images)[1:])).results
+            at_once = self.images_at_once or self.best_batch(images.shape[2] * images.shape[3])
+            whole = self.program((min(max(count, 1), at_once), *_shape_of(images)[1:])).results
             results = [_empty(count, result) for result in whole]
-            for part in images.split(self.images_at_once) if count else ():
+            for part in images.split(at_once) if count else ():
                 for result, some in zip(results, self.program(_shape_of(part)).run(part), strict=True):
                     result[done : done + len(part)] = some
                 done += len(part)
         if isinstance(self.output, tuple):
             return tuple(results)
         return results if isinstance(self.output, list) else results[0]
+
+    def best_batch(self, pixels: int) -> int:
+        """Return how many images of a size in pixels are best processed at once."""
+        return min(16 if self.has_tiles else IMAGES_AT_ONCE, max(4, PIXELS_AT_ONCE // pixels))
 
     def lower(self, shape: tuple[int, int, int, int]) -> tuple[Value, list[_Call], list[Value]]:
         """Return the value of the images, the calls of the model, and its results."""
