@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import res2net_zoo
 from res2net_zoo.data.sources import open_source
 from res2net_zoo.inference import optimization, quantization
-from res2net_zoo.inference.backends import BACKENDS
+from res2net_zoo.inference.backends import BACKENDS, QuantizedNetwork, Quantizer
 from res2net_zoo.inference.export import load_images, to_onnx, to_openvino
 from res2net_zoo.inference.quantization import (
     MINIMUM,
@@ -213,6 +213,18 @@ def test_processor_without_vnni(tiny, tmp_path, monkeypatch):
     for known in (None, {"avx2", "avx_vnni"}, {"asimd", "asimddp"}):
         monkeypatch.setattr(quantization, "instruction_sets", lambda known=known: known)
         assert quantization.has_int8_instructions()
+
+
+@pytest.mark.parametrize(("instructions", "half_range"), [({"avx2"}, True), ({"avx2", "avx_vnni"}, False)])
+def test_weights_have_7_bits_without_vnni(monkeypatch, instructions, half_range):
+    found = []
+    monkeypatch.setattr(quantization, "instruction_sets", lambda: instructions)
+    monkeypatch.setattr(quantization, "float_layers", lambda quantized: [])
+    tools = Quantizer(
+        lambda *_: None, lambda exported, images, half: found.append(half), lambda *_: None, lambda _: None
+    )
+    QuantizedNetwork(nn.Flatten(), images(2), images(), tools)
+    assert found == [half_range]
 
 
 def test_layers_that_remain_in_float_are_named(tmp_path, monkeypatch):
