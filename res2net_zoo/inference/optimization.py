@@ -7,7 +7,7 @@ import platform
 import statistics
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -155,30 +155,47 @@ def optimize(
     build = partial(
         _build, model=model, folded=folded, example=example, reference=reference, precision=precision, images=images
     )
-
-    def finished(name: Backend, call: Call, milliseconds: dict[Backend, float]) -> Optimized:
-        layers = _float_layers(call, model, folded) if images is not None else ()
-        used = 0 if images is None else len(images)
-        return Optimized(call, name, precision, milliseconds, classes, used, layers)
-
+    key = partial(_key, folded, example, precision, calibration=images)
     ready = [name for name in candidates(device, precision) if classes is not None or name in RETURN_MAPS]
+    name, call, milliseconds = _choose(build, key, backend, ready, example, precision, cache_dir, refresh)
+    fast = Optimized(call, name, precision, milliseconds, classes)
+    if images is None:
+        return fast
+    return replace(fast, calibration_images=len(images), float_layers=_float_layers(call, model, folded))
+
+
+def _choose(
+    build: Callable[[Backend], Call],
+    key: Callable[[list[Backend]], str],
+    backend: Backend | Literal["auto"],
+    ready: list[Backend],
+    example: torch.Tensor,
+    precision: Precision,
+    cache_dir: str | Path | None,
+    refresh: bool,
+) -> tuple[Backend, Call, dict[Backend, float]]:
+    """Return the requested backend, or else the cached or the fastest one, and the times if they were compared.
+
+    Raises:
+        ValueError: No backend can run the model.
+    """
     if backend != "auto":
         if call := _build_or_warn(build, backend, CANNOT_RUN):
-            return finished(backend, call, {})
+            return backend, call, {}
         ready = [name for name in ready if name != backend]
 
-    key = _key(folded, example, precision, ready, images)
+    cached = key(ready)
     calls: dict[Backend, Call] = {}
-    kept = None if refresh else _read_choice(key, cache_dir, ready)
+    kept = None if refresh else _read_choice(cached, cache_dir, ready)
     if kept and (call := _build_or_warn(build, kept.backend, CANNOT_RUN_NOW)):
         if _takes(call, example, kept.milliseconds):
-            return finished(kept.backend, call, {})
+            return kept.backend, call, {}
         calls = {kept.backend: call}
     calls |= _build_all(build, [name for name in ready if name not in calls], precision, required=not calls)
     milliseconds = dict(zip(calls, time_interleaved(list(calls.values()), example), strict=True))
     fastest = min(calls, key=lambda name: milliseconds[name])
-    _keep_choice(key, cache_dir, {"backend": fastest, "milliseconds": milliseconds})
-    return finished(fastest, calls[fastest], milliseconds)
+    _keep_choice(cached, cache_dir, {"backend": fastest, "milliseconds": milliseconds})
+    return fastest, calls[fastest], milliseconds
 
 
 class Reference(NamedTuple):
@@ -249,7 +266,7 @@ def _float_layers(call: Call, model: nn.Module, folded: nn.Module) -> tuple[str,
     names = (*getattr(call, "float_layers", ()), *float_norms(model, folded))
     if names:
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        warnings.warn(f"layers that remain in float: {', '.join(names[:NAMED])}{more}", stacklevel=4)
+        warnings.warn(f"layers that remain in float: {', '.join(names[:NAMED])}{more}", stacklevel=3)
     return names
 
 
@@ -328,7 +345,7 @@ def _build_or_warn(build: Callable[[Backend], Call], name: Backend, warning: str
     try:
         return build(name)
     except Unavailable as error:
-        warnings.warn(warning.format(name=name, error=error), stacklevel=3)
+        warnings.warn(warning.format(name=name, error=error), stacklevel=4)
         return None
 
 
@@ -348,7 +365,7 @@ def _build_all(
         except Unavailable as error:
             reasons.append(f"{name}: {error}")
             if name == "native":  # expected to run everywhere
-                warnings.warn(CANNOT_RUN.format(name=name, error=error), stacklevel=3)
+                warnings.warn(CANNOT_RUN.format(name=name, error=error), stacklevel=4)
     if required and not calls:
         missing = precision == "int8" and not all(map(find_spec, INT8_PACKAGES))
         hint = "; pip install 'res2net-zoo[int8]' for more" if missing else ""
@@ -555,4 +572,4 @@ def _keep_choice(key: str, cache_dir: str | Path | None, choice: dict[str, Any])
             path.unlink()
         write_atomically(path, lambda file: file.write_text(json.dumps(choice)))
     except (OSError, ValueError) as error:
-        warnings.warn(f"the choice of a backend cannot be cached: {one_line(error)}; set HF_HOME", stacklevel=3)
+        warnings.warn(f"the choice of a backend cannot be cached: {one_line(error)}; set HF_HOME", stacklevel=4)
