@@ -113,6 +113,69 @@ def activation_maps(
     return heat, logits
 
 
+class LastMap(nn.Module):
+    """A classifier up to its last feature map."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the map (N, C, h, w) that is pooled, for images (N, C, H, W)."""
+        model: Any = self.model
+        return model.forward_features(images)
+
+
+@torch.no_grad()
+def check_linear_head(model: Any, image: torch.Tensor) -> None:
+    """Check that a classifier consists of average pooling and one linear layer, as `class_maps` needs.
+
+    Args:
+        model: The model, in eval mode.
+        image: A normalized image (1, C, H, W).
+
+    Raises:
+        InputError: It has another head, or its target layer does not return the map that is pooled.
+    """
+    maps: list[Any] = []
+    handle = target_layer(model).register_forward_hook(lambda _, __, output: maps.append(output))
+    logits = model(image)
+    handle.remove()
+    weight, bias = (getattr(model.get_classifier(), name, None) for name in ("weight", "bias"))
+    pooled = maps[0].mean((2, 3)) if getattr(maps[0], "ndim", 0) == 4 else None
+    if pooled is not None and weight is not None and weight[0].numel() == pooled.shape[1]:
+        found = nn.functional.linear(pooled, weight.flatten(1), bias)
+        if torch.allclose(found, logits, rtol=1e-3, atol=1e-3 * logits.abs().max().item()):
+            return
+    raise InputError(
+        f"{type(model).__name__} has another head than average pooling and one linear layer, so its activation maps "
+        "need gradients, which plain PyTorch computes",
+        "backend",
+    )
+
+
+@torch.no_grad()
+def class_maps(model: Any, features: torch.Tensor, classes: Sequence[int], size: Sequence[int]) -> np.ndarray:
+    """Compute the maps of `activation_maps` by Grad-CAM without gradients, as CAM (Zhou et al., arXiv 1512.04150).
+
+    With one linear layer after average pooling both are the same (Selvaraju et al., Section 3.1).
+
+    Args:
+        model: A model for which `check_linear_head` passes.
+        features: Its last maps (N, C, h, w).
+        classes: Class index for each image.
+        size: Height and width of the images.
+
+    Returns:
+        The maps (N, H, W), each from 0 to 1.
+    """
+    from pytorch_grad_cam.utils.image import scale_cam_image
+
+    weight = model.get_classifier().weight.flatten(1)[list(classes)]
+    heat = torch.einsum("nchw,nc->nhw", features, weight).clamp(min=0).cpu().numpy()
+    return scale_cam_image(scale_cam_image(heat, tuple(size)[::-1]))  # twice, as the package does
+
+
 def load_image(model: Any, path: str) -> torch.Tensor:
     """Read an image and preprocess it for a model.
 

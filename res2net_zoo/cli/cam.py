@@ -7,19 +7,23 @@ Each model uses its own preprocessing. Without --model, the shipped digits model
 Examples:
   res2net-zoo cam dog.jpg --model res2net50_26w_4s resnet50 --output figure4.png
   res2net-zoo cam photos/ --model res2net101d --class "tabby, tabby cat" --method layercam
+  res2net-zoo cam photos/ --model res2net101d --backend auto
 
 Exit codes: 0 done; 2 bad input.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from res2net_zoo.cli.command import command, parser_of
-from res2net_zoo.cli.options import IMAGES, MODEL
+from res2net_zoo.cli.options import IMAGES, MODEL, add_backend, add_machine
 from res2net_zoo.cli.shipped import shipped_model
-from res2net_zoo.utils.command_line import within
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
 
 METHODS = {  # classes of the grad-cam package
     "gradcam": "GradCAM",
@@ -43,14 +47,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--method", choices=METHODS, default="gradcam", help="method of the grad-cam package (default: %(default)s)")
     add("--output", type=Path, default=Path("cam.png"), help="picture to write (default: %(default)s)")
-    add("--threads", type=within(int, 1), help="CPU threads per process (default: cores divided by processes)")
-    return parser.parse_args(argv)
+    add_machine(add, workers=False)
+    add_backend(
+        add, "torch", "torch; another one needs --method gradcam and a model with one linear layer after pooling"
+    )
+    args = parser.parse_args(argv)
+    if args.backend != "torch" and args.method != "gradcam":
+        parser.error(f"--method {args.method} needs plain PyTorch; remove --backend {args.backend}")
+    if args.backend == "torch" and args.mixed_precision not in (None, "no"):
+        parser.error("plain PyTorch computes activation maps in float32; add --backend auto or remove --precision")
+    return args
 
 
 @command(parse_args)
 def main(args: argparse.Namespace) -> int:
-    import torch
-
     from res2net_zoo.analysis import cam
     from res2net_zoo.data.images import find_images
     from res2net_zoo.data.labels import class_names
@@ -62,7 +72,7 @@ def main(args: argparse.Namespace) -> int:
     from res2net_zoo.weights.pretrained import create_model
 
     cam.require()
-    accelerator = start_processes(args.threads)
+    accelerator = start_processes(args.threads, args.mixed_precision)
     if accelerator.num_processes > 1:
         raise InputError("a picture is drawn by one process; start this without accelerate launch")
     paths = find_images(args.images)
@@ -85,26 +95,59 @@ def main(args: argparse.Namespace) -> int:
     wanted = classes_of(args.classes or (), names)
     wanted = wanted * len(paths) if len(wanted) == 1 else wanted
 
+    explain = explanation(args, accelerator)
     rows, scores = [], []
     for i, path in enumerate(progress_bar(accelerator, paths, desc="cam", unit="image")):
-        # Without a given class, the first model has to predict it first.
-        shown = [cam.load_image(model, path) for model in models]
-        if wanted:
-            index = wanted[i]
-        else:
-            with torch.inference_mode():
-                index = int(models[0](shown[0].to(accelerator.device)).argmax())
+        index = wanted[i] if wanted else None
         seen = []
-        for name, model, image in zip(args.model, models, shown, strict=True):
-            heat, logits = cam.activation_maps(model, image.to(accelerator.device), [index], METHODS[args.method])
+        for name, model in zip(args.model, models, strict=True):
+            image = cam.load_image(model, path)
+            heat, logits, index = explain(model, image.to(accelerator.device), index)
             score = float(logits.float().softmax(1)[0, index])
-            seen.append(cam.Activation(name.rpartition("/")[2], cam.picture(model, image), heat[0], score))
+            seen.append(cam.Activation(name.rpartition("/")[2], cam.picture(model, image), heat, score))
+        assert index is not None
         rows.append((Path(path).name, names[index], seen))
         scores.append((path, names[index], *(f"{100 * one.score:.1f}" for one in seen)))
     cam.draw(rows, args.output)
     print(markdown_table(("image", "class", *(f"{one.model} (percent)" for one in rows[0][2])), scores))
     print(f"wrote {args.output}")
     return 0
+
+
+# Maps a model, an image (1, C, H, W) and a class, or None for the top-1, to the map (H, W), the logits, and the class.
+Explain = Callable[[Any, "torch.Tensor", int | None], tuple[Any, "torch.Tensor", int]]
+
+
+def explanation(args: argparse.Namespace, accelerator: "Accelerator") -> Explain:
+    """Return a function that computes an activation map, by gradients or from the last map of a backend."""
+    import torch
+
+    from res2net_zoo.analysis import cam
+    from res2net_zoo.inference.forward import accelerate_features
+
+    def by_gradients(model: Any, image: torch.Tensor, index: int | None) -> tuple[Any, torch.Tensor, int]:
+        if index is None:
+            with torch.inference_mode():
+                index = int(model(image).argmax())
+        heat, logits = cam.activation_maps(model, image, [index], METHODS[args.method])
+        return heat[0], logits, index
+
+    if args.backend == "torch":
+        return by_gradients
+    last: dict[Any, cam.LastMap] = {}
+
+    def by_backend(model: Any, image: torch.Tensor, index: int | None) -> tuple[Any, torch.Tensor, int]:
+        if model not in last:
+            cam.check_linear_head(model, image)
+            last[model] = cam.LastMap(model).eval()
+            accelerate_features(last[model], args.backend, accelerator)
+        with torch.inference_mode():
+            features = last[model](image)
+            logits = model.forward_head(features)
+        index = int(logits.argmax()) if index is None else index
+        return cam.class_maps(model, features, [index], image.shape[2:])[0], logits, index
+
+    return by_backend
 
 
 def classes_of(words: Sequence[str], names: Sequence[str]) -> list[int]:

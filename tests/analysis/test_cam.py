@@ -66,6 +66,46 @@ def test_grad_cam_equals_cam(name):
     assert found.shape == (3, 96, 96) and found.min() >= 0 and found.max() <= 1
 
 
+@pytest.mark.first_case
+@pytest.mark.parametrize("name", [*SMALL, "res2net_tiny", "resnet18"])
+def test_class_maps_are_grad_cams(name):
+    model = spread(timm.create_model(name, num_classes=7, **SMALL.get(name, {}))).eval()
+    x, classes = torch.randn(3, 3, 64, 96), [6, 0, 3]
+    expected, _ = cam.activation_maps(model, x, classes)
+    cam.check_linear_head(model, x[:1])
+    with torch.no_grad():
+        found = cam.class_maps(model, cam.LastMap(model)(x), classes, x.shape[2:])
+    assert found.shape == expected.shape and np.abs(found - expected).max() < 1e-3
+
+
+@pytest.mark.parametrize("backend", ["native", "auto"])
+def test_backends_draw_the_same_picture(in_process, digits, tmp_path, backend):
+    shown = []
+    for name in ("torch", backend):
+        result = in_process(CAM, digits, "--backend", name, "--output", tmp_path / f"{name}.png")
+        assert result.returncode == 0, result.stderr
+        shown.append((result.stdout.splitlines()[:-1], np.asarray(Image.open(tmp_path / f"{name}.png"), np.int16)))
+    (lines, picture), (same, other) = shown
+    assert lines == same and np.abs(picture - other).max() <= 8
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--backend", "native", "--method", "layercam"], "--method layercam needs plain PyTorch; remove --backend"),
+        (["--precision", "bfloat16"], "in float32; add --backend auto or remove --precision"),
+        (["--backend", "auto", "--model", "mobilenetv3_small_050"], "MobileNetV3 has another head than average pool"),
+        (["--backend", "fastest"], "invalid choice: 'fastest'"),
+    ],
+)
+def test_a_backend_is_refused_where_gradients_are_needed(in_process, digits, args, words, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        "res2net_zoo.weights.pretrained.create_model", lambda name: timm.create_model(name, num_classes=10)
+    )
+    assert words in input_error(in_process(CAM, digits, *args, "--output", tmp_path / "a.png"))
+    assert not (tmp_path / "a.png").exists()
+
+
 def test_transformer_is_unsupported():
     model = timm.create_model("vit_tiny_patch16_224", img_size=32).eval()
     with pytest.raises(InputError, match="the last layer of VisionTransformer does not return a map"):
