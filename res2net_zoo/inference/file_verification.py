@@ -117,6 +117,7 @@ def _accuracies(file: ExportedFile) -> list[Check]:
         except ValueError:
             agrees = False
         checks.append(Check(label, found, "loss is float32 minus int8", agrees))
+    checks += [Check("warning", clipped(facts["warning"]), "-", None)] if "warning" in facts else []
     return checks or [Check("top-1", "not recorded", "-", None)]
 
 

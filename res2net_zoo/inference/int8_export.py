@@ -165,7 +165,7 @@ def export_int8(
     quantized = _quantized(graph, images, export_format)
     runs = {"float32": _runner(graph, export_format), "int8": _runner(quantized, export_format)}
     measured = measure(runs, model, held_out, classes, img_size)
-    check_loss(measured, classes, max_loss, force, output)
+    problem = check_loss(measured, classes, max_loss, force, output)
     facts = {
         **facts,
         **measured_facts(measured, classes),
@@ -176,6 +176,7 @@ def export_int8(
         "max_loss": f"{max_loss:g}",
         "float_norms": json.dumps([name for name, part in model.named_modules() if isinstance(part, OTHER_NORMS)]),
         **machine_facts(export_format),
+        **({"warning": problem} if problem else {}),
     }
     reproduced = runs["int8"](sample.numpy())
     fix_batch_size(quantized, batch_size, sample)
@@ -265,8 +266,11 @@ def measure(
     return Measured(len(samples), correct, same)
 
 
-def check_loss(measured: Measured, classes: Classes, max_loss: float, force: bool, output: Path) -> None:
+def check_loss(measured: Measured, classes: Classes, max_loss: float, force: bool, output: Path) -> str:
     """Check that quantization costs at most `max_loss` points of top-1; with `force` only warn.
+
+    Returns:
+        What is wrong nevertheless, for metadata and card; or "".
 
     Raises:
         CheckError: It costs more, or the float32 model is no better than chance, so that the loss means nothing.
@@ -292,6 +296,7 @@ def check_loss(measured: Measured, classes: Classes, max_loss: float, force: boo
         warn(problem)
     elif measured.images < FEW:
         warn(f"the loss is measured on only {measured.images} images, each of {100 / measured.images:.1f} points")
+    return problem
 
 
 def measured_facts(measured: Measured, classes: Classes) -> dict[str, str]:

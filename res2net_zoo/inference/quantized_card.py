@@ -21,7 +21,7 @@ LABELS = {"top1": "top-1", "top5": "top-5"}
 RECORDED = (
     "precision", "quantization", "calibration_data", "calibration_images", "evaluation_data", "evaluation_images",
     *(f"{k}_{what}" for k in LABELS for what in ("float32", "int8", "loss")), "same_top1",
-    "max_loss", "layers", "float_layers", "float_norms", "runtime", "processor", "versions",
+    "max_loss", "layers", "float_layers", "float_norms", "runtime", "processor", "versions", "warning",
 )  # fmt: skip
 ONNX_USE = """\
 ```python
@@ -95,8 +95,7 @@ def quantized_card(file: ExportedFile) -> ModelCard:
         accuracies=accuracy_table(facts),
         runtime=facts["runtime"],
         evaluation=f"{facts['evaluation_images']} images of {markdown(facts['evaluation_data'])}",
-        exceeded=float(facts["top1_loss"]) > float(facts["max_loss"]),
-        limit=facts["max_loss"],
+        warning=facts.get("warning", ""),
         quantization=markdown_table(("int8", ""), _quantization(file)),
         details=markdown_table(("model", ""), _details(facts)),
         use=use.format(file=json.dumps(name)),

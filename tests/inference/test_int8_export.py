@@ -175,8 +175,9 @@ def test_a_large_loss_is_not_written(in_process, quick, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     result = in_process(EXPORT, *args, "--force")
     assert result.returncode == 0 and result.stderr.startswith("warning: int8 loses")
-    assert "more than the limit of 1 points" in (tmp_path / "m-int8.onnx.md").read_text()
-    assert failed(output) == []
+    assert "**Written by `--force`: int8 loses" in (tmp_path / "m-int8.onnx.md").read_text()
+    assert "more than the limit of 1" in read(output).metadata["warning"] and failed(output) == []
+    assert "| warning " in in_process(VERIFY, output).stdout
 
 
 def test_the_limit_is_inclusive(tmp_path):
