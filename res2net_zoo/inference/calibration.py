@@ -1,12 +1,12 @@
 """Images for the calibration of int8 models, and held-out images on which the loss of accuracy is measured."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
 
-from res2net_zoo.data.images import MapSamples
+from res2net_zoo.data.images import MapSamples, Sample
 from res2net_zoo.data.preprocessing import evaluation_samples
 from res2net_zoo.data.sources import Source, open_source, splits_of
 from res2net_zoo.utils.errors import InputError
@@ -133,8 +133,15 @@ def load_images(model: nn.Module, selection: Selection, img_size: int | None = N
     for i in range(len(samples)):
         sample = samples[i]
         if sample.image is None:
-            raise InputError(f"{sample.place} is corrupt ({sample.corrupt or sample.fatal}); remove it")
+            refuse(sample)
         images.append(sample.image)
     if not images:
         raise InputError(f"{selection.source.name} has no image in split {selection.source.split}")
     return torch.stack(images)
+
+
+def refuse(sample: Sample) -> NoReturn:
+    """Raise the `InputError` of a sample without an image."""
+    if sample.fatal is not None:
+        raise InputError(f"{sample.place}: {sample.fatal}")
+    raise InputError(f"{sample.place} is corrupt ({sample.corrupt}); remove it")

@@ -13,8 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from res2net_zoo.data.labels import Classes, match_classes, recognize
-from res2net_zoo.evaluation import TOPK, collate, corrupt_places, count_batch
-from res2net_zoo.inference.calibration import Selection, load_images
+from res2net_zoo.data.sources import labels_of
+from res2net_zoo.evaluation import TOPK, collate, count_batch
+from res2net_zoo.inference.calibration import Selection, load_images, refuse
 from res2net_zoo.inference.export import (
     NEEDS,
     OPSET,
@@ -203,6 +204,12 @@ def classes_of(model: Any, held_out: Selection) -> Classes:
         raise InputError(str(error), "calibrate") from error
     if classes.warning:
         warn(classes.warning, "calibrate")
+    labels = labels_of(source)
+    for i in held_out.indices:  # checked before hours of work
+        try:
+            classes.targets(None if labels[i] < 0 else int(labels[i]), None)
+        except InputError as error:
+            raise InputError(f"image {i} of {held_out.data}: {error}", "calibrate") from error
     return classes
 
 
@@ -253,7 +260,8 @@ def measure(
     same = 0
     with progress_bar(None, total=len(samples), desc="measure", unit="image") as progress:
         for images, targets, bad in loader:
-            corrupt_places(bad, False)
+            for sample in bad:
+                refuse(sample)
             predictions = []
             for precision, run in runs.items():
                 logits = torch.from_numpy(run(images.numpy()))

@@ -278,7 +278,7 @@ def test_bad_options(in_process, args, words):
     assert words in line and set(Path.cwd().iterdir()) == before
 
 
-@pytest.mark.parametrize("kind", ["few", "empty", "unlabelled", "other classes", "noise", "corrupt"])
+@pytest.mark.parametrize("kind", ["few", "empty", "unlabelled", "no labels", "other classes", "noise", "corrupt"])
 def test_bad_images(in_process, tmp_path, kind):
     data = tmp_path / "data"
     if kind == "empty":
@@ -300,10 +300,17 @@ def test_bad_images(in_process, tmp_path, kind):
         "few": "has 30 images in split train; at least 33 are needed",
         "empty": "data",
         "unlabelled": "has no column of labels",
+        "no labels": "image 1 of data, split train: its label is missing (--calibrate)",
         "other classes": "the data has 12 classes and the model only 10",
         "noise": "random noise",
         "corrupt": "is corrupt (not an image of a supported format)",
     }[kind]
+    if kind == "no labels":
+        rows = calibration_and_held_out(str(SHIPPED_DATA), 32)[0].source.rows.select(range(80))
+        shutil.rmtree(data)
+        data.mkdir()
+        labels = [-1] * 80
+        rows.remove_columns("label").add_column("label", labels).to_parquet(data / "train.parquet")
     output = tmp_path / "m-int8.onnx"
     args = ["--precision", "int8", "--format", "onnx", "--output", output, "--calibrate", data]
     assert words in input_error(in_process(EXPORT, *args)) and not output.exists()
