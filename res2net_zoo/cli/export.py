@@ -15,8 +15,7 @@ split measures, or evenly spaced images of its only split calibrate and the othe
 Examples:
   res2net-zoo export --model res2net50d --format onnx --output res2net50d.onnx
   res2net-zoo export --model local-dir:outputs/mine --format openvino --output mine.xml --images 'photos/*.jpg'
-  res2net-zoo export --model local-dir:outputs/mine --format openvino --output mine-int8.xml --precision int8 \
-    --calibrate photos
+  res2net-zoo export --precision int8 --calibrate photos --model local-dir:mine --format onnx --output mine-int8.onnx
 
 Exit codes: 0 done; 1 the outputs differ or int8 loses more than --max-loss, and nothing is written; 2 bad input.
 """

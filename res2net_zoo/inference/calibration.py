@@ -84,7 +84,13 @@ def calibration_and_held_out(source: str, minimum: int, label_column: str | None
     """
     splits = splits_of(source)
     known = [name for name in ("validation", "test", "train") if name in splits]
-    held_out = open_source(source, known[0] if known else None, label_column=label_column)
+    try:
+        held_out = open_source(source, known[0] if known else None, label_column=label_column)
+    except InputError as error:
+        if "label_column" not in error.parameters:
+            raise
+        hint = "the accuracy is measured on labelled images, such as a folder for each class"
+        raise InputError(f"{error}; {hint}", *error.parameters) from error
     if "train" in known[1:]:
         used = open_source(source, "train", labelled=False)
         selections = Selection(used, evenly_spaced(used, CALIBRATION_IMAGES)), everything(held_out)

@@ -299,7 +299,7 @@ def test_bad_images(in_process, tmp_path, kind):
     words = {
         "few": "has 30 images in split train; at least 33 are needed",
         "empty": "data",
-        "unlabelled": "has no column of labels",
+        "unlabelled": "the accuracy is measured on labelled images, such as a folder for each class (--label-column)",
         "no labels": "image 1 of data, split train: its label is missing (--calibrate)",
         "other classes": "the data has 12 classes and the model only 10",
         "noise": "random noise",
