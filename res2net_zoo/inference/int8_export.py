@@ -154,15 +154,12 @@ def export_int8(
     if output_name(model) != "logits":
         raise InputError("the model has no classifier, so that its loss of accuracy cannot be measured")
     classes = classes_of(model, held_out)
-    images = load_images(model, calibration, img_size)
     try:
-        images = check_calibration(model, images)
+        images = check_calibration(model, load_images(model, calibration, img_size))
     except ValueError as error:
         raise InputError(str(error), "calibrate") from error
-    graph: Any = to_onnx(model, images[:2], opset=opset) if export_format == "onnx" else to_openvino(model, images[:2])
     sample = images[:: math.ceil(len(images) / CHECKED)]
-    expected = expected_output(model, sample)
-    difference, _ = check_file(graph, RUNTIMES[export_format], sample, expected, (1, SEVERAL), "float32", True)
+    graph, difference = float_graph(model, sample, export_format, opset)
     quantized = _quantized(graph, images, export_format)
     runs = {"float32": _runner(graph, export_format), "int8": _runner(quantized, export_format)}
     measured = measure(runs, model, held_out, classes, img_size)
@@ -170,13 +167,11 @@ def export_int8(
     facts = {
         **facts,
         **measured_facts(measured, classes),
-        "quantization": METHODS[export_format],
         "calibration_data": calibration.data,
         "calibration_images": str(len(images)),
         "evaluation_data": held_out.data,
         "max_loss": f"{max_loss:g}",
-        "float_norms": json.dumps([name for name, part in model.named_modules() if isinstance(part, OTHER_NORMS)]),
-        **machine_facts(export_format),
+        **method_facts(model, export_format),
         **({"warning": problem} if problem else {}),
     }
     reproduced = runs["int8"](sample.numpy())
@@ -186,6 +181,28 @@ def export_int8(
     except OSError as failure:
         raise InputError(f"cannot write {output}: {failure.strerror or failure}") from failure
     return QuantizedExport(file, card_path(output), size, len(sample), difference, measured)
+
+
+def float_graph(model: nn.Module, images: torch.Tensor, export_format: str, opset: int = OPSET) -> tuple[Any, float]:
+    """Export a model in float32 and compare it with PyTorch.
+
+    Args:
+        model: The model.
+        images: Images (N, C, H, W) to compare the outputs for.
+        export_format: `onnx` or `openvino`.
+        opset: Version of ONNX's operators.
+
+    Returns:
+        The ONNX or OpenVINO model, with a dynamic batch size, and the maximum difference of its output from PyTorch's,
+        relative to its largest value.
+
+    Raises:
+        InputError: The model cannot be exported.
+        CheckError: The outputs differ.
+    """
+    graph: Any = to_onnx(model, images[:2], opset=opset) if export_format == "onnx" else to_openvino(model, images[:2])
+    expected = expected_output(model, images)
+    return graph, check_file(graph, RUNTIMES[export_format], images, expected, (1, SEVERAL), "float32", True)[0]
 
 
 def classes_of(model: Any, held_out: Selection) -> Classes:
@@ -318,12 +335,14 @@ def measured_facts(measured: Measured, classes: Classes) -> dict[str, str]:
     return facts
 
 
-def machine_facts(export_format: str) -> dict[str, str]:
-    """Return runtime, processor and versions as metadata."""
+def method_facts(model: nn.Module, export_format: str) -> dict[str, str]:
+    """Return the method, norms in float, runtime, processor and versions as metadata."""
     libraries = ("res2net-zoo", "torch", "timm", *LIBRARIES[export_format])
     versions = {name: importlib.metadata.version(name) for name in libraries}
     package = RUNTIMES[export_format]
     return {
+        "quantization": METHODS[export_format],
+        "float_norms": json.dumps([name for name, part in model.named_modules() if isinstance(part, OTHER_NORMS)]),
         "runtime": f"{package} {versions[package]}",
         "processor": processor() + " without int8 instructions" * (not has_int8_instructions()),
         "versions": json.dumps(versions),
