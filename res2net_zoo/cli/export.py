@@ -21,7 +21,10 @@ Exit codes: 0 done; 1 the outputs differ or int8 loses more than --max-loss, and
 """
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,8 +153,6 @@ def export_float(args: argparse.Namespace, model: Any, facts: dict[str, str]) ->
 
 def export_quantized(args: argparse.Namespace, model: Any, facts: dict[str, str]) -> str:
     """Export a model in int8; return the printed summary."""
-    import warnings
-
     from res2net_zoo.inference.calibration import calibration_and_held_out
     from res2net_zoo.inference.export import OPSET
     from res2net_zoo.inference.int8_export import export_int8
@@ -161,8 +162,7 @@ def export_quantized(args: argparse.Namespace, model: Any, facts: dict[str, str]
     calibration, held_out = calibration_and_held_out(args.calibrate, MINIMUM, args.label_column)
     if held_out.source.skipped:
         warn(f"skipped in {args.calibrate}: {held_out.source.skipped}")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+    with reporting_warnings():
         exported = export_int8(
             model,
             calibration,
@@ -176,10 +176,22 @@ def export_quantized(args: argparse.Namespace, model: Any, facts: dict[str, str]
             max_loss=MAX_LOSS if args.max_loss is None else args.max_loss,
             force=args.force,
         )
-    for warning in caught:
-        if "calibration images" in str(warning.message):  # the others are of libraries
-            warn(warning.message, "calibrate")
     return quantized_summary(exported, calibration, held_out)
+
+
+@contextlib.contextmanager
+def reporting_warnings() -> Iterator[None]:
+    """Report the warnings about calibration images as lines of the program, and ignore those of libraries."""
+    from res2net_zoo.utils.console import warn
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield
+        finally:
+            for warning in caught:
+                if "calibration images" in str(warning.message):
+                    warn(warning.message, "calibrate")
 
 
 def summary(exported: "Exported", available: int) -> str:
@@ -200,8 +212,6 @@ def summary(exported: "Exported", available: int) -> str:
 
 def quantized_summary(exported: "QuantizedExport", calibration: "Selection", held_out: "Selection") -> str:
     """Return the printed summary of an export in int8."""
-    import json
-
     from res2net_zoo.inference.quantized_card import LABELS
 
     file, measured = exported.file, exported.measured

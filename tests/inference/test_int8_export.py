@@ -257,6 +257,18 @@ def test_one_folder_calibrates_and_measures(in_process, tmp_path):
     assert "on 40 of 80 images of data, split train" in result.stdout
 
 
+@pytest.mark.full
+def test_dark_images_are_reported(in_process, quick, tmp_path):
+    data = save_digits(tmp_path / "data", 6)
+    for path in data.rglob("*.png"):
+        with Image.open(path) as image:
+            image.point(lambda value: value // 8).save(path)
+    args = ["--precision", "int8", "--format", "onnx", "--output", tmp_path / "m-int8.onnx", "--calibrate", data]
+    result = in_process(EXPORT, *args)
+    assert result.returncode == 1, result.stderr
+    assert re.match(r"warning: the pixels of the calibration images are from .* \(--calibrate\)\n", result.stderr)
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
