@@ -7,6 +7,7 @@ the network is compiled once for an image size:
 - a convolution includes its bias, residual addition and activation;
 - the groups of a Res2Net block (Eq. 1) are never copied: K_i reads its slice of the output of conv1, writes y_i into
   the input of conv3, and adds it to the slice that K_{i+1} reads;
+- in int8 what is added to a sum is added before it is rounded to 8 bits;
 - all threads execute the list together, and synchronize only where needed.
 
 The steps are in `cpu_network.cpp`, which is compiled on the machine that runs it.
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from res2net_zoo.kernels.compiler import CannotCompile, compile_library
-from res2net_zoo.kernels.quantization import Scale, calibrate, quantize_weight
+from res2net_zoo.kernels.quantization import LARGEST_WEIGHT, LEVELS, Scale, calibrate, quantize_weight
 from res2net_zoo.models._pooling import has_one_window, pool_window
 
 SOURCE = Path(__file__).with_name("cpu_network.cpp")
@@ -939,6 +940,8 @@ class Network:
         bias = torch.zeros(out_chs) if conv.bias is None else conv.bias.detach().float()
         scale = torch.ones(out_chs)
         if self.dtype == torch.uint8:
+            if weight[0].numel() * LEVELS * LARGEST_WEIGHT >= 2**31:
+                raise Unsupported("a sum of so many products of 8-bit integers can overflow 32 bits")
             weight, scale = quantize_weight(weight)
             gain = scale.double() * src.scale / dst.scale
             zeros = src.zero * gain * weight.flatten(1).sum(1) + add.zero * add.scale / dst.scale

@@ -233,6 +233,13 @@ def test_calibration_is_required():
         Network(folded, torch.int8)
 
 
+def test_sums_that_can_overflow():
+    wide = fx.symbolic_trace(nn.Sequential(nn.Conv2d(70_000, 1, 1)))
+    x = torch.rand(1, 70_000, 1, 1)
+    with pytest.raises(Unsupported, match="overflow 32 bits"):
+        Network(wide, torch.int8, calibration=x)(x)
+
+
 def test_scales():
     graph = fx.symbolic_trace(nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.ReLU()))
     graph.get_submodule("0").weight.data.fill_(2)
