@@ -18,8 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from res2net_zoo.cli.command import command, parser_of
-from res2net_zoo.cli.options import IMAGES, MODEL, add_backend, add_machine
-from res2net_zoo.cli.shipped import shipped_model
+from res2net_zoo.cli.options import (
+    IMAGES,
+    INT8,
+    MODEL,
+    add_backend,
+    add_calibrate,
+    add_machine,
+    autocast_precision,
+    check_calibrate,
+    check_int8,
+)
+from res2net_zoo.cli.shipped import shipped_data, shipped_model
 
 if TYPE_CHECKING:
     import torch
@@ -47,13 +57,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--method", choices=METHODS, default="gradcam", help="method of the grad-cam package (default: %(default)s)")
     add("--output", type=Path, default=Path("cam.png"), help="picture to write (default: %(default)s)")
-    add_machine(add, workers=False)
-    add_backend(
-        add, "torch", "torch; another one needs --method gradcam and a model with one linear layer after pooling"
-    )
+    add_machine(add, workers=False, int8=True)
+    add_backend(add, None, "auto for int8, else torch; others than torch need one linear layer after pooling")
+    add_calibrate(add, "the shipped digits for the shipped model")
     args = parser.parse_args(argv)
+    check_int8(parser, args)
+    check_calibrate(parser, args, shipped_data() if args.model == [shipped_model()] else None)
+    args.backend = args.backend or "torch"
     if args.backend != "torch" and args.method != "gradcam":
-        parser.error(f"--method {args.method} needs plain PyTorch; remove --backend {args.backend}")
+        parser.error(f"--method {args.method} needs plain PyTorch; remove --backend and --precision")
     if args.backend == "torch" and args.mixed_precision not in (None, "no"):
         parser.error("plain PyTorch computes activation maps in float32; add --backend auto or remove --precision")
     return args
@@ -72,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
     from res2net_zoo.weights.pretrained import create_model
 
     cam.require()
-    accelerator = start_processes(args.threads, args.mixed_precision)
+    accelerator = start_processes(args.threads, autocast_precision(args))
     if accelerator.num_processes > 1:
         raise InputError("a picture is drawn by one process; start this without accelerate launch")
     paths = find_images(args.images)
@@ -123,6 +135,7 @@ def explanation(args: argparse.Namespace, accelerator: "Accelerator") -> Explain
     import torch
 
     from res2net_zoo.analysis import cam
+    from res2net_zoo.inference.calibration import calibration_images
     from res2net_zoo.inference.forward import accelerate_features
 
     def by_gradients(model: Any, image: torch.Tensor, index: int | None) -> tuple[Any, torch.Tensor, int]:
@@ -140,7 +153,8 @@ def explanation(args: argparse.Namespace, accelerator: "Accelerator") -> Explain
         if model not in last:
             cam.check_linear_head(model, image)
             last[model] = cam.LastMap(model).eval()
-            accelerate_features(last[model], args.backend, accelerator)
+            images = calibration_images(model, args.calibrate) if args.mixed_precision == INT8 else None
+            accelerate_features(last[model], args.backend, accelerator, images)
         with torch.inference_mode():
             features = last[model](image)
             logits = model.forward_head(features)

@@ -74,19 +74,27 @@ def precision_or_int8(text: str) -> str:
 
 def add_calibrate(add: Callable[..., object], default: str) -> None:
     """Add the calibration images of int8; `default` describes which are used without the option."""
-    about = (
-        f"images for the calibration of int8, as for validation; its training split if it has one (default: {default})"
-    )
+    about = f"data as for validate whose training split, or else only split, calibrates int8 (default: {default})"
     add("--calibrate", metavar="DATA", help=about)
 
 
 def check_int8(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Check the options of int8."""
+    """Check the options of int8, and set its default backend."""
     if args.mixed_precision != INT8:
         if args.calibrate is not None:
             parser.error("--calibrate needs --precision int8")
-    elif args.backend == "torch":
+        return
+    if args.backend == "torch":
         parser.error("--precision int8 needs a backend; replace --backend torch by --backend auto")
+    args.backend = args.backend or "auto"
+
+
+def check_calibrate(parser: argparse.ArgumentParser, args: argparse.Namespace, default: str | None = None) -> None:
+    """Check that int8 has calibration images, or set the default."""
+    if args.mixed_precision == INT8 and args.calibrate is None:
+        if default is None:
+            parser.error("--precision int8 needs --calibrate DATA, a few hundred images of the kind to predict")
+        args.calibrate = default
 
 
 def autocast_precision(args: argparse.Namespace) -> str | None:

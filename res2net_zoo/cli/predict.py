@@ -33,6 +33,7 @@ from res2net_zoo.cli.options import (
     add_calibrate,
     add_machine,
     autocast_precision,
+    check_calibrate,
     check_int8,
 )
 from res2net_zoo.cli.shipped import shipped_data, shipped_model
@@ -67,10 +68,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.embeddings and args.mixed_precision == INT8:
         parser.error("--embeddings needs plain PyTorch; remove --precision int8")
     check_int8(parser, args)
-    if args.mixed_precision == INT8 and args.calibrate is None:
-        if args.model != shipped_model():
-            parser.error("--precision int8 needs --calibrate DATA, a few hundred images of the kind to classify")
-        args.calibrate = shipped_data()
+    check_calibrate(parser, args, shipped_data() if args.model == shipped_model() else None)
     return args
 
 
@@ -141,7 +139,7 @@ def create_answer(model: Any, num_images: int, args: argparse.Namespace, acceler
         images = None
         if args.mixed_precision == INT8:
             images = main_first(accelerator, lambda: calibration_images(model, args.calibrate))
-        fast = images is not None or (accelerator.device.type == "cpu" and num_images >= MANY)
+        fast = accelerator.device.type == "cpu" and num_images >= MANY
         backend = args.backend or ("auto" if fast else "torch")
         forward = create_forward(model, backend, accelerator, min(args.batch_size, num_images), images).call
         return lambda images: (forward(images), None)

@@ -100,8 +100,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.resume and args.output is None:
         parser.error("--resume needs --output with the earlier results")
     check_int8(parser, args)
-    if args.backend is None:
-        args.backend = "auto" if args.mixed_precision == INT8 else "torch"
+    args.backend = args.backend or "torch"
     return args
 
 

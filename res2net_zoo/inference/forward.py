@@ -69,16 +69,20 @@ def create_forward(
     return all_or_none(lambda: first or compiled(chosen))
 
 
-def accelerate_features(backbone: nn.Module, backend: str, accelerator: Accelerator) -> None:
-    """Let a backbone compute its maps by a backend, in the accelerator's precision.
+def accelerate_features(
+    backbone: nn.Module, backend: str, accelerator: Accelerator, calibration: torch.Tensor | None = None
+) -> None:
+    """Let a backbone compute its maps by a backend, in the accelerator's precision or in int8.
 
-    The backend is prepared, and with `auto` chosen, by the images of the first call.
+    The backend is prepared by the first call. With `auto` it is the fastest for the images of that call, in int8 for a
+    calibration image.
 
     Args:
         backbone: A part of a larger network, in eval mode, which returns maps; its method `forward` is replaced, as
             Accelerate does.
         backend: `torch` for plain PyTorch, which changes nothing, or a backend of `optimize`.
         accelerator: Determines the precision.
+        calibration: For int8, images (N, C, H, W); those of a call may have another size.
 
     Raises:
         InputError: No backend can run the backbone; raised by its first call.
@@ -92,7 +96,8 @@ def accelerate_features(backbone: nn.Module, backend: str, accelerator: Accelera
         nonlocal optimized
         if optimized is None:
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-                optimized = _optimized(original, images.clone(), backend, accelerator)
+                example = images.clone() if calibration is None else calibration[:1]
+                optimized = _optimized(original, example, backend, accelerator, calibration)
         return optimized(images)
 
     backbone.forward = forward

@@ -42,6 +42,7 @@ RETURN_MAPS = ("native", "inductor", "inductor-padded", "eager")  # backends of 
 TOLERANCE = 1e-4  # maximum error of float32 logits, relative to the largest
 TF32_TOLERANCE = 2e-2  # the same if the model's own logits have the 3 decimals of TF32
 COMPARED = 64  # calibration images for which the logits of int8 backends are compared
+COMPARED_MAPS = 8  # those for which maps are compared, which take about 10 MB each
 INT8_PACKAGES = ("onnx", "onnxscript", "onnxruntime", "openvino", "nncf")
 NAMED = 8  # layers in the warning about layers in float
 ROUNDS = 5  # timings of each backend
@@ -182,7 +183,7 @@ def _choose(
     if backend != "auto":
         if call := _build_or_warn(build, backend, CANNOT_RUN):
             return backend, call, {}
-        ready = [name for name in ready if name != backend]
+        ready = [name for name in ready if name != backend] or [backend]  # whose failure the error explains
 
     cached = key(ready)
     calls: dict[Backend, Call] = {}
@@ -215,7 +216,7 @@ class Reference(NamedTuple):
         if calibration is None:
             return cls(example, output)
         batch = len(example)
-        chosen = evenly_spaced(len(calibration), COMPARED)
+        chosen = evenly_spaced(len(calibration), COMPARED if is_logits(output) else COMPARED_MAPS)
         # Whole batches, for which a backend has a network; a larger batch than the images repeats them.
         chosen = chosen[torch.arange(batch * max(1, len(chosen) // batch)) % len(chosen)]
         parts = [_output_of(model, part) for part in calibration[chosen].split(batch)]

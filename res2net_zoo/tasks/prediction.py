@@ -1,5 +1,6 @@
 """Prediction of a task's model for image files: a picture and a JSON record per image."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,71 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from PIL import Image
+from torchvision.transforms.v2.functional import center_crop
 
 from res2net_zoo.data.images import open_image
+from res2net_zoo.inference.calibration import CALIBRATION_IMAGES
 from res2net_zoo.tasks.base import NO_IMAGE, TaskModel, reason
 from res2net_zoo.tasks.upright import to_rgb
 from res2net_zoo.utils.console import progress_bar
 from res2net_zoo.utils.errors import InputError
+
+CROP = 224  # largest height and width of calibration images
+
+
+def read_image(path: Path) -> Image.Image:
+    """Read an image in RGB, upright.
+
+    Raises:
+        InputError: It cannot be decoded.
+    """
+    try:
+        with open_image(path) as file:
+            return to_rgb(file)
+    except NO_IMAGE as error:
+        raise InputError(f"cannot decode {path}: {reason(error, path)}") from error
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the backbone."""
+
+
+@torch.no_grad()
+def calibration_crops(model: TaskModel, paths: Sequence[Path], accelerator: Accelerator) -> torch.Tensor:
+    """Return the centres of the images that a model's backbone gets, for the calibration of int8.
+
+    They are crops, because tasks resize images to many sizes, and have the scale that the backbone gets.
+
+    Args:
+        model: The model.
+        paths: Paths of images; at most 300, evenly spaced, are used.
+        accelerator: The accelerator.
+
+    Returns:
+        Images (N, 3, H, W), normalized; H and W are at most 224.
+
+    Raises:
+        InputError: An image cannot be decoded, or the model does not support it.
+    """
+    crops: list[torch.Tensor] = []
+
+    def take(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        images = inputs[0][:1].float().cpu()
+        crops.append(center_crop(images, [min(CROP, side) for side in images.shape[2:]]))
+        raise _Reached
+
+    number = min(len(paths), CALIBRATION_IMAGES)
+    chosen = [paths[i * len(paths) // number] for i in range(number)]
+    handle = model.features.register_forward_pre_hook(take)
+    try:
+        for path in progress_bar(accelerator, chosen, desc="calibrate", unit="image"):
+            images, _ = model.collate([model.transform(read_image(path), {}, False)])
+            with contextlib.suppress(_Reached):
+                model(send_to_device(images, accelerator.device))
+    finally:
+        handle.remove()
+    size = [min(crop.shape[side] for crop in crops) for side in (2, 3)]
+    return torch.cat([center_crop(crop, size) for crop in crops])
 
 
 def predict(
@@ -41,11 +101,7 @@ def predict(
     """
     threshold = model.threshold if threshold is None else threshold
     for path in progress_bar(accelerator, paths, desc="predict", unit="image"):
-        try:
-            with open_image(path) as file:
-                image = to_rgb(file)
-        except NO_IMAGE as error:
-            raise InputError(f"cannot decode {path}: {reason(error, path)}") from error
+        image = read_image(path)
         drawn, objects = image.copy(), []
         try:
             for target in [{}] if boxes is None else [{"box": box} for box in boxes(image)]:

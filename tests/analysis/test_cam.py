@@ -78,6 +78,18 @@ def test_class_maps_are_grad_cams(name):
     assert found.shape == expected.shape and np.abs(found - expected).max() < 1e-3
 
 
+def test_int8(in_process, digits, tmp_path):
+    result = in_process(CAM, digits, "--precision", "int8", "--output", tmp_path / "a.png")
+    assert result.returncode == 0, result.stderr
+    found = [line.split("|")[2:4] for line in result.stdout.splitlines()[2:-1]]
+    plain = [
+        line.split("|")[2:4]
+        for line in in_process(CAM, digits, "--output", tmp_path / "b.png").stdout.splitlines()[2:-1]
+    ]
+    for (label, score), (same, exact) in zip(found, plain, strict=True):
+        assert label == same and float(score) == pytest.approx(float(exact), abs=3)
+
+
 @pytest.mark.parametrize("backend", ["native", "auto"])
 def test_backends_draw_the_same_picture(in_process, digits, tmp_path, backend):
     shown = []
@@ -93,6 +105,9 @@ def test_backends_draw_the_same_picture(in_process, digits, tmp_path, backend):
     ("args", "words"),
     [
         (["--backend", "native", "--method", "layercam"], "--method layercam needs plain PyTorch; remove --backend"),
+        (["--precision", "int8", "--method", "eigencam"], "--method eigencam needs plain PyTorch; remove"),
+        (["--precision", "int8", "--backend", "torch"], "--precision int8 needs a backend"),
+        (["--precision", "int8", "--model", "resnet18"], "--precision int8 needs --calibrate DATA"),
         (["--precision", "bfloat16"], "in float32; add --backend auto or remove --precision"),
         (["--backend", "auto", "--model", "mobilenetv3_small_050"], "MobileNetV3 has another head than average pool"),
         (["--backend", "fastest"], "invalid choice: 'fastest'"),

@@ -9,14 +9,17 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from torchvision.transforms.v2 import functional as TF
 
 from res2net_zoo.inference import optimization
 from res2net_zoo.inference.forward import accelerate_features
+from res2net_zoo.inference.quantization import rms_error
 from res2net_zoo.kernels.cpu_network import Network
 from res2net_zoo.tasks import task_class
+from res2net_zoo.tasks.prediction import calibration_crops, read_image
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.weights.card import model_card
-from tests.conftest import input_error, relative_error, spread
+from tests.conftest import input_error, relative_error, save_images, spread
 
 PREDICT = "scripts/predict_task.py"
 CASES = [
@@ -78,13 +81,50 @@ def test_predictions_of_a_backend_are_torchs(task, head, backend):
 def test_few_networks_are_kept(monkeypatch):
     made = []
     init = Network.__init__
-    monkeypatch.setattr(Network, "__init__", lambda self, *args: (init(self, *args), made.append(self))[0])
+    monkeypatch.setattr(
+        Network, "__init__", lambda self, *args, **more: (init(self, *args, **more), made.append(self))[0]
+    )
     model = model_of("segmentation", "unet")
     accelerate_features(model.features, "native", Accelerator(cpu=True))
     for image in images():
         raw(model, image)
     (network,) = made
     assert len(network.programs) <= 4 < len({image.shape for image in images()})
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory) -> Path:
+    return save_images(tmp_path_factory.mktemp("data") / "calibration", ["a", "b"], 20)
+
+
+@pytest.mark.first_case
+@pytest.mark.parametrize(("task", "head"), CASES[1:])
+def test_int8(task, head, calibration):
+    """Calibrated on crops of what the backbone gets, and run at many sizes."""
+    accelerator, model, fast = Accelerator(cpu=True), model_of(task, head), model_of(task, head)
+    paths = sorted(calibration.rglob("*.jpg"))
+    crops = calibration_crops(fast, paths, accelerator)
+    assert len(crops) == 40 and max(crops.shape[2:]) <= 224 and not any(side % 32 for side in crops.shape[2:])
+    accelerate_features(fast.features, "native", accelerator, crops)
+    for path in paths[::8]:
+        image = TF.to_dtype(TF.pil_to_tensor(read_image(path)), scale=True)
+        for one, other in zip(raw(fast, image), raw(model, image), strict=True):
+            assert 1e-6 < rms_error(one.float(), other.float()) < 0.2
+
+
+def test_program_in_int8(pictures, calibration, in_process, tmp_path):
+    model_of("segmentation", "unet").save(tmp_path / "model", model_card("tiny", "# tiny", None))
+    args = [PREDICT, tmp_path / "model", pictures / "0.png", "--precision", "int8", "--output", tmp_path / "seen"]
+    done = in_process(*args, "--calibrate", calibration)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "seen").iterdir())) == 2
+    assert "--precision int8 needs --calibrate DATA" in input_error(in_process(*args))
+    line = input_error(in_process(*args, "--calibrate", f"{calibration}/a"))
+    assert "there are 20 calibration images; int8 needs at least 32" in line
+    line = input_error(in_process(*args, "--calibrate", tmp_path / "nowhere"))
+    assert "there is no file or folder" in line
+    line = input_error(in_process(*args, "--backend", "torch", "--calibrate", calibration))
+    assert "replace --backend torch by --backend auto" in line
 
 
 def test_weights_that_are_nan(tmp_path):
