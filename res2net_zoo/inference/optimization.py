@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 import json
 import platform
 import statistics
@@ -17,6 +18,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import torch
 import torch.nn.functional as F
 from huggingface_hub import cached_assets_path
+from timm.layers import AvgPool2dSame
 from timm.utils import reparameterize_model
 from torch import fx, nn
 from torch.fx.experimental.optimization import fuse
@@ -394,6 +396,7 @@ def fold_batch_norm(model: nn.Module, multiple: int = 1) -> nn.Module:
         multiple: Pad the widths of the groups in Res2Net blocks to a multiple of this.
     """
     folded = reparameterize_model(model)
+    replace_same_pooling(folded)
     for module in folded.modules():
         if isinstance(module, Res2NetModule):
             pad_width(module, multiple)
@@ -401,6 +404,26 @@ def fold_batch_norm(model: nn.Module, multiple: int = 1) -> nn.Module:
         return fuse(folded)
     except Exception:  # the remaining BatchNorms stay if the model cannot be traced
         return folded
+
+
+@torch.no_grad()
+def replace_same_pooling(model: nn.Module) -> None:
+    """Replace the 2x2 average pooling with stride 1 in the shortcuts of dilated stages by depthwise convolutions.
+
+    timm's `AvgPool2dSame` computes its padding from the size of its input, which cannot be traced. With stride 1 it is
+    always one row and one column of zeros at the end, and the average includes them.
+    """
+    for shortcut in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
+        for i, (pool, conv) in enumerate(itertools.pairwise(shortcut)):
+            if (
+                isinstance(pool, AvgPool2dSame)
+                and (pool.kernel_size, pool.stride) == ((2, 2), (1, 1))
+                and isinstance(conv, nn.Conv2d)
+            ):
+                chs, like = conv.in_channels, conv.weight
+                mean = nn.Conv2d(chs, chs, 3, padding=1, groups=chs, bias=False).to(like.device, like.dtype)
+                mean.weight.zero_()[:, :, 1:, 1:] = 1 / 4
+                shortcut[i] = mean.requires_grad_(False)
 
 
 @torch.no_grad()

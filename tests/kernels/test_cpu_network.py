@@ -75,7 +75,9 @@ def test_all_families_with_any_batch_and_image_size(name):
         assert error(model, net, images(n + 4, 3, h, w)) < 1e-5
 
 
-@pytest.mark.parametrize("kwargs", [dict(output_stride=8, multi_grid=[3]), dict(dilations=(1, 1, 2, 4))], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [dict(output_stride=8, multi_grid=[3]), dict(dilations=(1, 1, 2, 4)), dict(output_stride=16)], ids=str
+)
 @pytest.mark.parametrize("name", ["res2net50_v1d_26w_4s", "res2net50_vd_26w_4s", "res2net50d", "res2net50_26w_4s"])
 def test_dilated_models(name, kwargs):
     model = spread(timm.create_model(name, num_classes=7, **FEW, **kwargs)).eval()
