@@ -20,7 +20,7 @@ from torch import fx, nn
 from triton.runtime.errors import OutOfResources
 
 from res2net_zoo.kernels import gpu_steps
-from res2net_zoo.kernels.cpu_network import (
+from res2net_zoo.kernels.lowering import (
     AVG_POOL,
     CONV,
     MAX_POOL,

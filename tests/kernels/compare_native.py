@@ -11,6 +11,7 @@ from unittest import mock
 
 import timm
 import torch
+import torch.nn.functional as F
 
 import res2net_zoo
 from res2net_zoo.inference.optimization import fold_batch_norm
@@ -22,13 +23,16 @@ VARIANTS = {
     "unmodified": contextlib.nullcontext,
     "no prefetch of weights": lambda: compiled_with("-DAHEAD=0"),
     "any pixel pitch": lambda: mock.patch.object(
-        cpu_network.Value, "pitch", property(lambda value: value.c if value.c < 16 else -(-value.c // 16) * 16)
+        cpu_network.Value,
+        "pitch",
+        property(lambda value: value.c if value.c < 16 else -(-value.c // value.line) * value.line),
     ),
     "pages of 4 KB": lambda: mock.patch.object(
         cpu_network, "mmap", mock.Mock(spec=["mmap"], mmap=cpu_network.mmap.mmap)
     ),
     "all images together": lambda: mock.patch.object(cpu_network, "MAP_ELEMENTS", 2**40),
     "images one by one": lambda: mock.patch.object(cpu_network, "MAP_ELEMENTS", 0),
+    "no tile registers": lambda: compiled_with("-mno-amx-int8"),
     "all pixels in one block": lambda: mock.patch.object(cpu_network, "CACHE_BYTES", 2**40),
 }
 
@@ -49,13 +53,16 @@ def main() -> None:
     torch.set_num_threads(2)
     model = fold_batch_norm(timm.create_model(args.model).eval())
     print(f"res2net-zoo {res2net_zoo.__version__}; speed of each variant relative to the unmodified steps")
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        calibration = (
+            F.interpolate(torch.randn(8, 3, 14, 14), size=224, mode="bilinear") if dtype == torch.int8 else None
+        )
         for batch in (1, 16):
             images = torch.randn(batch, 3, 224, 224)
             calls = []
             for variant in VARIANTS.values():
                 with variant():
-                    network = Network(model, dtype)
+                    network = Network(model, dtype, calibration=smooth if dtype == torch.int8 else None)
                     network(images)  # compiles the steps with the current library
                     calls.append(bind(network, images, cpu_network.library()))
             times = by_turns(calls, args.rounds, seconds=0.1)
