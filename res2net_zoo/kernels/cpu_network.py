@@ -64,7 +64,7 @@ IMAGES_AT_ONCE = 8 if L2_BYTES >= 2**21 else 4  # 16 by tile registers
 PIXELS_AT_ONCE = 2**23  # of all images at once, for which more than 4 are processed
 CACHE_BYTES = 2**16 if L2_BYTES >= 2**21 else 2**18  # block of its input that a convolution processes at a time
 CACHE_BYTES_BY_TILES = 2**18
-CACHE_WEIGHTS = 2**20  # size of weights that the L2 cache of a processor with tile registers has room for
+CACHE_WEIGHTS = 2**20  # size of weights that the L2 cache has room for
 LINE = 64  # bytes of a cache line, and of a row of a tile register
 MAP_ELEMENTS = L2_BYTES // 4  # size of one image's map from which on images are processed one by one; half by tiles
 
@@ -350,6 +350,10 @@ class _Program:
         size = self.network.dtype.itemsize
         step.rows = library().rows()
         step.block = max(1, CACHE_BYTES // (step.rows * src.c * sh * sw * size))
+        if len(taps) * src.c * step.channels * size <= CACHE_WEIGHTS:
+            # Threads share pixels, so that each reads what it has written; if weights are large, they share channels.
+            groups, threads = -(-step.pixels // step.rows), torch.get_num_threads()
+            step.block = -(-groups // _padded(-(-groups // step.block), threads))
         if self.network.has_tiles and len({tile.channels_in for tile in tiles}) == 1:
             consecutive = kh == kw == sh == sw == 1 and root.pad == 0
             self.use_tile_registers(step, tiles[0], root, src.place()[1], consecutive)

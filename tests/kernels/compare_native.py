@@ -54,9 +54,7 @@ def main() -> None:
     model = fold_batch_norm(timm.create_model(args.model).eval())
     print(f"res2net-zoo {res2net_zoo.__version__}; speed of each variant relative to the unmodified steps")
     for dtype in (torch.float32, torch.bfloat16, torch.int8):
-        calibration = (
-            F.interpolate(torch.randn(8, 3, 14, 14), size=224, mode="bilinear") if dtype == torch.int8 else None
-        )
+        smooth = F.interpolate(torch.randn(8, 3, 14, 14), size=224, mode="bilinear")
         for batch in (1, 16):
             images = torch.randn(batch, 3, 224, 224)
             calls = []
