@@ -40,7 +40,7 @@ from res2net_zoo.utils.files import is_special, read_json, write_atomically
 # Multiples to which the widths of groups are padded: the channels that a GPU's matrix units process at a time in half
 # precision, and those that a thread reads at a time.
 PADDED: dict[str, int] = {"inductor-padded": 16, "triton": 8}
-RETURN_MAPS = ("native", "inductor", "inductor-padded", "eager")  # backends of models that do not return logits
+RETURN_LISTS = ("native", "inductor", "inductor-padded", "eager")  # backends of models that return several tensors
 TOLERANCE = 1e-4  # maximum error of float32 logits, relative to the largest
 TF32_TOLERANCE = 2e-2  # the same if the model's own logits have the 3 decimals of TF32
 COMPARED = 64  # calibration images for which the logits of int8 backends are compared
@@ -155,11 +155,12 @@ def optimize(
     folded = fold_batch_norm(model)
     reference = Reference.of(model, example, images)
     classes = reference.output.shape[1] if is_logits(reference.output) else None
+    single = isinstance(reference.output, torch.Tensor)
     build = partial(
         _build, model=model, folded=folded, example=example, reference=reference, precision=precision, images=images
     )
     key = partial(_key, folded, example, precision, calibration=images)
-    ready = [name for name in candidates(device, precision) if classes is not None or name in RETURN_MAPS]
+    ready = [name for name in candidates(device, precision) if single or name in RETURN_LISTS]
     name, call, milliseconds = _choose(build, key, backend, ready, example, precision, cache_dir, refresh)
     fast = Optimized(call, name, precision, milliseconds, classes)
     if images is None:
@@ -331,8 +332,8 @@ def _build(
     Raises:
         Unavailable: The backend fails or returns a different output.
     """
-    if not is_logits(reference.output) and name not in RETURN_MAPS:
-        raise Unavailable("it supports models that return logits only")
+    if not isinstance(reference.output, torch.Tensor) and name not in RETURN_LISTS:
+        raise Unavailable("it supports models that return a single tensor only")
     try:
         network = fold_batch_norm(model, PADDED[name]) if name in PADDED else folded
         call = BACKENDS[name](network, example, precision, images)

@@ -78,6 +78,7 @@ def test_class_maps_are_grad_cams(name):
     assert found.shape == expected.shape and np.abs(found - expected).max() < 1e-3
 
 
+@pytest.mark.full
 def test_int8(in_process, digits, tmp_path):
     result = in_process(CAM, digits, "--precision", "int8", "--output", tmp_path / "a.png")
     assert result.returncode == 0, result.stderr
@@ -90,6 +91,7 @@ def test_int8(in_process, digits, tmp_path):
         assert label == same and float(score) == pytest.approx(float(exact), abs=3)
 
 
+@pytest.mark.first_case
 @pytest.mark.parametrize("backend", ["native", "auto"])
 def test_backends_draw_the_same_picture(in_process, digits, tmp_path, backend):
     shown = []

@@ -93,10 +93,11 @@ def test_backends_agree_with_timm(in_process, digits, backend):
 
 
 @pytest.mark.full
-def test_int8(in_process, program, digits):
+@pytest.mark.parametrize("backend", ["native", "openvino"])
+def test_int8(in_process, program, digits, backend):
     """The shipped model is calibrated on the shipped digits; two processes quantize it in the same way."""
     scores, _ = timms(sorted(map(str, digits.rglob("*.png"))))
-    args = [digits, "--precision", "int8", "--backend", "openvino", "--batch-size", 3, "--format", "jsonl", "--topk", 1]
+    args = [digits, "--precision", "int8", "--backend", backend, "--batch-size", 3, "--format", "jsonl", "--topk", 1]
     found = []
     for result in (in_process(PREDICT, *args), program(PREDICT, *args, processes=2)):
         assert result.returncode == 0, result.stderr
