@@ -298,13 +298,14 @@ def _with_abnormal_images(run: Call, model: nn.Module) -> Call:
 
     def call(images: torch.Tensor) -> Any:
         output = run(images)
-        largest = torch.linalg.vector_norm(images.float().flatten(1), float("inf"), 1)
-        abnormal = ~(largest < LARGEST_PIXEL)
-        if abnormal.any():
-            exact = model(images[abnormal].float())
-            outputs, exacts = ([x] if isinstance(x, torch.Tensor) else x for x in (output, exact))
-            for one, other in zip(outputs, exacts, strict=True):
-                one[abnormal] = other
+        low, high = images.aminmax()
+        if low > -LARGEST_PIXEL and high < LARGEST_PIXEL:
+            return output
+        abnormal = ~(images.float().abs().amax((1, 2, 3)) < LARGEST_PIXEL)
+        exact = model(images[abnormal].float())
+        outputs, exacts = ([x] if isinstance(x, torch.Tensor) else x for x in (output, exact))
+        for one, other in zip(outputs, exacts, strict=True):
+            one[abnormal] = other
         return output
 
     return call
