@@ -131,13 +131,14 @@ Answer = Callable[["torch.Tensor"], tuple["torch.Tensor", "torch.Tensor | None"]
 
 def create_answer(model: Any, num_images: int, args: argparse.Namespace, accelerator: "Accelerator") -> Answer:
     """Return the forward pass, by the fastest backend in int8 or if there are many images."""
-    from res2net_zoo.inference.calibration import calibration_images
     from res2net_zoo.inference.forward import create_forward
     from res2net_zoo.utils.processes import main_first
 
     if not args.embeddings:
         images = None
         if args.mixed_precision == INT8:
+            from res2net_zoo.inference.calibration import calibration_images  # imports datasets
+
             images = main_first(accelerator, lambda: calibration_images(model, args.calibrate))
         fast = accelerator.device.type == "cpu" and num_images >= MANY
         backend = args.backend or ("auto" if fast else "torch")

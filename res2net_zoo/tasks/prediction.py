@@ -12,7 +12,6 @@ from PIL import Image
 from torchvision.transforms.v2.functional import center_crop
 
 from res2net_zoo.data.images import open_image
-from res2net_zoo.inference.calibration import CALIBRATION_IMAGES
 from res2net_zoo.tasks.base import NO_IMAGE, TaskModel, reason
 from res2net_zoo.tasks.upright import to_rgb
 from res2net_zoo.utils.console import progress_bar
@@ -55,6 +54,8 @@ def calibration_crops(model: TaskModel, paths: Sequence[Path], accelerator: Acce
     Raises:
         InputError: An image cannot be decoded, or the model does not support it.
     """
+    from res2net_zoo.inference.calibration import CALIBRATION_IMAGES  # imports datasets
+
     crops: list[torch.Tensor] = []
 
     def take(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
