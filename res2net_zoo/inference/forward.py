@@ -116,10 +116,17 @@ def _optimized(
         InputError: No backend can run the model.
     """
     from res2net_zoo.inference.optimization import optimize  # imports the backends' libraries
+    from res2net_zoo.inference.quantization import check_calibration
 
     precision: Any = PRECISIONS[accelerator.mixed_precision] if calibration is None else "int8"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        if calibration is not None:
+            try:
+                calibration = check_calibration(model, calibration)
+            except ValueError as error:
+                raise InputError(one_line(error), "calibrate") from error
+            caught.clear()  # `optimize` repeats them
         try:
             optimized = optimize(model, example, precision, backend, calibration)
         except ValueError as error:

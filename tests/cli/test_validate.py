@@ -146,9 +146,8 @@ def test_int8_needs_calibration_images(in_process, tmp_path):
     args = [VALIDATE, "--data", data, "--precision", "int8"]
     assert "data has no training split besides the measured images; name" in input_error(in_process(*args))
     few = save_images(tmp_path / "few", ["a"], 3)
-    assert "there are 3 calibration images; int8 needs at least 32" in input_error(
-        in_process(*args, "--calibrate", few)
-    )
+    line = input_error(in_process(*args, "--calibrate", few))
+    assert "there are 3 calibration images; int8 needs at least 32, better 300 (--calibrate)" in line
     line = input_error(in_process(VALIDATE, "--streaming", "--precision", "int8"))
     assert "digits is a stream; name the images that calibrate int8 (--calibrate)" in line
     line = input_error(in_process(*args, "--calibrate", tmp_path / "nowhere"))
