@@ -5,7 +5,8 @@ Usage: res2net-zoo benchmark [--model NAME ...] [--batch-size N ...] [--precisio
 NAME is a model name as for timm.create_model, or `all` for every model with a published accuracy on ImageNet. Weights
 are random, which does not change the speed. Each combination of model, mode, precision and batch size is a setting. In
 each round of a setting, all contenders are timed in turn for some seconds, as well as a matrix product, which measures
-the peak of the machine. docs/benchmark.md describes the method.
+the peak of the machine. The backends of `optimize` are compared again, and its cached choices for these settings are
+replaced. docs/benchmark.md describes the method.
 
 Examples:
   res2net-zoo benchmark
