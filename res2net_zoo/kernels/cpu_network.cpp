@@ -49,6 +49,7 @@ struct Step {
     int64_t pixels, channels;  // of the output
     View src, gate, add, dst, also;  // `also` += the output in `dst`
     int64_t dst_is_float;
+    int64_t paired;     // whether the channels of tiles of 32 have the order of `pack`
     float floor;        // minimum of a convolution's output
     float gain, shift;  // 8 bits: also = gain * output + also.scale * also + shift
     int64_t rows;       // maximum number of pixels per tile
@@ -92,16 +93,16 @@ template <class T> inline void write(const View& v, T* p, Vec x, Lanes some) {
 // far as the compiler knows.
 template <class T> struct Epilogue {
     const View add, dst, also;
-    const bool to_float;
+    const bool to_float, above_zero;
     const Vec floor, gain, shift;
     static constexpr bool INT = sizeof(T) == 1;
 
     explicit Epilogue(const Step& s)
-        : add(s.add), dst(s.dst), also(s.also), to_float(s.dst_is_float), floor(splat(s.floor)),
+        : add(s.add), dst(s.dst), also(s.also), to_float(s.dst_is_float), above_zero(s.floor > 0 || s.also.data), floor(splat(s.floor)),
           gain(splat(s.gain)), shift(splat(s.shift)) {}
 
     // The sums of pixel m and of the output channels from c.
-    inline void operator()(int64_t m, int64_t c, Vec v, Lanes some) const {
+    ALWAYS_INLINE void operator()(int64_t m, int64_t c, Vec v, Lanes some) const {
         if (add.data) {
             Vec other = load(at<T>(add, m) + c, some);
             v = INT ? fma(other, splat(add.scale), v) : v + other;
@@ -116,6 +117,25 @@ template <class T> struct Epilogue {
             store(p, INT ? max(v, zero()) : v, some);
         }
     }
+
+#ifdef WIDE
+    // The sums of pixel m and of 32 output channels from c, in the order of `pack`, which replaces negative values by 0.
+    ALWAYS_INLINE void pair(int64_t m, int64_t c, Vec v, Vec w, __mmask32 some) const {
+        Vec x, y;
+        if (add.data) {
+            unpack(_mm256_maskz_loadu_epi8(some, at<u8>(add, m) + c), x, y);
+            v = fma(x, splat(add.scale), v), w = fma(y, splat(add.scale), w);
+        }
+        if (above_zero) v = max(v, floor), w = max(w, floor);
+        _mm256_mask_storeu_epi8(at<u8>(dst, m) + c, some, pack(v, w));
+        if (also.data) {
+            u8* p = at<u8>(also, m) + c;
+            unpack(_mm256_maskz_loadu_epi8(some, p), x, y);
+            v = fma(v, gain, fma(x, splat(also.scale), shift)), w = fma(w, gain, fma(y, splat(also.scale), shift));
+            _mm256_mask_storeu_epi8(p, some, pack(v, w));
+        }
+    }
+#endif
 };
 
 template <class T, int M, int N> __attribute__((noinline)) void tile(const Step& s, const Tile& t, int64_t m0) {
@@ -135,6 +155,18 @@ template <class T, int M, int N> __attribute__((noinline)) void tile(const Step&
             else memcpy(&sum[m][n], t.bias + LANES * n, sizeof(Vec));
     multiply<T, M, N>(sum, x, static_cast<const T*>(t.weight), s.tap, s.taps, t.channels_in);
     Epilogue<T> finish(s);
+#ifdef WIDE
+    if constexpr (sizeof(T) == 1 && N == 2)
+        if (s.paired) {
+            Vec scale[2] = {load(t.scale, ALL), load(t.scale + LANES, ALL)};
+            Vec bias[2] = {load(t.bias, ALL), load(t.bias + LANES, ALL)};
+            __mmask32 some = first_bytes(t.channels_out);
+            for (int m = 0; m < M; m++)
+                finish.pair(m0 + m, t.first_out, fma(as_float(sum[m][0]), scale[0], bias[0]),
+                            fma(as_float(sum[m][1]), scale[1], bias[1]), some);
+            return;
+        }
+#endif
 #pragma GCC unroll 2
     for (int n = 0; n < N; n++) {
         int64_t c = t.first_out + LANES * n;
@@ -266,13 +298,16 @@ template <class T> struct Finisher {
     const TileSums<T>* sums = nullptr;
     int64_t m0 = 0, c = 0, next = 0, rows = 0;
     int count = 0;
+    const bool paired;
+    __mmask32 both = 0;
     Vec bias[2], scale[2];
     Lanes some[2];
 
-    explicit Finisher(const Step& s) : finish(s) {}
+    explicit Finisher(const Step& s) : finish(s), paired(s.paired) {}
 
     void start(const Summed& one, const TileSums<T>& of) {
         const Tile& t = *one.tile;
+        both = first_bytes(t.channels_out);
         sums = &of, m0 = one.m0, rows = one.rows, c = t.first_out, next = 0, count = t.channels_out > LANES ? 2 : 1;
         for (int n = 0; n < count; n++) {
             bias[n] = load(t.bias + LANES * n, ALL), some[n] = first(t.channels_out - LANES * n);
@@ -281,6 +316,13 @@ template <class T> struct Finisher {
     }
     template <int N> inline void write_rows(int64_t begin, int64_t end) const {
         const Finisher own = *this;  // stores could overwrite the fields, as far as the compiler knows
+        if constexpr (sizeof(T) == 1 && N == 2)
+            if (paired) {
+                for (int64_t m = begin; m < end; m++)
+                    own.finish.pair(own.m0 + m, own.c, fma(as_float(own.sums->of[m][0]), own.scale[0], own.bias[0]),
+                                    fma(as_float(own.sums->of[m][1]), own.scale[1], own.bias[1]), own.both);
+                return;
+            }
         for (int64_t m = begin; m < end; m++)
 #pragma GCC unroll 2
             for (int n = 0; n < N; n++) {

@@ -65,6 +65,8 @@ PIXELS_AT_ONCE = 2**23  # of all images at once, for which more than 4 are proce
 CACHE_BYTES = 2**16 if L2_BYTES >= 2**21 else 2**18  # block of its input that a convolution processes at a time
 CACHE_BYTES_BY_TILES = 2**18
 CACHE_WEIGHTS = 2**20  # size of weights that the L2 cache has room for
+# The order of the output channels of two vectors, in which instructions pack them: `pack` in vectors.h.
+PACKED = torch.arange(32).view(4, 2, 4).transpose(0, 1).flatten()
 LINE = 64  # bytes of a cache line, and of a row of a tile register
 MAP_ELEMENTS = L2_BYTES // 4  # size of one image's map from which on images are processed one by one; half by tiles
 
@@ -94,7 +96,7 @@ class _Step(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("kind", "act", "wait", "pixels", "channels")),
         *((name, _View) for name in ("src", "gate", "add", "dst", "also")),
-        ("dst_is_float", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("dst_is_float", "paired")),
         *((name, ctypes.c_float) for name in ("floor", "gain", "shift")),
         *((name, ctypes.c_int64) for name in ("rows", "bytes", "panel", "block", "tiles", "taps")),
         ("tile", ctypes.c_void_p),
@@ -339,6 +341,7 @@ class _Program:
         # Tiles count channels from the convolution's first one, but a separate buffer of a part starts at 0.
         step.dst = self.view(where, skip=0 if where is dst or where.base is None else low)
         step.dst_is_float = where.place()[0].is_float
+        step.paired = self.network.is_paired(where)
         self.rescale(step, node, where)
         row, pixel = root.row, root.pitch
         taps = [y * dh * row + x * dw * pixel for y in range(kh) for x in range(1 if merged else kw)]
@@ -553,13 +556,19 @@ class Network:
     def packed(self, conv: Any, low: int, high: int, merged: bool, node: Node, where: Value) -> tuple[Any, Any]:
         """Return the tiles of a convolution's output channels from `low` to `high`, and the tensors of their memory."""
         added = Scale(0.0, 0) if node.add is None else self.scale_of(node.add)
-        scales = (self.scale_of(node.src), self.scale_of(where), added)
+        scales = (self.scale_of(node.src), self.scale_of(where), added, self.is_paired(where))
         key = (conv, low, high, merged, scales)
         if key not in self.weights:
             self.weights[key] = self.pack(conv, low, high, merged, *scales)
         return self.weights[key]
 
-    def pack(self, conv: Any, low: int, high: int, merged: bool, src: Scale, dst: Scale, add: Scale) -> tuple[Any, Any]:
+    def is_paired(self, value: Value) -> bool:
+        """Return whether the steps pack two vectors of a value's channels at a time."""
+        return self.dtype == torch.uint8 and library().lanes() == 16 and not value.place()[0].is_float
+
+    def pack(
+        self, conv: Any, low: int, high: int, merged: bool, src: Scale, dst: Scale, add: Scale, paired: bool
+    ) -> tuple[Any, Any]:
         """Pack weights in the layout of `Tile` in cpu_network.cpp."""
         lanes, together = library().lanes(), 4 // self.dtype.itemsize
         weight = conv.weight.detach().float()
@@ -592,11 +601,14 @@ class Network:
                 block[:, :, c : c + group_in, a - begin : b - begin] = weight[a:b].permute(2, 3, 1, 0)
             if merged:
                 block, chs = block.view(kh, 1, kw * chs, width), kw * chs
-            block = F.pad(block, (0, 0, 0, -chs % together)).view(-1, together, width).transpose(1, 2)
+            order = PACKED if paired and width == len(PACKED) else torch.arange(width)
+            block = F.pad(block, (0, 0, 0, -chs % together)).view(-1, together, width)[..., order].transpose(1, 2)
             block = F.pad(block, (0, 0, 0, 0, 0, -len(block) % 16))  # tile registers load 16 at a time
             packed = block.flatten().to(torch.int8).view(torch.uint8) if self.dtype == torch.uint8 else block.flatten()
             block = self.arena.zeros(block.numel(), self.dtype).copy_(packed)
-            offsets, factors = (F.pad(x[begin:end], (0, width - (end - begin))).contiguous() for x in (bias, scale))
+            offsets, factors = (
+                F.pad(x[begin:end], (0, width - (end - begin)))[order].contiguous() for x in (bias, scale)
+            )
             keep += [block, offsets, factors]
             memory = (block.data_ptr(), offsets.data_ptr(), factors.data_ptr())
             tiles.append(_Tile(*memory, first_group * group_in, chs, begin, end - begin))

@@ -13,6 +13,8 @@
 #define WIDE 1
 #endif
 
+#define ALWAYS_INLINE __attribute__((always_inline)) inline  // vectors that are passed by memory are slow
+
 namespace {
 
 using bf16 = uint16_t;
@@ -40,6 +42,7 @@ inline Vec splat(float x) { return _mm512_set1_ps(x); }
 using Lanes = __mmask16;
 constexpr Lanes ALL = 0xffff;
 inline Lanes first(int64_t n) { return static_cast<Lanes>(n >= LANES ? ALL : (1u << n) - 1); }
+inline __mmask32 first_bytes(int64_t n) { return n >= 32 ? ~__mmask32(0) : (__mmask32(1) << n) - 1; }
 inline Vec load(const float* p, Lanes some) { return _mm512_maskz_loadu_ps(some, p); }
 inline void store(float* p, Vec v, Lanes some) { _mm512_mask_storeu_ps(p, some, v); }
 inline Vec load(const bf16* p, Lanes some) {
@@ -60,9 +63,15 @@ inline Vec load(const u8* p, Lanes some) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, p)));
 }
 inline void store(u8* p, Vec v, Lanes some) {
-    __m128i bytes = _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(v));
-    asm("" : "+x"(bytes));  // compilers would merge the instructions, which is slower on some processors (Zen 4)
-    _mm_mask_storeu_epi8(p, some, bytes);
+    _mm_mask_storeu_epi8(p, some, _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+// 32 of them from two vectors, of which `a` has 4 of each 8 and `b` the next 4: the order in which instructions pack.
+inline __m256i pack(Vec a, Vec b) {
+    return _mm512_cvtusepi16_epi8(_mm512_packus_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b)));
+}
+inline void unpack(__m256i bytes, Vec& a, Vec& b) {
+    __m512i words = _mm512_cvtepu8_epi16(bytes), none = _mm512_setzero_si512();
+    a = _mm512_cvtepi32_ps(_mm512_unpacklo_epi16(words, none)), b = _mm512_cvtepi32_ps(_mm512_unpackhi_epi16(words, none));
 }
 // The same if memory continues after `some`: without a mask, with which some processors (Zen 5) do not prefetch.
 inline Vec load_over(const float* p, Lanes some) { return _mm512_maskz_mov_ps(some, _mm512_loadu_ps(p)); }
