@@ -62,8 +62,8 @@ def _l2_cache_bytes() -> int:
 L2_BYTES = _l2_cache_bytes()
 IMAGES_AT_ONCE = 8 if L2_BYTES >= 2**21 else 4  # 16 by tile registers
 PIXELS_AT_ONCE = 2**23  # of all images at once, for which more than 4 are processed
-CACHE_BYTES = 2**16 if L2_BYTES >= 2**21 else 2**18  # block of its input that a convolution processes at a time
-CACHE_BYTES_BY_TILES = 2**18
+CACHE_BYTES = 2**15 if L2_BYTES >= 2**21 else 2**18  # block of its input that a convolution processes at a time
+CACHE_BYTES_FOR_LARGE_WEIGHTS = L2_BYTES // 4
 CACHE_WEIGHTS = 2**20  # size of weights that the L2 cache has room for
 # The order of the output channels of two vectors, in which instructions pack them: `pack` in vectors.h.
 PACKED = torch.arange(32).view(4, 2, 4).transpose(0, 1).flatten()
@@ -352,8 +352,11 @@ class _Program:
         # Number of pixel groups whose input stays in the L2 cache while all tiles process it.
         size = self.network.dtype.itemsize
         step.rows = library().rows()
-        step.block = max(1, CACHE_BYTES // (step.rows * src.c * sh * sw * size))
-        if len(taps) * src.c * step.channels * size <= CACHE_WEIGHTS:
+        group = step.rows * src.c * sh * sw * size
+        step.block = max(1, CACHE_BYTES // group)
+        if len(taps) * src.c * step.channels * size > CACHE_WEIGHTS:
+            step.block = max(1, CACHE_BYTES_FOR_LARGE_WEIGHTS // group)
+        else:
             # Threads share pixels, so that each reads what it has written; if weights are large, they share channels.
             groups, threads = -(-step.pixels // step.rows), torch.get_num_threads()
             step.block = -(-groups // _padded(-(-groups // step.block), threads))
@@ -382,7 +385,7 @@ class _Program:
         if step.bytes * step.channels <= CACHE_WEIGHTS:
             step.block = 1
         else:
-            step.block = max(1, CACHE_BYTES_BY_TILES // (step.rows * (step.panel or src.pitch * size)))
+            step.block = max(1, CACHE_BYTES_FOR_LARGE_WEIGHTS // (step.rows * (step.panel or src.pitch * size)))
 
     def rescale(self, step: _Step, node: Node, where: Value) -> None:
         """Set the minimum of a convolution's output, and the scales of what it adds, relative to that of the output."""
