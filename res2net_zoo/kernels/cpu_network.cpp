@@ -98,8 +98,8 @@ template <class T> struct Epilogue {
     static constexpr bool INT = sizeof(T) == 1;
 
     explicit Epilogue(const Step& s)
-        : add(s.add), dst(s.dst), also(s.also), to_float(s.dst_is_float), above_zero(s.floor > 0 || s.also.data), floor(splat(s.floor)),
-          gain(splat(s.gain)), shift(splat(s.shift)) {}
+        : add(s.add), dst(s.dst), also(s.also), to_float(s.dst_is_float), above_zero(s.floor > 0 || s.also.data),
+          floor(splat(s.floor)), gain(splat(s.gain)), shift(splat(s.shift)) {}
 
     // The sums of pixel m and of the output channels from c.
     ALWAYS_INLINE void operator()(int64_t m, int64_t c, Vec v, Lanes some) const {
@@ -119,7 +119,8 @@ template <class T> struct Epilogue {
     }
 
 #ifdef WIDE
-    // The sums of pixel m and of 32 output channels from c, in the order of `pack`, which replaces negative values by 0.
+    // The sums of pixel m and of 32 output channels from c, in the order of `pack`, which replaces negative values by
+    // 0.
     ALWAYS_INLINE void pair(int64_t m, int64_t c, Vec v, Vec w, __mmask32 some) const {
         Vec x, y;
         if (add.data) {
@@ -394,7 +395,8 @@ template <class T> void pointwise(const Step& s, int64_t m, int64_t end) {
 }
 
 // The maximum or the sum of bytes in a window, of 64 channels.
-template <class S, class F> inline void reduce(const Step& s, const u8* from, int64_t rows, int64_t columns, S* to, F f) {
+template <class S, class F>
+inline void reduce(const Step& s, const u8* from, int64_t rows, int64_t columns, S* to, F f) {
     for (int i = 0; i < 64; i++) to[i] = 0;
     for (int64_t h = 0; h < rows; h++, from += s.src.row)
         for (int64_t w = 0; w < columns; w++)
@@ -402,7 +404,8 @@ template <class S, class F> inline void reduce(const Step& s, const u8* from, in
 }
 
 // Pool the window of an output pixel, in integers.
-inline void pool_bytes(const Step& s, int64_t n, int64_t h0, int64_t w0, int64_t rows, int64_t columns, float scale, u8* to) {
+inline void pool_bytes(const Step& s, int64_t n, int64_t h0, int64_t w0, int64_t rows, int64_t columns, float scale,
+                       u8* to) {
     // real = scale * src.scale * (sum - count * zero)
     Vec gain = splat(scale * s.src.scale / s.dst.scale);
     int64_t zeros = s.kind == MAX_POOL ? 1 : rows * columns;
@@ -439,7 +442,8 @@ template <class T> void pool(const Step& s, int64_t u, int64_t end) {
             float scale = 1.0f / (s.count_pad ? padded : (h1 - h0) * (w1 - w0));
             if constexpr (sizeof(T) == 1)
                 if ((h1 - h0) * (w1 - w0) <= 257) {  // 257 * 255 fits 16 bits
-                    pool_bytes(s, n, h0, w0, h1 - h0, w1 - w0, s.kind == MAX_POOL ? 1 : scale, at<u8>(s.dst, n, oh, ow));
+                    if (s.kind == MAX_POOL) scale = 1;
+                    pool_bytes(s, n, h0, w0, h1 - h0, w1 - w0, scale, at<u8>(s.dst, n, oh, ow));
                     continue;
                 }
             for (int64_t c = 0; c < s.channels; c += LANES) {

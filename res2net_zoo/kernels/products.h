@@ -72,7 +72,8 @@ inline Ints multiply_add(Ints sum, const u8* x, Ints weight) {
 // Add the products of M pixels and N vectors of output channels. `x` has the pixels' first elements, to which the
 // offsets of taps are added; `w` has the weights by tap and input channel.
 template <class T, int M, int N>
-inline void multiply(Sums<T, M, N>& sum, const T* const* x, const T* w, const int32_t* tap, int64_t taps, int64_t channels) {
+inline void multiply(Sums<T, M, N>& sum, const T* const* x, const T* w, const int32_t* tap, int64_t taps,
+                     int64_t channels) {
     constexpr int STEP = Lane<T>::CHANNELS, SIZE = STEP * LANES;
     for (int64_t t = 0; t < taps; t++) {
         int64_t k = tap[t], end = k + channels;
@@ -139,9 +140,10 @@ inline void configure_tiles(int64_t pixels) {
     if constexpr (sizeof(T) == 1) _tile_dpbusd(sum, x, w); else _tile_dpbf16ps(sum, x, w)
 
 // Products of PAIR registers of pixels, `upper` rows in the first, and N of output channels. Pixels are `pitch` bytes
-// apart, and have a multiple of 64 bytes.
+// apart, and have a multiple of 64 bytes. Other work can be done in `between`, which is called after each part.
 template <class T, int PAIR, int N, class F>
-inline void multiply_tiles(TileSums<T>& sums, int64_t upper, const char* x, int64_t pitch, const char* w, int64_t bytes, F between) {
+inline void multiply_tiles(TileSums<T>& sums, int64_t upper, const char* x, int64_t pitch, const char* w,
+                           int64_t bytes, F between) {
     const char* x2 = x + upper * pitch;
     _tile_zero(0);
     if (N > 1) _tile_zero(1);

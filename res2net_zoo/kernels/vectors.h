@@ -71,7 +71,8 @@ inline __m256i pack(Vec a, Vec b) {
 }
 inline void unpack(__m256i bytes, Vec& a, Vec& b) {
     __m512i words = _mm512_cvtepu8_epi16(bytes), none = _mm512_setzero_si512();
-    a = _mm512_cvtepi32_ps(_mm512_unpacklo_epi16(words, none)), b = _mm512_cvtepi32_ps(_mm512_unpackhi_epi16(words, none));
+    a = _mm512_cvtepi32_ps(_mm512_unpacklo_epi16(words, none));
+    b = _mm512_cvtepi32_ps(_mm512_unpackhi_epi16(words, none));
 }
 // The same if memory continues after `some`: without a mask, with which some processors (Zen 5) do not prefetch.
 inline Vec load_over(const float* p, Lanes some) { return _mm512_maskz_mov_ps(some, _mm512_loadu_ps(p)); }
