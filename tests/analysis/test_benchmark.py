@@ -248,6 +248,11 @@ def test_labels_of_close_points():
         (["--precision", "int4"], "int4"),
         (["--precision", "int8", "--mode", "train"], "--precision int8 is for inference; leave out --mode train"),
         (["--peers", "all", "eager"], "--peers takes all, none, or names"),
+        pytest.param(
+            ["--device", "cuda"],
+            "finds no CUDA device (--device)",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (["--output", "docs"], "docs is a folder; name a file"),
         (["--output", "no/such/folder/a.json"], "cannot write into"),
         (["--figure", "a.docx"], "a picture's name ends in"),
