@@ -46,7 +46,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--seconds", type=within(float, 0), default=1.0, help="minimum duration of a measurement (default: %(default)s)"
     )
     add("--pause", type=within(float, 0), default=0.05, help="seconds between measurements (default: %(default)s)")
-    add("--device", choices=("cpu", "cuda"), help="where to measure (default: on a GPU if there is one)")
+    add("--device", help="device, cpu or cuda (default: a GPU if there is one)")
     add("--threads", type=one, help="CPU threads per process (default: cores divided by processes)")
     add("--matrix", type=within(int, 64), help="rows of the matrices (default: 2048; 8192 on a GPU)")
     add("--no-memory", action="store_true", help="do not measure memory, which starts a process for each contender")
@@ -86,15 +86,17 @@ def main(args: argparse.Namespace) -> int:
     from itertools import product
 
     from res2net_zoo.analysis import benchmark
+    from res2net_zoo.analysis.ablate import find_device
     from res2net_zoo.analysis.contenders import OURS, Setting
     from res2net_zoo.cli.results import ResultsFile
     from res2net_zoo.utils.errors import InputError
     from res2net_zoo.utils.files import check_writable_file, write_atomically
     from res2net_zoo.utils.processes import start_processes
 
-    accelerator = start_processes(args.threads, cpu=args.device == "cpu")
-    if args.device == "cuda" and accelerator.device.type != "cuda":
-        raise InputError("PyTorch finds no CUDA device", "device")
+    device = find_device(args.device).type if args.device else None
+    accelerator = start_processes(args.threads, cpu=device == "cpu")
+    if device not in (None, accelerator.device.type):
+        raise InputError(f"Accelerate uses {accelerator.device.type} here, not {device}", "device")
     if accelerator.num_processes > 1:
         raise InputError("several processes would disturb each other's timings; start it with python")
     for path in filter(None, (args.output, args.figure)):
