@@ -259,7 +259,7 @@ def calibration_of(
     """Return the calibration images, by default of the data's training split.
 
     Raises:
-        InputError: They are not given, and the data is a stream, or has no training split, or it is measured.
+        InputError: They are missing, and the data is streamed, or lacks a training split that is not measured.
     """
     from res2net_zoo.data.sources import splits_of
     from res2net_zoo.inference.calibration import calibration_images

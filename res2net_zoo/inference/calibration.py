@@ -9,9 +9,8 @@ from torch import nn
 from res2net_zoo.data.images import MapSamples, Sample
 from res2net_zoo.data.preprocessing import evaluation_samples
 from res2net_zoo.data.sources import Source, open_source, splits_of
+from res2net_zoo.inference.quantization import CALIBRATION_IMAGES, evenly_spaced
 from res2net_zoo.utils.errors import InputError
-
-CALIBRATION_IMAGES = 300  # more change the ranges of the activations little, and take longer
 
 
 class Selection(NamedTuple):
@@ -61,7 +60,7 @@ def calibration_images(
     if split is None and "train" in splits_of(source):
         split = "train"
     opened = open_source(source, split, labelled=False)
-    return load_images(model, Selection(opened, evenly_spaced(opened, CALIBRATION_IMAGES)), img_size)
+    return load_images(model, Selection(opened, evenly_spaced(len(opened.rows), CALIBRATION_IMAGES)), img_size)
 
 
 def calibration_and_held_out(source: str, minimum: int, label_column: str | None = None) -> tuple[Selection, Selection]:
@@ -93,11 +92,11 @@ def calibration_and_held_out(source: str, minimum: int, label_column: str | None
         raise InputError(f"{error}; {hint}", *error.parameters) from error
     if "train" in known[1:]:
         used = open_source(source, "train", labelled=False)
-        selections = Selection(used, evenly_spaced(used, CALIBRATION_IMAGES)), everything(held_out)
+        selections = Selection(used, evenly_spaced(len(used.rows), CALIBRATION_IMAGES)), everything(held_out)
         wanted = f"at least {minimum} are needed"
     else:
         total = len(held_out.rows)
-        chosen = evenly_spaced(held_out, min(CALIBRATION_IMAGES, max(minimum, total // 2)))
+        chosen = evenly_spaced(total, min(CALIBRATION_IMAGES, max(minimum, total // 2)))
         rest = sorted(set(range(total)).difference(chosen))
         selections = Selection(held_out, chosen), Selection(held_out, rest)
         wanted = f"at least {minimum + 1} are needed, {minimum} for calibration and others to measure the accuracy"
@@ -106,13 +105,6 @@ def calibration_and_held_out(source: str, minimum: int, label_column: str | None
             number, split = len(selection.source.rows), selection.source.split
             raise InputError(f"{source} has {number} images in split {split}; {wanted}", "calibrate")
     return selections
-
-
-def evenly_spaced(source: Source, number: int) -> list[int]:
-    """Return the positions of `number` images, evenly spaced over a source; of all if it has fewer."""
-    total = len(source.rows)
-    number = min(number, total)
-    return [i * total // number for i in range(number)]
 
 
 def everything(source: Source) -> Selection:
@@ -132,7 +124,7 @@ def load_images(model: nn.Module, selection: Selection, img_size: int | None = N
         Images (N, C, H, W).
 
     Raises:
-        InputError: There is no image, or one cannot be decoded.
+        InputError: The split is empty, or an image cannot be decoded.
     """
     samples = selection.samples(model, img_size=img_size)
     images = []

@@ -415,17 +415,15 @@ def export(
     classifies = output_name(model) == "logits"
     package = "onnxruntime" if export_format == "onnx" else "openvino"
     try:
-        with _write_new(model, images, output, export_format, batch_size, opset, precision, facts) as (
-            new,
-            version,
-        ):
+        written = _write_new(model, images, output, export_format, batch_size, opset, precision, facts)
+        with written as (new, version):
             expected = expected_output(model, images)
             difference, same = check_file(new, package, images, expected, batches, precision, classifies)
     except CheckError as error:
         raise CheckError(f"{error}; {output} is not written") from error
     except OSError as error:
         raise InputError(f"cannot write {output}: {error.strerror or error}") from error
-    batch = "batch" if batch_size is None else batch_size
+    batch = batch_size or "batch"
     files = [output] if export_format == "onnx" else [output, output.with_suffix(".bin")]
     return Exported(
         path=output,

@@ -204,7 +204,7 @@ def _described(
     """Return what a graph is.
 
     Raises:
-        InputError: It has no layer with weights, or a part that is not looked into.
+        InputError: It lacks layers with weights, or has parts that are not inspected.
     """
     unique = list({id(node): node for node in nodes.values()}.values())
     if bodies := sorted({node.op for node in unique} & WITH_BODIES):

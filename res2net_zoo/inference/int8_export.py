@@ -154,33 +154,32 @@ def export_int8(
     if output_name(model) != "logits":
         raise InputError("the model has no classifier, so that its loss of accuracy cannot be measured")
     classes = classes_of(model, held_out)
-    try:
-        images = check_calibration(model, load_images(model, calibration, img_size))
-    except ValueError as error:
-        raise InputError(str(error), "calibrate") from error
+    images = _calibration_images(model, calibration, img_size)
     sample = images[:: math.ceil(len(images) / CHECKED)]
     graph, difference = float_graph(model, sample, export_format, opset)
     quantized = _quantized(graph, images, export_format)
     runs = {"float32": _runner(graph, export_format), "int8": _runner(quantized, export_format)}
     measured = measure(runs, model, held_out, classes, img_size)
     problem = check_loss(measured, classes, max_loss, force, output)
-    facts = {
-        **facts,
-        **measured_facts(measured, classes),
-        "calibration_data": calibration.data,
-        "calibration_images": str(len(images)),
-        "evaluation_data": held_out.data,
-        "max_loss": f"{max_loss:g}",
-        **method_facts(model, export_format),
-        **({"warning": problem} if problem else {}),
-    }
+    data = {"calibration_data": calibration.data, "calibration_images": str(len(images)), "max_loss": f"{max_loss:g}"}
+    facts = {**facts, **measured_facts(measured, classes), "evaluation_data": held_out.data, **data}
+    facts |= method_facts(model, export_format) | ({"warning": problem} if problem else {})
     reproduced = runs["int8"](sample.numpy())
     fix_batch_size(quantized, batch_size, sample)
-    try:
-        file, size = _write(quantized, output, facts, export_format, (batch_size or SEVERAL, sample, reproduced))
-    except OSError as failure:
-        raise InputError(f"cannot write {output}: {failure.strerror or failure}") from failure
+    file, size = _write(quantized, output, facts, export_format, (batch_size or SEVERAL, sample, reproduced))
     return QuantizedExport(file, card_path(output), size, len(sample), difference, measured)
+
+
+def _calibration_images(model: nn.Module, calibration: Selection, img_size: int | None) -> torch.Tensor:
+    """Load the images for calibration, and check them.
+
+    Raises:
+        InputError: They are invalid.
+    """
+    try:
+        return check_calibration(model, load_images(model, calibration, img_size))
+    except ValueError as error:
+        raise InputError(str(error), "calibrate") from error
 
 
 def float_graph(model: nn.Module, images: torch.Tensor, export_format: str, opset: int = OPSET) -> tuple[Any, float]:
@@ -367,21 +366,28 @@ def _write(
     """Write file and card together, after checking that the file computes what was measured."""
     place = output.absolute()
     companions = [card_path(place)] if export_format == "onnx" else [place.with_suffix(".bin"), card_path(place)]
-    with replaced_together(place, *companions) as temporary:
-        _save(quantized, temporary)
-        file = read(temporary)
-        facts = facts | {"layers": str(len(file.layers)), "float_layers": json.dumps(file.float_layers)}
-        set_metadata(quantized, facts)
-        _save(quantized, temporary)
-        file = read(temporary)
-        if file.precision != "int8":
-            raise InputError(f"the model has no layer that can be quantized: its precision is still {file.precision}")
-        batch, images, expected = check
-        difference, _ = compare(_runner(temporary, export_format), images.numpy(), expected, [batch])
-        if not difference <= REPRODUCED:
-            raise CheckError(f"the file differs from what was measured by {difference:.1e}; {output} is not written")
-        card_path(temporary).write_text(str(quantized_card(file)), encoding="utf-8")
-        size = sum(path.stat().st_size for path in file.files)
+    try:
+        with replaced_together(place, *companions) as temporary:
+            _save(quantized, temporary)
+            file = read(temporary)
+            facts = facts | {"layers": str(len(file.layers)), "float_layers": json.dumps(file.float_layers)}
+            set_metadata(quantized, facts)
+            _save(quantized, temporary)
+            file = read(temporary)
+            if file.precision != "int8":
+                raise InputError(
+                    f"the model has no layer that can be quantized: its precision is still {file.precision}"
+                )
+            batch, images, expected = check
+            difference, _ = compare(_runner(temporary, export_format), images.numpy(), expected, [batch])
+            if not difference <= REPRODUCED:
+                raise CheckError(
+                    f"the file differs from what was measured by {difference:.1e}; {output} is not written"
+                )
+            card_path(temporary).write_text(str(quantized_card(file)), encoding="utf-8")
+            size = sum(path.stat().st_size for path in file.files)
+    except OSError as error:
+        raise InputError(f"cannot write {output}: {error.strerror or error}") from error
     return read(output), size
 
 

@@ -118,22 +118,18 @@ def optimize(
     selected backend reproduces the model's logits for the example, in float32 to 1e-4 of the largest, and in int8 for
     the calibration images with a root mean square error of at most a quarter of that of the logits.
 
-    int8 is post-training quantization on CPUs: weights are symmetric with one scale per output channel, activations
-    have one scale per tensor, calibrated on images. The calibration images also decide whether a backend agrees.
-
     Args:
         model: A model that maps images to logits, to a feature map (N, C, h, w), or to a list or tuple of maps, such as
             `timm.create_model(..., features_only=True)`. It is not modified; its copy is in eval mode.
         example_input: Typical images (N, C, H, W); the fastest backend depends on their number, size and device.
-        precision: Type of activations and weights; for int8 see `calibration`.
+        precision: Type of activations and weights; int8 is post-training quantization, on CPUs.
         backend: `"native"` (CPU: the zoo's own machine code, needs a C++ compiler), `"openvino"`,
             `"onnxruntime"` (CPU, the package of that name), `"inductor"` (torch.compile with frozen
             weights; on a GPU with CUDA graphs; its first call takes a minute or more),
             `"inductor-padded"` (the same, the groups' widths padded to multiples of 16), `"triton"` (NVIDIA GPU,
             bfloat16 and float16: the zoo's own kernels), `"cudagraphs"` (GPU: eager, without the cost of launching
             kernels), `"eager"`, or `"auto"`. An unavailable backend is replaced by the fastest other one, with a
-            warning that gives the reason. int8 is available by `"native"`, and by `"openvino"`
-            and `"onnxruntime"` (`pip install 'res2net-zoo[int8]'`).
+            warning that gives the reason. The first three support int8; the extra `int8` installs their libraries.
         calibration: For int8, preprocessed images (N, C, H, W) of the example's size, or an iterable of such tensors:
             at least 32, better a few hundred, typical of the images to classify. At most 300 are used. Other
             precisions ignore it.
@@ -145,8 +141,7 @@ def optimize(
 
     Raises:
         ValueError: The precision or backend is unknown, the images are not (N, C, H, W) floats, the model returns
-            NaN or infinite logits for them, no backend can run it, or the calibration images are missing, too few,
-            invalid or random noise.
+            NaN or infinite logits for them, no backend can run it, or the calibration images are invalid.
     """
     _check_request(example_input, precision, backend)
     device, example = example_input.device, example_input.detach().float()
@@ -219,7 +214,7 @@ class Reference(NamedTuple):
         if calibration is None:
             return cls(example, output)
         batch = len(example)
-        chosen = evenly_spaced(len(calibration), COMPARED if is_logits(output) else COMPARED_MAPS)
+        chosen = torch.tensor(evenly_spaced(len(calibration), COMPARED if is_logits(output) else COMPARED_MAPS))
         # Whole batches, for which a backend has a network; a larger batch than the images repeats them.
         chosen = chosen[torch.arange(batch * max(1, len(chosen) // batch)) % len(chosen)]
         parts = [_output_of(model, part) for part in calibration[chosen].split(batch)]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import openvino
 
 MINIMUM = 32  # calibration images
-MOST = 300  # calibration images that are used; more change the scales little, as NNCF's default
+CALIBRATION_IMAGES = 300  # maximum, as by default in NNCF; more change the scales little
 # Maximum root mean square error of int8 logits, relative to that of the logits; the models of the family have 0.005 to
 # 0.1.
 TOLERANCE = 0.25
@@ -65,7 +65,9 @@ def check_calibration(model: nn.Module, images: torch.Tensor | Iterable[torch.Te
         )
     checked = _collected(images)
     if len(checked) < MINIMUM:
-        raise ValueError(f"there are {len(checked)} calibration images; int8 needs at least {MINIMUM}, better {MOST}")
+        raise ValueError(
+            f"there are {len(checked)} calibration images; int8 needs at least {MINIMUM}, better {CALIBRATION_IMAGES}"
+        )
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if first is not None and first.in_channels != checked.shape[1]:
         raise ValueError(f"calibration images have {checked.shape[1]} channels; the model needs {first.in_channels}")
@@ -80,7 +82,7 @@ def check_calibration(model: nn.Module, images: torch.Tensor | Iterable[torch.Te
 
 
 def _collected(images: torch.Tensor | Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return at most `MOST` images as one tensor in float32 on the CPU.
+    """Return at most `CALIBRATION_IMAGES` images as one tensor in float32 on the CPU.
 
     Raises:
         ValueError: They are not (N, C, H, W) floats.
@@ -96,19 +98,19 @@ def _collected(images: torch.Tensor | Iterable[torch.Tensor]) -> torch.Tensor:
         if parts and part.shape[1:] != parts[0].shape[1:]:
             raise ValueError("calibration images have different sizes; preprocess all of them to the same")
         parts.append(part.detach())
-        if not isinstance(images, torch.Tensor) and sum(map(len, parts)) >= MOST:
+        if not isinstance(images, torch.Tensor) and sum(map(len, parts)) >= CALIBRATION_IMAGES:
             break
     if not parts:
         return torch.zeros(0, 1, 1, 1)
     every = torch.cat(parts)
     if not isinstance(images, torch.Tensor):
-        every = every[:MOST]
-    return every[evenly_spaced(len(every), MOST)].float().cpu()
+        every = every[:CALIBRATION_IMAGES]
+    return every[evenly_spaced(len(every), CALIBRATION_IMAGES)].float().cpu()
 
 
-def evenly_spaced(number: int, most: int) -> torch.Tensor:
+def evenly_spaced(number: int, most: int) -> list[int]:
     """Return at most `most` evenly spaced indices of a number of items."""
-    return torch.arange(min(number, most)) * number // min(number, most) if number else torch.arange(0)
+    return [i * number // min(number, most) for i in range(min(number, most))]
 
 
 def _correlation(images: torch.Tensor) -> float:

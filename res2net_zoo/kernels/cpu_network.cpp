@@ -202,6 +202,21 @@ inline int64_t tile_at(const Step& s, int64_t groups, int64_t work) {
 
 inline int64_t groups_of(const Step& s) { return (s.pixels + s.rows - 1) / s.rows; }
 
+// A unit of a convolution's work: a tile of a group of pixels, and the index of the group in its block. Pixels are split
+// evenly into groups of at most a tile, and all weights are applied to one block of groups at a time.
+struct Unit {
+    const Tile* tile;
+    int64_t m0, rows, slot;
+};
+
+inline Unit unit_of(const Step& s, int64_t groups, int64_t u) {
+    int64_t first = u / (s.block * s.tiles) * s.block;
+    int64_t size = groups - first < s.block ? groups - first : s.block;
+    int64_t inside = u - first * s.tiles, slot = inside % size, group = first + slot;
+    int64_t m = s.pixels * group / groups;
+    return {&s.tile[inside / size], m, s.pixels * (group + 1) / groups - m, slot};
+}
+
 // A thread's memory for tile registers.
 struct Panels {
     std::vector<char> memory;        // the input of a block's groups of pixels
@@ -263,25 +278,18 @@ template <class T> void copy_taps(const Step& s, const Tile& t, int64_t m0, int6
     }
 }
 
-// A tile whose sums are complete.
-struct Summed {
-    const Tile* tile = nullptr;
-    int64_t m0, rows;
-};
-
-// Sum the products of a tile of a convolution with tile registers, and call `between` after each part. `slot` is the
-// group's index in its block.
+// Sum the products of a tile of a convolution with tile registers, and call `between` after each part.
 template <class T, class F>
-void sum_tile(const Step& s, const Summed& one, int64_t slot, Panels& panels, TileSums<T>& sums, F between) {
+void sum_tile(const Step& s, const Unit& one, Panels& panels, TileSums<T>& sums, F between) {
     const Tile& t = *one.tile;
     const char* x = reinterpret_cast<const char*>(at<T>(s.src, one.m0) + t.first_in);
     int64_t pitch = s.src.pixel * sizeof(T);
     if (s.panel) {
-        x = panels.of(s, slot), pitch = s.panel;
+        x = panels.of(s, one.slot), pitch = s.panel;
         int64_t what = one.m0 << 20 | t.first_in;
-        if (panels.copied[slot] != what) {
-            copy_taps<T>(s, t, one.m0, one.rows, panels.of(s, slot));
-            panels.copied[slot] = what;
+        if (panels.copied[one.slot] != what) {
+            copy_taps<T>(s, t, one.m0, one.rows, panels.of(s, one.slot));
+            panels.copied[one.slot] = what;
         }
     }
     const char* w = static_cast<const char*>(t.weight);
@@ -306,7 +314,7 @@ template <class T> struct Finisher {
 
     explicit Finisher(const Step& s) : finish(s), paired(s.paired) {}
 
-    void start(const Summed& one, const TileSums<T>& of) {
+    void start(const Unit& one, const TileSums<T>& of) {
         const Tile& t = *one.tile;
         both = first_bytes(t.channels_out);
         sums = &of, m0 = one.m0, rows = one.rows, c = t.first_out, next = 0, count = t.channels_out > LANES ? 2 : 1;
@@ -350,20 +358,15 @@ template <class T> void matrix_conv(const Step& s, int64_t u, int64_t end, Panel
     Finisher<T> last(s);
     int64_t steps = s.bytes / TILE_BYTES, by = (s.rows + steps - 1) / steps;
     for (int64_t i = 0; u < end; u++, i ^= 1) {
-        int64_t first = u / (s.block * s.tiles) * s.block;
-        int64_t size = groups - first < s.block ? groups - first : s.block;
-        int64_t inside = u - first * s.tiles, group = first + inside % size;
-        int64_t m = s.pixels * group / groups, rows = s.pixels * (group + 1) / groups - m;
-        Summed one{&s.tile[inside / size], m, rows};
-        sum_tile<T>(s, one, group - first, panels, sums[i], [&] { last.advance(by); });
+        Unit one = unit_of(s, groups, u);
+        sum_tile<T>(s, one, panels, sums[i], [&] { last.advance(by); });
         last.start(one, sums[i]);
     }
     last.advance(s.rows);
 }
 #endif
 
-// Compute tiles `u` to `end` of a convolution. Pixels are split evenly into groups of at most a tile, and all weights
-// are applied to one block of groups at a time.
+// Compute tiles `u` to `end` of a convolution.
 template <class T> void conv(const Step& s, int64_t u, int64_t end, Panels& panels) {
 #ifdef TILES
     if constexpr (sizeof(T) < 4)
@@ -371,13 +374,9 @@ template <class T> void conv(const Step& s, int64_t u, int64_t end, Panels& pane
 #endif
     int64_t groups = groups_of(s);
     for (; u < end; u++) {
-        int64_t first = u / (s.block * s.tiles) * s.block;
-        int64_t size = groups - first < s.block ? groups - first : s.block;
-        int64_t inside = u - first * s.tiles, group = first + inside % size;
-        const Tile& t = s.tile[inside / size];
-        int64_t m = s.pixels * group / groups, rows = s.pixels * (group + 1) / groups - m;
-        if (t.channels_out > LANES) tile_of<T, 2>(rows, s, t, m);
-        else tile_of<T, 1>(rows, s, t, m);
+        Unit one = unit_of(s, groups, u);
+        if (one.tile->channels_out > LANES) tile_of<T, 2>(one.rows, s, *one.tile, one.m0);
+        else tile_of<T, 1>(one.rows, s, *one.tile, one.m0);
     }
 }
 

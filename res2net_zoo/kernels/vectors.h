@@ -81,7 +81,6 @@ inline Vec load_over(const bf16* p, Lanes some) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_maskz_cvtepu16_epi32(some, all), 16));
 }
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(b, a); }  // this order propagates a NaN in `a`
-inline Vec min(Vec a, Vec b) { return _mm512_min_ps(b, a); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec where_positive(Vec x, Vec v) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, zero(), _CMP_GT_OQ), v); }
 using Ints = __m512i;  // int32
@@ -120,7 +119,6 @@ inline void store(u8* p, Vec v, Lanes some) {
 }
 template <class T> inline Vec load_over(const T* p, Lanes some) { return load(p, some); }
 inline Vec max(Vec a, Vec b) { return a < b ? b : a; }
-inline Vec min(Vec a, Vec b) { return b < a ? b : a; }
 inline Vec fma(Vec a, Vec b, Vec c) {
     for (int i = 0; i < LANES; i++) a[i] = std::fma(a[i], b[i], c[i]);
     return a;

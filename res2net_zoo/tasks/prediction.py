@@ -12,6 +12,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import center_crop
 
 from res2net_zoo.data.images import open_image
+from res2net_zoo.inference.quantization import CALIBRATION_IMAGES, evenly_spaced
 from res2net_zoo.tasks.base import NO_IMAGE, TaskModel, reason
 from res2net_zoo.tasks.upright import to_rgb
 from res2net_zoo.utils.console import progress_bar
@@ -54,8 +55,6 @@ def calibration_crops(model: TaskModel, paths: Sequence[Path], accelerator: Acce
     Raises:
         InputError: An image cannot be decoded, or the model does not support it.
     """
-    from res2net_zoo.inference.calibration import CALIBRATION_IMAGES  # imports datasets
-
     crops: list[torch.Tensor] = []
 
     def take(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -63,8 +62,7 @@ def calibration_crops(model: TaskModel, paths: Sequence[Path], accelerator: Acce
         crops.append(center_crop(images, [min(CROP, side) for side in images.shape[2:]]))
         raise _Reached
 
-    number = min(len(paths), CALIBRATION_IMAGES)
-    chosen = [paths[i * len(paths) // number] for i in range(number)]
+    chosen = [paths[i] for i in evenly_spaced(len(paths), CALIBRATION_IMAGES)]
     handle = model.features.register_forward_pre_hook(take)
     try:
         for path in progress_bar(accelerator, chosen, desc="calibrate", unit="image"):
