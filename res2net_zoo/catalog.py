@@ -6,7 +6,7 @@ accuracies for validation.
 
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -232,6 +232,11 @@ class Checkpoint:
         """`architecture.tag`, the name for `timm.create_model`."""
         return f"{self.architecture}.{self.tag}"
 
+    @property
+    def imagenet_accuracy(self) -> Accuracy | None:
+        """The first published accuracy on ImageNet-1k, if there is one."""
+        return next((a for a in self.accuracies if a.dataset == "imagenet-1k"), None)
+
 
 @strict
 @dataclass(kw_only=True)
@@ -276,6 +281,14 @@ class Catalog:
                 return target
         there = ", ".join(f"{target.model} on {target.data}" for target in of_head)
         raise InputError(f"no published result of {head} on {model} with {data}; available: {there or 'none'}")
+
+    def entries(self) -> Iterator[tuple[Architecture, Checkpoint | None]]:
+        """Yield every architecture with each of its checkpoints, or with None if it has no weights."""
+        for architecture in self.architectures.values():
+            checkpoints = [c for c in self.checkpoints.values() if c.architecture == architecture.name]
+            yield from ((architecture, checkpoint) for checkpoint in checkpoints)
+            if not checkpoints:
+                yield architecture, None
 
     def checkpoint(self, name: str) -> Checkpoint | None:
         """Return the checkpoint called `arch.tag`, or the default one of `arch`, if there is one."""

@@ -12,7 +12,7 @@ Exit codes: 0 done; 2 bad input.
 
 import argparse
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from res2net_zoo import catalog
@@ -59,7 +59,7 @@ def filtered(args: argparse.Namespace) -> bool:
 
 def listing(args: argparse.Namespace) -> str:
     """Return the table of `list`."""
-    rows = [row(*entry) for entry in entries() if wanted(*entry, args)]
+    rows = [row(*entry) for entry in catalog.load().entries() if wanted(*entry, args)]
     table = markdown_table(("name", "params (M)", "GMACs", "at", "top-1", "licence", "from"), rows)
     if any("*" in entry[5] for entry in rows):
         table += (
@@ -68,20 +68,10 @@ def listing(args: argparse.Namespace) -> str:
     return table if rows else "no model matches"
 
 
-def entries() -> Iterator[tuple[Architecture, Checkpoint | None]]:
-    """Yield every architecture with each of its checkpoints, or with None if it has no weights."""
-    everything = catalog.load()
-    for architecture in everything.architectures.values():
-        checkpoints = [c for c in everything.checkpoints.values() if c.architecture == architecture.name]
-        yield from ((architecture, checkpoint) for checkpoint in checkpoints)
-        if not checkpoints:
-            yield architecture, None
-
-
 def imagenet_top1(checkpoint: Checkpoint | None) -> float | None:
-    """Return a checkpoint's first published ImageNet top-1, if there is one."""
-    accuracies = checkpoint.accuracies if checkpoint else ()
-    return next((a.top1 for a in accuracies if a.dataset == "imagenet-1k"), None)
+    """Return a checkpoint's published ImageNet top-1, if there is one."""
+    accuracy = checkpoint.imagenet_accuracy if checkpoint else None
+    return accuracy.top1 if accuracy else None
 
 
 def wanted(architecture: Architecture, checkpoint: Checkpoint | None, args: argparse.Namespace) -> bool:
