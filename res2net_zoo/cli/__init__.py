@@ -10,7 +10,7 @@ from importlib import import_module
 from res2net_zoo.utils.command_line import Parser
 
 COMMANDS = {
-    "The catalogue": ("list", "show", "sizes", "ablate"),
+    "The catalogue": ("list", "show", "sizes", "ablate", "space"),
     "Classification": ("validate", "finetune", "predict", "export", "benchmark", "cam"),
     "Detection, segmentation, saliency, keypoints": ("train-task", "validate-task", "predict-task"),
     "Weights and the Hub": ("convert", "original", "verify", "publish", "mirror"),

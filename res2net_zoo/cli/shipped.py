@@ -1,18 +1,18 @@
-"""Paths of the shipped recipes, model and data, in a clone or a wheel."""
+"""Paths of the shipped recipes, model, data and page, in a clone or a wheel."""
 
 import os
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # In a wheel they are inside the package, by `tool.hatch.build.targets.wheel.sources` in pyproject.toml.
-CLONE = {"recipes": "scripts/recipes", "models": "hub/models", "datasets": "hub/datasets"}
+CLONE = {"recipes": "scripts/recipes", "models": "hub/models", "datasets": "hub/datasets", "space": "hub/space"}
 
 
 def shipped(kind: str, name: str = "") -> Path:
     """Return the path of a shipped file or folder.
 
     Args:
-        kind: `recipes`, `models` or `datasets`.
+        kind: `recipes`, `models`, `datasets` or `space`.
         name: A file or folder of this kind.
     """
     in_wheel = PACKAGE / "shipped"

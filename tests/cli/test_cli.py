@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from res2net_zoo import cli
+from res2net_zoo.cli.shipped import CLONE
 from res2net_zoo.utils.command_line import Parser
 from tests.conftest import ROOT, read_tree
 
@@ -179,15 +180,16 @@ def wheel(tmp_path_factory) -> Path:
 def test_wheel_contains_shipped_files(wheel):
     shipped = read_tree(wheel / "res2net_zoo" / "shipped")
     expected = {}
-    for kind, folder in {"recipes": "scripts/recipes", "models": "hub/models", "datasets": "hub/datasets"}.items():
+    for kind, folder in CLONE.items():
         names = subprocess.run(["git", "ls-files", folder], cwd=ROOT, capture_output=True, text=True, check=True)
         for name in names.stdout.split():
-            if not name.endswith(".py"):
+            if not name.endswith(".py") or kind == "space":
                 expected[f"{kind}/{Path(name).relative_to(folder).as_posix()}"] = (ROOT / name).read_bytes()
     assert shipped == expected and len(shipped) > 20
     modules = {path.relative_to(wheel).as_posix() for path in wheel.rglob("*.py")}
     assert modules == {path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("res2net_zoo/**/*.py")]} | {
-        "res2net_zoo_cli.py"
+        "res2net_zoo_cli.py",
+        "res2net_zoo/shipped/space/app.py",
     }
     (entry_points,) = wheel.glob("*.dist-info/entry_points.txt")
     assert "res2net-zoo = res2net_zoo_cli:main" in entry_points.read_text()

@@ -1,0 +1,84 @@
+"""Open a page in the browser to try, choose and design models.
+
+Usage: res2net-zoo space [--host ADDRESS] [--port N] [--model NAME ...]
+
+The page is served on this machine, to this machine only unless --host names another address, until Ctrl-C. It sends
+nothing to other hosts; weights are fetched when a model is chosen. Images are deleted within minutes.
+
+Examples:
+  res2net-zoo space
+  res2net-zoo space --model local-dir:outputs/mine --port 8000
+
+Exit codes: 0 done; 2 bad input.
+"""
+
+import argparse
+import importlib.util
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+
+from res2net_zoo.cli.command import command, parser_of
+from res2net_zoo.cli.options import add_backend, add_machine
+from res2net_zoo.cli.shipped import shipped, shipped_model
+from res2net_zoo.utils.command_line import within
+
+LOOPBACK = "127.0.0.1"
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = parser_of(__doc__)
+    add = parser.add_argument
+    add("--host", metavar="ADDRESS", default=LOOPBACK, help="address to listen on (default: %(default)s)")
+    add("--port", type=within(int, 1, 65535), help="port (default: the first free one from 7860)")
+    add(
+        "--model",
+        nargs="+",
+        default=[],
+        help="further models to offer, such as local-dir:DIR; the page starts with them",
+    )
+    add("--browser", action="store_true", help="open the page in the default browser")
+    add_machine(add, workers=False)
+    add_backend(add, "torch", "torch")
+    return parser.parse_args(argv)
+
+
+@command(parse_args)
+def main(args: argparse.Namespace) -> int:
+    import webbrowser
+
+    from res2net_zoo.utils.console import warn
+    from res2net_zoo.utils.processes import start_processes
+
+    require()
+    from res2net_zoo.space.app import serve
+    from res2net_zoo.space.models import Models
+
+    accelerator = start_processes(args.threads, args.mixed_precision)
+    models = Models(accelerator, args.backend, shipped_model(), args.model)
+    for name in args.model:
+        models.load(name)
+    if args.host != LOOPBACK:
+        warn(f"anyone who can reach {args.host} can use the page")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # deletes uploads, as Ctrl-C does
+    with serve(models, sorted(shipped("space", "examples").glob("*.png")), args.host, args.port) as url:
+        print(f"the page is at {url} until Ctrl-C", flush=True)
+        if args.browser:
+            webbrowser.open(url)
+        threading.Event().wait()
+    return 0
+
+
+def require() -> None:
+    """Check that the dependencies of the page are installed.
+
+    Raises:
+        InputError: One is missing.
+    """
+    from res2net_zoo.utils.errors import InputError
+
+    modules = {"gradio": "gradio", "grad-cam": "pytorch_grad_cam", "matplotlib": "matplotlib"}
+    missing = [name for name, module in modules.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise InputError(f"the page needs {' and '.join(missing)}; pip install 'res2net-zoo[space]'")

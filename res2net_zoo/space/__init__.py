@@ -1,0 +1,1 @@
+"""The page to try, choose and design models in a browser, built with Gradio."""
