@@ -10,7 +10,7 @@ from res2net_zoo.space.models import Models
 
 NOTE = (
     "Accuracy is the published top-1 on ImageNet-1k in percent. \\* The licence of the release's code; it states none "
-    "for the weights. Click a row for the model's card; click a header to sort."
+    "for the weights. Click a row for the model's card; the menu of a column sorts and filters."
 )
 
 

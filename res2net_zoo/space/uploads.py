@@ -19,7 +19,10 @@ def read_upload(path: Path) -> bytes:
     Raises:
         InputError: As for `decode_upload`, or the file is missing or too large.
     """
-    content = read_bytes(path, MOST_BYTES)
+    try:
+        content = read_bytes(path, MOST_BYTES)
+    except InputError as error:  # whose message has the path on the server
+        raise InputError(f"The file is missing, or larger than {MOST_BYTES >> 20} MB; upload it again.") from error
     decode_upload(content, "RGB")
     return content
 

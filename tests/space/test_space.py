@@ -65,7 +65,7 @@ def test_uploads_are_upright_and_limited(tmp_path, monkeypatch):
     (tmp_path / "image.jpg").write_bytes(content)
     assert uploads.read_upload(tmp_path / "image.jpg") == content
     monkeypatch.setattr(uploads, "MOST_BYTES", 100)
-    with pytest.raises(InputError, match="larger than the limit"):
+    with pytest.raises(InputError, match="larger than"):
         uploads.read_upload(tmp_path / "image.jpg")
 
 
