@@ -264,7 +264,7 @@ class Hub:
 
 
 ROUTES: list[tuple[str, re.Pattern[str], Callable]] = []
-REPOSITORY = r"/api/((?:models|datasets)/[^/]+/[^/]+)"
+REPOSITORY = r"/api/((?:models|datasets|spaces)/[^/]+/[^/]+)"
 COLLECTION = r"/api/collections/([^/]+/[^/]+)"
 
 
@@ -433,6 +433,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         owner = self.json.get("organization") or (self.user.name if self.user else "")
         key = f"{self.json.get('type') or 'model'}s/{owner}/{self.json['name']}"
         self.may_write(owner)
+        if key.startswith("spaces/") and not self.json.get("sdk"):
+            raise Refused(400, "sdk is required for a Space")
         if key in self.hub.repositories:
             raise Refused(409, "You already created this repo", url=self.url(key))
         private = self.json.get("visibility") == "private" or bool(self.json.get("private"))
@@ -527,7 +529,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         named = [dict(id=c.sha, title=c.title, message=c.description, date=c.date, author=c.author) for c in history]
         return self.page([commit | {"authors": [{"user": commit["author"]}]} for commit in named])
 
-    @route("GET", "/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+    @route("GET", "/(datasets/|spaces/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
     def resolve(self, kind: str, name: str, revision: str, path: str) -> object:
         commit = self.at(f"{kind or 'models/'}{name}", revision)
         headers = {"X-Repo-Commit": commit.sha}
@@ -543,7 +545,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return 302, b"", headers | {"Location": location}
         return self.content(file, headers)
 
-    @route("GET", "/cdn/((?:models|datasets)/[^/]+/[^/]+)/([0-9a-f]{64})/.+")
+    @route("GET", "/cdn/((?:models|datasets|spaces)/[^/]+/[^/]+)/([0-9a-f]{64})/.+")
     def cdn(self, key: str, oid: str) -> object:
         return self.content(self.hub.repositories[key].objects[oid], {})
 
@@ -570,7 +572,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             answers.append(answer | ({"oid": there.etag} if there else {}))
         return {"files": answers}
 
-    @route("POST", r"/(datasets/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch")
+    @route("POST", r"/(datasets/|spaces/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch")
     def batch(self, kind: str, name: str) -> object:
         repository = self.repository(key := f"{kind or 'models/'}{name}")
         if self.user is None or self.user.role != "write":
@@ -582,7 +584,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 asked["actions"] = {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}
         return {"transfer": "basic", "objects": objects}
 
-    @route("PUT", "/lfs/((?:models|datasets)/[^/]+/[^/]+)/([0-9a-f]{64})")
+    @route("PUT", "/lfs/((?:models|datasets|spaces)/[^/]+/[^/]+)/([0-9a-f]{64})")
     def upload(self, key: str, oid: str) -> object:
         file = File(self.body, lfs=True)
         if file.sha256 != oid:
@@ -590,7 +592,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.hub.repositories[key].objects[oid] = file
         return 200, b"", {}
 
-    @route("POST", "/lfs/((?:models|datasets)/[^/]+/[^/]+)/([0-9a-f]{64})/verify")
+    @route("POST", "/lfs/((?:models|datasets|spaces)/[^/]+/[^/]+)/([0-9a-f]{64})/verify")
     def verify(self, key: str, oid: str) -> object:
         file = self.repository(key).objects.get(oid)
         if file is None or len(file.content) != self.json["size"]:

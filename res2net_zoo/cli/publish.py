@@ -1,6 +1,7 @@
-"""Publish model folders on the Hub, each in one commit.
+"""Publish model folders, or the page of `space`, on the Hub, each in one commit.
 
 Usage: res2net-zoo publish DIR --repo-id ORG/NAME [--private] [--create-pr] [--dry-run]
+       res2net-zoo publish --space ORG/NAME [--private] [--create-pr] [--dry-run]
        res2net-zoo publish --all --org ORG
 
 Files that are already in the repository are skipped. After an interruption, run it again to resume. With --all, the
@@ -8,6 +9,7 @@ catalogue's checkpoints are published, and their repositories are recorded in th
 
 Examples:
   res2net-zoo publish outputs/mine --repo-id ORG/mine --dry-run
+  res2net-zoo publish --space ORG/res2net-zoo --private
   res2net-zoo publish --all --org ORG --mirror mirror
 
 Exit codes: 0 done; 2 bad input, or a checkpoint could not be published.
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from res2net_zoo.cli.command import command, parser_of
+from res2net_zoo.cli.shipped import shipped
 
 if TYPE_CHECKING:
     from res2net_zoo.hub import publish
@@ -29,6 +32,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("folder", nargs="?", type=Path, metavar="DIR", help="model folder to publish")
     add("--repo-id", metavar="ORG/NAME", help="repository to publish to")
+    add("--space", metavar="ORG/NAME", help="Space to publish the page of `res2net-zoo space` to")
     add(
         "--all",
         action="store_true",
@@ -58,10 +62,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="the owner's collection to add it to; '' for none (default: %(default)s)",
     )
     args = parser.parse_args(argv)
+    if args.space and (args.all or args.folder or args.repo_id):
+        parser.error("--space takes no DIR, --repo-id or --all")
     if args.all and (args.folder or args.repo_id or not args.org):
         parser.error("--all takes --org ORG, and no DIR or --repo-id")
-    if not args.all and not (args.folder and args.repo_id):
-        parser.error("name a model folder and --repo-id ORG/NAME, or --all --org ORG")
+    if not args.all and not args.space and not (args.folder and args.repo_id):
+        parser.error("name a model folder and --repo-id ORG/NAME, or --space ORG/NAME, or --all --org ORG")
     if not args.all and (args.org or args.model or args.mirror):
         parser.error("--org, --model and --mirror need --all")
     if args.create_pr and args.revision != "main":
@@ -77,6 +83,8 @@ def main(args: argparse.Namespace) -> int:
 
     if args.all:
         publish_all(args)
+    elif args.space:
+        publish_one(args, shipped("space"), args.space)
     else:
         publish_one(args, check_folder(str(args.folder).removeprefix("local-dir:")), args.repo_id)
     return 0
@@ -87,21 +95,27 @@ def publish_one(args: argparse.Namespace, folder: Path, repo_id: str) -> "publis
     from res2net_zoo.cli.verify import checks_of
     from res2net_zoo.hub import publish
 
-    publish.check_folder(folder, checks_of)
+    if not args.space:
+        publish.check_folder(folder, checks_of)
     if args.dry_run:
         return show_plan(args, folder, repo_id)
-    plan = publish.make_plan(folder, repo_id, args.revision, args.private)
+    plan = publish.make_plan(folder, repo_id, args.revision, args.private, "space" if args.space else "model")
     check_plan(args, plan)
-    if not plan.private and not args.despite_license:
+    if needs_license(args, plan):
         publish.check_license(folder)
     if not args.create_pr:
         publish.check_weights(plan, args.force)
     print(table(plan))
     print(publish.publish(folder, plan, args.create_pr, args.force))
     if args.collection and not args.create_pr:
-        slug = publish.add_to_collection(repo_id, args.collection, plan.private)
+        slug = publish.add_to_collection(repo_id, args.collection, plan.private, "space" if args.space else "model")
         print(f"in the collection {slug}")
     return plan
+
+
+def needs_license(args: argparse.Namespace, plan: "publish.UploadPlan") -> bool:
+    """Return whether the licence of the weights must permit to publish them; a Space has no weights."""
+    return not (plan.private or args.despite_license or args.space)
 
 
 def check_plan(args: argparse.Namespace, plan: "publish.UploadPlan") -> None:
@@ -109,7 +123,9 @@ def check_plan(args: argparse.Namespace, plan: "publish.UploadPlan") -> None:
     from res2net_zoo.utils.errors import InputError
 
     if plan.creates and args.create_pr:
-        raise InputError(f"there is no model {plan.repo_id} on the Hub to open a pull request on")
+        raise InputError(
+            f"there is no {'Space' if args.space else 'model'} {plan.repo_id} on the Hub to open a pull request on"
+        )
     if args.private and not plan.private:
         raise InputError(f"{plan.repo_id} is already public; --private cannot change this")
 
@@ -128,9 +144,10 @@ def show_plan(args: argparse.Namespace, folder: Path, repo_id: str) -> "publish.
     from res2net_zoo.hub import publish
     from res2net_zoo.utils.console import warn, with_options
 
-    plan, unreachable = publish.make_plan_or_guess(folder, repo_id, args.revision, args.private)
+    repo_type = "space" if args.space else "model"
+    plan, unreachable = publish.make_plan_or_guess(folder, repo_id, args.revision, args.private, repo_type)
     print(table(plan))
-    if not plan.private and not args.despite_license:
+    if needs_license(args, plan):
         try:
             publish.check_license(folder)
         except publish.LicenseError as error:

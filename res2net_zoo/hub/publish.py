@@ -1,4 +1,4 @@
-"""Publish model folders on the Hub: one commit, idempotent, without overwriting different weights."""
+"""Publish folders of models and Spaces on the Hub: one commit, idempotent, without overwriting different weights."""
 
 import hashlib
 import re
@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelInfo
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as WEIGHTS
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
@@ -74,6 +75,7 @@ class UploadPlan:
         private: Whether the repository is, or will be, private.
         head: The parent commit; None for a new repository.
         uploads: The folder's files.
+        repo_type: `model` or `space`.
     """
 
     repo_id: str
@@ -83,6 +85,7 @@ class UploadPlan:
     private: bool
     head: str | None
     uploads: list[Upload]
+    repo_type: str = "model"
 
     @property
     def sent(self) -> list[Upload]:
@@ -100,7 +103,7 @@ def files_of(folder: Path) -> list[str]:
     entries = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
     paths = sorted(path.relative_to(folder).as_posix() for path in entries)
     kept = []
-    for path in filter_repo_objects(paths, ignore_patterns=[*DEFAULT_IGNORE_PATTERNS, "*.part"]):
+    for path in filter_repo_objects(paths, ignore_patterns=[*DEFAULT_IGNORE_PATTERNS, "*.part", "*.pyc"]):
         parts = path.split("/")
         if any(part.startswith(".") and part not in (EVAL_RESULTS, ".gitattributes") for part in parts):
             continue  # .cache, .DS_Store, .env
@@ -205,14 +208,17 @@ def check_license(folder: Path) -> None:
         )
 
 
-def make_plan(folder: Path, repo_id: str, revision: str = "main", private: bool = False) -> UploadPlan:
+def make_plan(
+    folder: Path, repo_id: str, revision: str = "main", private: bool = False, repo_type: str = "model"
+) -> UploadPlan:
     """Compare a folder with a repository on the Hub.
 
     Args:
-        folder: The model folder.
+        folder: The folder.
         repo_id: The repository, as ORG/NAME.
         revision: The branch.
         private: Whether a new repository is private.
+        repo_type: `model` or `space`.
 
     Returns:
         The changes that publishing the folder would make.
@@ -221,12 +227,13 @@ def make_plan(folder: Path, repo_id: str, revision: str = "main", private: bool 
         InputError: The request fails.
     """
     api, branches = HfApi(), False
-    info: ModelInfo | None
+    info: Any  # of a model or a Space, with the same attributes
+    kind: Any = dict(repo_type=repo_type, files_metadata=True)
     with readable_errors(repo_id):
         try:
-            info = with_retries(lambda: api.model_info(repo_id, revision=revision, files_metadata=True))
+            info = with_retries(lambda: api.repo_info(repo_id, revision=revision, **kind))
         except RevisionNotFoundError:  # a new branch, which starts from main
-            info, branches = with_retries(lambda: api.model_info(repo_id, files_metadata=True)), True
+            info, branches = with_retries(lambda: api.repo_info(repo_id, **kind)), True
         except RepositoryNotFoundError:
             info, branches = None, revision != "main"
     there = {file.rfilename: file for file in (info.siblings or [] if info else [])}
@@ -238,11 +245,12 @@ def make_plan(folder: Path, repo_id: str, revision: str = "main", private: bool 
             state = "unchanged" if hash_of(path, bool(file.lfs)) == known else "changed"
         uploads.append(Upload(name, path.stat().st_size, sha256_of(path), state))
     is_private = bool(info.private) if info else private
-    return UploadPlan(repo_id, revision, info is None, branches, is_private, info.sha if info else None, uploads)
+    head = info.sha if info else None
+    return UploadPlan(repo_id, revision, info is None, branches, is_private, head, uploads, repo_type)
 
 
 def make_plan_or_guess(
-    folder: Path, repo_id: str, revision: str = "main", private: bool = False
+    folder: Path, repo_id: str, revision: str = "main", private: bool = False, repo_type: str = "model"
 ) -> tuple[UploadPlan, str]:
     """Like `make_plan`, but also works if the Hub is not reachable.
 
@@ -253,11 +261,11 @@ def make_plan_or_guess(
         InputError: As `make_plan`, unless the Hub is not reachable.
     """
     try:
-        return make_plan(folder, repo_id, revision, private), ""
+        return make_plan(folder, repo_id, revision, private, repo_type), ""
     except HubUnavailableError as error:
         paths = [(name, folder / name) for name in files_of(folder)]
         uploads = [Upload(name, path.stat().st_size, sha256_of(path), "unknown") for name, path in paths]
-        return UploadPlan(repo_id, revision, False, False, private, None, uploads), str(error)
+        return UploadPlan(repo_id, revision, False, False, private, None, uploads, repo_type), str(error)
 
 
 def check_weights(plan: UploadPlan, force: bool) -> None:
@@ -283,7 +291,7 @@ def publish(folder: Path, plan: UploadPlan, create_pr: bool = False, force: bool
     repeated.
 
     Args:
-        folder: The model folder.
+        folder: The folder.
         plan: The result of `make_plan`.
         create_pr: Create a pull request.
         force: Overwrite different weights.
@@ -295,9 +303,11 @@ def publish(folder: Path, plan: UploadPlan, create_pr: bool = False, force: bool
         InputError: The upload fails.
     """
     repo_id, revision, private, api = plan.repo_id, plan.revision, plan.private, HfApi()
+    kind: Any = dict(repo_type=plan.repo_type)
+    sdk = "gradio" if plan.repo_type == "space" else None
 
     def compare_again() -> UploadPlan:
-        new = make_plan(folder, repo_id, revision, private)
+        new = make_plan(folder, repo_id, revision, private, plan.repo_type)
         if private and not new.private:
             raise InputError(f"{repo_id} has become public in the meantime; nothing was uploaded")
         return new
@@ -305,10 +315,10 @@ def publish(folder: Path, plan: UploadPlan, create_pr: bool = False, force: bool
     start = time.monotonic()
     with readable_errors(repo_id):
         if plan.creates:
-            with_retries(lambda: api.create_repo(repo_id, private=plan.private, exist_ok=True))
+            with_retries(lambda: api.create_repo(repo_id, private=private, exist_ok=True, space_sdk=sdk, **kind))
             plan = compare_again()  # a new repository has an initial commit, and others may have written to it
         if plan.branches and not create_pr:
-            with_retries(lambda: api.create_branch(repo_id, branch=plan.revision, exist_ok=True))
+            with_retries(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True, **kind))
             force = True  # the branch is a copy of main, whose weights remain on main
         for attempt in range(TRIES):
             if not create_pr:
@@ -316,7 +326,7 @@ def publish(folder: Path, plan: UploadPlan, create_pr: bool = False, force: bool
             if not plan.sent:
                 return f"published: {repo_id}" if attempt else f"{repo_id} is up to date"
             title = _title(folder, plan)
-            if create_pr and (url := _pull_request(repo_id, title)):
+            if create_pr and (url := _pull_request(plan, title)):
                 return f"already proposed: {url}"
             try:
                 done = _commit(api, folder, plan, title, create_pr)
@@ -348,6 +358,7 @@ def _commit(api: HfApi, folder: Path, plan: UploadPlan, title: str, create_pr: b
             revision=None if create_pr else plan.revision,
             create_pr=create_pr,
             parent_commit=plan.head,
+            repo_type=plan.repo_type,
         )
     except ValueError as error:
         raise InputError(f"the Hub rejects the card of {folder}: {one_line(error)}") from error
@@ -358,13 +369,16 @@ def _commit(api: HfApi, folder: Path, plan: UploadPlan, title: str, create_pr: b
         raise InputError(f"cannot upload {folder}: {one_line(error)}; run it again to continue") from error
 
 
-def _pull_request(repo_id: str, title: str) -> str | None:
+def _pull_request(plan: UploadPlan, title: str) -> str | None:
     """Return the URL of an open pull request with a title, None if there is none."""
-    found = with_retries(lambda: list(HfApi().get_repo_discussions(repo_id, discussion_type="pull_request")))
+    kind: Any = dict(repo_type=plan.repo_type, discussion_type="pull_request")
+    found = with_retries(lambda: list(HfApi().get_repo_discussions(plan.repo_id, **kind)))
     return next((d.url for d in found if d.title == title and d.status in ("open", "draft")), None)
 
 
-def add_to_collection(repo_id: str, title: str = COLLECTION, private: bool = False) -> str:
+def add_to_collection(
+    repo_id: str, title: str = COLLECTION, private: bool = False, repo_type: Literal["model", "space"] = "model"
+) -> str:
     """Add a repository to a collection of its owner, which is created if necessary.
 
     Args:
@@ -372,6 +386,7 @@ def add_to_collection(repo_id: str, title: str = COLLECTION, private: bool = Fal
         title: The collection's title.
         private: Whether a new collection is private. An existing one is not changed: a public
             collection shows private repositories only to users who have access to them.
+        repo_type: `model` or `space`.
 
     Returns:
         The collection's slug.
@@ -391,5 +406,5 @@ def add_to_collection(repo_id: str, title: str = COLLECTION, private: bool = Fal
                 )
             )
         slug = collection.slug
-        with_retries(lambda: api.add_collection_item(slug, repo_id, "model", exists_ok=True))
+        with_retries(lambda: api.add_collection_item(slug, repo_id, repo_type, exists_ok=True))
     return slug

@@ -912,3 +912,34 @@ def test_from_release_to_hub_and_back(original, model, house, tmp_path):  # noqa
         results = yaml.safe_load(hub.files(f"models/zoo-org/{NAME}")[".eval_results/imagenet-1k.yaml"])
         (entry,) = parse_eval_result_entries(results)
         assert (entry.dataset_id, entry.value) == ("ILSVRC/imagenet-1k", 83.1)
+
+
+class TestSpace:
+    """`publish --space` sends the page of `res2net-zoo space`, by the same code as models."""
+
+    KEY = "spaces/zoo-org/page"
+
+    def test_one_commit_and_idempotent(self, hub, publish):
+        result = publish("--space", "zoo-org/page", "--private")
+        assert result.returncode == 0, result.stderr
+        assert hub.repositories[self.KEY].private and len(hub.commits(self.KEY)) == 2  # with the initial one
+        sent = hub.files(self.KEY)
+        del sent[".gitattributes"]
+        assert sent == read_tree(ROOT / "hub" / "space")
+        assert sent["README.md"].startswith(b"---\n") and b"\nsdk: gradio\n" in sent["README.md"]
+        (collection,) = hub.collections.values()
+        assert [(item["type"], item["id"]) for item in collection["items"]] == [("space", "zoo-org/page")]
+        assert "zoo-org/page is up to date" in publish("--space", "zoo-org/page").stdout
+        assert len(hub.commits(self.KEY)) == 2 and not hub.errors
+
+    def test_dry_run_sends_nothing(self, hub, publish):
+        result = publish("--space", "zoo-org/page", "--dry-run")
+        assert result.returncode == 0 and not hub.repositories, result.stderr
+        assert "files to the new public zoo-org/page in one commit to main" in result.stdout
+        assert all(request.startswith(("GET", "HEAD")) for request in hub.requests)
+
+    def test_what_does_not_fit_is_refused(self, hub, publish):
+        assert "--space takes no DIR" in input_error(publish("folder", "--space", "zoo-org/page"))
+        assert "no Space zoo-org/page" in input_error(publish("--space", "zoo-org/page", "--create-pr"))
+        publish("--space", "zoo-org/page")
+        assert "already public" in input_error(publish("--space", "zoo-org/page", "--private"))
