@@ -3,7 +3,7 @@
 Usage: res2net-zoo space [--host ADDRESS] [--port N] [--model NAME ...]
 
 The page is served on this machine, to this machine only unless --host names another address, until Ctrl-C. It sends
-nothing to other hosts; weights are fetched when a model is chosen. Images are deleted within minutes.
+nothing to other hosts; weights are fetched when a model is chosen. Files of images are deleted within minutes.
 
 Examples:
   res2net-zoo space

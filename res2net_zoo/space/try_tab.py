@@ -19,7 +19,7 @@ from res2net_zoo.utils.errors import InputError
 SMALLEST = 224  # pixels to which smaller pictures are enlarged, for the colours of the map to blend
 HINT = (
     f"Choose, paste or take a picture, or take an example. Up to {MOST_BYTES >> 20} MB and {MOST_PIXELS // 10**6} "
-    "million pixels; pictures stay on the machine that runs this page and are deleted within minutes."
+    "million pixels; pictures stay on the machine that runs this page, and their files are deleted within minutes."
 )
 # The page sets this CSS variable when the slider moves; the server takes no part.
 OPACITY = "--map-opacity"
@@ -54,7 +54,7 @@ def build(models: Models, examples: Sequence[Path]) -> gr.Dropdown:
                 outputs = [part for which in ("first", "second") for part in answer_column(which)]
             with gr.Accordion("The same in Python", open=False):
                 code = gr.Code(call_of(models.first[0]), language="python", show_label=False, interactive=False)
-    content = gr.State(None)  # the file's bytes, in memory until the page is closed
+    content = gr.State(None)  # the file's bytes, in memory until an hour after the page is closed
 
     def classify(content: bytes | None, first: str, second: str) -> Iterator[list[Any]]:
         yield from answers(models, content, [first, second])
