@@ -16,6 +16,7 @@ from res2net_zoo.utils.timing import latencies
 SPEED = "images/s"
 AXES = ("params (M)", "GMACs", SPEED)
 TOP1 = "top-1"
+ORDERS = (TOP1, *AXES, "model", "family")
 ROUNDS = 3
 
 
@@ -36,10 +37,10 @@ def row(
     note = "*" if checkpoint and checkpoint.license_note else ""
     return {
         "model": checkpoint.name if checkpoint else architecture.name,
-        "params (M)": round(architecture.parameters / 1e6, 2),
-        "GMACs": round(architecture.macs / 1e9, 2),
         TOP1: accuracy.top1 if accuracy else None,
         "top-5": accuracy.top5 if accuracy else None,
+        "params (M)": round(architecture.parameters / 1e6, 2),
+        "GMACs": round(architecture.macs / 1e9, 2),
         SPEED: None if speed is None else round(speed, 1),
         "pixels": architecture.input_size[1],
         "licence": checkpoint.license + note if checkpoint else "-",
@@ -63,6 +64,18 @@ def matching(frame: pd.DataFrame, words: str, most_parameters: float, least_top1
     if least_top1:
         keep &= frame[TOP1].astype(float) >= least_top1
     return frame[keep]
+
+
+def ordered(frame: pd.DataFrame, by: str) -> pd.DataFrame:
+    """Return the rows in another order: costs and names ascending, accuracy and speed descending.
+
+    Args:
+        frame: As from `table`.
+        by: One of `ORDERS`; `family` is the order of the catalogue.
+    """
+    if by == "family":
+        return frame
+    return frame.sort_values(by, ascending=by not in (TOP1, SPEED), kind="stable", na_position="last")
 
 
 def names() -> list[str]:

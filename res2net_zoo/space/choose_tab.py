@@ -5,13 +5,14 @@ from typing import Any
 
 import gradio as gr
 
-from res2net_zoo.space.catalogue import AXES, SPEED, TOP1, call, card, matching, measure, names, table
+from res2net_zoo.space.catalogue import AXES, ORDERS, SPEED, TOP1, call, card, matching, measure, names, ordered, table
 from res2net_zoo.space.models import Models
 
 NOTE = (
     "Accuracy is the published top-1 on ImageNet-1k in percent. \\* The licence of the release's code; it states none "
-    "for the weights. Click a row for the model's card; the menu of a column sorts and filters."
+    "for the weights. Click a row for the model's card; the menu of a column sorts and filters, too."
 )
+WIDTHS = (270, 75, 75, 105, 80, 90, 75, 150, 120)  # pixels of the table's columns
 
 
 def build(models: Models) -> tuple[gr.Button, gr.Dropdown]:
@@ -24,28 +25,26 @@ def build(models: Models) -> tuple[gr.Button, gr.Dropdown]:
         top1 = gr.Slider(0, 86, value=0, step=1, label="At least (top-1)", min_width=200)
     with gr.Row():
         axis = gr.Radio(AXES, value=AXES[0], label="Accuracy over", scale=3, min_width=280)
+        order = gr.Dropdown(ORDERS, value=ORDERS[0], label="Sort by", scale=2, min_width=160)
         start = gr.Button("Measure images/s here", scale=1, min_width=160)
         stop = gr.Button("Stop", scale=1, min_width=80)
     plot = gr.ScatterPlot(frame, x=AXES[0], y=TOP1, color="licence", tooltip="all", height=340, y_lim=[70, 86])
     status = gr.Markdown(NOTE)
-    shown = gr.Dataframe(frame, interactive=False, max_height=420, elem_id="catalogue")
+    shown = gr.Dataframe(
+        ordered(frame, ORDERS[0]), interactive=False, max_height=420, column_widths=[*WIDTHS], elem_id="catalogue"
+    )
     name = gr.Dropdown(names(), value=names()[0], label="Model", elem_id="chosen")
     try_it = gr.Button("Try this model")
     code = gr.Code(call(names()[0]), language="python", label="Call", interactive=False)
     text = gr.Markdown(card(names()[0]), elem_id="card")
     speeds = gr.State({})
 
-    def show(speeds: dict[str, float], words: str, parameters: float, top1: float, axis: str) -> tuple[Any, Any]:
-        rows = matching(table(speeds), words, parameters, top1)
-        points = rows.dropna(subset=[axis, TOP1])
-        return gr.ScatterPlot(points, x=axis, x_title=axis), rows
-
     def measured(
         speeds: dict[str, float],
         words: str,
         parameters: float,
         top1: float,
-        axis: str,
+        order: str,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  Gradio's way to ask for one
     ) -> Iterator[tuple[Any, ...]]:
         speeds = dict(speeds)
@@ -55,22 +54,38 @@ def build(models: Models) -> tuple[gr.Button, gr.Dropdown]:
         for i, (architecture, speed) in enumerate(measure(models, wanted), 1):
             speeds[architecture] = speed
             progress((i, len(wanted)), desc=architecture, unit="models")
-            yield speeds, *show(speeds, words, parameters, top1, SPEED), SPEED, f"{i} of {len(wanted)} models measured."
+            shown = show(speeds, words, parameters, top1, SPEED, order)
+            yield speeds, *shown, SPEED, f"{i} of {len(wanted)} models measured."
 
-    def choose(event: gr.SelectData) -> str:
-        return event.row_value[0]
-
-    settings: list[Any] = [speeds, words, parameters, top1, axis]
+    filters: list[Any] = [speeds, words, parameters, top1]
     quiet: dict[str, Any] = dict(show_progress="hidden", api_visibility="private")
-    changes = [control.change for control in (words, parameters, top1, axis)]
-    gr.on(changes, show, settings, [plot, shown], trigger_mode="always_last", **quiet)
+    changes = [control.change for control in (words, parameters, top1, axis, order)]
+    gr.on(changes, show, [*filters, axis, order], [plot, shown], trigger_mode="always_last", **quiet)
     run = start.click(
-        measured, settings, [speeds, plot, shown, axis, status], show_progress_on=status, api_visibility="private"
+        measured,
+        [*filters, order],
+        [speeds, plot, shown, axis, status],
+        show_progress_on=status,
+        api_visibility="private",
     )
     stop.click(lambda: "Stopped.", None, status, cancels=[run], api_visibility="private", queue=False)
-    shown.select(choose, None, name, **quiet)
+    shown.select(selected, None, name, **quiet)
     name.change(lambda name: (call(name), card(name)), name, [code, text], trigger_mode="always_last", **quiet)
     return try_it, name
+
+
+def show(
+    speeds: dict[str, float], words: str, parameters: float, top1: float, axis: str, order: str
+) -> tuple[Any, Any]:
+    """Return the plot and the table of the rows that pass the filters."""
+    rows = ordered(matching(table(speeds), words, parameters, top1), order)
+    points = rows.dropna(subset=[axis, TOP1])
+    return gr.ScatterPlot(points, x=axis, x_title=axis), rows
+
+
+def selected(event: gr.SelectData) -> str:
+    """Return the model of the row that a user has clicked."""
+    return event.row_value[0]
 
 
 def architecture_of(name: str) -> str:

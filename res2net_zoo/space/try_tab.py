@@ -51,30 +51,36 @@ def build(models: Models, examples: Sequence[Path]) -> gr.Dropdown:
             status = gr.Markdown(HINT, elem_id="status")
             offline = gr.Button("Use the shipped digits model, which needs no network", visible=False)
             with gr.Row():
-                outputs = [part for which in ("first", "second") for part in answer_column(which)]
+                columns = [part for which in ("first", "second") for part in answer_column(which)]
             with gr.Accordion("The same in Python", open=False):
                 code = gr.Code(call_of(models.first[0]), language="python", show_label=False, interactive=False)
     content = gr.State(None)  # the file's bytes, in memory until an hour after the page is closed
+    inputs = [content, first, second]
+    outputs = [status, offline, code, *columns]
 
     def classify(content: bytes | None, first: str, second: str) -> Iterator[list[Any]]:
         yield from answers(models, content, [first, second])
 
-    def use_shipped() -> tuple[str, str]:
-        return models.shipped, ""
+    def receive(path: str | None, first: str, second: str) -> Iterator[list[Any]]:
+        content, problem = read(path)
+        for status, *values in answers(models, content, [first, second]):
+            yield [content, problem if content is None else status, *values]
 
+    def use_shipped(content: bytes | None) -> Iterator[list[Any]]:
+        for values in answers(models, content, [models.shipped, ""]):
+            yield [models.shipped, "", *values]
+
+    # The last of several quick changes counts, even if an answer is still on its way.
     run: dict[str, Any] = dict(
-        fn=classify,
-        inputs=[content, first, second],
-        outputs=[status, offline, code, *outputs],
         concurrency_limit=4,
+        trigger_mode="always_last",
         show_progress="minimal",
         show_progress_on=status,
         api_visibility="private",
     )
-    received = image.change(receive, image, [content, status], show_progress="hidden", api_visibility="private")
-    started = [received.success(**run), start.click(**run)]
-    started += [choice.input(**run) for choice in (first, second)]
-    started.append(offline.click(use_shipped, None, [first, second], api_visibility="private").success(**run))
+    started = [image.change(receive, [image, first, second], [content, *outputs], **run)]
+    started += [event(classify, inputs, outputs, **run) for event in (start.click, first.input, second.input)]
+    started.append(offline.click(use_shipped, content, [first, second, *outputs], **run))
     stop.click(lambda: "Stopped.", None, status, cancels=started, api_visibility="private", queue=False)
     opacity.input(None, opacity, None, js=SET_OPACITY)
     return first
@@ -96,7 +102,7 @@ def shown(models: Models, name: str) -> str:
     return f"local-dir:{Path(name).name}" if name.startswith("local-dir:") else name
 
 
-def receive(path: str | None) -> tuple[bytes | None, str]:
+def read(path: str | None) -> tuple[bytes | None, str]:
     """Read an uploaded image; return its content, or None with the reason."""
     if path is None:
         return None, HINT
