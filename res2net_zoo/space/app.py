@@ -19,7 +19,7 @@ SWEEP, KEEP = 30, 120  # seconds between deletions of uploads, and their age
 # Only fonts of the system: others would be fetched from another host.
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 MONO = ("ui-monospace", "Consolas", "monospace")
-CSS = "#catalogue :is(th, td) * {font-family: var(--font); font-size: 13px}"  # for more columns on a narrow page
+CSS = "#catalogue :is(th, [role=gridcell]) * {font-family: var(--font); font-size: 13px}"  # for more columns on a narrow page
 
 
 def create_app(models: Models, examples: Sequence[Path]) -> gr.Blocks:

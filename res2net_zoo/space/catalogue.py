@@ -78,6 +78,16 @@ def ordered(frame: pd.DataFrame, by: str) -> pd.DataFrame:
     return frame.sort_values(by, ascending=by not in (TOP1, SPEED), kind="stable", na_position="last")
 
 
+def points(frame: pd.DataFrame, axis: str) -> pd.DataFrame:
+    """Return the rows that can be drawn, with the licences as they are in the legend.
+
+    Args:
+        frame: As from `table`.
+        axis: One of `AXES`.
+    """
+    return frame.dropna(subset=[axis, TOP1]).assign(licence=lambda rows: rows["licence"].str.rstrip("*"))
+
+
 def names() -> list[str]:
     """Return the names in the table, in its order."""
     return [

@@ -5,14 +5,27 @@ from typing import Any
 
 import gradio as gr
 
-from res2net_zoo.space.catalogue import AXES, ORDERS, SPEED, TOP1, call, card, matching, measure, names, ordered, table
+from res2net_zoo.space.catalogue import (
+    AXES,
+    ORDERS,
+    SPEED,
+    TOP1,
+    call,
+    card,
+    matching,
+    measure,
+    names,
+    ordered,
+    points,
+    table,
+)
 from res2net_zoo.space.models import Models
 
 NOTE = (
     "Accuracy is the published top-1 on ImageNet-1k in percent. \\* The licence of the release's code; it states none "
     "for the weights. Click a row for the model's card; the menu of a column sorts and filters, too."
 )
-WIDTHS = (270, 75, 75, 105, 80, 90, 75, 150, 120)  # pixels of the table's columns
+WIDTHS = (260, 75, 75, 105, 80, 90, 75, 170, 240)  # pixels of the table's columns
 
 
 def build(models: Models) -> tuple[gr.Button, gr.Dropdown]:
@@ -28,7 +41,9 @@ def build(models: Models) -> tuple[gr.Button, gr.Dropdown]:
         order = gr.Dropdown(ORDERS, value=ORDERS[0], label="Sort by", scale=2, min_width=160)
         start = gr.Button("Measure images/s here", scale=1, min_width=160)
         stop = gr.Button("Stop", scale=1, min_width=80)
-    plot = gr.ScatterPlot(frame, x=AXES[0], y=TOP1, color="licence", tooltip="all", height=340, y_lim=[70, 86])
+    plot = gr.ScatterPlot(
+        points(frame, AXES[0]), x=AXES[0], y=TOP1, color="licence", tooltip="all", height=340, y_lim=[70, 86]
+    )
     status = gr.Markdown(NOTE)
     shown = gr.Dataframe(
         ordered(frame, ORDERS[0]), interactive=False, max_height=420, column_widths=[*WIDTHS], elem_id="catalogue"
@@ -79,8 +94,7 @@ def show(
 ) -> tuple[Any, Any]:
     """Return the plot and the table of the rows that pass the filters."""
     rows = ordered(matching(table(speeds), words, parameters, top1), order)
-    points = rows.dropna(subset=[axis, TOP1])
-    return gr.ScatterPlot(points, x=axis, x_title=axis), rows
+    return gr.ScatterPlot(points(rows, axis), x=axis, x_title=axis), rows
 
 
 def selected(event: gr.SelectData) -> str:

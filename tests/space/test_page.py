@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,12 +28,12 @@ SECONDS = 20  # for an answer on a busy machine
 class Server:
     """A running page, in a process."""
 
-    def __init__(self, folder: Path, *words: str) -> None:
+    def __init__(self, folder: Path, *words: str, program: tuple[str, ...] = ("-m", "res2net_zoo")) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.temporary = folder
-        command = [sys.executable, "-m", "res2net_zoo", "space", "--port", str(self.port), *words]
+        command = [sys.executable, *program, "space", "--port", str(self.port), *words]
         # Proxies of the environment do not apply to loopback.
         env = {**os.environ, "TMPDIR": str(folder), "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
         self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
@@ -267,6 +268,39 @@ def test_no_tab_is_wider_than_the_page(open_page, width, scheme):
         page.wait_for_timeout(300)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate("document.querySelector('.dark') !== null") == (scheme == "dark")
+
+
+@pytest.mark.full
+def test_uploads_are_limited_in_size_and_deleted(browser, tmp_path):
+    hurry = (
+        "import sys; from res2net_zoo.space import app; app.SWEEP, app.KEEP = 1, 2; "
+        "from res2net_zoo.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    running = Server(tmp_path, program=("-c", hurry))
+    page = browser.new_page()
+    try:
+        page.goto(running.url)
+        (tmp_path / "large.png").write_bytes(bytes(21 * 2**20))
+        page.set_input_files("input[type=file]", tmp_path / "large.png")
+        page.get_by_text(re.compile("exceed the maximum", re.I)).first.wait_for()
+        shutil.copy(EXAMPLES / "digit_3.png", tmp_path / "mine.png")
+        upload(page, tmp_path / "mine.png")
+        folder = next(tmp_path.glob("res2net-zoo-space-*"))
+        stored = wait_until(lambda: [*folder.rglob("mine.png")])
+        wait_until(lambda: not any(path.exists() for path in stored))
+        assert not [*folder.rglob("large*")]
+    finally:
+        page.close()
+        running.stop()
+
+
+def wait_until(condition):
+    """Return the result of a condition once it is true."""
+    end = time.monotonic() + SECONDS
+    while not (result := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return result
 
 
 def test_no_file_outside_of_the_page_s_folders_is_served(server):
