@@ -18,7 +18,7 @@ Exit codes: 0 done; 2 bad input, or a checkpoint could not be published.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from res2net_zoo.cli.command import command, parser_of
 from res2net_zoo.cli.shipped import shipped
@@ -99,7 +99,7 @@ def publish_one(args: argparse.Namespace, folder: Path, repo_id: str) -> "publis
         publish.check_folder(folder, checks_of)
     if args.dry_run:
         return show_plan(args, folder, repo_id)
-    plan = publish.make_plan(folder, repo_id, args.revision, args.private, "space" if args.space else "model")
+    plan = publish.make_plan(folder, repo_id, args.revision, args.private, repo_type(args))
     check_plan(args, plan)
     if needs_license(args, plan):
         publish.check_license(folder)
@@ -108,9 +108,14 @@ def publish_one(args: argparse.Namespace, folder: Path, repo_id: str) -> "publis
     print(table(plan))
     print(publish.publish(folder, plan, args.create_pr, args.force))
     if args.collection and not args.create_pr:
-        slug = publish.add_to_collection(repo_id, args.collection, plan.private, "space" if args.space else "model")
+        slug = publish.add_to_collection(repo_id, args.collection, plan.private, repo_type(args))
         print(f"in the collection {slug}")
     return plan
+
+
+def repo_type(args: argparse.Namespace) -> Literal["model", "space"]:
+    """Return the type of the repository to publish to."""
+    return "space" if args.space else "model"
 
 
 def needs_license(args: argparse.Namespace, plan: "publish.UploadPlan") -> bool:
@@ -123,9 +128,7 @@ def check_plan(args: argparse.Namespace, plan: "publish.UploadPlan") -> None:
     from res2net_zoo.utils.errors import InputError
 
     if plan.creates and args.create_pr:
-        raise InputError(
-            f"there is no {'Space' if args.space else 'model'} {plan.repo_id} on the Hub to open a pull request on"
-        )
+        raise InputError(f"the {repo_type(args)} {plan.repo_id}, to open a pull request on, does not exist on the Hub")
     if args.private and not plan.private:
         raise InputError(f"{plan.repo_id} is already public; --private cannot change this")
 
@@ -144,8 +147,7 @@ def show_plan(args: argparse.Namespace, folder: Path, repo_id: str) -> "publish.
     from res2net_zoo.hub import publish
     from res2net_zoo.utils.console import warn, with_options
 
-    repo_type = "space" if args.space else "model"
-    plan, unreachable = publish.make_plan_or_guess(folder, repo_id, args.revision, args.private, repo_type)
+    plan, unreachable = publish.make_plan_or_guess(folder, repo_id, args.revision, args.private, repo_type(args))
     print(table(plan))
     if needs_license(args, plan):
         try:

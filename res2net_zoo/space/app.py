@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
@@ -19,7 +20,8 @@ SWEEP, KEEP = 30, 120  # seconds between deletions of uploads, and their age
 # Only fonts of the system: others would be fetched from another host.
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 MONO = ("ui-monospace", "Consolas", "monospace")
-CSS = "#catalogue :is(th, [role=gridcell]) * {font-family: var(--font); font-size: 13px}"  # for more columns on a narrow page
+# For more columns on a narrow page.
+CSS = "#catalogue :is(th, [role=gridcell]) * {font-family: var(--font); font-size: 13px}"
 
 
 def create_app(models: Models, examples: Sequence[Path]) -> gr.Blocks:
@@ -48,6 +50,11 @@ def create_app(models: Models, examples: Sequence[Path]) -> gr.Blocks:
     return app
 
 
+async def refuse_url(*_: Any, **__: Any) -> NoReturn:
+    """Refuse the URL of a file in a request; Gradio would download it from any public host, of any size."""
+    raise gr.Error("Upload the file itself, not a URL.", print_exception=False)
+
+
 @contextlib.contextmanager
 def serve(models: Models, examples: Sequence[Path], host: str, port: int | None) -> Iterator[str]:
     """Serve the page while the context is active; at its end, uploads are deleted.
@@ -66,6 +73,7 @@ def serve(models: Models, examples: Sequence[Path], host: str, port: int | None)
     """
     with tempfile.TemporaryDirectory(prefix="res2net-zoo-space-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # read whenever a file is stored
+        gr.processing_utils.async_ssrf_protected_download = refuse_url
         app = create_app(models, examples)
         try:
             _, url, _ = app.launch(

@@ -1,5 +1,6 @@
 """The page of `res2net-zoo space` in Chromium, driven by Playwright."""
 
+import json
 import os
 import re
 import shutil
@@ -7,6 +8,9 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -303,10 +307,26 @@ def wait_until(condition):
     return result
 
 
-def test_no_file_outside_of_the_page_s_folders_is_served(server):
-    import urllib.error
-    import urllib.request
+@pytest.mark.parametrize(
+    ("path", "reason"), [("/etc/passwd", None), ("http://192.0.2.1/image.png", "Upload the file itself, not a URL.")]
+)
+def test_requests_can_name_neither_paths_nor_urls(server, path, reason):
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    # In any argument of any function, here those of the first one.
+    body = {"data": [file, file, file], "fn_index": 1, "session_hash": f"session {path}"}
+    request = urllib.request.Request(
+        f"{server.url}gradio_api/queue/join", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    urllib.request.urlopen(request, timeout=SECONDS).close()
+    session = urllib.parse.quote(f"session {path}")
+    with urllib.request.urlopen(
+        f"{server.url}gradio_api/queue/data?session_hash={session}", timeout=SECONDS
+    ) as messages:
+        done = next(json.loads(line[6:]) for line in messages if b"process_completed" in line)
+    assert not done["success"] and done["output"]["error"] == reason
 
+
+def test_no_file_outside_of_the_page_s_folders_is_served(server):
     for path in ("/etc/passwd", ROOT / "pyproject.toml", "../pyproject.toml", "res2net_zoo"):
         with pytest.raises(urllib.error.HTTPError) as error:
             urllib.request.urlopen(f"{server.url}gradio_api/file={path}", timeout=20)
