@@ -128,7 +128,8 @@ def check_plan(args: argparse.Namespace, plan: "publish.UploadPlan") -> None:
     from res2net_zoo.utils.errors import InputError
 
     if plan.creates and args.create_pr:
-        raise InputError(f"the {repo_type(args)} {plan.repo_id}, to open a pull request on, does not exist on the Hub")
+        kind = "Space" if args.space else "model"
+        raise InputError(f"there is no {kind} {plan.repo_id} on the Hub to open a pull request on")
     if args.private and not plan.private:
         raise InputError(f"{plan.repo_id} is already public; --private cannot change this")
 
