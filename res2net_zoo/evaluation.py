@@ -26,6 +26,7 @@ from res2net_zoo.utils.console import progress_bar
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.processes import all_or_none, autocasting
 from res2net_zoo.utils.shutdown import ignore_job_signals
+from res2net_zoo.utils.throughput import Throughput, measure
 
 TOPK = 5
 NOT_FINITE = "the model's output is not finite"
@@ -287,3 +288,42 @@ def evaluate(
         unread = f": {len(summed.corrupt)} cannot be decoded" * bool(summed.corrupt)
         raise InputError(f"{source.name} has no image to evaluate in split {source.split}{unread}")
     return summed
+
+
+@torch.inference_mode()
+def measure_throughput(
+    model: nn.Module,
+    source: Source,
+    classes: Classes,
+    accelerator: Accelerator,
+    batch_size: int,
+    workers: int,
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    whole: float,
+) -> Throughput:
+    """Measure data loading and the model's forward pass alone, for a few seconds each.
+
+    Args:
+        model: As for `evaluate`, and so are the next arguments.
+        source: The images.
+        classes: The mapping of the labels to the model's classes.
+        accelerator: The processes.
+        batch_size: Images per batch and process.
+        workers: Number of worker processes per process.
+        forward: Maps images to logits.
+        whole: Images per second of `evaluate`.
+
+    Raises:
+        InputError: A process has no images.
+    """
+    normalize = Normalize(model).to(accelerator.device)
+
+    def images_of(batch: tuple[torch.Tensor | None, torch.Tensor, list[Sample]]) -> int:
+        return 0 if batch[0] is None else len(batch[0])
+
+    def classify(batch: tuple[torch.Tensor, torch.Tensor, list[Sample]]) -> torch.Tensor:
+        pixels = batch[0].to(accelerator.device, non_blocking=True)
+        return forward(normalize(pixels).contiguous(memory_format=torch.channels_last))
+
+    loader = create_loader(source, model, classes, accelerator, batch_size, workers)
+    return measure(lambda: loader, images_of, classify, whole, loader.num_workers)

@@ -25,7 +25,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from res2net_zoo.cli.command import command, parser_of
-from res2net_zoo.cli.options import MODEL, add_batch_size, add_machine, add_optimizer, add_run_folder, frozen_stages
+from res2net_zoo.cli.options import (
+    MODEL,
+    PROFILE,
+    add_batch_size,
+    add_machine,
+    add_optimizer,
+    add_run_folder,
+    frozen_stages,
+)
 from res2net_zoo.cli.recipes import RECIPES, command_of, parse_run, recipe_names, run_folder, settings_of
 from res2net_zoo.cli.shipped import shipped_data
 from res2net_zoo.utils.command_line import Parser, within
@@ -102,6 +110,7 @@ def add_length(add: Callable[..., object]) -> None:
     add("--seed", type=within(int, 0, 2**31), default=0, help="random seed (default: %(default)s)")
     add("--deterministic", action=flag, default=False, help="use deterministic operations on GPUs")
     add_machine(add)
+    add("--profile", action="store_true", help=f"{PROFILE}, at the end")
     add("--compile", action=flag, default=False, help="compile the model by torch.compile")
     add("--channels-last", action=flag, default=True, help="use the channels-last memory format")
     add("--grad-checkpointing", action=flag, default=False, help="recompute activations to save memory")

@@ -11,6 +11,7 @@ from res2net_zoo.utils.command_line import did_you_mean, within
 IMAGES = "image files, folders, or quoted patterns such as 'a/*.jpg'"
 MODEL = "model name as for timm.create_model (default: %(default)s)"
 SKIP_CORRUPT = "skip images that cannot be decoded, and report them; the exit code is then 1"
+PROFILE = "also measure the images per second of data loading alone and of the model alone, for some seconds each"
 BACKENDS = (
     "torch", "auto", "native", "openvino", "onnxruntime",
     "inductor", "inductor-padded", "cudagraphs", "triton", "eager",

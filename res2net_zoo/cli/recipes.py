@@ -17,8 +17,8 @@ RECIPES = shipped("recipes")
 
 LARGEST_RECIPE = 2**20  # bytes
 
-# Options that are not settings of a recipe, because they concern the files of a run.
-NOT_SETTINGS = {"output", "recipe", "resume", "overwrite", "words"}
+# Options that are not settings of a recipe, because they do not change the model.
+NOT_SETTINGS = {"output", "recipe", "resume", "overwrite", "profile", "words"}
 # Settings that may change when a run is resumed. --batch-size and --accumulate may change only together with the
 # number of processes, so that the global batch size remains the same.
 FREE = {"workers", "threads", "save_minutes", "keep", "tracker", "epochs", "patience", "license"}

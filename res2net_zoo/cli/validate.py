@@ -32,6 +32,7 @@ from res2net_zoo.cli.command import command, parser_of
 from res2net_zoo.cli.options import (
     INT8,
     PRECISIONS,
+    PROFILE,
     SKIP_CORRUPT,
     add_backend,
     add_batch_size,
@@ -84,6 +85,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_calibrate(how.add_argument, "that of --data")
     how.add_argument("--streaming", action="store_true", help="stream the images without caching them")
     how.add_argument("--skip-corrupt", action="store_true", help=SKIP_CORRUPT)
+    how.add_argument("--profile", action="store_true", help=PROFILE)
     result = parser.add_argument_group("output")
     result.add_argument("--check", action="store_true", help="fail if a top-1 or top-5 differs from the published one")
     result.add_argument(
@@ -250,6 +252,8 @@ def measure(
     benchmark = benchmark or benchmark_of(source, counts.num_rows, num_classes, args.benchmark)
     result = result_of(counts, benchmark, args, accelerator) | identity
     result |= {"backend": forward.backend, "calibration_images": forward.calibration_images}
+    if args.profile:
+        result |= profile(model, source, classes, args, accelerator, forward.call, counts.num_rows / counts.seconds)
     return compared(result, find_published(accuracies, benchmark, source), args.tolerance)
 
 
@@ -342,7 +346,6 @@ def count(
     """Count correct predictions, and warn about images that cannot be decoded."""
     from res2net_zoo.evaluation import evaluate
     from res2net_zoo.utils.console import warn
-    from res2net_zoo.utils.processes import default_workers
 
     counts = evaluate(
         model,
@@ -350,7 +353,7 @@ def count(
         classes,
         accelerator,
         batch_size=args.batch_size,
-        workers=default_workers(accelerator.device) if args.workers is None else args.workers,
+        workers=workers_of(args, accelerator),
         skip_corrupt=args.skip_corrupt,
         desc=as_in_clone(name),
         forward=forward,
@@ -358,6 +361,35 @@ def count(
     if counts.corrupt and accelerator.is_main_process:
         warn(f"{len(counts.corrupt)} corrupt images skipped: {'; '.join(counts.corrupt)}")
     return counts
+
+
+def workers_of(args: argparse.Namespace, accelerator: "Accelerator") -> int:
+    """Return the number of data-loading workers per process."""
+    from res2net_zoo.utils.processes import default_workers
+
+    return default_workers(accelerator.device) if args.workers is None else args.workers
+
+
+def profile(
+    model: Any,
+    source: "Source",
+    classes: "Classes",
+    args: argparse.Namespace,
+    accelerator: "Accelerator",
+    forward: "Callable[[torch.Tensor], torch.Tensor]",
+    whole: float,
+) -> dict:
+    """Measure and print the throughput of data loading and of the model; return fields of results.json."""
+    from res2net_zoo.evaluation import measure_throughput
+
+    workers = workers_of(args, accelerator)
+    found = measure_throughput(model, source, classes, accelerator, args.batch_size, workers, forward, whole)
+    accelerator.print(found)
+    return {
+        "loader_images_per_second": round(found.loader, 1),
+        "model_images_per_second": round(found.model, 1),
+        "workers": found.workers,
+    }
 
 
 def result_of(counts: "Counts", benchmark: str | None, args: argparse.Namespace, accelerator: "Accelerator") -> dict:

@@ -1,7 +1,8 @@
 """Training of a classifier, from settings to the model folder."""
 
 import argparse
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from res2net_zoo.training.report import Mistakes, Report, hardware
 from res2net_zoo.utils.console import warn
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.processes import all_or_none, start_processes, wait_for_all
+from res2net_zoo.utils.throughput import Throughput, measure
 
 
 def start(args: argparse.Namespace, run: Path) -> Accelerator:
@@ -118,8 +120,11 @@ def train(
     report = Report(args.output, run, recipe, data, config, origin, hardware(accelerator), command, state.metrics)
     objective = Classification(args, data, network, state, loader, plan, left_out, report, accelerator)
     announce(objective, settings)
-    stopped = Loop(objective, state, settings, checkpoints, accelerator).run()
+    loop = Loop(objective, state, settings, checkpoints, accelerator)
+    stopped = loop.run()
     if not stopped:
+        if args.profile:
+            accelerator.print(throughput_of(loop, loader.num_workers))
         finish(objective, check)
     return stopped
 
@@ -331,6 +336,31 @@ def announce(objective: Classification, settings: Settings) -> None:
         *([f"resumes after step {state.done} of {settings.total}"] if state.done else []),
         sep="\n",
         flush=True,
+    )
+
+
+def throughput_of(loop: Loop, workers: int) -> Throughput:
+    """Measure data loading and training steps alone; changes the weights, of which the best are in the model folder.
+
+    Args:
+        loop: The loop, after its last step.
+        workers: Data-loading workers per process.
+    """
+    accumulate = loop.settings.accumulate
+
+    def steps() -> Iterator[list[Any]]:
+        """Yield the batches of each step."""
+        batches = loop.objective.batches(0, 0)
+        while group := list(itertools.islice(batches, accumulate)):
+            yield group
+
+    loop.objective.train_mode()
+    return measure(
+        steps,
+        lambda group: sum(len(images) for images, _ in group),
+        lambda group: loop.step(itertools.cycle(group)),
+        loop.state.metrics[-1]["images_per_second"],
+        workers,
     )
 
 

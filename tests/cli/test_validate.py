@@ -94,6 +94,24 @@ def test_backends_count_the_same(in_process, tmp_path, backend):
     assert "is already done" not in in_process(VALIDATE, *args, "--resume", "--backend", "torch").stdout
 
 
+def test_profile_measures_data_loading_and_model_alone(in_process, tmp_path, monkeypatch):
+    monkeypatch.setattr("res2net_zoo.utils.throughput.SECONDS", 0.2)
+    result = in_process(VALIDATE, "--profile", "--check", "--output", tmp_path / "r.json")
+    assert result.returncode == 0, result.stderr
+    (entry,) = results(tmp_path / "r.json")
+    assert entry["loader_images_per_second"] > 0 and entry["model_images_per_second"] > 0 and entry["workers"] == 0
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith("images/s: "))
+    assert f"data loading alone {entry['loader_images_per_second']} (0 workers per process)" in line
+    assert f"together {entry['images_per_second']};" in line
+
+
+@pytest.mark.full
+def test_profile_sums_over_processes(program, tmp_path):
+    result = program(VALIDATE, "--profile", "--output", tmp_path / "r.json", processes=2)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("images/s: data loading alone") == 1 and results(tmp_path / "r.json")[0]["workers"] == 1
+
+
 @pytest.mark.full
 def test_processes_share_a_backend(program, tmp_path):
     args = [VALIDATE, "--backend", "auto", "--precision", "bfloat16", "--output", tmp_path / "r.json"]

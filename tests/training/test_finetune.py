@@ -61,6 +61,25 @@ def test_fine_tuning_on_a_folder_of_images(in_process, tmp_path):
 
 
 @pytest.mark.full
+def test_profile_does_not_change_the_model(in_process, program, tmp_path, monkeypatch):
+    monkeypatch.setattr("res2net_zoo.utils.throughput.SECONDS", 0.2)
+    args = ["--epochs", 1, "--batch-size", 32, "--accumulate", 2, "--ema", 0.9, "--threads", 1, "--tracker", "none"]
+    plain, profiled = tmp_path / "plain", tmp_path / "profiled"
+    assert in_process(FINETUNE, *args, "--output", plain).returncode == 0
+    result = in_process(FINETUNE, *args, "--output", profiled, "--profile")
+    assert result.returncode == 0, result.stderr
+    assert (plain / "model.safetensors").read_bytes() == (profiled / "model.safetensors").read_bytes()
+    assert (plain / "recipe.toml").read_bytes() == (profiled / "recipe.toml").read_bytes()
+    line = re.search(
+        r"^images/s: data loading alone ([\d.]+) .*, model alone ([\d.]+), together ([\d.]+);", result.stdout, re.M
+    )
+    assert line and all(float(rate) > 0 for rate in line.groups())
+    # Steps contain collective operations, which all processes must repeat equally often.
+    result = program(FINETUNE, *args, "--output", tmp_path / "two", "--profile", processes=2)
+    assert result.returncode == 0 and result.stdout.count("images/s: ") == 1, result.stderr
+
+
+@pytest.mark.full
 def test_options_override_the_recipe(in_process, tmp_path):
     (tmp_path / "mine.toml").write_text("epochs = 1\nlr = 0.5\nbatch_size = 32\nscale = [0.9, 1.0]\nworkers = 0\n")
     args = ["--recipe", tmp_path / "mine.toml", "--lr", "0.01", "--output", tmp_path / "model"]
