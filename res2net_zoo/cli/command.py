@@ -4,9 +4,11 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from res2net_zoo.utils.command_line import Parser
 from res2net_zoo.utils.console import run
+from res2net_zoo.utils.launch import check_processes, joined, launch, launched
 
 
 def parser_of(doc: str | None) -> Parser:
@@ -33,8 +35,14 @@ def command(
             args = parse_args(argv)
 
             def start() -> int:
-                run_package()
-                return program(args)
+                if number := None if launched() else getattr(args, "processes", None):
+                    check_processes(number)
+                    if number > 1:
+                        words = sys.argv[1:] if argv is None else argv
+                        return launch(number, [program.__module__.rpartition(".")[2].replace("_", "-"), *words])
+                with joined() if launched() else nullcontext():
+                    run_package()
+                    return program(args)
 
             return run(start, options={name: f"--{name.replace('_', '-')}" for name in vars(args)})
 

@@ -37,8 +37,10 @@ class _OnePrecision(argparse.Action):
 
 
 def add_machine(add: Callable[..., object], workers: bool = True, int8: bool = False) -> None:
-    """Add options of workers, threads and precision, which includes int8 for some programs."""
+    """Add options of processes and workers, threads and precision, which includes int8 for some programs."""
     if workers:
+        about = "processes to start on this machine, one per GPU if it has any (default: only this one)"
+        add("--processes", type=within(int, 1), help=about)
         add("--workers", type=within(int, 0), help="data-loading workers per process (default: depends on the machine)")
     add("--threads", type=within(int, 1), help="CPU threads per process (default: cores divided by processes)")
     add(

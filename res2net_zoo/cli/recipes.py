@@ -18,7 +18,7 @@ RECIPES = shipped("recipes")
 LARGEST_RECIPE = 2**20  # bytes
 
 # Options that are not settings of a recipe, because they do not change the model.
-NOT_SETTINGS = {"output", "recipe", "resume", "overwrite", "profile", "words"}
+NOT_SETTINGS = {"output", "recipe", "resume", "overwrite", "profile", "words", "processes"}
 # Settings that may change when a run is resumed. --batch-size and --accumulate may change only together with the
 # number of processes, so that the global batch size remains the same.
 FREE = {"workers", "threads", "save_minutes", "keep", "tracker", "epochs", "patience", "license"}
@@ -184,6 +184,9 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def command_of(program: str, args: argparse.Namespace, processes: int, device: str) -> str:
     """Return the command that reproduces the run."""
+    if args.processes is not None:
+        options = ["--processes", str(processes), "--recipe", "recipe.toml"] if args.resume else args.words
+        return shlex.join(["res2net-zoo", program, *options])
     launch = f"--multi_gpu --num_processes {processes} " if processes > 1 else ""
     cpu = "ACCELERATE_USE_CPU=true " if launch and device == "cpu" else ""
     options = ["--recipe", "recipe.toml"] if args.resume else args.words
