@@ -50,6 +50,7 @@ def main(args: argparse.Namespace) -> int:
 
     from res2net_zoo.utils.console import warn
     from res2net_zoo.utils.processes import start_processes
+    from res2net_zoo.utils.shutdown import heeded_signals
 
     require()
     from res2net_zoo.space.app import serve
@@ -61,7 +62,8 @@ def main(args: argparse.Namespace) -> int:
         models.load(name)
     if args.host != LOOPBACK:
         warn(f"anyone who can reach {args.host} can use the page")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # deletes uploads, as Ctrl-C does
+    for number in set(heeded_signals()) - {signal.SIGINT}:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # deletes uploads, as Ctrl-C does
     with serve(models, sorted(shipped("space", "examples").glob("*.png")), args.host, args.port) as url:
         print(f"the page is at {url} until Ctrl-C", flush=True)
         if args.browser:

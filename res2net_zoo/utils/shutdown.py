@@ -1,6 +1,9 @@
 """Graceful shutdown: all processes stop after the same step."""
 
+import contextlib
+import os
 import signal
+import stat
 import time
 from types import FrameType
 from typing import Any
@@ -8,22 +11,44 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from res2net_zoo.utils.launch import JOB_SIGNALS
+
 
 def ignore_job_signals(worker: int = 0) -> None:
     """Make a data-loading worker ignore signals that are sent to a whole job; for `worker_init_fn`.
 
     Its parent process ends it. The second SIGTERM is not ignored, because `DataLoader` ends hanging workers by it.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in set(JOB_SIGNALS) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL) and None)
 
 
+def heeded_signals() -> list[int]:
+    """Return the signals that end a run; without SIGHUP if it is ignored, as under nohup."""
+    return [
+        number
+        for number in JOB_SIGNALS
+        if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) != signal.SIG_IGN
+    ]
+
+
+def discard_lost_output() -> None:
+    """Discard further output to a closed terminal, where writing fails."""
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            # A closed terminal is a device that is no longer a terminal.
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
 class Stop:
-    """Handles SIGTERM and SIGINT (Ctrl-C), and synchronizes a received signal across all processes.
+    """Handles SIGTERM, SIGINT (Ctrl-C) and SIGHUP, and synchronizes a received signal across all processes.
 
     A context manager, which restores the previous handlers on exit. Schedulers send SIGTERM to every process of a job,
     but it arrives at a different step in each. Launchers forward signals, so each may arrive twice; a second Ctrl-C
-    more than two seconds after the first ends the process at once.
+    more than two seconds after the first ends the process at once. SIGHUP, which a closed terminal sends, remains
+    ignored if it was, as under nohup.
 
     Args:
         accelerator: The processes.
@@ -35,7 +60,7 @@ class Stop:
     def __init__(self, accelerator: Accelerator) -> None:
         self.received = 0
         self._since = 0.0
-        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {number: signal.signal(number, self._receive) for number in heeded_signals()}
         # A process group on the CPU, so that it never waits for a GPU.
         several = accelerator.num_processes > 1
         self._group: Any = torch.distributed.new_group(backend="gloo") if several else None
@@ -44,6 +69,8 @@ class Stop:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received and time.monotonic() - self._since > 2:
             raise KeyboardInterrupt
+        if number == getattr(signal, "SIGHUP", None):
+            discard_lost_output()
         if not self.received:
             self.received, self._since = number, time.monotonic()
 
