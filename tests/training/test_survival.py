@@ -1,12 +1,16 @@
 """Training that is stopped, killed and resumed, and on several processes. Real processes on the CPU."""
 
 import csv
+import fcntl
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -25,10 +29,18 @@ SHORT = ["--epochs", 2, "--batch-size", 16, "--threads", 1, "--tracker", "none"]
 
 
 class Running:
-    """A training run in its own process group, as started by a scheduler."""
+    """A training run in its own process group, as started by a scheduler or, with `terminal`, in a terminal."""
 
-    def __init__(self, folder: Path, *args: object, processes: int = 1, script: str = FINETUNE) -> None:
-        command = [sys.executable]
+    def __init__(
+        self,
+        folder: Path,
+        *args: object,
+        processes: int = 1,
+        script: str = FINETUNE,
+        terminal: int | None = None,
+        before: Sequence[str] = (),
+    ) -> None:
+        command = [*before, sys.executable]
         if processes > 1:
             command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
             command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -38,10 +50,12 @@ class Running:
             [*command, script, *map(str, args), "--output", str(folder)],
             cwd=ROOT,
             env={**os.environ, "ACCELERATE_USE_CPU": "true"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdin=terminal,
+            stdout=subprocess.PIPE if terminal is None else terminal,
+            stderr=subprocess.PIPE if terminal is None else terminal,
             text=True,
             start_new_session=True,
+            preexec_fn=None if terminal is None else lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
 
     def wait_for_step(self, step: int) -> None:
@@ -169,7 +183,14 @@ def test_divergence_on_two_processes_is_reported_once_and_not_saved(tmp_path):
         assert all(tensor.isfinite().all() for tensor in final(tmp_path / "model")["model"].values())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGHUP, marks=pytest.mark.full),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
 def test_signal_saves_a_checkpoint_and_stops(tmp_path, number):
     folder = tmp_path / "model"
     running = Running(folder, *SHORT, "--epochs", 100)
@@ -183,6 +204,51 @@ def test_signal_saves_a_checkpoint_and_stops(tmp_path, number):
     assert f"stopped by {number.name} after step {max(steps_in(folder))} of" in ended.stdout
     assert "; resume it to go on (--resume)" in ended.stdout
     assert "Traceback" not in ended.stderr and "error" not in ended.stderr
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_signal_to_the_launcher_saves_a_checkpoint_and_the_run_resumes(tmp_path, number):
+    folder = tmp_path / "model"
+    running = Running(folder, *SHORT, "--epochs", 100, "--save-minutes", 0, "--processes", 2)
+    running.wait_for_step(3)
+    running.process.send_signal(number)
+    ended = running.end(60)
+    assert ended.returncode == 128 + number
+    assert f"stopped by {number.name} after step {max(steps_in(folder))} of" in ended.stdout
+    assert "Traceback" not in ended.stderr and "error" not in ended.stderr
+    assert max(steps_in(folder)) < 44
+    resumed = Running(folder, "--resume", "--epochs", 1, "--processes", 2).end()
+    assert resumed.returncode == 0 and "resumes after step" in resumed.stdout, resumed.stderr
+    assert max(steps_in(folder)) == 44
+    card = (folder / "README.md").read_text()
+    assert "res2net-zoo finetune --processes 2 --recipe recipe.toml" in card
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("processes", [[], ["--processes", 2]], ids=["one", "two"])
+def test_a_closed_terminal_saves_a_checkpoint_and_stops(tmp_path, processes):
+    folder = tmp_path / "model"
+    terminal, end = pty.openpty()
+    running = Running(folder, *SHORT, "--epochs", 100, "--save-minutes", 0, *processes, terminal=end)
+    os.close(end)
+    running.wait_for_step(3)
+    before = max(steps_in(folder))
+    os.close(terminal)
+    assert running.process.wait(60) == 128 + signal.SIGHUP
+    assert before <= max(steps_in(folder))
+    assert subprocess.run(["pgrep", "-f", f"output {folder}"], capture_output=True).returncode == 1
+
+
+@pytest.mark.full
+def test_sighup_is_ignored_under_nohup(tmp_path):
+    folder = tmp_path / "model"
+    running = Running(folder, *SHORT, "--epochs", 100, "--save-minutes", 0, before=["nohup"])
+    running.wait_for_step(3)
+    running.signal(signal.SIGHUP)
+    running.wait_for_step(max(steps_in(folder)) + 5)
+    running.signal(signal.SIGTERM)
+    assert running.end(60).returncode == 128 + signal.SIGTERM
 
 
 @pytest.mark.full
