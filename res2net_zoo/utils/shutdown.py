@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import stat
+import threading
 import time
 from types import FrameType
 from typing import Any
@@ -17,11 +18,23 @@ from res2net_zoo.utils.launch import JOB_SIGNALS
 def ignore_job_signals(worker: int = 0) -> None:
     """Make a data-loading worker ignore signals that are sent to a whole job; for `worker_init_fn`.
 
-    Its parent process ends it. The second SIGTERM is not ignored, because `DataLoader` ends hanging workers by it.
+    They may arrive several times, because launchers forward what schedulers send to all processes. `DataLoader` ends
+    hanging workers by SIGTERM, which is obeyed if it comes from the parent process.
     """
     for number in set(JOB_SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL) and None)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=obey_parent, daemon=True).start()
+    else:  # as on macOS: only the first one is ignored
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL) and None)
+
+
+def obey_parent() -> None:
+    """Wait for SIGTERM from the parent process, and end this one. All threads must block SIGTERM."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)  # as torch does
 
 
 def heeded_signals() -> list[int]:
