@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from res2net_zoo.utils.command_line import Parser
 from res2net_zoo.utils.console import run
 from res2net_zoo.utils.launch import check_processes, joined, launch, launched
+from res2net_zoo.utils.processes import leave
 
 
 def parser_of(doc: str | None) -> Parser:
@@ -42,7 +43,9 @@ def command(
                         return launch(number, [program.__module__.rpartition(".")[2].replace("_", "-"), *words])
                 with joined() if launched() else nullcontext():
                     run_package()
-                    return program(args)
+                    code = program(args)
+                    leave()
+                    return code
 
             return run(start, options={name: f"--{name.replace('_', '-')}" for name in vars(args)})
 

@@ -5,6 +5,7 @@ import errno
 import io
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -75,6 +76,12 @@ def run_main(main: Callable[[], int]) -> int:
         if isinstance(error, _out_of_memory()) or "can't allocate memory" in str(error):
             report(f"not enough memory: {first_line(error)}; make batches or images smaller")
             return 1
+        if lost_connection(error):
+            time.sleep(3)  # on the same machine, the launcher ends this process meanwhile
+            reason = re.sub(r"^\[\S+\] ", "", first_line(error)).partition(". ")[0]  # without gloo's source file
+            problem = f"another process has ended or is out of reach ({reason}); its output may show why; run it again"
+            report(with_options(problem, "resume"))
+            return 1
         if "DataLoader worker" not in str(error):
             raise
         # Torch raises it wherever the program happens to be.
@@ -115,6 +122,14 @@ def _out_of_memory() -> tuple[type[BaseException], ...]:
     """Return the exceptions that torch raises if device memory is exhausted; empty if torch is not imported."""
     torch = sys.modules.get("torch")
     return () if torch is None else (torch.OutOfMemoryError,)
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Return whether a collective operation has failed because another process ended or cannot be reached."""
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    if distributed is None or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, distributed.DistError) or "/gloo/" in str(error)
 
 
 def close_full_stdout() -> None:

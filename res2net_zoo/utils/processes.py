@@ -1,18 +1,33 @@
 """Starting Accelerate, and running functions in several processes so that all fail if one fails."""
 
+import contextlib
 import os
+import secrets
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from res2net_zoo.utils.console import quiet_libraries
 from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.heartbeat import (
+    Heartbeat,
+    accept,
+    address_towards,
+    connect,
+    is_loopback,
+    listen,
+    own_address,
+    time_limit,
+)
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
 T = TypeVar("T")
+
+START_LIMIT = 600  # seconds in which all processes must have started
+_heartbeat: Heartbeat | None = None
 
 
 def all_or_none(work: Callable[[], T]) -> T:
@@ -108,17 +123,70 @@ def start_processes(threads: int | None = None, mixed_precision: str | None = No
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     torch.set_num_threads(threads or share_of_cores())
-    # Processes wait while one downloads and converts the data, which takes hours for ImageNet. If a process dies,
-    # the launcher ends the others before this time-out.
+    # Processes wait while one downloads and converts the data, which takes hours for ImageNet. If a process is lost,
+    # the heartbeat ends the others before this time-out.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
     # Gradients are views of the communication buckets, which saves a copy.
     views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    try:
-        accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[patience, views], **options)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    quiet_libraries()  # again, because with MPI the rank is known only now
+    choose_interface()
+    late = (
+        f"the other processes have not started within {START_LIMIT // 60} minutes; start one launcher on each machine"
+    )
+    with time_limit(START_LIMIT, late):
+        try:
+            accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[patience, views], **options)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        quiet_libraries()  # again, because with MPI the rank is known only now
+        if accelerator.num_processes > 1:
+            start_heartbeat(accelerator)
     return accelerator
+
+
+def choose_interface() -> None:
+    """Make gloo use the network interface that leads to the first machine, unless GLOO_SOCKET_IFNAME is set.
+
+    By itself, gloo uses the one of this machine's host name, which is often the loopback interface.
+    """
+    if "MASTER_ADDR" not in os.environ or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    import psutil
+
+    with contextlib.suppress(OSError):  # the host is unknown; torch raises a better error
+        address = address_towards(os.environ["MASTER_ADDR"])
+        for name, addresses in psutil.net_if_addrs().items():
+            if not is_loopback(address) and any(address == one.address for one in addresses):
+                os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def start_heartbeat(accelerator: "Accelerator") -> None:
+    """End this process from now on if another one is lost, until `leave`. Must be called in every process.
+
+    Raises:
+        InputError: A process cannot connect to the first one.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    global _heartbeat
+    # The launcher of a machine ends its other processes after the first one.
+    heartbeat = Heartbeat(10 * (accelerator.local_process_index > 0))
+    first, others = accelerator.is_main_process, accelerator.num_processes - 1
+    with contextlib.ExitStack() as stack:
+        server, token = (stack.enter_context(listen(others)) if first else None), secrets.token_hex()
+        (address,) = broadcast_object_list([server and (own_address(), server.getsockname()[1], token)])
+        connected = all_or_none(lambda: None if first else connect(*address, accelerator.process_index))
+        if connected is not None:
+            heartbeat.ask(connected, f"process 0 ({address[0]})")
+        if server is not None:
+            for _ in range(others):
+                heartbeat.answer(*accept(server, token))
+    _heartbeat = heartbeat
+
+
+def leave() -> None:
+    """Let this process end without the others, at the end of a program."""
+    if _heartbeat is not None:
+        _heartbeat.leave()
 
 
 def autocasting(
