@@ -81,14 +81,15 @@ def main(args: argparse.Namespace) -> int:
     from res2net_zoo.data.labels import class_names
     from res2net_zoo.utils.console import progress_bar, warn
     from res2net_zoo.utils.errors import InputError
-    from res2net_zoo.utils.files import check_writable_file
-    from res2net_zoo.utils.processes import all_or_none, start_processes, wait_for_all
+    from res2net_zoo.utils.files import check_writable_by_main
+    from res2net_zoo.utils.processes import all_or_none, check_same, start_processes, wait_for_all
     from res2net_zoo.weights.pretrained import create_model
 
     accelerator = start_processes(args.threads, autocast_precision(args))
     paths = all_or_none(lambda: find_images(args.images))
-    for path in filter(None, (args.output, args.embeddings)):
-        check_writable_file(path)
+    check_same(f"{len(paths)} images", "the folder of images", "images")
+    for path in (args.output, args.embeddings):
+        check_writable_by_main(path, accelerator)
     model: Any = all_or_none(lambda: create_model(args.model)).eval()
     if not model.num_classes:
         raise InputError(f"{args.model} has no classifier to predict with")

@@ -108,12 +108,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 @command(parse_args)
 def main(args: argparse.Namespace) -> int:
-    from res2net_zoo.utils.files import check_writable_file, locked_by_main
+    from res2net_zoo.utils.files import check_writable_by_main, locked_by_main
     from res2net_zoo.utils.processes import start_processes
 
     accelerator = start_processes(args.threads, autocast_precision(args))
-    if args.output is not None:
-        check_writable_file(args.output)
+    check_writable_by_main(args.output, accelerator)
     with locked_by_main(args.output, accelerator):
         return validate(args, accelerator)
 
@@ -172,7 +171,7 @@ def open_data(args: argparse.Namespace, accelerator: "Accelerator") -> "Source":
     """Open the images, and warn about skipped files."""
     from res2net_zoo.data.sources import open_source
     from res2net_zoo.utils.console import warn
-    from res2net_zoo.utils.processes import main_first
+    from res2net_zoo.utils.processes import check_same, main_first
 
     source = main_first(
         accelerator,
@@ -184,6 +183,7 @@ def open_data(args: argparse.Namespace, accelerator: "Accelerator") -> "Source":
             labelled=args.benchmark != "imagenet-real",
         ),
     )
+    check_same(f"{source.num_rows} images", f"the data, {args.data},", "data")
     if source.skipped and accelerator.is_main_process:
         warn(f"skipped in {args.data}: {source.skipped}")
     return source

@@ -53,13 +53,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 @command(parse_args)
 def main(args: argparse.Namespace) -> int:
-    from res2net_zoo.utils.files import check_writable_file, locked_by_main
+    from res2net_zoo.utils.files import check_writable_by_main, locked_by_main
     from res2net_zoo.utils.processes import start_processes
 
     accelerator = start_processes(args.threads, args.mixed_precision)
     for path in (args.output, args.results):
-        if path is not None:
-            check_writable_file(path)
+        check_writable_by_main(path, accelerator)
     with locked_by_main(args.output, accelerator), locked_by_main(args.results, accelerator):
         return validate(args, accelerator)
 

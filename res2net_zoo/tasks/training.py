@@ -14,7 +14,7 @@ from res2net_zoo.kernels.training import accelerate_training
 from res2net_zoo.tasks import task_class
 from res2net_zoo.tasks.base import NO_IMAGE, Annotated, TaskModel
 from res2net_zoo.tasks.evaluation import Prepared, evaluate
-from res2net_zoo.training.checkpoints import Checkpoints, check_state, is_number
+from res2net_zoo.training.checkpoints import Checkpoints, check_state, is_number, load_newest
 from res2net_zoo.training.loader import seed_of
 from res2net_zoo.training.loop import Epoch, Loop, Objective, Settings, State, checkpoint_fields, resume
 from res2net_zoo.training.metrics import write_metrics
@@ -317,10 +317,9 @@ def resume_if_saved(
     Raises:
         InputError: The checkpoint is damaged or belongs to a different run.
     """
-    saved = all_or_none(checkpoints.load)
+    path, saved = load_newest(checkpoints, accelerator)
     if saved is None:
         return
-    path = checkpoints.paths()[-1]
     if isinstance(saved, dict) and "sums" in saved:  # the key in earlier versions
         saved |= {"losses": saved.pop("sums"), "rates": [], "ema": None}
     figures = {"lr": is_number, "loss": is_number, state.model.best: lambda x: isinstance(x, float)}

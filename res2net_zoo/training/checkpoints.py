@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from res2net_zoo.utils.console import warn
 from res2net_zoo.utils.errors import InputError, first_line, one_line
 from res2net_zoo.utils.files import check_can_make, finish_replacing, sweep, temporary_file
+from res2net_zoo.utils.processes import all_or_none
 from res2net_zoo.weights import torch_file
 
 # Optimizer states with the shape of their parameter; some optimizers factorize other states.
@@ -134,6 +137,25 @@ class Checkpoints:
         self.sweep()
         for path in self.paths():
             path.unlink()
+
+
+def load_newest(checkpoints: Checkpoints, accelerator: Accelerator) -> tuple[Path, Any]:
+    """Read the newest checkpoint in the main process, whose machine may be the only one that has it, and distribute it.
+
+    Args:
+        checkpoints: The checkpoints.
+        accelerator: The processes. Each must call this.
+
+    Returns:
+        The file, and its content, as from `Checkpoints.load`.
+
+    Raises:
+        InputError: The file is damaged, in all processes.
+    """
+    is_main = accelerator.is_main_process
+    saved = all_or_none(lambda: checkpoints.load() if is_main else None)
+    path, saved = broadcast_object_list([checkpoints.paths()[-1] if saved is not None else checkpoints.folder, saved])
+    return path, saved
 
 
 def is_number(value: Any, low: float = -math.inf) -> bool:

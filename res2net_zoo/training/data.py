@@ -16,7 +16,7 @@ from res2net_zoo.data.images import ForeignPathError, check_mode, open_image
 from res2net_zoo.data.sources import Source, held_out_of, hold_out, labels_of, open_source
 from res2net_zoo.utils.console import progress_bar, warn
 from res2net_zoo.utils.errors import InputError
-from res2net_zoo.utils.processes import all_or_none, main_first
+from res2net_zoo.utils.processes import all_or_none, check_same, main_first
 
 
 @dataclass
@@ -102,6 +102,8 @@ def open_training_data(
     if accelerator.is_main_process:
         for skipped in filter(None, {train.skipped: None, valid.skipped: None}):
             warn(f"skipped in {src}: {skipped}")
+    numbers = f"{train.num_rows} images of {train.split} and {valid.num_rows} of {valid.split}"
+    check_same(numbers, f"the data, {src},", "data")
     names = class_names(train, num_classes)
     check_names(train, valid, names)
     if streaming:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from res2net_zoo.data.images import Samples
 from res2net_zoo.training.augmentation import training_samples
-from res2net_zoo.training.checkpoints import Checkpoints, Fits, check_state, is_count, is_number
+from res2net_zoo.training.checkpoints import Checkpoints, Fits, check_state, is_count, is_number, load_newest
 from res2net_zoo.training.classification import (
     Classification,
     build_model,
@@ -96,7 +96,7 @@ def train(
     """
     Optimization.of(vars(args))  # checks names before the data is read
     checkpoints = Checkpoints(run / "checkpoints", args.keep)
-    saved = prepare_run(args, checkpoints, accelerator)
+    path, saved = prepare_run(args, checkpoints, accelerator)
 
     data = open_data(args, accelerator)
     network = build_network(args, data.names, accelerator)
@@ -105,7 +105,7 @@ def train(
     create_optimizer(args, network.model, settings)  # raises timm's errors before all images are read
     plan = plan_of(args, data, settings, accelerator)
     if saved is not None:
-        check_checkpoint(saved, checkpoints.paths()[-1], args)
+        check_checkpoint(saved, path, args)
         check_plan(saved["plan"], plan, args, accelerator)
     left_out = leave_out_unreadable(args, data, saved, accelerator)
     settings = settings_for(args, data, accelerator)  # fewer steps, if images are skipped
@@ -114,7 +114,7 @@ def train(
     optimizer, scheduler = create_optimizer(args, network.model, settings)
     state = State.create(network.model, optimizer, scheduler, accelerator, network.average)
     if saved is not None:
-        resume(state, saved, checkpoints.paths()[-1], args.output, settings, accelerator)
+        resume(state, saved, path, args.output, settings, accelerator)
         del saved  # frees a second copy of the weights
     origin, config = network.origin, network.model.pretrained_cfg
     report = Report(args.output, run, recipe, data, config, origin, hardware(accelerator), command, state.metrics)
@@ -129,11 +129,11 @@ def train(
     return stopped
 
 
-def prepare_run(args: argparse.Namespace, checkpoints: Checkpoints, accelerator: Accelerator) -> dict[str, Any] | None:
-    """Prepare the run's folders; return the last checkpoint if the run is resumed."""
+def prepare_run(args: argparse.Namespace, checkpoints: Checkpoints, accelerator: Accelerator) -> tuple[Path, Any]:
+    """Prepare the run's folders; return the last checkpoint if the run is resumed, see `load_newest`."""
     is_main = accelerator.is_main_process
     all_or_none(lambda: checkpoints.prepare(args.output, args.resume, args.overwrite) if is_main else None)
-    return all_or_none(checkpoints.load) if args.resume else None
+    return load_newest(checkpoints, accelerator) if args.resume else (checkpoints.folder, None)
 
 
 def open_data(args: argparse.Namespace, accelerator: Accelerator) -> TrainingData:

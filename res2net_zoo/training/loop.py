@@ -41,7 +41,7 @@ from res2net_zoo.training.checkpoints import (
 from res2net_zoo.training.optimization import highest_rate
 from res2net_zoo.utils.console import progress_bar, with_options
 from res2net_zoo.utils.errors import InputError
-from res2net_zoo.utils.processes import wait_for_all
+from res2net_zoo.utils.processes import all_or_none, wait_for_all
 from res2net_zoo.utils.shutdown import Stop
 
 SKIPPED_STEPS = 20  # consecutive steps skipped by the loss scaler after which training counts as diverged
@@ -314,7 +314,7 @@ class Loop:
         if accelerator.is_main_process:
             with progress.external_write_mode(sys.stdout):
                 print(f"epoch {epoch + 1:3}: {self.objective.describe(row)}", flush=True)
-            self.objective.write()
+        all_or_none(lambda: self.objective.write() if accelerator.is_main_process else None)
         accelerator.log({key: value for key, value in row.items() if key not in ("step", "lr")}, step=state.done)
 
     def evaluate(self, epoch: Epoch) -> dict[str, Any]:
@@ -336,7 +336,8 @@ class Loop:
         self.raise_if_diverged(int(accelerator.gather(bad_step).max()))
         losses = accelerator.reduce(state.losses, "sum")  # a copy
         extra = self.objective.checkpoint()
-        if accelerator.is_main_process:
+
+        def write() -> None:
             content = {
                 "done": state.done,
                 "metrics": state.metrics,
@@ -348,6 +349,8 @@ class Loop:
                 "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
             }
             self.checkpoints.save(state.done, {**extra, **content})
+
+        all_or_none(lambda: write() if accelerator.is_main_process else None)  # the disk may be full
         self.saved_at = time.monotonic()
 
     def raise_if_diverged(self, bad_step: int) -> None:

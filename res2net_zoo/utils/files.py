@@ -438,6 +438,19 @@ def check_writable_file(path: Path) -> None:
     check_writable((path.resolve() if path.is_symlink() else path).parent)
 
 
+def check_writable_by_main(path: Path | None, accelerator: "Accelerator") -> None:
+    """Check that the main process can write a file; the folder may be missing on other machines.
+
+    Args:
+        path: The file; None if there is none.
+        accelerator: The processes.
+
+    Raises:
+        InputError: As `check_writable_file`, in every process.
+    """
+    all_or_none(lambda: check_writable_file(path) if path is not None and accelerator.is_main_process else None)
+
+
 def check_can_make(folder: Path) -> None:
     """Check that a folder can be created, or is writable if it exists, before starting work.
 

@@ -77,6 +77,29 @@ def wait_for_all() -> None:
     all_or_none(lambda: None)
 
 
+def check_same(value: Any, what: str, *parameters: str) -> None:
+    """Check that a value is the same in every process; for what each machine reads from its own disk.
+
+    Args:
+        value: The value.
+        what: What it is, for the message.
+        *parameters: Names of the parameters to change, see `InputError`.
+
+    Raises:
+        InputError: The values differ, in all processes.
+    """
+    from accelerate.utils import gather_object
+
+    values = gather_object([value])
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise InputError(
+                f"{what} must be the same on all machines, but is {values[0]} in process 0 and {other} in process "
+                f"{rank}",
+                *parameters,
+            )
+
+
 def main_first(accelerator: "Accelerator", work: Callable[[], T]) -> T:
     """Call a function in every process, in the main process of each machine before the others.
 
@@ -173,10 +196,11 @@ def start_heartbeat(accelerator: "Accelerator") -> None:
     first, others = accelerator.is_main_process, accelerator.num_processes - 1
     with contextlib.ExitStack() as stack:
         server, token = (stack.enter_context(listen(others)) if first else None), secrets.token_hex()
-        (address,) = broadcast_object_list([server and (own_address(), server.getsockname()[1], token)])
-        connected = all_or_none(lambda: None if first else connect(*address, accelerator.process_index))
+        port = server and server.getsockname()[1]
+        host, port, token = broadcast_object_list([own_address(), port, token])
+        connected = all_or_none(lambda: None if first else connect(host, port, token, accelerator.process_index))
         if connected is not None:
-            heartbeat.ask(connected, f"process 0 ({address[0]})")
+            heartbeat.ask(connected, f"process 0 ({host})")
         if server is not None:
             for _ in range(others):
                 heartbeat.answer(*accept(server, token))
