@@ -34,7 +34,15 @@ from res2net_zoo.cli.options import (
     add_run_folder,
     frozen_stages,
 )
-from res2net_zoo.cli.recipes import RECIPES, command_of, parse_run, recipe_names, run_folder, settings_of
+from res2net_zoo.cli.recipes import (
+    RECIPES,
+    check_same_settings,
+    command_of,
+    parse_run,
+    recipe_names,
+    run_folder,
+    settings_of,
+)
 from res2net_zoo.cli.shipped import shipped_data
 from res2net_zoo.utils.command_line import Parser, within
 
@@ -256,6 +264,7 @@ def main(args: argparse.Namespace) -> int:
 
     run = run_folder(args.output)
     accelerator = finetune.start(args, run)
+    check_same_settings(args)
     started_by = command_of("finetune", args, accelerator.num_processes, accelerator.device.type)
     with locked_by_main(args.output, accelerator):
         return finetune.train(args, run, settings_of(args), started_by, partial(check_command, args), accelerator)

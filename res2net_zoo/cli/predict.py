@@ -87,7 +87,7 @@ def main(args: argparse.Namespace) -> int:
 
     accelerator = start_processes(args.threads, autocast_precision(args))
     paths = all_or_none(lambda: find_images(args.images))
-    check_same(f"{len(paths)} images", "the folder of images", "images")
+    check_same({"the number of images": len(paths)}, "give all machines the same images", "images")
     for path in (args.output, args.embeddings):
         check_writable_by_main(path, accelerator)
     model: Any = all_or_none(lambda: create_model(args.model)).eval()

@@ -12,6 +12,7 @@ from typing import Any
 
 from res2net_zoo.cli.shipped import shipped
 from res2net_zoo.utils.command_line import Parser, did_you_mean
+from res2net_zoo.utils.processes import check_same
 
 RECIPES = shipped("recipes")
 
@@ -23,6 +24,9 @@ NOT_SETTINGS = {"output", "recipe", "resume", "overwrite", "profile", "words", "
 # number of processes, so that the global batch size remains the same.
 FREE = {"workers", "threads", "save_minutes", "keep", "tracker", "epochs", "patience", "license"}
 FREE |= {"batch_size", "accumulate"}
+
+# Settings that may differ between machines, in addition to the paths of models.
+OWN_SETTINGS = {"data", "output", "recipe", "words", "threads", "workers", "keep", "save_minutes", "tracker", "license"}
 
 
 def recipe_names(folder: str = "") -> str:
@@ -180,6 +184,20 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     if "head_kwargs" in settings:
         settings["head_kwargs"] = dict(settings["head_kwargs"])
     return settings
+
+
+def check_same_settings(args: argparse.Namespace) -> None:
+    """Check that all machines have the same settings, which each reads from its own copy of a resumed run.
+
+    Raises:
+        InputError: A setting differs, in all processes.
+    """
+    settings = {
+        key: value
+        for key, value in vars(args).items()
+        if key not in OWN_SETTINGS and not str(value).startswith("local-dir:")
+    }
+    check_same(settings, f"give all machines the same options, or copy {run_folder(args.output)}/recipe.toml to them")
 
 
 def command_of(program: str, args: argparse.Namespace, processes: int, device: str) -> str:

@@ -30,7 +30,15 @@ from res2net_zoo.cli.options import (
     frozen_stages,
     named,
 )
-from res2net_zoo.cli.recipes import RECIPES, command_of, parse_run, recipe_names, run_folder, settings_of
+from res2net_zoo.cli.recipes import (
+    RECIPES,
+    check_same_settings,
+    command_of,
+    parse_run,
+    recipe_names,
+    run_folder,
+    settings_of,
+)
 from res2net_zoo.utils.command_line import within
 
 TASKS = ("detection", "keypoints", "saliency", "segmentation")
@@ -105,6 +113,7 @@ def main(args: argparse.Namespace) -> int:
 
     accelerator = start_processes(args.threads, args.mixed_precision)
     args.mixed_precision = accelerator.mixed_precision  # may be set by `accelerate launch`
+    check_same_settings(args)
     started_by = command_of("train-task", args, accelerator.num_processes, accelerator.device.type)
     with locked_by_main(args.output, accelerator):
         return training.train(args, run_folder(args.output), settings_of(args), started_by, accelerator)

@@ -183,7 +183,7 @@ def open_data(args: argparse.Namespace, accelerator: "Accelerator") -> "Source":
             labelled=args.benchmark != "imagenet-real",
         ),
     )
-    check_same(f"{source.num_rows} images", f"the data, {args.data},", "data")
+    check_same({"the number of images": source.num_rows}, "give all machines the same data", "data")
     if source.skipped and accelerator.is_main_process:
         warn(f"skipped in {args.data}: {source.skipped}")
     return source

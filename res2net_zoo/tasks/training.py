@@ -69,9 +69,13 @@ def train(args: argparse.Namespace, run: Path, recipe: dict[str, Any], command: 
     plan = plan_of(model, data, settings, accelerator)
     if args.resume:
         resume_if_saved(args, state, plan, checkpoints, settings, accelerator)
-    if is_main:
+
+    def keep_settings() -> None:
         with writing(args.output):
             start_run(run, recipe)
+
+    # On each machine, because they may not share the folder.
+    all_or_none(lambda: keep_settings() if accelerator.is_local_main_process else None)
     objective = Task(args, data, valid, state, plan, recipe, facts, accelerator)
     stopped = Loop(objective, state, settings, checkpoints, accelerator).run()
     if not stopped:

@@ -102,8 +102,8 @@ def open_training_data(
     if accelerator.is_main_process:
         for skipped in filter(None, {train.skipped: None, valid.skipped: None}):
             warn(f"skipped in {src}: {skipped}")
-    numbers = f"{train.num_rows} images of {train.split} and {valid.num_rows} of {valid.split}"
-    check_same(numbers, f"the data, {src},", "data")
+    numbers = {f"the number of images of {source.split}": source.num_rows for source in (train, valid)}
+    check_same(numbers, "give all machines the same data", "data")
     names = class_names(train, num_classes)
     check_names(train, valid, names)
     if streaming:

@@ -319,9 +319,10 @@ def announce(objective: Classification, settings: Settings) -> None:
     if accelerator.log_with:
         plain = {key: value for key, value in report.settings.items() if isinstance(value, int | float | str)}
         accelerator.init_trackers(args.output.absolute().name, config=plain)
+    # On each machine, because they may not share the folder.
+    all_or_none(lambda: report.start() if accelerator.is_local_main_process else None)
     if not accelerator.is_main_process:
         return
-    report.start()
     parameters = sum(p.numel() for p in state.model.parameters())
     trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     start_from = "pretrained" if args.pretrained else "random weights"

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -77,27 +77,27 @@ def wait_for_all() -> None:
     all_or_none(lambda: None)
 
 
-def check_same(value: Any, what: str, *parameters: str) -> None:
-    """Check that a value is the same in every process; for what each machine reads from its own disk.
+def check_same(values: Mapping[str, Any], advice: str, *parameters: str) -> None:
+    """Check that values are the same in every process; for what each machine reads from its own disk.
 
     Args:
-        value: The value.
-        what: What it is, for the message.
-        *parameters: Names of the parameters to change, see `InputError`.
+        values: The values, by their names.
+        advice: What to do if they differ.
+        *parameters: Names of the parameters to change, see `InputError`; by default the name of the value.
 
     Raises:
-        InputError: The values differ, in all processes.
+        InputError: They differ, in all processes.
     """
     from accelerate.utils import gather_object
 
-    values = gather_object([value])
-    for rank, other in enumerate(values):
-        if other != values[0]:
-            raise InputError(
-                f"{what} must be the same on all machines, but is {values[0]} in process 0 and {other} in process "
-                f"{rank}",
-                *parameters,
-            )
+    everyone = gather_object([dict(values)])
+    for rank, others in enumerate(everyone):
+        for name, expected in everyone[0].items():
+            if others[name] != expected:
+                raise InputError(
+                    f"{name} is {expected} in process 0, but {others[name]} in process {rank}; {advice}",
+                    *(parameters or (name,)),
+                )
 
 
 def main_first(accelerator: "Accelerator", work: Callable[[], T]) -> T:

@@ -1,15 +1,13 @@
 """Programs on two machines, which are lost in various ways. Network namespaces and real processes on the CPU."""
 
-import csv
 import json
-import shutil
 import time
 
 import pytest
 
-from tests.conftest import SHIPPED_DATA, read_tree, save_images
+from tests.conftest import save_images
 from tests.machines import Job, own_errors, two_machines
-from tests.training.test_survival import FINETUNE, SHORT, Running, differences, final, measured, steps_in
+from tests.training.test_survival import SHORT, Running, differences, final, measured, steps_in
 
 pytestmark = pytest.mark.full
 LIMIT = 120  # seconds in which a machine notices that the other is lost
@@ -29,7 +27,9 @@ def test_validate_and_predict_equal_two_processes_on_one_machine(machines, progr
     assert not (machines[1].folder / "results.json").exists()
     one = program("scripts/validate.py", "--output", tmp_path / "results.json", processes=2)
     assert one.returncode == 0, one.stderr
-    (counts,), (expected,) = (json.loads((folder / "results.json").read_text()) for folder in (machines[0].folder, tmp_path))
+    (counts,), (expected,) = (
+        json.loads((folder / "results.json").read_text()) for folder in (machines[0].folder, tmp_path)
+    )
     assert counts.pop("images_per_second") and expected.pop("images_per_second")
     assert counts == expected and counts["samples"] == 360 and counts["num_processes"] == 2
 
