@@ -51,7 +51,8 @@ class Heartbeat:
 
         def until_it_leaves() -> bool:
             while not self._left.wait(INTERVAL):
-                connection.sendall(BEAT)
+                with contextlib.suppress(ConnectionError):  # if the first process left, its BYE was received before
+                    connection.sendall(BEAT)
                 if (answer := connection.recv(1)) != BEAT:
                     return answer == BYE
             return True
@@ -79,6 +80,8 @@ class Heartbeat:
             except TimeoutError:
                 reason = f"has not answered for {PATIENCE:.0f} seconds: its machine or the network is down"
                 delay = self._delay
+            except ConnectionError:
+                pass
             except OSError as error:
                 reason = f"is out of reach: {error.strerror or error}"
             if not self._left.wait(delay):
