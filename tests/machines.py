@@ -87,6 +87,21 @@ class Machine:
 
 
 @contextlib.contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
+    """Mount a small file system; skip the test where that is not allowed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"file systems cannot be mounted: {mounted.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@contextlib.contextmanager
 def two_machines(folder: Path) -> Iterator[list[Machine]]:
     """Yield two machines that reach each other and nothing else; skip the test where that is not allowed."""
     if shutil.which("ip") is None:
@@ -112,10 +127,10 @@ class Job:
     Args:
         machines: The machines.
         command: The command of the zoo and its options; `{rank}` in an option is replaced by the machine's number.
-        **env: Additional environment variables.
+        **env: Additional environment variables; a list has a value for each machine.
     """
 
-    def __init__(self, machines: list[Machine], *command: object, **env: str) -> None:
+    def __init__(self, machines: list[Machine], *command: object, **env: str | list[str]) -> None:
         self.started = []
         for machine in machines:
             launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
@@ -123,7 +138,12 @@ class Job:
             launch += ["--machine_rank", str(machine.rank), "--main_process_ip", machines[0].address]
             launch += ["--main_process_port", "29500", "--mixed_precision", "no", "--dynamo_backend", "no"]
             options = [str(word).replace("{rank}", str(machine.rank)) for word in command]
-            self.started.append(machine.start([*launch, "-m", "res2net_zoo", *options], **env))
+            own = {name: value if isinstance(value, str) else value[machine.rank] for name, value in env.items()}
+            self.started.append(machine.start([*launch, "-m", "res2net_zoo", *options], **own))
+
+    def results(self) -> list[subprocess.CompletedProcess]:
+        """Wait for the program on all machines, and return the results."""
+        return [self.end(rank) for rank in range(len(self.started))]
 
     def end(self, rank: int, seconds: float = 120) -> subprocess.CompletedProcess:
         """Wait for the program on a machine, and return its result."""
@@ -131,7 +151,7 @@ class Job:
         return subprocess.CompletedProcess([], self.started[rank].returncode, out, err)
 
     def wait_for(self, pattern: str, folder: Path, seconds: float = 120) -> None:
-        """Wait for a file."""
+        """Wait for a file in a folder."""
         deadline = time.monotonic() + seconds
         while not any(folder.glob(pattern)):
             assert all(process.poll() is None for process in self.started), [p.communicate() for p in self.started]

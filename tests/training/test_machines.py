@@ -1,16 +1,26 @@
 """Programs on two machines, which are lost in various ways. Network namespaces and real processes on the CPU."""
 
+import contextlib
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import save_images
-from tests.machines import Job, own_errors, two_machines
+from tests.machines import Job, own_errors, small_disk, two_machines
+from tests.scenes import save_voc
 from tests.training.test_survival import SHORT, Running, differences, final, measured, steps_in
 
 pytestmark = pytest.mark.full
 LIMIT = 120  # seconds in which a machine notices that the other is lost
+TRAINING = [*SHORT, "--ema", 0.9, "--save-minutes", 0]
+LAST = 46  # steps of it
 
 
 @pytest.fixture
@@ -19,52 +29,194 @@ def machines(tmp_path):
         yield machines
 
 
-def test_validate_and_predict_equal_two_processes_on_one_machine(machines, program, tmp_path):
-    job = Job(machines, "validate", "--output", tmp_path / "machine-{rank}" / "results.json")
-    results = [job.end(rank) for rank in (0, 1)]
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A training run on two processes of one machine."""
+    folder = tmp_path_factory.mktemp("whole") / "model"
+    ended = Running(folder, *TRAINING, processes=2).end()
+    assert ended.returncode == 0, ended.stderr
+    return folder
+
+
+def succeeded(job: Job) -> list[subprocess.CompletedProcess]:
+    results = job.results()
     assert [result.returncode for result in results] == [0, 0], results
-    assert not results[1].stdout and not any(map(own_errors, results))
-    assert not (machines[1].folder / "results.json").exists()
+    assert not any(map(own_errors, results)), results
+    return results
+
+
+def test_validate_and_predict_equal_two_processes_on_one_machine(machines, program, tmp_path):
+    out = tmp_path / "machine-{rank}" / "results.json"  # a folder of its own for each machine
+    results = succeeded(Job(machines, "validate", "--output", out))
+    assert results[0].stdout and not results[1].stdout and not (machines[1].folder / "results.json").exists()
     one = program("scripts/validate.py", "--output", tmp_path / "results.json", processes=2)
     assert one.returncode == 0, one.stderr
-    (counts,), (expected,) = (
-        json.loads((folder / "results.json").read_text()) for folder in (machines[0].folder, tmp_path)
-    )
+    files = (machines[0].folder / "results.json", tmp_path / "results.json")
+    counts, expected = (json.loads(file.read_text())[0] for file in files)
     assert counts.pop("images_per_second") and expected.pop("images_per_second")
     assert counts == expected and counts["samples"] == 360 and counts["num_processes"] == 2
 
     images = save_images(tmp_path / "images", ["a", "b"], 7)
-    Job(machines, "predict", images, "--output", tmp_path / "machine-{rank}" / "predictions.csv", "--batch-size", 2)
+    args = [images, "--format", "csv", "--batch-size", 2]
+    succeeded(Job(machines, "predict", *args, "--output", tmp_path / "machine-{rank}" / "found.csv"))
+    assert program("scripts/predict.py", *args, "--output", tmp_path / "found.csv", processes=2).returncode == 0
+    assert (machines[0].folder / "found.csv").read_text() == (tmp_path / "found.csv").read_text()
 
 
-def test_finetune_equals_two_processes_on_one_machine(machines, tmp_path):
-    args = [*SHORT, "--ema", 0.9, "--save-minutes", 0]
-    one, two = tmp_path / "one", machines[0].folder / "model"
-    assert Running(one, *args, processes=2).end().returncode == 0
-    job = Job(machines, "finetune", *args, "--output", tmp_path / "machine-{rank}" / "model")  # not shared
-    job.wait_for("step-00000001?.pt", machines[0].folder / "model.run" / "checkpoints")
-    machines[1].kill()
-    assert job.end(0).returncode
-    done = max(steps_in(two))
-    job = Job(machines, "finetune", "--resume", "--output", tmp_path / "machine-{rank}" / "model")
-    results = [job.end(rank) for rank in (0, 1)]
-    assert [result.returncode for result in results] == [0, 0], results
-    assert "resumes after step" in results[0].stdout and 10 <= done < 46
-    assert not differences(final(one), final(two))
-    assert measured(one) == measured(two)
+def test_train_task_equals_two_processes_on_one_machine(machines, tmp_path):
+    args = ["--task", "segmentation", "--model", "res2net_tiny", "--img-size", 64, "--workers", 1, "--threads", 1]
+    args += ["--head", "unet", "--epochs", 2, "--batch-size", 4, "--data", save_voc(tmp_path / "voc", train=16, val=7)]
+    succeeded(Job(machines, "train-task", *args, "--output", tmp_path / "machine-{rank}" / "model"))
+    one = Running(tmp_path / "model", *args, processes=2, script="scripts/train_task.py").end()
+    assert one.returncode == 0, one.stderr
+    for name in ("model.safetensors", "metrics.csv"):
+        assert (machines[0].folder / "model" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
     assert not (machines[1].folder / "model").exists()
 
 
-@pytest.mark.parametrize("fault", ["kill-0", "kill-1", "cut"])
-def test_loss_of_a_machine_ends_the_other(machines, tmp_path, fault):
-    folder = tmp_path / "model"
-    job = Job(machines, "finetune", *SHORT, "--epochs", 1000, "--save-minutes", 0, "--output", folder)
-    job.wait_for("step-*.pt", tmp_path / "model.run" / "checkpoints")
-    lost = machines[0] if fault == "kill-0" else machines[1]
+def worker_of(machine) -> int:
+    """Return the process of the program, whose parent is the launcher."""
+    for pid in machine.pids():
+        with contextlib.suppress(OSError):
+            command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            if "res2net_zoo" in command and "accelerate.commands.launch" not in command:
+                return pid
+    raise AssertionError(machine.pids())
+
+
+FAULTS = {
+    "process 0 killed": lambda machines: os.kill(worker_of(machines[0]), signal.SIGKILL),
+    "process 1 killed": lambda machines: os.kill(worker_of(machines[1]), signal.SIGKILL),
+    "machine 0 killed": lambda machines: machines[0].kill(),
+    "machine 1 killed": lambda machines: machines[1].kill(),
+    "link cut": lambda machines: machines[1].cut(),
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "ends", "shared"),
+    [
+        ("process 0 killed", [0, 1], False),
+        ("process 1 killed", [0, 1], True),
+        ("machine 0 killed", [1], True),
+        ("machine 1 killed", [0], False),
+        pytest.param("link cut", [0, 1], True, marks=pytest.mark.slow),
+    ],
+)
+def test_loss_ends_the_other_machine_and_the_run_goes_on(machines, whole, tmp_path, fault, ends, shared):
+    output = tmp_path / "{rank}" / "model"
+    folder = tmp_path / "0" / "model"
+    if shared:
+        (tmp_path / "0").mkdir()
+        (tmp_path / "1").symlink_to(tmp_path / "0")
+    job = Job(machines, "finetune", *TRAINING, "--output", output)
+    job.wait_for("step-00000001?.pt", folder.with_name("model.run") / "checkpoints")
     start = time.monotonic()
-    lost.cut() if fault == "cut" else lost.kill()
-    for rank in [1 - lost.rank] if fault != "cut" else [0, 1]:
+    FAULTS[fault](machines)
+    for rank in ends:
         ended = job.end(rank, LIMIT)
-        print(rank, ended.returncode, time.monotonic() - start, ended.stderr)
-        assert ended.returncode
-        assert len(own_errors(ended)) == 1, ended.stderr
+        seconds = time.monotonic() - start
+        print(f"{fault}: machine {rank} ended after {seconds:.0f} s, code {ended.returncode}: {own_errors(ended)}")
+        assert ended.returncode and seconds < LIMIT
+        killed = fault == f"process {rank} killed"  # only the launcher reports it
+        assert len(own_errors(ended)) == (not killed), ended.stderr
+    assert 10 <= max(steps_in(folder)) < LAST
+    if shared:  # on one machine
+        assert Running(folder, "--resume", processes=2).end().returncode == 0
+    else:
+        results = succeeded(Job(machines, "finetune", "--resume", "--output", output))
+        assert "resumes after step" in results[0].stdout
+        assert not (tmp_path / "1" / "model").exists()
+    assert not differences(final(whole), final(folder))
+    assert (whole / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert measured(whole) == measured(folder)
+
+
+@pytest.mark.parametrize("fault", ["machine 0 killed", pytest.param("link cut", marks=pytest.mark.slow)])
+def test_loss_ends_validation(machines, tmp_path, fault):
+    images = tmp_path / "images"
+    for name in "0123456789":
+        (images / name).mkdir(parents=True)
+    original = next(save_images(tmp_path / "one", ["a"], 1).rglob("*.jpg"))
+    for i in range(20_000):
+        (images / str(i % 10) / f"{i}.jpg").symlink_to(original)
+    job = Job(machines, "validate", "--data", images, "--batch-size", 8, "--output", tmp_path / "{rank}.json")
+    time.sleep(30)
+    start = time.monotonic()
+    FAULTS[fault](machines)
+    for rank in [1] if fault == "machine 0 killed" else [0, 1]:
+        ended = job.end(rank, LIMIT)
+        seconds = time.monotonic() - start
+        print(f"{fault}: machine {rank} ended after {seconds:.0f} s, code {ended.returncode}: {own_errors(ended)}")
+        assert ended.returncode and len(own_errors(ended)) == 1, ended.stderr
+
+
+def test_full_disk_of_the_output(machines, whole, tmp_path):
+    folder = machines[0].folder / "disk" / "model"
+    with small_disk(folder.parent, 40):
+        job = Job(machines, "finetune", *TRAINING, "--output", tmp_path / "machine-{rank}" / "disk" / "model")
+        job.wait_for("step-00000001?.pt", folder.with_name("model.run") / "checkpoints")
+        start = time.monotonic()
+        filler = folder.parent / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(2**16))
+        for ended in job.results():
+            print(f"disk full: ended after {time.monotonic() - start:.0f} s: {own_errors(ended)}")
+            assert ended.returncode
+            (line,) = own_errors(ended)
+            assert "cannot write the checkpoint" in line and "make room, then resume the run (--resume)" in line
+        filler.unlink()
+        succeeded(Job(machines, "finetune", "--resume", "--output", tmp_path / "machine-{rank}" / "disk" / "model"))
+        assert not differences(final(whole), final(folder))
+
+
+def test_full_disk_of_a_cache(machines):
+    with small_disk(machines[1].folder / "hf", 1):
+        with contextlib.suppress(OSError), (machines[1].folder / "hf" / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(2**12))
+        start = time.monotonic()
+        for ended in Job(machines, "validate").results():
+            print(f"cache full: ended after {time.monotonic() - start:.0f} s: {own_errors(ended)}")
+            assert ended.returncode
+            (line,) = own_errors(ended)
+            assert "No space left on device" in line
+
+
+@pytest.mark.slow
+def test_slow_server_of_one_machine(machines, tiny_folder, tmp_path):
+    """One machine waits longer for the other's download than for a heartbeat."""
+    env = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "300"}
+    script = """
+import sys, threading
+from tests.hub_server import serve
+with serve({"zoo/tiny": sys.argv[1]}) as hub:
+    hub.delay("GET .*safetensors", float(sys.argv[2]))
+    print(hub.endpoint, flush=True)
+    threading.Event().wait()
+"""
+    start = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        endpoints = []
+        for machine, seconds in zip(machines, ("0", "80"), strict=True):
+            server = stack.enter_context(machine.start([sys.executable, "-c", script, str(tiny_folder), seconds]))
+            stack.callback(server.kill)
+            endpoints.append(server.stdout.readline().strip())
+        job = Job(machines, "validate", "--model", "hf-hub:zoo/tiny", HF_ENDPOINT=endpoints, **env)
+        results = succeeded(job)
+        assert "| hf-hub:zoo/tiny" in results[0].stdout and time.monotonic() - start > 80
+        assert (machines[1].folder / "hf" / "hub" / "models--zoo--tiny").is_dir()
+
+
+def test_different_data_and_settings_are_one_error(machines, tmp_path):
+    for rank in (0, 1):
+        save_images(tmp_path / str(rank), ["a", "b"], 4 + rank)
+        shutil.copytree(tmp_path / str(rank), tmp_path / "splits" / str(rank) / "train")
+    line = "the number of images is 8 in process 0, but 10 in process 1; give all machines the same data (--data)"
+    for result in Job(machines, "validate", "--data", tmp_path / "{rank}").results():
+        assert result.returncode and own_errors(result) == [f"error: {line}"], result.stderr
+    job = Job(machines, "finetune", "--epochs", "{rank}1", "--output", tmp_path / "model")
+    for result in job.results():
+        (line,) = own_errors(result)
+        assert "epochs is 1 in process 0, but 11 in process 1; give all machines the same options" in line
