@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import socket
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -54,18 +55,19 @@ def all_or_none(work: Callable[[], T]) -> T:
     except Exception as error:
         problem = error
     failure = None
+    machine = os.environ.get("GROUP_RANK", socket.gethostname())
     if problem is not None:
         parameters = problem.parameters if isinstance(problem, InputError) else None
-        failure = (str(problem) or type(problem).__name__, parameters)
-    failures: list[tuple[str, tuple[str, ...] | None] | None] = gather_object([failure])
+        failure = (str(problem) or type(problem).__name__, parameters, machine)
+    failures: list[tuple[str, tuple[str, ...] | None, str] | None] = gather_object([failure])
     if problem is not None:
         raise problem
     for rank, other in enumerate(failures):
         if other is not None:
-            message, parameters = other
+            message, parameters, place = other
             if parameters is None:
                 raise RuntimeError(f"process {rank}: {message}")
-            raise InputError(message, *parameters)
+            raise InputError(message if place == machine else f"process {rank}: {message}", *parameters)
     return result
 
 
