@@ -20,9 +20,7 @@ Exit codes: 0 done; 1 --check found an accuracy that differs from the published 
 
 import argparse
 import hashlib
-import json
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -319,19 +317,10 @@ def check_published(
 
 def identity_of(model: Any, source: "Source") -> dict:
     """Return what a result depends on: hashes of weights, data and label names, and the preprocessing."""
-    from res2net_zoo.data.preprocessing import data_config
+    from res2net_zoo.data.identity import source_sha256
+    from res2net_zoo.weights.fingerprint import model_identity
 
-    label_names = model.pretrained_cfg.get("label_names")
-    return {
-        "weights_sha256": weights_sha256(model),
-        "data_sha256": data_sha256(source),
-        "label_names": label_names and hashlib.sha256(json.dumps(label_names).encode()).hexdigest(),
-        **{
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in data_config(model).items()
-            if key in ("input_size", "crop_pct", "interpolation", "mean", "std")
-        },
-    }
+    return model_identity(model) | {"data_sha256": source_sha256(source)}
 
 
 def count(
@@ -421,43 +410,6 @@ def compared(result: dict, published: "Accuracy | None", tolerance: float) -> di
 def figures(published: "Accuracy | None") -> dict:
     """Return the published accuracy as fields of results.json."""
     return {f"published_{key}": getattr(published, key, None) for key in ("top1", "top5", "source")}
-
-
-def weights_sha256(model: Any) -> str:
-    """Return a hash of the names, types, shapes and values of a model's weights."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def data_sha256(source: "Source") -> str | None:
-    """Return a hash that changes with the data, without reading all of it; None for a stream.
-
-    For image files, it covers names, sizes and modification times; for other data, the fingerprint of `datasets`, which
-    depends on modification times.
-    """
-    import datasets
-
-    from res2net_zoo.data.sources import labels_of
-    from res2net_zoo.utils.private_apis import fingerprint_of
-
-    if not isinstance(source.rows, datasets.Dataset):
-        return None
-    digest = hashlib.sha256(json.dumps([source.class_names, source.num_rows]).encode())
-    if "label" in source.rows.features:
-        digest.update(labels_of(source).tobytes())
-    first = source.rows[0]["image"] if len(source.rows) else None
-    if first and first["bytes"] is None:
-        for image in source.rows["image"][:]:
-            stat = os.stat(image["path"]) if image and os.path.exists(image["path"]) else None
-            digest.update(f"{image} {stat.st_size} {stat.st_mtime_ns}".encode() if stat else b"-")
-    else:
-        digest.update(fingerprint_of(source.rows).encode())
-    return digest.hexdigest()
 
 
 def read_results(path: Path) -> list[dict]:

@@ -1,5 +1,6 @@
 """A model's fingerprint: the hash of its weights, and its logits for a fixed synthetic input."""
 
+import hashlib
 import json
 import math
 import re
@@ -11,6 +12,7 @@ import torch
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as WEIGHTS
 from torch import nn
 
+from res2net_zoo.data.preprocessing import data_config
 from res2net_zoo.utils.errors import InputError, one_line
 from res2net_zoo.utils.files import read_json, sha256_of, write_atomically
 
@@ -140,3 +142,34 @@ def write(folder: Path) -> None:
     """Compute the fingerprint of a model folder and write it to fingerprint.json."""
     content = json.dumps(of(folder)) + "\n"
     write_atomically(folder / NAME, lambda path: path.write_text(content))
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Return a hash of the names, types, shapes and values of a model's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def model_identity(model: Any) -> dict[str, Any]:
+    """Return what a model's answers depend on: hashes of weights and label names, and the preprocessing.
+
+    Args:
+        model: A timm model.
+
+    Returns:
+        Values that JSON can represent.
+    """
+    label_names = model.pretrained_cfg.get("label_names")
+    preprocessing = ("input_size", "crop_pct", "interpolation", "mean", "std")
+    return {
+        "weights_sha256": weights_sha256(model),
+        "label_names": label_names and hashlib.sha256(json.dumps(label_names).encode()).hexdigest(),
+        **{
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in data_config(model).items()
+            if key in preprocessing
+        },
+    }
