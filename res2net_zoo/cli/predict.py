@@ -1,26 +1,30 @@
 r"""Predict the classes of images, and optionally save their embeddings.
 
-Usage: res2net-zoo predict IMAGE ... [--model NAME] [--format table|jsonl|csv] [--output FILE]
+Usage: res2net-zoo predict IMAGE ... | --data SRC [--model NAME] [--output FILE | DIR]
 
 Folders are searched recursively. The result does not depend on the number of processes. Without --model, the shipped
 model recognizes digits. Bytes of a path that are not UTF-8 are written as \udcXX, as in Python's `os.fsdecode`.
+
+For many images the output is a folder of Parquet files: with --format parquet, or without --format if --output is a
+folder, ends in / or is a new name without a suffix. Each file is written whole, and --resume continues after the last.
+SRC is a Hub dataset id, a folder, or local Parquet, Arrow or WebDataset files.
 
 Examples:
   res2net-zoo predict holiday.jpg --model res2net101d
   res2net-zoo predict photos/ 'scans/*.png' --model res2net101d --format csv --output classes.csv
   res2net-zoo predict photos/ --model res2net101d --embeddings embeddings.parquet
+  res2net-zoo predict --data ORG/NAME --split train --streaming --model res2net101d --output predictions/ --resume
 
 Exit codes: 0 done; 1 --skip-corrupt skipped images; 2 bad input.
 """
 
 import argparse
 import contextlib
-import csv
-import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from res2net_zoo.cli.command import command, parser_of
 from res2net_zoo.cli.options import (
@@ -40,29 +44,39 @@ from res2net_zoo.cli.shipped import shipped_data, shipped_model
 from res2net_zoo.utils.command_line import within
 
 if TYPE_CHECKING:
-    import torch
     from accelerate import Accelerator
 
+    from res2net_zoo.inference.prediction import Images, Numbered, Prediction
+
 MANY = 256  # images for which a faster backend saves more time than its choice takes
+PARQUET = "parquet"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE", help=IMAGES)
+    add("images", nargs="*", metavar="IMAGE", help=IMAGES)
+    add("--data", metavar="SRC", help="images of a dataset, instead of files; labels are copied, but not needed")
+    add("--split", help="split of --data (default: validation, else test, else the only one)")
+    add("--streaming", action="store_true", help="stream --data without caching it")
     add("--model", default=shipped_model(), help=MODEL)
     add("--topk", type=within(int, 1), default=5, help="classes to print for each image (default: %(default)s)")
-    add("--format", choices=("table", "jsonl", "csv"), default="table", help="output format (default: %(default)s)")
-    add("--output", type=Path, help="write the result to FILE (default: the standard output)")
-    add("--embeddings", type=Path, help="write path and embedding (pooled features) to a Parquet file")
+    about = "output format; parquet is a folder (default: table, or parquet if --output is a folder)"
+    add("--format", choices=("table", "jsonl", "csv", PARQUET), help=about)
+    add("--output", metavar="FILE", help="write the result to a file or folder (default: the standard output)")
+    about = "write path and embedding (pooled features) to a Parquet file; for a folder without FILE, as a column"
+    add("--embeddings", nargs="?", const=True, metavar="FILE", help=about)
+    about = "images for each file of the folder (default: 1000, or as in the run that --resume continues)"
+    add("--shard-size", type=within(int, 1), help=about)
+    add("--resume", action="store_true", help="continue the folder --output with the files that are missing")
     add_batch_size(add, 32)
     add_machine(add, int8=True)
     add_backend(add, None, f"auto for int8, and on a CPU for {MANY} images or more without --embeddings, else torch")
     add_calibrate(add, "the shipped digits for the shipped model")
     add("--skip-corrupt", action="store_true", help=SKIP_CORRUPT)
     args = parser.parse_args(argv)
-    if args.output and args.embeddings and args.output.resolve() == args.embeddings.resolve():
-        parser.error(f"--output and --embeddings are both {args.output}; name two files")
+    check_images(parser, args)
+    check_output(parser, args)
     if args.embeddings and args.backend not in (None, "torch"):
         parser.error(f"--embeddings needs plain PyTorch; remove --backend {args.backend}")
     if args.embeddings and args.mixed_precision == INT8:
@@ -72,248 +86,232 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check_images(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Check that the images are either files or a dataset."""
+    if not args.images and args.data is None:
+        parser.error("IMAGE or --data is required")
+    if args.images and args.data is not None:
+        parser.error(f"images are given as files ({args.images[0]}) and as --data; choose one")
+    if args.data is None and (args.split or args.streaming):
+        parser.error(f"{'--split' if args.split else '--streaming'} needs --data")
+
+
+def check_output(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Decide whether the output is a folder, and check its options."""
+    if (
+        args.output
+        and isinstance(args.embeddings, str)
+        and Path(args.output).resolve() == Path(args.embeddings).resolve()
+    ):
+        parser.error(f"--output and --embeddings are both {args.output}; name two files")
+    if args.format is None:
+        args.format = PARQUET if args.output and is_folder(args.output) else "table"
+    args.output = Path(args.output) if args.output else None
+    if args.format == PARQUET:
+        if args.output is None:
+            parser.error("--format parquet needs --output DIR")
+        if isinstance(args.embeddings, str):
+            what = f"in a folder, embeddings are a column; write --embeddings without {args.embeddings}"
+            parser.error(f"{what}, after the images or before another option")
+        return
+    if args.resume or args.shard_size:
+        parser.error(f"{'--resume' if args.resume else '--shard-size'} needs a folder, such as --output predictions/")
+    if args.embeddings is True:
+        parser.error("--embeddings needs a FILE")
+    args.embeddings = Path(args.embeddings) if args.embeddings else None
+
+
+def is_folder(output: str) -> bool:
+    """Return whether an output is a folder: an existing one, or a new name that ends in / or lacks a suffix."""
+    if os.path.exists(output):
+        return os.path.isdir(output)
+    return output.endswith(os.sep) or not Path(output).suffix
+
+
 @command(parse_args)
 def main(args: argparse.Namespace) -> int:
-    import torch
-    from accelerate.utils import gather_object
-
-    from res2net_zoo.data.images import find_images
-    from res2net_zoo.data.labels import class_names
-    from res2net_zoo.utils.console import progress_bar, warn
-    from res2net_zoo.utils.errors import InputError
-    from res2net_zoo.utils.files import check_writable_by_main
-    from res2net_zoo.utils.processes import all_or_none, check_same, start_processes, wait_for_all
-    from res2net_zoo.weights.pretrained import create_model
+    from res2net_zoo.utils.files import locked_by_main
+    from res2net_zoo.utils.processes import start_processes, wait_for_all
 
     accelerator = start_processes(args.threads, autocast_precision(args))
-    paths = all_or_none(lambda: find_images(args.images))
-    check_same({"the number of images": len(paths)}, "give all machines the same images", "images")
-    for path in (args.output, args.embeddings):
-        check_writable_by_main(path, accelerator)
-    model: Any = all_or_none(lambda: create_model(args.model)).eval()
-    if not model.num_classes:
-        raise InputError(f"{args.model} has no classifier to predict with")
-    model = model.to(accelerator.device, memory_format=torch.channels_last)
-    names = class_names(model)
-    answer = create_answer(model, len(paths), args, accelerator)
-
-    skipped = 0
-    steps = range(-(-len(paths) // (args.batch_size * accelerator.num_processes)))
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(output_errors())
-        write = stack.enter_context(writer(args, names)) if accelerator.is_main_process else None
-        batches = predict(model, answer, paths, args, accelerator)
-        for _ in progress_bar(accelerator, steps, desc="predict", unit="batch"):
-            # In the last batch, some processes may have no image.
-            share = all_or_none(lambda: next(batches, []))
-            # Each process has every world-th image of a batch, so sorting restores the order.
-            results: list[tuple[int, Result]] = sorted(gather_object(share), key=lambda pair: pair[0])
-            for _, (path, corrupt, scores, classes, embedding) in results:
-                if corrupt is not None:
-                    skipped += 1
-                    if accelerator.is_main_process:
-                        warn(f"{path} is skipped: {corrupt}")
-                elif write is not None:
-                    write(path, scores, classes, embedding)
-        if skipped == len(paths):
-            raise InputError(f"none of the {skipped} images can be decoded")
+    images = open_images(args, accelerator)
+    if args.format == PARQUET:
+        with locked_by_main(args.output, accelerator):
+            skipped = predict_to_folder(images, args, accelerator)
+    else:
+        skipped = predict_to_file(images, args, accelerator)
     wait_for_all()  # if a process exits with 1, the launcher ends the others
     accelerator.end_training()
     return 1 if skipped else 0
 
 
-# Path; error, if skipped; scores and classes of the top predictions, best first; embedding.
-Result = tuple[str, str | None, list[float], list[int], "torch.Tensor | None"]
+def open_images(args: argparse.Namespace, accelerator: "Accelerator") -> "Images":
+    """Find the images; warn about skipped files."""
+    from res2net_zoo.data.images import find_images
+    from res2net_zoo.inference.prediction import images_of_files, images_of_source
+    from res2net_zoo.utils.console import warn
+    from res2net_zoo.utils.processes import all_or_none, check_same, main_first
+
+    if args.data is None:
+        paths = all_or_none(lambda: find_images(args.images))
+        check_same({"the number of images": len(paths)}, "give all machines the same images", "images")
+        return images_of_files(paths)
+    from res2net_zoo.data.sources import open_source  # imports `datasets`, which takes half a second
+
+    source = main_first(
+        accelerator, lambda: open_source(args.data, args.split, streaming=args.streaming, labelled=False)
+    )
+    if source.skipped and accelerator.is_main_process:
+        warn(f"skipped in {args.data}: {source.skipped}")
+    args.split = source.split
+    return images_of_source(source)
 
 
-# Maps images (N, C, H, W) to logits (N, classes), and to embeddings if they are wanted.
-Answer = Callable[["torch.Tensor"], tuple["torch.Tensor", "torch.Tensor | None"]]
+def load_model(args: argparse.Namespace, accelerator: "Accelerator") -> Any:
+    """Load the model on this process's device, in evaluation mode."""
+    import torch
+
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.utils.processes import all_or_none
+    from res2net_zoo.weights.pretrained import create_model
+
+    model: Any = all_or_none(lambda: create_model(args.model)).eval()
+    if not model.num_classes:
+        raise InputError(f"{args.model} has no classifier to predict with")
+    return model.to(accelerator.device, memory_format=torch.channels_last)
 
 
-def create_answer(model: Any, num_images: int, args: argparse.Namespace, accelerator: "Accelerator") -> Answer:
-    """Return the forward pass, by the fastest backend in int8 or if there are many images."""
-    from res2net_zoo.inference.forward import create_forward
+def load_calibration(model: Any, args: argparse.Namespace, accelerator: "Accelerator") -> Any:
+    """Return the images that calibrate int8; None for other precisions."""
+    if args.mixed_precision != INT8:
+        return None
+    from res2net_zoo.inference.calibration import calibration_images  # imports `datasets`
     from res2net_zoo.utils.processes import main_first
 
-    if not args.embeddings:
-        images = None
-        if args.mixed_precision == INT8:
-            from res2net_zoo.inference.calibration import calibration_images  # imports datasets
-
-            images = main_first(accelerator, lambda: calibration_images(model, args.calibrate))
-        fast = accelerator.device.type == "cpu" and num_images >= MANY
-        backend = args.backend or ("auto" if fast else "torch")
-        forward = create_forward(model, backend, accelerator, min(args.batch_size, num_images), images).call
-        return lambda images: (forward(images), None)
-
-    def with_embeddings(images: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
-        with accelerator.autocast():
-            features = model.forward_features(images)
-            return model.forward_head(features), model.forward_head(features, pre_logits=True)
-
-    return with_embeddings
+    return main_first(accelerator, lambda: calibration_images(model, args.calibrate))
 
 
 def predict(
     model: Any,
-    answer: "Answer",
-    paths: list[str],
+    images: "Images",
+    batches: "Iterable[list[Numbered]]",
     args: argparse.Namespace,
     accelerator: "Accelerator",
-) -> Iterator[list[tuple[int, Result]]]:
-    """Yield the results of this process batch by batch, each with the index of its image.
-
-    Raises:
-        InputError: An image cannot be decoded, and --skip-corrupt is not set.
-    """
-    import torch
-    from torch.utils.data import DataLoader
-
-    from res2net_zoo.data.images import MapSamples, Sample
-    from res2net_zoo.data.preprocessing import evaluation_samples
-    from res2net_zoo.utils.errors import InputError
+    calibration: Any,
+) -> "Iterator[list[Prediction]]":
+    """Yield the predictions of this process, by the fastest backend in int8 or if there are many images."""
+    from res2net_zoo.inference.prediction import create_answer, predict_batches
     from res2net_zoo.utils.processes import default_workers
 
-    samples = evaluation_samples(model)
-    indices = range(accelerator.process_index, len(paths), accelerator.num_processes)
-    rows: Any = [{"image": {"bytes": None, "path": path}} for path in paths]
+    number = MANY if images.number is None else images.number
+    fast = args.mixed_precision == INT8 or (accelerator.device.type == "cpu" and number >= MANY)
+    backend = args.backend or ("auto" if fast else "torch")
+    size = max(1, min(args.batch_size, number))
+    answer = create_answer(model, bool(args.embeddings), backend, accelerator, size, calibration)
     workers = default_workers(accelerator.device) if args.workers is None else args.workers
-    if len(indices) <= args.batch_size:  # one batch: a worker would have nothing to do while the model runs
-        workers = 0
-    loader: DataLoader = DataLoader(
-        MapSamples(rows, samples, indices),
-        batch_size=args.batch_size,
-        num_workers=workers,
-        collate_fn=list,
-    )
-    places = iter(indices)
-    batch: list[Sample]
-    for batch in loader:
-        good = [sample for sample in batch if sample.image is not None]
-        answers: Iterator[tuple[list[float], list[int], torch.Tensor | None]] = iter(())
-        if good:
-            images = torch.stack([sample.image for sample in good if sample.image is not None])
-            images = images.to(accelerator.device).contiguous(memory_format=torch.channels_last)
-            with torch.inference_mode():
-                logits, embeddings = answer(images)
-            best = logits.float().softmax(dim=1).topk(min(args.topk, logits.shape[1]), dim=1)
-            if not best.values.isfinite().all():
-                raise InputError("the model's output is not finite; try another --precision")
-            pooled = [None] * len(good) if embeddings is None else list(embeddings.float().cpu().flatten(1))
-            answers = iter(list(zip(best.values.tolist(), best.indices.tolist(), pooled, strict=True)))
-        results: list[tuple[int, Result]] = []
-        for sample in batch:
-            place = next(places)
-            if sample.image is None and not args.skip_corrupt:
-                raise InputError(
-                    f"{paths[place]} is corrupt ({sample.corrupt or sample.fatal}); use --skip-corrupt to skip it"
-                )
-            if sample.image is None:
-                results.append((place, (paths[place], sample.corrupt or sample.fatal, [], [], None)))
-            else:
-                results.append((place, (paths[place], None, *next(answers))))
-        yield results
+    if images.number is not None and images.number <= args.batch_size * accelerator.num_processes:
+        workers = 0  # one batch: a worker would have nothing to do while the model runs
+    options: Any = dict(topk=args.topk, workers=workers, skip_corrupt=args.skip_corrupt)
+    return predict_batches(model, answer, images, batches, accelerator, **options)
 
 
-@contextlib.contextmanager
-def output_errors() -> Iterator[None]:
-    """Raise InputError if the result cannot be written, for example because the disk is full."""
+def predict_to_file(images: "Images", args: argparse.Namespace, accelerator: "Accelerator") -> int:
+    """Write the predictions to a file or the standard output; return the number of skipped images."""
+    from res2net_zoo.data.labels import class_names
+    from res2net_zoo.inference.prediction import batches_in_turns, gathered
+    from res2net_zoo.inference.prediction_files import output_errors, prediction_writer
+    from res2net_zoo.utils.console import progress_bar, warn
     from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.utils.files import check_writable_by_main
 
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise InputError(f"cannot write the result: {error.strerror or error}") from error
-
-
-@contextlib.contextmanager
-def writer(args: argparse.Namespace, names: list[str]) -> Iterator[Callable[..., None]]:
-    """Yield a function that writes the result of one image; the files appear when all are written."""
-    from res2net_zoo.utils.console import printable
-
+    for path in (args.output, args.embeddings):
+        check_writable_by_main(path, accelerator)
+    model = load_model(args, accelerator)
+    calibration = load_calibration(model, args, accelerator)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    batches = batches_in_turns(images, args.batch_size, rank, world)
+    predictions = gathered(predict(model, images, batches, args, accelerator, calibration))
+    writer = prediction_writer(args.output, args.embeddings, args.format, class_names(model), images)
+    skipped = written = 0
     with contextlib.ExitStack() as stack:
-        out: IO[str] = stack.enter_context(whole_file(args.output)) if args.output else sys.stdout
-        embed = stack.enter_context(parquet(args.embeddings)) if args.embeddings else None
-        rows: list[tuple[str, ...]] = []
-        table = csv.writer(out) if args.format == "csv" else None
-        shown = printable if out.isatty() else str  # a terminal would interpret control characters in names
-        if table:
-            table.writerow(("path", "rank", "class", "name", "score"))
-
-        def write(path: str, scores: list[float], classes: list[int], embedding: Any) -> None:
-            if embed:
-                embed(path, embedding)
-            if args.format == "jsonl":
-                answers = [
-                    {"class": index, "name": names[index], "score": round(score, 6)}
-                    for score, index in zip(scores, classes, strict=True)
-                ]
-                line = json.dumps({"path": path, "predictions": answers}, ensure_ascii=False)
-                print("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line), file=out, flush=True)
-            elif table:
-                for rank, (score, index) in enumerate(zip(scores, classes, strict=True), 1):
-                    table.writerow((shown(path), rank, index, shown(names[index]), f"{score:.6f}"))
-            else:
-                classified = [f"{names[i]} {100 * score:.1f}" for score, i in zip(scores, classes, strict=True)]
-                rows.append((path, *classified))
-
-        yield write
-        if args.format == "table" and rows:
-            from res2net_zoo.utils.markdown import markdown_table
-
-            header = ("image", *(f"{rank}. (percent)" for rank in range(1, len(rows[0]))))
-            print(markdown_table(header, rows), file=out)
-        out.flush()
+        stack.enter_context(output_errors())
+        write = stack.enter_context(writer) if accelerator.is_main_process else None
+        progress = stack.enter_context(progress_bar(accelerator, total=images.number, desc="predict", unit="image"))
+        for prediction in predictions:
+            progress.update()
+            if prediction.corrupt is not None:
+                skipped += 1
+                warn(f"{images.place(prediction.index, prediction.path)} is skipped: {prediction.corrupt}")
+                continue
+            written += 1
+            if write is not None:
+                write(prediction)
+        if not written:
+            raise InputError(f"none of the {skipped} images can be decoded")
+    return skipped
 
 
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[IO[str]]:
-    """Yield a text file that replaces `path` atomically at the end."""
-    from res2net_zoo.utils.files import temporary_file
+def predict_to_folder(images: "Images", args: argparse.Namespace, accelerator: "Accelerator") -> int:
+    """Write the predictions to a folder of Parquet files; return the number of skipped images."""
+    from res2net_zoo.data.labels import class_names
+    from res2net_zoo.inference.prediction import batches_of_shards
+    from res2net_zoo.inference.prediction_folder import SHARD_SIZE, PredictionFolder
+    from res2net_zoo.utils.console import progress_bar
+    from res2net_zoo.utils.files import check_can_make
 
-    # Bytes of a name that are not UTF-8 are written as \udcXX, as in JSON.
-    with (
-        temporary_file(path) as temporary,
-        temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
-    ):
-        yield file
+    check_can_make(args.output)
+    folder = PredictionFolder(args.output, accelerator)
+    recorded = folder.open(args.resume)
+    model = load_model(args, accelerator)
+    calibration = load_calibration(model, args, accelerator)
+    size = args.shard_size or (recorded or {}).get("shard_size", SHARD_SIZE)
+    folder.find(settings_of(model, images, calibration, size, args, accelerator), recorded)
+    if not folder.was_complete:
+        rank, world = accelerator.process_index, accelerator.num_processes
+        batches = batches_of_shards(images, args.batch_size, size, folder.shards, rank, world)
+        predictions = predict(model, images, batches, args, accelerator, calibration)
+        done = sum(shard.images for shard in folder.shards.values())
+        with progress_bar(accelerator, total=images.number, initial=done, desc="predict", unit="image") as progress:
+            folder.write(predictions, class_names(model), images, progress)
+    accelerator.print(folder)
+    return sum(shard.skipped for shard in folder.shards.values())
 
 
-@contextlib.contextmanager
-def parquet(path: Path) -> Iterator[Callable[[str, Any], None]]:
-    """Yield a function that appends an embedding to a Parquet file, which is written in groups of rows."""
-    import numpy as np
-    import pyarrow as pa
-    from pyarrow.parquet import ParquetWriter
+def settings_of(
+    model: Any, images: "Images", calibration: Any, shard_size: int, args: argparse.Namespace, accelerator: Any
+) -> dict[str, Any]:
+    """Return what the predictions depend on, the same in all processes."""
+    from accelerate.utils import broadcast_object_list
 
-    from res2net_zoo.utils.files import temporary_file
+    from res2net_zoo.inference.forward import PRECISIONS
+    from res2net_zoo.utils.processes import all_or_none
+    from res2net_zoo.weights.fingerprint import model_identity
 
-    group: list[tuple[str, Any]] = []
-    file: ParquetWriter | None = None
+    def find() -> dict[str, Any]:
+        return {
+            "model": args.model,
+            **model_identity(model),
+            "precision": INT8 if args.mixed_precision == INT8 else PRECISIONS[accelerator.mixed_precision],
+            "backend": args.backend,
+            "calibration_sha256": None if calibration is None else hashlib.sha256(calibration.numpy()).hexdigest(),
+            "data": images.name or None,
+            "split": args.split,
+            "streaming": args.streaming,
+            "data_sha256": data_sha256(images, args),
+            "topk": args.topk,
+            "embeddings": bool(args.embeddings),
+            "shard_size": shard_size,
+        }
 
-    with temporary_file(path) as temporary:
+    # File times may differ between machines.
+    (settings,) = broadcast_object_list([all_or_none(lambda: find() if accelerator.is_main_process else {})])
+    return settings
 
-        def flush() -> None:
-            nonlocal file
-            if not group:
-                return
-            width = len(group[0][1])
-            schema = pa.schema([("path", pa.string()), ("embedding", pa.list_(pa.float32(), width))])
-            file = file or ParquetWriter(temporary, schema)
-            values = pa.array(np.concatenate([embedding.numpy() for _, embedding in group]))
-            paths = [path.encode("utf-8", "backslashreplace").decode() for path, _ in group]
-            columns = [pa.array(paths), pa.FixedSizeListArray.from_arrays(values, width)]
-            file.write_table(pa.Table.from_arrays(columns, schema=schema))
-            group.clear()
 
-        def add(path: str, embedding: Any) -> None:
-            group.append((path, embedding))
-            if len(group) == 1024:
-                flush()
+def data_sha256(images: "Images", args: argparse.Namespace) -> str | None:
+    """Return a hash of the images' names, sizes and times, or of what stands for them."""
+    from res2net_zoo.data.identity import files_sha256, rows_sha256, stream_sha256
 
-        yield add
-        flush()
-        if file:
-            file.close()
+    if args.data is None:
+        return files_sha256(images.rows.paths)
+    return stream_sha256(args.data) if args.streaming else rows_sha256(images.rows)

@@ -611,9 +611,10 @@ def _describe(src: str, split: str, loaded: Rows, label_column: str | None, labe
     labels += [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     if not labels and labelled:
         raise InputError(f"{src} has no column of labels; name one: {', '.join(features)}", "label_column")
+    if not labelled and label_column is None:
+        labels = [name for name in labels if _may_be_labels(features[name])]
     label = features[labels[0]] if labels else None
-    kind = "int64" if label is None else getattr(label, "dtype", "")  # a ClassLabel's is int64, too
-    if not re.fullmatch(r"u?int\d+", kind):
+    if label is not None and not _may_be_labels(label):
         raise InputError(f"column {labels[0]} of {src} is not of class numbers; name another", "label_column")
     # Disable decoding: `datasets` would apply the EXIF orientation, which timm does not, and one
     # corrupt image would end a stream. This comes first, because streams decode rows when columns
@@ -639,6 +640,11 @@ def _may_be_images(feature: Any) -> bool:
         "binary",
         "string",
     )
+
+
+def _may_be_labels(feature: Any) -> bool:
+    # A ClassLabel's type is int64.
+    return re.fullmatch(r"u?int\d+", getattr(feature, "dtype", "")) is not None
 
 
 class StreamSamples(torch.utils.data.IterableDataset):

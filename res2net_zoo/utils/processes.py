@@ -119,12 +119,17 @@ def main_first(accelerator: "Accelerator", work: Callable[[], T]) -> T:
     return all_or_none(lambda: first[0] if first else work())
 
 
-def share_of_cores() -> int:
-    """Return the number of CPU cores for each process on this machine."""
+def processes_here() -> int:
+    """Return the number of processes on this machine."""
     from accelerate.utils import get_int_from_env
 
+    return get_int_from_env(("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE"), 1)
+
+
+def share_of_cores() -> int:
+    """Return the number of CPU cores for each process on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // get_int_from_env(("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE"), 1))
+    return max(1, cores // processes_here())
 
 
 def start_processes(threads: int | None = None, mixed_precision: str | None = None, **options: Any) -> "Accelerator":
