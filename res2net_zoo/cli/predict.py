@@ -268,7 +268,8 @@ def predict_to_folder(images: "Images", args: argparse.Namespace, accelerator: "
     folder.find(settings_of(model, images, calibration, size, args, accelerator), recorded)
     if not folder.was_complete:
         rank, world = accelerator.process_index, accelerator.num_processes
-        batches = batches_of_shards(images, args.batch_size, size, folder.shards, rank, world)
+        found = frozenset(folder.shards)  # a copy, because the folder adds those that it writes
+        batches = batches_of_shards(images, args.batch_size, size, found, rank, world)
         predictions = predict(model, images, batches, args, accelerator, calibration)
         done = sum(shard.images for shard in folder.shards.values())
         with progress_bar(accelerator, total=images.number, initial=done, desc="predict", unit="image") as progress:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain, groupby
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -205,19 +205,25 @@ class PredictionFolder:
         """
         size = self.settings["shard_size"]
         schema = shard_schema(images.labelled, self.settings["embeddings"])
-        parts = groupby(self._counted(batches, progress), key=lambda batch: batch[0].index // size)
+        rest = self._counted(batches, progress)
 
+        @output_errors()
         def write_next() -> Shard | None:
             if time.monotonic() - self._written > self._writing_took / WRITING_SHARE:
                 self._write_manifest(complete=False)
-            number, part = next(parts, (0, None))
-            return None if part is None else self._write_shard(number, chain.from_iterable(part), names, schema)
+            first = next(rest, None)
+            if first is None:
+                return None
+            return self._write_shard(until_full(first, rest, size), first[0].index // size, names, schema)
 
-        with output_errors():
-            while new := [shard for shard in gather_object([all_or_none(write_next)]) if shard]:
-                self.shards |= {shard.number: shard for shard in new}
-            all_or_none(lambda: self._check_complete(images.number))
-            all_or_none(lambda: self._write_manifest(complete=True))
+        @output_errors()
+        def finish() -> None:
+            self._check_complete(images.number)
+            self._write_manifest(complete=True)
+
+        while new := [shard for shard in gather_object([all_or_none(write_next)]) if shard]:
+            self.shards |= {shard.number: shard for shard in new}
+        all_or_none(finish)
 
     def _counted(self, batches: Iterable[list[Prediction]], progress: tqdm) -> Iterator[list[Prediction]]:
         for batch in batches:
@@ -225,7 +231,7 @@ class PredictionFolder:
             yield batch
 
     def _write_shard(
-        self, number: int, predictions: Iterable[Prediction], names: list[str], schema: pa.Schema
+        self, predictions: Iterable[Prediction], number: int, names: list[str], schema: pa.Schema
     ) -> Shard:
         path = self.path / shard_name(number)
         rows = images = 0
@@ -274,6 +280,20 @@ class PredictionFolder:
             raise InputError("the data have changed while they were read; remove the folder and start again", "output")
         if not sum(shard.rows for shard in self.shards.values()):
             raise InputError(f"none of the {images} images can be decoded" if images else "the data have no images")
+
+
+def until_full(first: list[Prediction], rest: Iterator[list[Prediction]], size: int) -> Iterator[Prediction]:
+    """Yield the predictions of one shard, without asking for the first batch of the next one.
+
+    Args:
+        first: The first batch of the shard.
+        rest: The following batches.
+        size: Images per shard.
+    """
+    for batch in chain([first], rest):
+        yield from batch
+        if (batch[-1].index + 1) % size == 0:
+            return
 
 
 def _names(folder: Path) -> list[str]:
