@@ -13,7 +13,7 @@ COMMANDS = {
     "The catalogue": ("list", "show", "sizes", "ablate", "space"),
     "Classification": ("validate", "finetune", "predict", "export", "benchmark", "cam"),
     "Detection, segmentation, saliency, keypoints": ("train-task", "validate-task", "predict-task"),
-    "Weights and the Hub": ("convert", "original", "verify", "publish", "mirror"),
+    "Weights and the Hub": ("convert", "original", "sign", "verify", "publish", "mirror"),
 }
 
 

@@ -1,6 +1,6 @@
 """Publish model folders, or the page of `space`, on the Hub, each in one commit.
 
-Usage: res2net-zoo publish DIR --repo-id ORG/NAME [--private] [--create-pr] [--dry-run]
+Usage: res2net-zoo publish DIR --repo-id ORG/NAME [--sign-with KEY] [--private] [--create-pr] [--dry-run]
        res2net-zoo publish --space ORG/NAME [--private] [--create-pr] [--dry-run]
        res2net-zoo publish --all --org ORG
 
@@ -9,6 +9,7 @@ catalogue's checkpoints are published, and their repositories are recorded in th
 
 Examples:
   res2net-zoo publish outputs/mine --repo-id ORG/mine --dry-run
+  res2net-zoo publish outputs/mine --repo-id ORG/mine --sign-with key.pem
   res2net-zoo publish --space ORG/res2net-zoo --private
   res2net-zoo publish --all --org ORG --mirror mirror
 
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from res2net_zoo.cli.command import command, parser_of
+from res2net_zoo.cli.keys import KEY_HELP, add_certificate, check_certificate, sign_folder, signer_of
 from res2net_zoo.cli.shipped import shipped
 
 if TYPE_CHECKING:
@@ -61,7 +63,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="Res2Net Zoo",
         help="the owner's collection to add it to; '' for none (default: %(default)s)",
     )
+    add("--sign-with", type=Path, metavar="KEY", help=KEY_HELP)
+    add_certificate(add, "--sign-with")
     args = parser.parse_args(argv)
+    check_certificate(parser, args, args.sign_with)
+    if args.space and args.sign_with:
+        parser.error("--sign-with signs model folders; remove it")
     if args.space and (args.all or args.folder or args.repo_id):
         parser.error("--space takes no DIR, --repo-id or --all")
     if args.all and (args.folder or args.repo_id or not args.org):
@@ -99,12 +106,15 @@ def publish_one(args: argparse.Namespace, folder: Path, repo_id: str) -> "publis
         publish.check_folder(folder, checks_of)
     if args.dry_run:
         return show_plan(args, folder, repo_id)
+    if not args.space:
+        prepare(args, folder)
     plan = publish.make_plan(folder, repo_id, args.revision, args.private, repo_type(args))
     check_plan(args, plan)
     if needs_license(args, plan):
         publish.check_license(folder)
     if not args.create_pr:
         publish.check_weights(plan, args.force)
+    publish.check_signature(folder, plan)
     print(table(plan))
     print(publish.publish(folder, plan, args.create_pr, args.force))
     if args.collection and not args.create_pr:
@@ -116,6 +126,20 @@ def publish_one(args: argparse.Namespace, folder: Path, repo_id: str) -> "publis
 def repo_type(args: argparse.Namespace) -> Literal["model", "space"]:
     """Return the type of the repository to publish to."""
     return "space" if args.space else "model"
+
+
+def prepare(args: argparse.Namespace, folder: Path) -> None:
+    """Sign a folder, or else renew the bill of materials of an unsigned one whose card has changed."""
+    import os
+
+    from res2net_zoo.utils.files import locked
+    from res2net_zoo.weights import bill_of_materials, signature
+
+    if args.sign_with:
+        with locked(folder):
+            print(sign_folder(args, folder, args.sign_with))
+    elif not os.path.lexists(folder / signature.NAME) and os.access(folder, os.W_OK):
+        bill_of_materials.renew(folder, since=["README.md"])
 
 
 def needs_license(args: argparse.Namespace, plan: "publish.UploadPlan") -> bool:
@@ -150,6 +174,11 @@ def show_plan(args: argparse.Namespace, folder: Path, repo_id: str) -> "publish.
 
     plan, unreachable = publish.make_plan_or_guess(folder, repo_id, args.revision, args.private, repo_type(args))
     print(table(plan))
+    if args.sign_with:
+        signer_of(args, args.sign_with)
+        print(f"would sign the folder with {args.sign_with} before")
+    else:
+        publish.check_signature(folder, plan)
     if needs_license(args, plan):
         try:
             publish.check_license(folder)

@@ -21,11 +21,13 @@ from res2net_zoo.utils.hub_client import (
     TRIES,
     HubUnavailableError,
     hash_of,
+    is_blob_of,
     is_temporary,
     readable_errors,
     status_of,
     with_retries,
 )
+from res2net_zoo.weights import signature
 from res2net_zoo.weights.model_folder import EVAL_RESULTS
 from res2net_zoo.weights.provenance import of_folder
 from res2net_zoo.weights.verification import Check, identify, read_card
@@ -121,9 +123,7 @@ def check_inside(folder: Path, path: str) -> None:
         InputError: It is a link to outside the folder, or not a file.
     """
     root, target = folder.resolve(), (folder / path).resolve()
-    # Snapshots in the Hub's cache are links: models--ORG--NAME/snapshots/COMMIT/FILE to models--ORG--NAME/blobs.
-    in_cache = root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
-    if not target.is_relative_to(root) and not in_cache:
+    if not target.is_relative_to(root) and not is_blob_of(root, target):
         raise InputError(f"{folder / path} is a link to a file outside of the folder; replace it with the file")
     if target.is_dir():
         raise InputError(f"{folder / path} is a link to a folder; replace it with the folder")
@@ -149,6 +149,23 @@ def check_folder(folder: Path, verify: Callable[[Path], list[Check]]) -> None:
         raise InputError(f"{folder} does not verify: {what}: {found}, not {expected}; nothing was uploaded")
     if not (folder / "README.md").is_file():
         raise InputError(f"{folder} has no model card (README.md); nothing was uploaded")
+
+
+def check_signature(folder: Path, plan: UploadPlan) -> None:
+    """Check that a signed folder is signed as it is uploaded; whose signature it is, `verify` checks.
+
+    Raises:
+        InputError: The signature covers other files than those that are uploaded, or is not a signature.
+    """
+    uploads = {upload.path: upload.sha256 for upload in plan.uploads if upload.path != ".gitattributes"}
+    if uploads.pop(signature.NAME, None) is None:
+        return
+    signed = signature.signed_files(folder)
+    left_out = sorted(signed.keys() - uploads.keys())
+    if left_out and (folder / left_out[0]).exists():
+        raise InputError(f"{folder / left_out[0]} is signed, but is not uploaded; remove it, and sign the folder again")
+    if wrong := left_out + sorted(name for name, digest in uploads.items() if signed.get(name) != digest):
+        raise InputError(f"{wrong[0]} has changed since {folder} was signed; sign it again, or remove {signature.NAME}")
 
 
 def license_of(folder: Path) -> str | None:

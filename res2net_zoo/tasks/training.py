@@ -25,7 +25,7 @@ from res2net_zoo.utils.console import printable, warn
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.markdown import markdown_table
 from res2net_zoo.utils.processes import all_or_none, wait_for_all
-from res2net_zoo.weights import provenance
+from res2net_zoo.weights import bill_of_materials, provenance
 
 CARD = Path(__file__).with_name("card.md")  # template of a model's card
 
@@ -172,6 +172,7 @@ class Task(Objective):
                 self.model.save(output, make_card(self.model, metrics[-1], self.accelerator, output, self.facts))
                 write_recipe(output, self.recipe)
             write_metrics(output, metrics)
+            bill_of_materials.write(output)
 
 
 def build_model(

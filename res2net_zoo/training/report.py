@@ -27,6 +27,7 @@ from res2net_zoo.training.metrics import best_of, write_metrics
 from res2net_zoo.utils.console import printable
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import write_atomically
+from res2net_zoo.weights import bill_of_materials
 from res2net_zoo.weights.model_folder import write_model_folder
 from res2net_zoo.weights.provenance import Provenance
 
@@ -298,6 +299,7 @@ class Report:
                     )
                     write_recipe(folder, self.settings)
         write_metrics(self.folder, self.metrics)
+        bill_of_materials.write(self.folder)
 
     @_writing
     def finish(self, mistakes: Mistakes, rates: Sequence[tuple[float, float]], counts: Counts) -> None:
@@ -319,3 +321,4 @@ class Report:
             print("plots are skipped: they need matplotlib; pip install 'res2net-zoo[train]'", file=sys.stderr)
         card = training_card(self, self.folder, ("", "ema_"), mistakes.pairs(), pictures)
         write_atomically(self.folder / "README.md", card.save)
+        bill_of_materials.write(self.folder)

@@ -289,6 +289,8 @@ def check_cached(hub_id: str, filename: str, cache_dir: str | Path | None = None
         )
 
 
+SIGNATURE = "model.sig"
+
 # The files of a model folder; pickles are not downloaded.
 WANTED = (
     WEIGHTS,
@@ -301,6 +303,7 @@ WANTED = (
     "*.toml",
     "*.png",
     "*.jpg",
+    SIGNATURE,
     "LICENSE*",
     "NOTICE*",
 )
@@ -316,12 +319,13 @@ def model_info(repo_id: str, revision: str | None = None) -> ModelInfo:
         return with_retries(lambda: HfApi().model_info(repo_id, revision=revision))
 
 
-def snapshot(repo_id: str, revision: str | None = None) -> Path:
+def snapshot(repo_id: str, revision: str | None = None, everything: bool = False) -> Path:
     """Download a repository's files to the Hub's cache and verify their hashes.
 
     Args:
         repo_id: The repository, as ORG/NAME.
         revision: Branch, tag or commit; main by default.
+        everything: Download all files, which a signature covers, rather than those of `WANTED`.
 
     Returns:
         The folder in the cache, named by its commit.
@@ -331,7 +335,8 @@ def snapshot(repo_id: str, revision: str | None = None) -> Path:
     """
     sha = model_info(repo_id, revision).sha  # a branch may move between requests
     with readable_errors(repo_id):
-        folder = Path(with_retries(lambda: snapshot_download(repo_id, revision=sha, allow_patterns=list(WANTED))))
+        patterns = None if everything else list(WANTED)
+        folder = Path(with_retries(lambda: snapshot_download(repo_id, revision=sha, allow_patterns=patterns)))
         report = with_retries(lambda: HfApi().verify_repo_checksums(repo_id, revision=sha, cache_dir=folder.parents[2]))
     for mismatch in report.mismatches:
         forget(folder / mismatch["path"])
@@ -344,6 +349,18 @@ def snapshot(repo_id: str, revision: str | None = None) -> Path:
     return folder
 
 
+def is_blob_of(folder: Path, target: Path) -> bool:
+    """Return whether a file is one of those that a snapshot in the Hub's cache links to.
+
+    Its links are models--ORG--NAME/snapshots/COMMIT/FILE to models--ORG--NAME/blobs.
+
+    Args:
+        folder: The snapshot, or another folder; resolved.
+        target: The file; resolved.
+    """
+    return folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
+
+
 def forget(link: Path) -> None:
     """Remove a file from the Hub's cache: its name in a snapshot, and its content."""
     for path in (link.resolve(), link):
@@ -352,7 +369,7 @@ def forget(link: Path) -> None:
 
 
 def fetch_repository(repo_id: str, sha: str, folder: Path) -> None:
-    """Download a repository's files to a folder, resuming an earlier call.
+    """Download a repository's files to a folder, resuming an earlier call; all files if it is signed, else `WANTED`.
 
     Args:
         repo_id: The repository, as ORG/NAME.
@@ -365,7 +382,8 @@ def fetch_repository(repo_id: str, sha: str, folder: Path) -> None:
     with readable_errors(repo_id):
         entries = with_retries(lambda: list(HfApi().list_repo_tree(repo_id, revision=sha, recursive=True)))
     files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-    files = {name: files[name] for name in filter_repo_objects(files, allow_patterns=list(WANTED))}
+    if SIGNATURE not in files:  # it covers all files
+        files = {name: files[name] for name in filter_repo_objects(files, allow_patterns=list(WANTED))}
     for path in [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".part"]:
         if path.relative_to(folder).as_posix() not in files:
             path.unlink()  # from an earlier commit

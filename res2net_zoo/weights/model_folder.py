@@ -20,13 +20,14 @@ from res2net_zoo.utils.console import printable
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import finish_replacing, is_temporary, make_readable, temporary_folder
 from res2net_zoo.utils.private_apis import save_config_for_hf
+from res2net_zoo.weights import bill_of_materials, fingerprint, signature
 from res2net_zoo.weights import card as cards
-from res2net_zoo.weights import fingerprint
 from res2net_zoo.weights.backbone import Backbone
 from res2net_zoo.weights.downloads import is_released, save_weights
 from res2net_zoo.weights.provenance import KEY, LONGEST, UNKNOWN, Provenance, of_converted
 
 EVAL_RESULTS = ".eval_results"
+NOT_KEPT = (EVAL_RESULTS, bill_of_materials.NAME, signature.NAME)  # they describe the old content
 
 
 @contextlib.contextmanager
@@ -35,7 +36,8 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
     The new folder is created next to the old one and then renamed, so that a reader sees either the old
     or the new content and never a mixture. If the process is killed between the two renames, both
-    folders remain and `finish_replacing` completes the second one. Other files of the old folder are kept.
+    folders remain and `finish_replacing` completes the second one. Other files of the old folder are kept, except its
+    signature. The bill of materials is written last, of all files.
 
     Args:
         folder: The folder to replace.
@@ -46,15 +48,17 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         yield new
         for path in (new, *new.rglob("*")):
             make_readable(path)
-        if not folder.exists():
-            new.rename(folder)
-            return
-        for path in folder.iterdir():
-            if not (new / path.name).exists() and path.name != EVAL_RESULTS and not is_temporary(path.name):
+        replaces = folder.exists()
+        for path in folder.iterdir() if replaces else ():
+            if not (new / path.name).exists() and path.name not in NOT_KEPT and not is_temporary(path.name):
                 if path.is_dir() and not path.is_symlink():
                     shutil.copytree(path, new / path.name, symlinks=True)
                 else:
                     shutil.copy2(path, new / path.name, follow_symlinks=False)
+        bill_of_materials.write(new, folder.name)
+        if not replaces:
+            new.rename(folder)
+            return
         old = new.with_name(f".{folder.name}-old-{new.name[-8:]}")
         folder.rename(old)
         try:
@@ -164,6 +168,7 @@ def write_backbone(
     tensors = {name: state[name].detach().cpu().contiguous() for name in model.state_dict()}
     save_weights(tensors, folder / WEIGHTS, {})
     write_config(folder / "config.json", model, origin)
+    bill_of_materials.write(folder, architecture)
 
 
 def write_converted(

@@ -1,8 +1,8 @@
-"""Verify a model folder: hashes, strict loading, preprocessing, fingerprint."""
+"""Verify a model folder: hashes, bill of materials, catalogue, strict loading, logits."""
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import torch
@@ -10,13 +10,15 @@ from huggingface_hub import ModelCard
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as WEIGHTS
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from res2net_zoo import catalog
 from res2net_zoo.catalog import Checkpoint
 from res2net_zoo.utils import card_metadata
 from res2net_zoo.utils.errors import InputError, one_line
 from res2net_zoo.utils.files import read_json, sha256_of
-from res2net_zoo.weights import fingerprint, model_config
+from res2net_zoo.weights import bill_of_materials, fingerprint, model_config
+from res2net_zoo.weights.checks import Check
 from res2net_zoo.weights.convert import explain
 from res2net_zoo.weights.model_config import ModelConfig
 from res2net_zoo.weights.provenance import metadata_of, of_folder
@@ -24,24 +26,8 @@ from res2net_zoo.weights.provenance import metadata_of, of_folder
 PREPROCESSING = ("input_size", "crop_pct", "interpolation", "mean", "std")
 
 
-class Check(NamedTuple):
-    """The result of one check.
-
-    Attributes:
-        what: What was checked.
-        found: The value found.
-        expected: The expected value.
-        passed: Whether they agree; None if the expected value is unknown.
-    """
-
-    what: str
-    found: str
-    expected: str
-    passed: bool | None
-
-
 def verify(folder: Path, wanted: Checkpoint | None = None) -> list[Check]:
-    """Check a model folder against the catalogue and its own fingerprint.
+    """Check a model folder against its own records and the catalogue.
 
     Args:
         folder: The folder.
@@ -54,46 +40,56 @@ def verify(folder: Path, wanted: Checkpoint | None = None) -> list[Check]:
         InputError: It is not a model folder.
     """
     config, name = read_config(folder)
-    cfg = config.pretrained_cfg
     checkpoint = wanted or identify(folder)
-    weights = folder / WEIGHTS
     stored = fingerprint.read(folder)
-    digest = sha256_of(weights)
-    checks = [_compare(f"SHA-256 of {WEIGHTS}", digest, stored.sha256 if stored else "", "fingerprint.json")]
-    if checkpoint and checkpoint.hub_sha256:
-        checks.append(_compare(f"SHA-256 of {WEIGHTS}", digest, checkpoint.hub_sha256, "the catalogue"))
+    digest = sha256_of(folder / WEIGHTS)
+    checks = [
+        _compare(f"SHA-256 of {WEIGHTS}", digest, stored.sha256 if stored else "", fingerprint.NAME),
+        bill_of_materials.check(folder),
+        *_against_catalogue(folder, config, digest, checkpoint),
+    ]
     if wanted:
         checks.append(Check("name", name, wanted.name, name == wanted.name))
     model_config.build_on_meta(config)  # raises an error for an invalid config before the weights are checked
+    checks += [check_provenance(folder), *check_card(folder)]
     every = "every tensor exactly once"
     try:
-        model_config.check_weights(config, weights)
+        model_config.check_weights(config, folder / WEIGHTS)
         with torch.random.fork_rng(devices=[]):  # timm initializes the model with random weights
             model: Any = timm.create_model(f"local-dir:{folder}", pretrained=False)
-        tensors = load_file(weights)
+        tensors = load_file(folder / WEIGHTS)
         model.load_state_dict(tensors, strict=True)
     except (InputError, SafetensorError, RuntimeError, OSError) as error:
         return [*checks, Check("strict load", explain(error), every, False)]
-    if checkpoint:
-        source = metadata_of(weights).get("source_sha256", "")
-        known = checkpoint.sha256 if source else ""
-        row = _compare("SHA-256 of the original", source or "not recorded", known, "the release")
-        # Some releases publish only the first digits.
-        checks.append(row._replace(passed=source.startswith(known)) if known else row)
-    checks.append(Check("strict load", f"{len(tensors)} tensors", every, True))
-    checks += [check_values(tensors), check_provenance(folder)]
-    if checkpoint:
-        checks.append(_preprocessing(cfg, checkpoint))
-    checks += check_card(folder)
+    checks += [Check("strict load", f"{len(tensors)} tensors", every, True), check_values(tensors)]
+    return [*checks, _logits(folder, model, stored)]
+
+
+def _against_catalogue(folder: Path, config: ModelConfig, digest: str, checkpoint: Checkpoint | None) -> list[Check]:
+    """Compare a folder with a checkpoint of the catalogue: hashes and preprocessing."""
+    if checkpoint is None:
+        return [Check("catalogue", "not a checkpoint of it", "-", None)]
+    source = metadata_of(folder / WEIGHTS).get("source_sha256", "")
+    known = checkpoint.sha256 if source else ""
+    original = _compare("SHA-256 of the original", source or "not recorded", known, "the release")
+    if known:  # some releases publish only the first digits
+        original = original._replace(passed=source.startswith(known))
+    checks = [Check("catalogue", checkpoint.name, "-", None)]
+    if checkpoint.hub_sha256:
+        checks.append(_compare(f"SHA-256 of {WEIGHTS}", digest, checkpoint.hub_sha256, "the catalogue"))
+    return [*checks, original, _preprocessing(config.pretrained_cfg, checkpoint)]
+
+
+def _logits(folder: Path, model: nn.Module, stored: fingerprint.Stored | None) -> Check:
+    """Compare a model's logits with those of the folder's fingerprint."""
     if not stored:
-        return [*checks, Check("logits", "-", "no fingerprint.json", None)]
+        return Check("logits", "-", f"no {fingerprint.NAME}", None)
     try:
         apart = fingerprint.difference(fingerprint.logits(model, stored.input_size), stored.logits)
     except (RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{folder / fingerprint.NAME} does not fit the model: {one_line(error)}") from error
     found = "not comparable" if math.isinf(apart) else f"{apart:.1e} from the stored ones"
-    checks.append(Check("logits", found, f"within {fingerprint.TOLERANCE:.0e}", apart <= fingerprint.TOLERANCE))
-    return checks
+    return Check("logits", found, f"within {fingerprint.TOLERANCE:.0e}", apart <= fingerprint.TOLERANCE)
 
 
 def is_of_task(folder: Path) -> bool:

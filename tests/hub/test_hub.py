@@ -21,7 +21,7 @@ from res2net_zoo import catalog
 from res2net_zoo.hub import publish as publishing
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import sha256_of
-from res2net_zoo.weights import fingerprint
+from res2net_zoo.weights import bill_of_materials, fingerprint
 from res2net_zoo.weights.downloads import save_weights
 from tests.conftest import ROOT, SHIPPED_MODEL, full_disk, input_error, read_tree
 from tests.hub_server import OTHER_TOKEN, READ_TOKEN, TOKEN, Hub, serve
@@ -49,11 +49,12 @@ def publish(in_process, hub):
 
 
 def change_weights(folder: Path) -> None:
-    """Change the weights of a folder and update its fingerprint."""
+    """Change the weights of a folder and update its fingerprint and bill of materials."""
     tensors = load_file(folder / "model.safetensors")
     tensors["fc.bias"] = tensors["fc.bias"] + 1
     save_weights(tensors, folder / "model.safetensors", {})
     fingerprint.write(folder)
+    bill_of_materials.write(folder)
 
 
 def commits(hub: Hub, key: str = KEY) -> list[str]:
@@ -311,6 +312,7 @@ class TestPublishAll:
         config = json.loads((folder / "config.json").read_text())
         config["pretrained_cfg"]["tag"] = "mine"
         (folder / "config.json").write_text(json.dumps(config))
+        bill_of_materials.write(folder)
         checkpoint = catalog.load().checkpoints[self.HOLOCRON]
         assert checkpoint.sha256 or checkpoint.url
         line = input_error(publish(folder, "--repo-id", "zoo/mine"))
@@ -465,7 +467,7 @@ class TestVerify:
     def test_folder(self, in_process, folder):
         result = in_process("hub/verify.py", folder)
         assert result.returncode == 0, result.stderr
-        assert result.stdout.count("passed") == 5 and f"{folder}: passed" in result.stdout.splitlines()[-1]
+        assert result.stdout.count("passed") == 6 and f"{folder}: passed" in result.stdout.splitlines()[-1]
 
     @pytest.mark.first_case
     @pytest.mark.parametrize("revision", [None, "v1", "sha"])
@@ -488,11 +490,11 @@ class TestVerify:
     @pytest.mark.parametrize(
         ("change", "failing"),
         [
-            (lambda t: t["fc.weight"][0].add_(0.05), {"SHA-256", "logits"}),
-            (lambda t: t.pop("fc.weight"), {"SHA-256", "strict load"}),
-            (lambda t: t.update(more=torch.zeros(1)), {"SHA-256", "strict load"}),
-            (lambda t: t.update({"fc.bias": torch.zeros(11)}), {"SHA-256", "strict load"}),
-            (lambda t: t["fc.bias"][0].fill_(torch.nan), {"SHA-256", "values", "logits"}),
+            (lambda t: t["fc.weight"][0].add_(0.05), {"SHA-256", "bill of materials", "logits"}),
+            (lambda t: t.pop("fc.weight"), {"SHA-256", "bill of materials", "strict load"}),
+            (lambda t: t.update(more=torch.zeros(1)), {"SHA-256", "bill of materials", "strict load"}),
+            (lambda t: t.update({"fc.bias": torch.zeros(11)}), {"SHA-256", "bill of materials", "strict load"}),
+            (lambda t: t["fc.bias"][0].fill_(torch.nan), {"SHA-256", "bill of materials", "values", "logits"}),
         ],
     )
     def test_other_weights(self, in_process, folder, change, failing):
@@ -501,13 +503,14 @@ class TestVerify:
         save_weights(tensors, folder / "model.safetensors", {})
         result = in_process("hub/verify.py", folder)
         failed = {line.split("|")[1].strip() for line in result.stdout.splitlines() if "| FAILED |" in line}
-        assert result.returncode == 1 and {name.split(" of ")[0] for name in failed} == failing
+        assert result.returncode == 1 and {name.removesuffix(" of model.safetensors") for name in failed} == failing
         assert f"{len(failing)} of" in result.stdout.splitlines()[-1]
 
     def test_wrong_wiring_changes_only_the_logits(self, in_process, folder):
         config = json.loads((folder / "config.json").read_text())
         config["model_args"]["block_args"] = {"wiring": "paddle"}
         (folder / "config.json").write_text(json.dumps(config))
+        bill_of_materials.write(folder)
         result = in_process("hub/verify.py", folder)
         failed = [line.split("|")[1].strip() for line in result.stdout.splitlines() if "| FAILED |" in line]
         assert result.returncode == 1 and failed == ["logits"]
@@ -532,6 +535,7 @@ class TestVerify:
         config = json.loads((tmp_path / "m" / "config.json").read_text())
         config["pretrained_cfg"]["crop_pct"] = 0.95
         (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+        bill_of_materials.write(tmp_path / "m")
         result = in_process("hub/verify.py", tmp_path / "m")
         failed = [line for line in result.stdout.splitlines() if "| FAILED |" in line]
         assert len(failed) == 2 and "SHA-256 of the original" in failed[0] and "crop_pct 0.95" in failed[1]
@@ -567,6 +571,7 @@ class TestVerify:
         tensors = load_file(folder / "model.safetensors")
         save_weights({k: t * (not k.startswith("fc.")) for k, t in tensors.items()}, folder / "model.safetensors", {})
         fingerprint.write(folder)
+        bill_of_materials.write(folder)
         assert in_process("hub/verify.py", folder).returncode == 0
 
     def test_missing_fingerprint_is_reported(self, in_process, folder):
@@ -777,6 +782,7 @@ class TestMirror:
         write_converted(tmp_path / "wrong", checkpoint, state, metadata)
         save_weights(state, tmp_path / "wrong" / "model.safetensors", metadata | {"source_sha256": "f" * 64})
         fingerprint.write(tmp_path / "wrong")
+        bill_of_materials.write(tmp_path / "wrong")
         hub.add(f"models/{checkpoint.hub_id}", tmp_path / "wrong")
         line = input_error(in_process("hub/mirror.py", "--to", tmp_path / "mirror", "--model", entry))
         assert (

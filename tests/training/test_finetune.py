@@ -28,7 +28,7 @@ def test_training_on_two_processes_writes_a_model_folder(program, in_process, tm
     assert result.returncode == 0, result.stderr
     assert {p.name for p in folder.iterdir()} == {
         "model.safetensors", "config.json", "README.md", "fingerprint.json", "recipe.toml", "metrics.csv",
-        "learning_curve.png", "learning_rate.png", "mistakes.png",
+        "learning_curve.png", "learning_rate.png", "mistakes.png", "bom.cdx.json",
     }  # fmt: skip
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2"]
