@@ -24,6 +24,7 @@ def ignore_job_signals(worker: int = 0) -> None:
     for number in set(JOB_SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
+        signal.signal(signal.SIGTERM, lambda number, frame: None)  # if a library's thread receives it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=obey_parent, daemon=True).start()
     else:  # as on macOS: only the first one is ignored
@@ -31,7 +32,7 @@ def ignore_job_signals(worker: int = 0) -> None:
 
 
 def obey_parent() -> None:
-    """Wait for SIGTERM from the parent process, and end this one. All threads must block SIGTERM."""
+    """Wait for SIGTERM from the parent process, and end this one. The threads of this process must block SIGTERM."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)  # as torch does
