@@ -47,7 +47,8 @@ def overview() -> str:
         parts.append("\n".join([f"{title}:", *lines]))
     parts += [
         "`res2net-zoo COMMAND --help` lists a command's options.\n"
-        "`accelerate launch -m res2net_zoo COMMAND` runs it on several processes.",
-        "Exit codes: 0 done; 1 a check failed; 2 bad input; 130 interrupted by Ctrl-C; 143 stopped by SIGTERM.",
+        "`--processes N` of some commands runs them on several GPUs or CPU processes; for several machines, use\n"
+        "`accelerate launch -m res2net_zoo COMMAND`.",
+        "Exit codes: 0 done; 1 a check failed; 2 bad input; 129, 130, 143 stopped by SIGHUP, Ctrl-C, SIGTERM.",
     ]
     return "\n\n".join(parts)

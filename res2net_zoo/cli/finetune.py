@@ -7,16 +7,16 @@ With neither --model nor --data it trains the shipped model on the shipped digit
 A recipe is a file with values for any of the settings below; options on the command line override it. DIR contains
 the model with the best top-1 on the evaluation split (the latest on ties), its card, recipe.toml with all settings,
 metrics.csv and plots; timm loads it as local-dir:DIR. DIR.run contains the checkpoints and the trackers' files.
---resume continues from the last checkpoint, or starts a new run if there is none. On SIGTERM and Ctrl-C, the run saves
-a checkpoint and ends.
+--resume continues from the last checkpoint, or starts a new run if there is none. On SIGTERM, Ctrl-C and SIGHUP
+(from a closed terminal), the run saves a checkpoint and ends.
 
 Examples:
   res2net-zoo finetune
   res2net-zoo finetune --model res2net50_26w_4s --pretrained --data my_images --output outputs/mine
-  accelerate launch -m res2net_zoo finetune --recipe imagenet_modern --data ILSVRC/imagenet-1k --resume
+  res2net-zoo finetune --processes 8 --recipe imagenet_modern --data ILSVRC/imagenet-1k --resume
 
-Exit codes: 0 done; 2 bad input; 130 and 143 stopped by Ctrl-C or SIGTERM. `accelerate launch` turns every failure into
-1.
+Exit codes: 0 done; 2 bad input; 129, 130 and 143 stopped by SIGHUP, Ctrl-C or SIGTERM. `accelerate launch` turns every
+failure into 1.
 """
 
 import argparse

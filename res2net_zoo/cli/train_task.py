@@ -11,10 +11,10 @@ continues from the last checkpoint, or starts a new run if there is none.
 
 Examples:
   res2net-zoo train-task --task segmentation --data VOC2012 --model res2net50_26w_4s --pretrained --output outputs/voc
-  accelerate launch -m res2net_zoo train-task --recipe detection_coco --data COCO --output outputs/coco --resume
+  res2net-zoo train-task --processes 8 --recipe detection_coco --data COCO --output outputs/coco --resume
 
-Exit codes: 0 done; 2 bad input; 130 and 143 stopped by Ctrl-C or SIGTERM. `accelerate launch` turns every failure into
-1.
+Exit codes: 0 done; 2 bad input; 129, 130 and 143 stopped by SIGHUP, Ctrl-C or SIGTERM. `accelerate launch` turns every
+failure into 1.
 """
 
 import argparse

@@ -12,7 +12,7 @@ files.
 Examples:
   res2net-zoo validate
   res2net-zoo validate --model res2net50_26w_4s res2net101d --data /data/imagenet/val --check
-  accelerate launch -m res2net_zoo validate --model all --data ILSVRC/imagenet-1k --streaming --output results.json
+  res2net-zoo validate --processes 8 --model all --data ILSVRC/imagenet-1k --streaming --output results.json
 
 Exit codes: 0 done; 1 --check found an accuracy that differs from the published one, or --skip-corrupt skipped images;
 2 bad input. `accelerate launch` turns every failure into 1.

@@ -9,7 +9,7 @@ must contain. Every image is counted exactly once, on any number of processes.
 
 Examples:
   res2net-zoo validate-task outputs/voc --data VOC2012 --check
-  accelerate launch -m res2net_zoo validate-task hf-hub:ORG/NAME --data COCO --published COCO --output figures.json
+  res2net-zoo validate-task hf-hub:ORG/NAME --processes 8 --data COCO --published COCO --output figures.json
 
 Exit codes: 0 done; 1 a figure is not reached; 2 bad input. `accelerate launch` turns every failure into 1.
 """
