@@ -85,8 +85,7 @@ def launch(number: int, words: Sequence[str]) -> int:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it logs each failure
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # it would turn signals into errors
-    handlers = {number: signal.getsignal(number) for number in (*JOB_SIGNALS, signal.SIGQUIT)}
-    received: list[int] = []
+    before = {kind: signal.getsignal(kind) for kind in (*JOB_SIGNALS, signal.SIGQUIT, signal.SIGCHLD)}
     # Signals wait until this process can hand them on, and in the others until `joined`.
     signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
     try:
@@ -99,24 +98,83 @@ def launch(number: int, words: Sequence[str]) -> int:
             envs={rank: environment(rank, number, store.port) for rank in range(number)},
             logs_specs=DefaultLogsSpecs(os.devnull),
         )
-
-        def hand_on(number: int, frame: FrameType | None) -> None:
-            received.append(number)
-            for process in context.pids().values():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, number)
-
-        signal.signal(signal.SIGQUIT, handlers[signal.SIGQUIT])
-        for job_signal in JOB_SIGNALS:
-            ignored = handlers[job_signal] == signal.SIG_IGN  # as SIGHUP by nohup
-            signal.signal(job_signal, signal.SIG_IGN if ignored else hand_on)
+        processes = Processes(context.pids())
+        signal.signal(signal.SIGQUIT, before[signal.SIGQUIT])
+        signal.signal(signal.SIGCHLD, processes.end_after_death)
+        for kind in JOB_SIGNALS:
+            ignored = before[kind] == signal.SIG_IGN  # as SIGHUP by nohup
+            signal.signal(kind, signal.SIG_IGN if ignored else processes.hand_on)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)
+        processes.end_after_death()
         result: Any = context.wait(period=0.1)
     finally:
-        for job_signal, handler in handlers.items():
-            signal.signal(job_signal, handler)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)
-    return exit_code({rank: failure.exitcode for rank, failure in result.failures.items()}, received)
+    return processes.exit_code({rank: failure.exitcode for rank, failure in result.failures.items()})
+
+
+class Processes:
+    """The launched processes: signals to them, and what became of them.
+
+    Args:
+        pids: Their ids, by rank.
+    """
+
+    def __init__(self, pids: Mapping[int, int]) -> None:
+        self._pids = pids
+        self._received: list[int] = []
+        self._death: tuple[int, int] | None = None  # rank and signal of the first process that was killed
+
+    def hand_on(self, number: int, frame: FrameType | None = None) -> None:
+        """Send a signal that this process has received to the others."""
+        self._received.append(number)
+        for pid in self._pids.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def end_after_death(self, number: int = 0, frame: FrameType | None = None) -> None:
+        """End all processes at once if one was killed, before they fail because of it; otherwise torch's launcher does.
+
+        SIGTERM is not a death, because that is how torch's launcher ends processes.
+        """
+        if self._death is not None or not hasattr(os, "waitid"):
+            return
+        for rank, pid in self._pids.items():
+            with contextlib.suppress(ChildProcessError):
+                ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if ended is None or ended.si_code not in (os.CLD_KILLED, os.CLD_DUMPED):
+                    continue
+                if ended.si_status != signal.SIGTERM:
+                    self._death = rank, ended.si_status
+                    break
+        if self._death is not None:
+            for pid in self._pids.values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)  # with its loader processes
+
+    def exit_code(self, codes: Mapping[int, int]) -> int:
+        """Return the exit code of the whole, and report what the processes could not.
+
+        Args:
+            codes: The exit code by rank of each process that failed or was ended; minus the number of a signal.
+        """
+        if not codes:
+            return 0
+        own = [code for _, code in sorted(codes.items()) if code > 0]
+        if own:
+            return own[0]
+        rank, number = self._death or min((rank, -code) for rank, code in codes.items())
+        name = signal.Signals(number).name
+        if number == signal.SIGINT:
+            report("interrupted")
+        elif number in self._received or number == signal.SIGTERM:
+            report(f"stopped by {name}")
+        else:
+            cause = ", for want of memory perhaps" if number == signal.SIGKILL else ""
+            report(f"process {rank} of {len(self._pids)} was ended by {name}{cause}; the others were stopped")
+            return 1
+        return 128 + number
 
 
 def command_line(words: Sequence[str]) -> list[str]:
@@ -126,9 +184,11 @@ def command_line(words: Sequence[str]) -> list[str]:
         words: The command and its options.
     """
     options = [*words[1:]]
-    if options == sys.orig_argv[-len(options) :]:
-        return sys.orig_argv[1:]  # a script, or `-m`
-    return ["-m", "res2net_zoo", *words]
+    if options != sys.orig_argv[-len(options) :]:  # called as a function
+        return ["-m", "res2net_zoo_cli", *words]
+    # `-m res2net_zoo` would import the whole package before it obeys signals.
+    started = ("res2net_zoo_cli" if word == "res2net_zoo" else word for word in sys.orig_argv[1 : -len(options)])
+    return [*started, *options]
 
 
 def environment(rank: int, number: int, port: int) -> dict[str, str]:
@@ -147,32 +207,6 @@ def environment(rank: int, number: int, port: int) -> dict[str, str]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, num_cores() // number)),
     }
     return variables if num_devices() else {**variables, "ACCELERATE_USE_CPU": "true"}
-
-
-def exit_code(codes: Mapping[int, int], received: Sequence[int]) -> int:
-    """Return the exit code of the whole, and report what the processes could not.
-
-    Args:
-        codes: The exit code by rank of each process that failed or was ended; minus the number of a signal.
-        received: Signals that were handed on.
-    """
-    if not codes:
-        return 0
-    own = [code for _, code in sorted(codes.items()) if code > 0]
-    if own:
-        return own[0]
-    # After a failure, the others are ended by SIGTERM.
-    rank, number = next(((rank, -code) for rank, code in codes.items() if -code != signal.SIGTERM), (0, signal.SIGTERM))
-    name = signal.Signals(number).name
-    if number == signal.SIGINT:
-        report("interrupted")
-    elif number in received or number == signal.SIGTERM:
-        report(f"stopped by {name}")
-    else:
-        cause = ", for want of memory perhaps" if number == signal.SIGKILL else ""
-        report(f"process {rank} of {len(codes)} was ended by {name}{cause}; the others were stopped")
-        return 1
-    return 128 + number
 
 
 @contextlib.contextmanager
@@ -201,5 +235,5 @@ def follow(launcher: int) -> None:
 
 def print_late(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """Print a traceback, if the launcher does not end this process first because another one has failed."""
-    time.sleep(1 if os.environ["RANK"] == "0" else 5)
+    time.sleep(2 if os.environ["RANK"] == "0" else 5)
     sys.__excepthook__(kind, error, traceback)

@@ -4,6 +4,7 @@ import csv
 import fcntl
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -264,6 +265,19 @@ def test_death_of_a_process_ends_the_others(tmp_path):
     assert (
         subprocess.run(["pgrep", "-g", str(running.process.pid)], capture_output=True).returncode == 1
     )  # no process is left
+
+
+@pytest.mark.full
+def test_death_of_a_launched_process_is_reported_on_one_line(tmp_path):
+    running = Running(tmp_path / "model", *SHORT, "--epochs", 100, "--save-minutes", 0, "--processes", 2)
+    running.wait_for_step(3)
+    children = subprocess.run(["pgrep", "-P", str(running.process.pid)], capture_output=True, text=True)
+    os.kill(max(map(int, children.stdout.split())), signal.SIGKILL)
+    ended = running.end(30)
+    lines = [line for line in ended.stderr.splitlines() if not re.search(r"\d elapsed\b", line)]
+    assert ended.returncode == 1 and len(lines) == 1, ended.stderr
+    assert lines[0].startswith("error: process 1 of 2 was ended by SIGKILL, for want of memory perhaps")
+    assert subprocess.run(["pgrep", "-f", f"output {tmp_path}"], capture_output=True).returncode == 1
 
 
 @pytest.mark.full
