@@ -121,6 +121,7 @@ def validate(args: argparse.Namespace, accelerator: "Accelerator") -> int:
 
     from res2net_zoo import catalog
     from res2net_zoo.cli.results import ResultsFile
+    from res2net_zoo.utils.console import lost_connection
     from res2net_zoo.utils.errors import InputError
     from res2net_zoo.utils.processes import all_or_none, wait_for_all
 
@@ -145,7 +146,7 @@ def validate(args: argparse.Namespace, accelerator: "Accelerator") -> int:
         try:
             result = run | measure(name, source, args, accelerator, old)
         except Exception as error:
-            if len(args.model) == 1 and args.model != ["all"]:
+            if (len(args.model) == 1 and args.model != ["all"]) or lost_connection(error):
                 raise
             exit_code = max(exit_code, report_failure(name, error, accelerator))
             continue

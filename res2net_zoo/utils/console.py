@@ -163,8 +163,8 @@ def report(error: object) -> None:
     """
     if int(os.environ.get("RANK", "0")) > 0:
         # The main process prints the same error, and the launcher then ends this process. The message is only
-        # needed if the main process did not fail.
-        time.sleep(10)
+        # needed if the main process did not fail, or runs on another machine. There, one process prints it.
+        time.sleep(10 if os.environ.get("LOCAL_RANK", "0") == "0" else 15)
     with contextlib.suppress(OSError):  # on a full disk
         print(f"error: {printable(with_options(error))}", file=sys.stderr, flush=True)
 

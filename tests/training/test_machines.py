@@ -96,8 +96,8 @@ FAULTS = {
 @pytest.mark.parametrize(
     ("fault", "ends", "shared"),
     [
-        ("process 0 killed", [0, 1], False),
-        ("process 1 killed", [0, 1], True),
+        pytest.param("process 0 killed", [0, 1], False, marks=pytest.mark.slow),
+        pytest.param("process 1 killed", [0, 1], True, marks=pytest.mark.slow),
         ("machine 0 killed", [1], True),
         ("machine 1 killed", [0], False),
         pytest.param("link cut", [0, 1], True, marks=pytest.mark.slow),
