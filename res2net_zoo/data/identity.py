@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from res2net_zoo.utils.errors import InputError, one_line
+
 if TYPE_CHECKING:
     import datasets
 
@@ -69,6 +71,9 @@ def stream_sha256(src: str) -> str | None:
 
     Args:
         src: As for `open_source`.
+
+    Raises:
+        InputError: The Hub cannot be reached.
     """
     path = Path(src).expanduser()
     if path.is_dir():
@@ -76,5 +81,9 @@ def stream_sha256(src: str) -> str | None:
     if matches := sorted(glob.glob(str(path))):
         return files_sha256(matches)
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
 
-    return HfApi().dataset_info(src).sha
+    try:
+        return HfApi().dataset_info(src).sha
+    except (HTTPError, OSError) as error:
+        raise InputError(f"cannot find the revision of {src} on the Hub: {one_line(error)}") from error

@@ -107,6 +107,8 @@ class PredictionFolder:
         """
 
         def read() -> tuple[dict | None, dict | None]:
+            if not self.accelerator.is_local_main_process:
+                return None, None
             names = sorted(name for name in _names(self.path) if not is_temporary(name))
             known = [name for name in names if name == MANIFEST or _is_shard(name)]
             if names and not known:
