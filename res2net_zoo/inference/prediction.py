@@ -286,12 +286,14 @@ def check_outcomes(images: Images, outcomes: list[Outcome], skip_corrupt: bool) 
     """Check that the images of a batch could be decoded.
 
     Raises:
-        InputError: As for `predict_batches`.
+        InputError: As for `predict_batches`, or a label is too large.
     """
     for row in outcomes:
         place = images.place(row.index, row.path)
         if row.fatal is not None:
             raise InputError(f"{place}: {row.fatal}")
+        if row.label is not None and not -(2**63) <= row.label < 2**63:
+            raise InputError(f"{place} has label {row.label}, which does not fit into 64 bits")
         if row.corrupt is not None and not skip_corrupt:
             what = f"{place} is corrupt ({row.corrupt})"
             raise InputError(f"{what}; remove it, or skip corrupt images", "skip_corrupt")

@@ -189,9 +189,8 @@ class PredictionFolder:
     def __str__(self) -> str:
         """Return a summary of the finished shards."""
         images, skipped = (sum(getattr(shard, key) for shard in self.shards.values()) for key in ("images", "skipped"))
-        return f"{self.path}: {images:,} images in {len(self.shards):,} shards" + f", {skipped:,} skipped" * bool(
-            skipped
-        )
+        rest = f", {skipped:,} skipped" if skipped else ""
+        return f"{self.path}: {images:,} images in {len(self.shards):,} shards{rest}"
 
     def write(self, batches: Iterable[list[Prediction]], names: list[str], images: Images, progress: tqdm) -> None:
         """Write the shards of all processes, one of each process at a time, and the manifest.

@@ -4,22 +4,28 @@ import contextlib
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from accelerate import Accelerator
 from PIL import Image
 
 from res2net_zoo.inference import prediction_folder
-from tests.conftest import ROOT, SHIPPED_DATA, full_disk, input_error
+from res2net_zoo.inference.prediction import Images, Prediction
+from res2net_zoo.utils.console import progress_bar
+from tests.conftest import ROOT, SHIPPED_DATA, SHIPPED_MODEL, full_disk, input_error
+from tests.hub_server import serve
 
 PREDICT = "scripts/predict.py"
 MANIFEST = "_manifest.json"
@@ -140,6 +146,26 @@ def test_images_without_path_or_label(in_process, digits, tmp_path):
     assert all(len(row["embedding"]) == 256 or row["embedding"] for row in found)
     shown = in_process(PREDICT, "--data", tmp_path / "x.parquet").stdout.splitlines()
     assert [line.split()[1] for line in shown[2:]] == ["0", "1", "2"]
+
+
+def test_a_label_that_does_not_fit(in_process, digits, tmp_path):
+    image = {"bytes": next(digits.rglob("*.png")).read_bytes(), "path": None}
+    pq.write_table(pa.table({"image": [image], "label": pa.array([2**63 + 5], pa.uint64())}), tmp_path / "x.parquet")
+    line = input_error(in_process(PREDICT, "--data", tmp_path / "x.parquet", "--output", tmp_path / "out"))
+    assert "image 0 of x.parquet has label 9223372036854775813, which does not fit into 64 bits" in line
+
+
+@pytest.mark.full
+def test_a_stream_from_the_hub(program, digits, tmp_path):
+    """Its revision is part of the manifest."""
+    with serve({"datasets/zoo/digits": digits / "parquet"}) as hub:
+        env = dict(HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hf"))
+        args = ["--data", "zoo/digits", "--streaming", "--backend", "torch", "--output", tmp_path / "out"]
+        result = program(PREDICT, *args, "--shard-size", 6, **env)
+        assert result.returncode == 0, result.stderr
+        assert [row["index"] for row in rows_of(tmp_path / "out")] == list(range(20))
+        assert manifest(tmp_path / "out")["settings"]["data_sha256"] == hub.sha("datasets/zoo/digits")
+        assert program(PREDICT, *args, "--resume", **env).returncode == 0
 
 
 def test_resume_predicts_only_what_is_missing(in_process, digits, tmp_path):
@@ -337,15 +363,55 @@ def test_a_full_disk_in_one_process(program, digits, tmp_path):
 
 
 @pytest.mark.full
-def test_folders_of_two_machines_are_one(program, in_process, digits, tmp_path):
-    """Shards of a run whose machines do not share a folder are put together, and the union is checked."""
-    args = [PREDICT, digits / "plain", "--shard-size", 3, "--output"]
-    assert in_process(*args, tmp_path / "all").returncode == 0
-    for machine, turn in ("a", 0), ("b", 1):
+def test_two_machines_with_folders_of_their_own(in_process, digits, tmp_path):
+    """Each launcher has a working folder of its own; the folders that they write together are one."""
+    args = [
+        ROOT / PREDICT,
+        digits / "plain",
+        "--model",
+        f"local-dir:{SHIPPED_MODEL}",
+        "--shard-size",
+        3,
+        "--threads",
+        1,
+    ]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "2"]
+    command += ["--num_processes", "2", "--main_process_ip", "localhost", "--main_process_port", str(free_port())]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--machine_rank"]
+    runs = []
+    for machine in ("0", "1"):
         (tmp_path / machine).mkdir()
-        for path in [*shards(tmp_path / "all")[turn::2], tmp_path / "all" / MANIFEST]:
-            shutil.copy2(path, tmp_path / machine)
-    for path in (tmp_path / "b").iterdir():
-        shutil.copy2(path, tmp_path / "a")
-    result = in_process(*args, tmp_path / "a", "--resume")
+        run = [*command, machine, *map(str, args), "--output", "out"]
+        env = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+        runs.append(subprocess.Popen(run, cwd=tmp_path / machine, env=env, stderr=subprocess.PIPE, text=True))
+    for run in runs:
+        assert run.wait(timeout=120) == 0, run.stderr.read()
+    out, other = tmp_path / "0" / "out", tmp_path / "1" / "out"
+    assert (len(shards(out)), len(shards(other))) == (4, 3) and manifest(out) == manifest(other)
+    assert in_process(PREDICT, *args[1:], "--output", tmp_path / "all").returncode == 0
+    for path in other.iterdir():
+        shutil.copy2(path, out)
+    assert [path.read_bytes() for path in shards(out)] == [path.read_bytes() for path in shards(tmp_path / "all")]
+    result = in_process(PREDICT, *args[1:], "--output", out, "--resume")
     assert (result.returncode, result.stderr) == (0, "") and "20 images in 7 shards" in result.stdout
+
+
+@pytest.mark.full
+def test_memory_does_not_grow(tmp_path):
+    def resident() -> int:
+        return int(re.search(r"RssAnon:\s*(\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+
+    def batches() -> Iterator[list[Prediction]]:
+        for first in range(0, number, 50):
+            if first in (20_000, number - 50):
+                used.append(resident())
+            yield [Prediction(i, f"{i}.png", 0, None, [0.5] * 5, [1, 2, 3, 4, 5]) for i in range(first, first + 50)]
+
+    used: list[int] = []
+    number = 100_000
+    folder = prediction_folder.PredictionFolder(tmp_path / "out", Accelerator(cpu=True))
+    folder.find({"shard_size": 1000, "embeddings": False}, folder.open(resume=False))
+    images = Images(None, number, "x", labelled=True)
+    with progress_bar(None, total=number) as progress:
+        folder.write(batches(), list("0123456789"), images, progress)
+    assert manifest(tmp_path / "out")["rows"] == number and used[1] - used[0] < 10, used  # megabytes
