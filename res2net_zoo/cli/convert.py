@@ -8,8 +8,8 @@ The wiring (official, paddle, mmdet) determines what the weights compute; name i
 
 With NAME as arch.tag, a checkpoint of the catalogue, the whole file must match it; without FILE it is downloaded.
 
-The folder holds model.safetensors, config.json, a card and a fingerprint. The output is reproducible: the same file
-always results in the same bytes.
+The folder holds model.safetensors, config.json, a card, a fingerprint and a bill of materials. The output is
+reproducible: the same file always results in the same bytes.
 
 Examples:
   res2net-zoo convert --model res2net50_vd_26w_4s.ssld_in1k --output ssld

@@ -62,7 +62,10 @@ def mirror(checkpoint: Checkpoint, root: Path, trust: signature.Trust | None = N
 
 
 def _from_hub(checkpoint: Checkpoint, root: Path, trust: signature.Trust | None) -> str:
-    sha = hub_client.model_info(checkpoint.hub_id).sha or ""
+    info = hub_client.model_info(checkpoint.hub_id)
+    if trust and signature.NAME not in {file.rfilename for file in info.siblings or []}:
+        raise signature.SignatureError(f"{checkpoint.name} is refused: {checkpoint.hub_id} is not signed")
+    sha = info.sha or ""
     partial = root / PARTIAL / checkpoint.name
     hub_client.fetch_repository(checkpoint.hub_id, sha, partial)
     for unfinished in partial.rglob("*.part"):  # from an earlier commit

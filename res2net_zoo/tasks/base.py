@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from res2net_zoo.training.optimization import freeze
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import finish_replacing
-from res2net_zoo.weights import model_config
+from res2net_zoo.weights import bill_of_materials, model_config
 from res2net_zoo.weights.convert import explain
 from res2net_zoo.weights.downloads import save_weights
 from res2net_zoo.weights.model_folder import replaced_folder, write_backbone
@@ -339,6 +339,7 @@ class TaskModel(nn.Module, ABC):
             write_backbone(
                 new / "backbone", self.settings["model"], self.features.state_dict(), preprocessing, self.origin
             )
+            bill_of_materials.write(new, folder.resolve().name)
 
 
 def check_options(network: Callable[..., Any], options: Mapping[str, Any]) -> None:

@@ -291,7 +291,7 @@ def check_cached(hub_id: str, filename: str, cache_dir: str | Path | None = None
 
 SIGNATURE = "model.sig"
 
-# The files of a model folder; pickles are not downloaded.
+# The files of an unsigned model folder; pickles are not downloaded.
 WANTED = (
     WEIGHTS,
     f"*/{WEIGHTS}",

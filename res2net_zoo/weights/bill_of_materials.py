@@ -22,7 +22,7 @@ from res2net_zoo.catalog import Checkpoint
 from res2net_zoo.utils import card_metadata
 from res2net_zoo.utils.console import printable
 from res2net_zoo.utils.errors import InputError, one_line
-from res2net_zoo.utils.files import is_temporary, read_json, sha256_of, write_atomically
+from res2net_zoo.utils.files import read_json, sha256_of, write_atomically
 from res2net_zoo.weights import fingerprint, signature
 from res2net_zoo.weights.checks import Check
 from res2net_zoo.weights.provenance import Provenance, of_folder
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from cyclonedx.model.component import Component
 
 NAME = "bom.cdx.json"
-LARGEST = 4 * 2**20  # bytes
+LARGEST = 4 * 2**20  # bytes of a bill
+LARGEST_FILE = 16 * 2**30  # bytes of a file whose hash is compared
 ESSENTIAL = (WEIGHTS, "config.json")  # the files that determine what the model computes
 LIBRARIES = ("torch", "timm")
 PAPER = "1904.01169"
@@ -151,8 +152,10 @@ def _change(folder: Path, name: str, digest: str) -> str:
     if not os.path.lexists(folder / name):
         return "is missing"
     try:
+        if (size := (folder / name).stat().st_size) > LARGEST_FILE:
+            return f"has {size:,} bytes, more than the limit of {LARGEST_FILE:,}"
         return "" if sha256_of(folder / name) == digest else "differs"
-    except InputError:
+    except (InputError, OSError):
         return "cannot be read"
 
 
@@ -201,7 +204,6 @@ def _files(folder: Path) -> "list[Component]":
         for name, path in sorted(paths.items())
         if path.name not in (NAME, signature.NAME)
         and not any(part.startswith(".") and part != ".eval_results" for part in PurePosixPath(name).parts)
-        and not is_temporary(path.name)
     ]
     return [
         Component(

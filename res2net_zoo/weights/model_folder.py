@@ -37,7 +37,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     The new folder is created next to the old one and then renamed, so that a reader sees either the old
     or the new content and never a mixture. If the process is killed between the two renames, both
     folders remain and `finish_replacing` completes the second one. Other files of the old folder are kept, except its
-    signature. The bill of materials is written last, of all files.
+    signature and bill of materials.
 
     Args:
         folder: The folder to replace.
@@ -48,17 +48,15 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         yield new
         for path in (new, *new.rglob("*")):
             make_readable(path)
-        replaces = folder.exists()
-        for path in folder.iterdir() if replaces else ():
+        if not folder.exists():
+            new.rename(folder)
+            return
+        for path in folder.iterdir():
             if not (new / path.name).exists() and path.name not in NOT_KEPT and not is_temporary(path.name):
                 if path.is_dir() and not path.is_symlink():
                     shutil.copytree(path, new / path.name, symlinks=True)
                 else:
                     shutil.copy2(path, new / path.name, follow_symlinks=False)
-        bill_of_materials.write(new, folder.name)
-        if not replaces:
-            new.rename(folder)
-            return
         old = new.with_name(f".{folder.name}-old-{new.name[-8:]}")
         folder.rename(old)
         try:
@@ -99,6 +97,7 @@ def write_model_folder(
             (new / EVAL_RESULTS).mkdir(exist_ok=True)
             (new / EVAL_RESULTS / name).write_text(yaml_dump(eval_result_entries_to_yaml(list(entries))))
         fingerprint.write(new)
+        bill_of_materials.write(new, folder.resolve().name)
 
 
 def write_config(path: Path, model: nn.Module, origin: Provenance, label_names: Sequence[str] | None = None) -> None:

@@ -45,6 +45,15 @@ def model_folder(path: Path) -> None:
         assert model(image[None]).isfinite().all()
 
 
+def bill(path: Path) -> None:
+    """Compare a folder with its bill of materials."""
+    from res2net_zoo.utils.errors import InputError
+    from res2net_zoo.weights.bill_of_materials import check
+
+    if (result := check(path)).passed is False:
+        raise InputError(result.found)
+
+
 def annotations(path: Path) -> None:
     """Read COCO annotations of objects or persons, depending on the file name."""
     from res2net_zoo.tasks.instances import Instances
@@ -69,6 +78,7 @@ def image(path: Path) -> None:
 READERS: dict[str, Callable[[Path], None]] = {
     "weights": weights,
     "model_folder": model_folder,
+    "bill": bill,
     "annotations": annotations,
     "image": image,
 }

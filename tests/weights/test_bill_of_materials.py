@@ -1,17 +1,22 @@
 """The bill of materials, bom.cdx.json, of every kind of model folder."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
+from huggingface_hub import ModelCard
 
 from res2net_zoo import catalog
+from res2net_zoo.catalog import Accuracy
+from res2net_zoo.tasks import task_class
 from res2net_zoo.utils.files import sha256_of
-from res2net_zoo.weights import bill_of_materials
-from res2net_zoo.weights.model_folder import write_converted
+from res2net_zoo.weights import bill_of_materials, provenance
+from res2net_zoo.weights.card import model_card
+from res2net_zoo.weights.model_folder import write_converted, write_model_folder
 from tests.conftest import SHIPPED_MODEL, input_error, read_tree
 
 
@@ -100,6 +105,40 @@ def test_same_bytes_in_another_folder(tmp_path):
     assert json.loads((tmp_path / "b" / "bom.cdx.json").read_text())["serialNumber"] != first
 
 
+def test_trained_weights_name_what_they_derive_from(tmp_path):
+    published = provenance.of_checkpoint(catalog.load().checkpoints["res2net50_26w_4s.in1k"])
+    origin = published.after_training("res2net50_26w_4s.in1k", license="my licence", teacher="res2net101d")
+    accuracy = Accuracy(dataset="flowers", split="val", top1=91.5, top5=99.0, source="res2net-zoo finetune")
+    card = model_card("mine", "# mine", "other", [accuracy], ["org/flowers"])
+    write_model_folder(tmp_path / "mine", timm.create_model("res2net_tiny", num_classes=5), card, origin=origin)
+    bill = bill_of(tmp_path / "mine")
+    model = bill["metadata"]["component"]
+    assert model["name"] == "mine" and model["licenses"][0]["license"]["name"] == "my licence"
+    assert [part["purl"] for part in model["pedigree"]["ancestors"]] == ["pkg:huggingface/timm/res2net50_26w_4s.in1k"]
+    properties = {entry["name"]: entry["value"] for entry in model["properties"]}
+    assert properties["res2net-zoo:teacher"] == "res2net101d" and properties["res2net-zoo:trained"] == "true"
+    assert properties["res2net-zoo:inherited-license"] == published.license
+    assert ("Top-1 accuracy", "91.5", "flowers val; measured by res2net-zoo") in figures_of(bill)
+    data = {part["name"]: part for part in bill["components"] if part["type"] == "data"}
+    assert data.keys() == {"flowers", "org/flowers"} and data["org/flowers"]["description"] == "data of training"
+
+
+def test_model_for_a_task_and_its_backbone(tmp_path):
+    model = task_class("saliency")("res2net_tiny", ["object"])
+    model.save(tmp_path / "task", ModelCard("---\npipeline_tag: image-segmentation\n---\n"))
+    parameters = bill_of(tmp_path / "task")["metadata"]["component"]["modelCard"]["modelParameters"]
+    assert (parameters["task"], parameters["modelArchitecture"]) == ("image-segmentation", "res2net_tiny")
+    bill = json.loads((tmp_path / "task" / "backbone" / "bom.cdx.json").read_text())
+    assert {part["name"] for part in bill["components"] if part["type"] == "file"} == {
+        "config.json",
+        "model.safetensors",
+    }
+    assert bill["metadata"]["component"]["name"] == "res2net_tiny"
+    assert bill_of_materials.check(tmp_path / "task" / "backbone").passed
+    (tmp_path / "task" / "backbone" / "config.json").write_text("{}")
+    assert "backbone/config.json differs" in bill_of_materials.check(tmp_path / "task").found
+
+
 def test_unknown_licence_and_origin(tiny_folder):
     model = bill_of(tiny_folder)["metadata"]["component"]
     assert model["licenses"] == [{"license": {"name": "unknown"}}] and "quantitativeAnalysis" not in model["modelCard"]
@@ -125,6 +164,9 @@ def parts_of(folder: Path, change) -> None:
         (lambda f: (f / "README.md").write_text("---\nlicense: mit\n---\n"), None, "README.md differs"),
         (lambda f: (f / "recipe.toml").unlink(), None, "recipe.toml is missing"),
         (lambda f: (f / "config.json").write_text("{}"), False, "config.json differs"),
+        (lambda f: os.truncate(f / "README.md", 2**40), None, "README.md has 1,099,511,627,776 bytes"),
+        (lambda f: (f / "README.md").unlink() or os.mkfifo(f / "README.md"), None, "README.md cannot be read"),
+        (lambda f: (f / "bom.cdx.json").unlink() or os.mkfifo(f / "bom.cdx.json"), False, "cannot read"),
         (lambda f: (f / "bom.cdx.json").write_text("{"), False, "is not JSON"),
         (lambda f: (f / "bom.cdx.json").write_text("[]"), False, "is not a CycloneDX"),
         (lambda f: (f / "bom.cdx.json").write_text("[" * 100_000), False, "nested too deeply"),

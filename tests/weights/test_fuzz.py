@@ -256,7 +256,23 @@ def run_configs(data: st.DataObject, reader: Reader, folder: Path) -> None:
 
 def test_configs(worker, tmp_path):
     shutil.copytree(SHIPPED_MODEL, tmp_path / "model")
+    (tmp_path / "model" / "bom.cdx.json").unlink()  # it would detect every change
     run_configs(reader=worker("model_folder"), folder=tmp_path / "model")
+
+
+@FUZZ
+@given(data=st.data())
+def run_bills(data: st.DataObject, reader: Reader, folder: Path) -> None:
+    bill = json.loads((SHIPPED_MODEL / "bom.cdx.json").read_text())
+    for _ in range(data.draw(st.integers(1, 3))):
+        bill = data.draw(changed(bill))
+    (folder / "bom.cdx.json").write_text(json.dumps(bill))
+    reader(folder)
+
+
+def test_bills_of_materials(worker, tmp_path):
+    shutil.copytree(SHIPPED_MODEL, tmp_path / "model")
+    run_bills(reader=worker("bill"), folder=tmp_path / "model")
 
 
 @FUZZ
@@ -276,6 +292,7 @@ def run_safetensors(data: st.DataObject, reader: Reader, folder: Path) -> None:
 
 def test_safetensors_headers(worker, tmp_path):
     shutil.copytree(SHIPPED_MODEL, tmp_path / "model")
+    (tmp_path / "model" / "bom.cdx.json").unlink()
     run_safetensors(reader=worker("model_folder"), folder=tmp_path / "model")
 
 

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import timm
 
 from res2net_zoo import catalog, cli
 from res2net_zoo.weights import bill_of_materials, fingerprint, signature
+from res2net_zoo.weights.card import model_card
+from res2net_zoo.weights.model_folder import write_model_folder
 from tests.conftest import SHIPPED_MODEL, input_error, read_tree
 
 pytest.importorskip("model_signing")
@@ -283,11 +286,7 @@ class TestKeys:
         assert run("verify", folder, "--public-key", keys.public).returncode == 0
 
     def test_a_folder_that_is_written_again_loses_its_signature(self, signed):
-        from res2net_zoo.weights.model_folder import replaced_folder
-
-        with replaced_folder(signed) as new:
-            for name in ("model.safetensors", "config.json"):
-                shutil.copy(signed / name, new)
+        write_model_folder(signed, timm.create_model("res2net_tiny"), model_card("tiny", "# tiny", "mit"))
         assert not (signed / "model.sig").exists() and bill_of_materials.check(signed).passed
 
 
@@ -448,7 +447,8 @@ class TestMirror:
         key = others if change == "another key" else keys
         result = self.mirror(tmp_path, entry, "--public-key", key.public)
         (line,) = result.stderr.splitlines()
-        assert result.returncode == 1 and f"{entry} is refused: it is not signed by the key" in line
+        words = f"timm/{entry} is not signed" if change == "unsigned" else "it is not signed by the key"
+        assert result.returncode == 1 and f"{entry} is refused: {words}" in line
         assert [path.name for path in (tmp_path / "mirror").iterdir()] in ([], [".lock"])
 
     def test_not_a_signature(self, hub, entry, keys, tmp_path):

@@ -339,7 +339,7 @@ class TestConvertCommand:
             assert result.returncode == 0, result.stderr
             assert downloads.sha256_of(original) in result.stdout
             contents.append(read_tree(folder))
-        weights_and_more = ["README.md", "config.json", "fingerprint.json", "model.safetensors"]
+        weights_and_more = ["README.md", "bom.cdx.json", "config.json", "fingerprint.json", "model.safetensors"]
         assert contents[0] == contents[1] and sorted(contents[0]) == [
             ".eval_results/imagenet-1k.yaml",
             *weights_and_more,
