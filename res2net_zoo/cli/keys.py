@@ -88,7 +88,7 @@ def sign_folder(args: argparse.Namespace, folder: Path, key: Path) -> str:
 
     for name in bill_of_materials.ESSENTIAL:
         if not (folder / name).is_file():
-            raise InputError(f"{folder} has no {name}, so it is not a model folder")
+            raise InputError(f"{folder} is not a model folder: {name} is missing")
     signer = signer_of(args, key)
     check_writable(folder)
     bill_of_materials.renew(folder)

@@ -172,7 +172,7 @@ def _text(folder: Path, name: str) -> str:
     bom.metadata.tools.components.add(_tool())
     bom.register_dependency(model, [*files, *datasets, *libraries])
     document = json.loads(JsonV1Dot6(bom).output_as_string())
-    # The library has no classes for model cards yet.
+    # The library does not support model cards yet.
     document["metadata"]["component"]["modelCard"] = _model_card(facts, [f"data:{part.name}" for part in datasets])
     del document["metadata"]["timestamp"], document["serialNumber"]
     document["serialNumber"] = uuid.uuid5(uuid.NAMESPACE_URL, json.dumps(document, sort_keys=True)).urn
@@ -352,7 +352,7 @@ def _references(sources: Iterable[tuple[str, str, str]]) -> "list[ExternalRefere
 
 
 def _properties(facts: Facts) -> dict[str, Any]:
-    """Return what CycloneDX has no fields for."""
+    """Return what CycloneDX lacks fields for."""
     origin, checkpoint = facts.origin, facts.checkpoint
     return {
         "origin": origin.origin,

@@ -224,7 +224,7 @@ def check(folder: Path, trust: Trust) -> Check:
         return Check("signature", clipped(printable(found)), wanted, False)
 
     if not os.path.lexists(folder / NAME):
-        return failed(f"no {NAME}: the folder is not signed")
+        return failed(f"not signed: {NAME} is missing")
     if links := _links(folder):
         return failed(f"{links[0]} is a symbolic link")
     material, payload = _read(folder / NAME)
@@ -303,7 +303,7 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
         payload = json.loads(base64.b64decode(content["dsseEnvelope"]["payload"], validate=True))
         _signed(payload)
         if not content["dsseEnvelope"]["signatures"]:
-            raise ValueError("it has no signatures")
+            raise ValueError("its list of signatures is empty")
         return material, payload
     except (InputError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         reason = one_line(error, 200) if isinstance(error, InputError) else "its content is incomplete"

@@ -154,7 +154,7 @@ class TestSignAndVerify:
             (lambda f: (f / ".env").write_text("x"), ".env was added"),
             (lambda f: (f / "sub").mkdir() or (f / "sub/x").write_text("x"), "sub/x was added"),
             (lambda f: (f / "metrics.csv").unlink(), "metrics.csv is missing"),
-            (lambda f: (f / "model.sig").unlink(), "no model.sig: the folder is not signed"),
+            (lambda f: (f / "model.sig").unlink(), "not signed: model.sig is missing"),
             (lambda f: (f / "link.json").symlink_to("config.json"), "link.json is a symbolic link"),
             (lambda f: (f / "link").symlink_to("/tmp"), "link is a symbolic link"),
             (lambda f: os.mkfifo(f / "pipe"), "pipe"),
@@ -270,7 +270,7 @@ class TestKeys:
 
     def test_folders_that_cannot_be_signed(self, folder, keys, tmp_path):
         assert "there is no model folder" in input_error(run("sign", tmp_path / "nothing", "--key", keys.private))
-        assert "has no model.safetensors" in input_error(run("sign", tmp_path, "--key", keys.private))
+        assert "model.safetensors is missing" in input_error(run("sign", tmp_path, "--key", keys.private))
         (folder / "more.json").symlink_to("config.json")
         assert "more.json is a symbolic link" in input_error(run("sign", folder, "--key", keys.private))
         (folder / "more.json").unlink()
