@@ -172,7 +172,7 @@ class Task(Objective):
                 self.model.save(output, make_card(self.model, metrics[-1], self.accelerator, output, self.facts))
                 write_recipe(output, self.recipe)
             write_metrics(output, metrics)
-            bill_of_materials.write(output)
+            bill_of_materials.update(output)
 
 
 def build_model(

@@ -299,7 +299,7 @@ class Report:
                     )
                     write_recipe(folder, self.settings)
         write_metrics(self.folder, self.metrics)
-        bill_of_materials.write(self.folder)
+        bill_of_materials.update(self.folder)
 
     @_writing
     def finish(self, mistakes: Mistakes, rates: Sequence[tuple[float, float]], counts: Counts) -> None:
@@ -321,4 +321,4 @@ class Report:
             print("plots are skipped: they need matplotlib; pip install 'res2net-zoo[train]'", file=sys.stderr)
         card = training_card(self, self.folder, ("", "ema_"), mistakes.pairs(), pictures)
         write_atomically(self.folder / "README.md", card.save)
-        bill_of_materials.write(self.folder)
+        bill_of_materials.update(self.folder)

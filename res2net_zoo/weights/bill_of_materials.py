@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from huggingface_hub import CardData
+from huggingface_hub import CardData, EvalResult
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as WEIGHTS
 
 from res2net_zoo import catalog
@@ -69,6 +69,12 @@ def write(folder: Path, name: str | None = None) -> None:
     """
     text = _text(folder, name or folder.resolve().name)
     write_atomically(folder / NAME, lambda path: path.write_text(text))
+
+
+def update(folder: Path) -> None:
+    """Write the bill of materials again, after other files were written; a folder without one stays without."""
+    if (folder / NAME).exists():
+        write(folder)
 
 
 def renew(folder: Path, since: Collection[str] | None = None) -> None:
@@ -182,6 +188,8 @@ def _text(folder: Path, name: str) -> str:
 
 def _facts_of(folder: Path) -> Facts:
     config, origin = read_json(folder / "config.json"), of_folder(folder)
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / 'config.json'} is not the config of a model")
     card: CardData | None
     try:
         card = card_metadata.read_card(folder / "README.md").data
@@ -189,7 +197,7 @@ def _facts_of(folder: Path) -> Facts:
         card = None
     published = origin.origin == "checkpoint" and not origin.trained
     checkpoint = catalog.load().checkpoints.get(origin.checkpoint or "") if published else None
-    architecture = config["model"] if "task" in config else config.get("architecture", "")
+    architecture = config.get("model" if "task" in config else "architecture", "")
     return Facts(config, card, origin, checkpoint, printable(architecture))
 
 
@@ -224,7 +232,7 @@ def _datasets(facts: Facts) -> "list[Component]":
         return []
     stated = facts.card.get("datasets")
     training = [name for name in (stated if isinstance(stated, list) else [stated]) if isinstance(name, str)]
-    results = [] if facts.checkpoint else [result.dataset_name for result in facts.card.get("eval_results") or []]
+    results = [] if facts.checkpoint else [result.dataset_name for result in _results(facts.card)]
     # Both splits of a training run are of the same dataset.
     other = "training and evaluation" if facts.origin.trained else "evaluation"
     uses = {printable(name): other for name in results} | {printable(name): "training" for name in training}
@@ -250,7 +258,11 @@ def _versions(folder: Path) -> dict[str, str]:
             parts = [part for part in content.get("components", []) if part["type"] == "library"]
             known = content.get("made_with") or {part["name"]: part["version"] for part in parts}
             if known:
-                return {printable(name)[:50]: printable(version)[:50] for name, version in known.items()}
+                return {
+                    name: printable(version)[:50]
+                    for name, version in known.items()
+                    if re.fullmatch(r"[\w.-]{1,50}", name)
+                }
         except (InputError, AttributeError, KeyError, TypeError):
             continue
     return {name: importlib.metadata.version(name).partition("+")[0] for name in LIBRARIES}
@@ -391,14 +403,13 @@ def _figures(facts: Facts) -> list[tuple[str, Any, str]]:
     checkpoint = facts.checkpoint
     if checkpoint is None:
         by = "measured by res2net-zoo" if facts.origin.trained else "as its model card states"
-        results = (facts.card.get("eval_results") if facts.card else None) or []
         return [
             (
                 printable(r.metric_name or r.metric_type),
-                r.metric_value,
+                printable(r.metric_value),
                 printable(_slice(r.dataset_name, r.dataset_split, by)),
             )
-            for r in results
+            for r in _results(facts.card)
         ]
     found: list[tuple[str, Any, str]] = []
     for accuracy in checkpoint.accuracies:
@@ -408,6 +419,12 @@ def _figures(facts: Facts) -> list[tuple[str, Any, str]]:
         where = _slice(result.dataset, None, _published(result.source))
         found += [(f"{name} of {result.model}", value, where) for name, value in result.figures.items()]
     return found
+
+
+def _results(card: CardData | None) -> list[EvalResult]:
+    """Return the evaluation results on a card, which may have other values under their name."""
+    found = card.get("eval_results") if card else None
+    return [result for result in found if isinstance(result, EvalResult)] if isinstance(found, list) else []
 
 
 def _slice(dataset: str, split: str | None, source: str) -> str:

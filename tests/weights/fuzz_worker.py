@@ -46,11 +46,15 @@ def model_folder(path: Path) -> None:
 
 
 def bill(path: Path) -> None:
-    """Compare a folder with its bill of materials."""
+    """Compare a folder with its bill of materials, and write a new one."""
     from res2net_zoo.utils.errors import InputError
-    from res2net_zoo.weights.bill_of_materials import check
+    from res2net_zoo.weights.bill_of_materials import check, write
 
-    if (result := check(path)).passed is False:
+    result = check(path)
+    write(path)
+    if check(path).passed is not True:
+        raise AssertionError("the new bill does not describe the folder")
+    if result.passed is False:
         raise InputError(result.found)
 
 

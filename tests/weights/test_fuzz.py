@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -263,10 +264,14 @@ def test_configs(worker, tmp_path):
 @FUZZ
 @given(data=st.data())
 def run_bills(data: st.DataObject, reader: Reader, folder: Path) -> None:
-    bill = json.loads((SHIPPED_MODEL / "bom.cdx.json").read_text())
-    for _ in range(data.draw(st.integers(1, 3))):
-        bill = data.draw(changed(bill))
-    (folder / "bom.cdx.json").write_text(json.dumps(bill))
+    for name in ("bom.cdx.json", "config.json", "fingerprint.json"):
+        content = json.loads((SHIPPED_MODEL / name).read_text())
+        content = data.draw(changed(content) | st.just(content))
+        (folder / name).write_text(json.dumps(content))
+    card = (SHIPPED_MODEL / "README.md").read_text()
+    metadata = yaml.safe_load(card.split("---")[1])
+    text = yaml.safe_dump(data.draw(changed(metadata) | st.just(metadata)))
+    (folder / "README.md").write_text(f"---\n{text}\n---\n")
     reader(folder)
 
 
