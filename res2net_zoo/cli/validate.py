@@ -247,12 +247,14 @@ def measure(
             return old | compared(old, find_published(accuracies, old["benchmark"], source), args.tolerance)
         accelerator.print(f"{name} is measured again, because of changed or missing records: {', '.join(changed)}")
     forward = create_forward(model.eval(), args.backend, accelerator, args.batch_size, images)
-    counts = count(name, model, source, classes, args, accelerator, forward.call)
+    how: dict[str, Any] = dict(model=model, source=source, classes=classes, accelerator=accelerator)
+    how |= dict(batch_size=args.batch_size, workers=workers_of(args, accelerator), forward=forward.call)
+    counts = count(name, how, args.skip_corrupt)
     benchmark = benchmark or benchmark_of(source, counts.num_rows, num_classes, args.benchmark)
     result = result_of(counts, benchmark, args, accelerator) | identity
     result |= {"backend": forward.backend, "calibration_images": forward.calibration_images}
     if args.profile:
-        result |= profile(model, source, classes, args, accelerator, forward.call, counts.num_rows / counts.seconds)
+        result |= profile(how, counts.num_rows / counts.seconds)
     return compared(result, find_published(accuracies, benchmark, source), args.tolerance)
 
 
@@ -324,31 +326,19 @@ def identity_of(model: Any, source: "Source") -> dict:
     return model_identity(model) | {"data_sha256": source_sha256(source)}
 
 
-def count(
-    name: str,
-    model: Any,
-    source: "Source",
-    classes: "Classes",
-    args: argparse.Namespace,
-    accelerator: "Accelerator",
-    forward: "Callable[[torch.Tensor], torch.Tensor]",
-) -> "Counts":
-    """Count correct predictions, and warn about images that cannot be decoded."""
+def count(name: str, how: dict[str, Any], skip_corrupt: bool) -> "Counts":
+    """Count correct predictions, and warn about images that cannot be decoded.
+
+    Args:
+        name: The model.
+        how: Further arguments of `evaluate`.
+        skip_corrupt: Whether to skip images that cannot be decoded.
+    """
     from res2net_zoo.evaluation import evaluate
     from res2net_zoo.utils.console import warn
 
-    counts = evaluate(
-        model,
-        source,
-        classes,
-        accelerator,
-        batch_size=args.batch_size,
-        workers=workers_of(args, accelerator),
-        skip_corrupt=args.skip_corrupt,
-        desc=as_in_clone(name),
-        forward=forward,
-    )
-    if counts.corrupt and accelerator.is_main_process:
+    counts = evaluate(**how, skip_corrupt=skip_corrupt, desc=as_in_clone(name))
+    if counts.corrupt and how["accelerator"].is_main_process:
         warn(f"{len(counts.corrupt)} corrupt images skipped: {'; '.join(counts.corrupt)}")
     return counts
 
@@ -360,21 +350,17 @@ def workers_of(args: argparse.Namespace, accelerator: "Accelerator") -> int:
     return default_workers(accelerator.device) if args.workers is None else args.workers
 
 
-def profile(
-    model: Any,
-    source: "Source",
-    classes: "Classes",
-    args: argparse.Namespace,
-    accelerator: "Accelerator",
-    forward: "Callable[[torch.Tensor], torch.Tensor]",
-    whole: float,
-) -> dict:
-    """Measure and print the throughput of data loading and of the model; return fields of results.json."""
+def profile(how: dict[str, Any], whole: float) -> dict[str, float | int]:
+    """Measure and print the throughput of data loading and of the model; return fields of results.json.
+
+    Args:
+        how: Further arguments of `measure_throughput`.
+        whole: Images per second of the evaluation.
+    """
     from res2net_zoo.evaluation import measure_throughput
 
-    workers = workers_of(args, accelerator)
-    found = measure_throughput(model, source, classes, accelerator, args.batch_size, workers, forward, whole)
-    accelerator.print(found)
+    found = measure_throughput(**how, whole=whole)
+    how["accelerator"].print(found)
     return {
         "loader_images_per_second": round(found.loader, 1),
         "model_images_per_second": round(found.model, 1),

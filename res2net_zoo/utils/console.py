@@ -77,10 +77,7 @@ def run_main(main: Callable[[], int]) -> int:
             report(f"not enough memory: {first_line(error)}; make batches or images smaller")
             return 1
         if lost_connection(error):
-            time.sleep(3)  # on the same machine, the launcher ends this process meanwhile
-            reason = re.sub(r"^\[\S+\] ", "", first_line(error)).partition(". ")[0]  # without gloo's source file
-            problem = f"another process has ended or is out of reach ({reason}); its output may show why; run it again"
-            report(with_options(problem, "resume"))
+            report_lost_connection(error)
             return 1
         if "DataLoader worker" not in str(error):
             raise
@@ -106,6 +103,14 @@ def run_main(main: Callable[[], int]) -> int:
         return 2
     finally:
         close_full_stdout()
+
+
+def report_lost_connection(error: RuntimeError) -> None:
+    """Report that a collective operation has failed, unless the launcher ends this process first."""
+    time.sleep(3)
+    reason = re.sub(r"^\[\S+\] ", "", first_line(error)).partition(". ")[0]  # without gloo's source file
+    problem = f"another process has ended or is out of reach ({reason}); its output may show why; run it again"
+    report(with_options(problem, "resume"))
 
 
 def quiet_logs() -> None:
