@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from res2net_zoo.catalog import Accuracy
-    from res2net_zoo.data.labels import Classes
     from res2net_zoo.data.sources import Source
     from res2net_zoo.evaluation import Counts
 
