@@ -22,8 +22,8 @@ HINT = (
     "million pixels; pictures stay on the machine that runs this page, and their files are deleted within minutes."
 )
 # The page sets this CSS variable when the slider moves; the server takes no part.
-OPACITY = "--map-opacity"
-SET_OPACITY = f"value => {{ document.documentElement.style.setProperty('{OPACITY}', value); }}"
+OPACITY = "map-opacity"
+SET_OPACITY = f"value => {{ document.documentElement.style.setProperty('--{OPACITY}', value); }}"
 
 
 def path_of(payload: Any) -> str | None:
@@ -156,7 +156,7 @@ def heat_map(answer: Answer) -> str:
     return (
         '<figure style="position:relative;margin:0;max-width:320px">'
         f'<img src="{picture}" style="{style}" alt="input of the model">'
-        f'<img src="{heat}" style="{style};position:absolute;inset:0;opacity:var({OPACITY},0.5)" '
+        f'<img src="{heat}" style="{style};position:absolute;inset:0;opacity:var(--{OPACITY},0.5)" '
         f'alt="activation map of {escape(name)}, {score:.0%}"></figure>'
     )
 
