@@ -318,7 +318,8 @@ def _signed(payload: dict[str, Any]) -> dict[str, str]:
 def _links(folder: Path, allowed: bool = True) -> list[str]:
     """Return the symbolic links in a folder, without those of huggingface_hub's cache if these are allowed."""
     links = (path for path in sorted(folder.rglob("*")) if path.is_symlink())
-    found = (path for path in links if not (allowed and is_blob_of(folder, path.resolve())))
+    # Unlike `Path.resolve`, `realpath` raises no error for a link to itself.
+    found = (path for path in links if not (allowed and is_blob_of(folder, Path(os.path.realpath(path)))))
     return [path.relative_to(folder).as_posix() for path in found]
 
 

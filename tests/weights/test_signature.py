@@ -157,6 +157,7 @@ class TestSignAndVerify:
             (lambda f: (f / "model.sig").unlink(), "not signed: model.sig is missing"),
             (lambda f: (f / "link.json").symlink_to("config.json"), "link.json is a symbolic link"),
             (lambda f: (f / "link").symlink_to("/tmp"), "link is a symbolic link"),
+            (lambda f: (f / "link").symlink_to("link"), "link is a symbolic link"),
             (lambda f: os.mkfifo(f / "pipe"), "pipe"),
         ],
     )
