@@ -6,7 +6,8 @@ Folders are searched recursively. The result does not depend on the number of pr
 model recognizes digits. Bytes of a path that are not UTF-8 are written as \udcXX, as in Python's `os.fsdecode`.
 
 For many images the output is a folder of Parquet files: with --format parquet, or without --format if --output is a
-folder, ends in / or is a new name without a suffix. Each file is written whole, and --resume continues after the last.
+folder or ends in /, or with --data if it lacks a suffix. Each file is written whole, and --resume continues after the
+last.
 SRC is a Hub dataset id, a folder, or local Parquet, Arrow or WebDataset files.
 
 Examples:
@@ -105,7 +106,7 @@ def check_output(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     ):
         parser.error(f"--output and --embeddings are both {args.output}; name two files")
     if args.format is None:
-        args.format = PARQUET if args.output and is_folder(args.output) else "table"
+        args.format = PARQUET if args.output and is_folder(args) else "table"
     args.output = Path(args.output) if args.output else None
     if args.format == PARQUET:
         if args.output is None:
@@ -121,11 +122,12 @@ def check_output(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     args.embeddings = Path(args.embeddings) if args.embeddings else None
 
 
-def is_folder(output: str) -> bool:
-    """Return whether an output is a folder: an existing one, or a new name that ends in / or lacks a suffix."""
-    if os.path.exists(output):
-        return os.path.isdir(output)
-    return output.endswith(os.sep) or not Path(output).suffix
+def is_folder(args: argparse.Namespace) -> bool:
+    """Return whether the output is an existing folder, or a new one by its name and the other options."""
+    if os.path.exists(args.output):
+        return os.path.isdir(args.output)
+    many = args.data is not None or args.resume or args.shard_size is not None
+    return args.output.endswith(os.sep) or (many and not Path(args.output).suffix)
 
 
 @command(parse_args)

@@ -241,6 +241,7 @@ def test_resume_with_other_settings_is_refused(in_process, digits, tiny_folder, 
         (["--output", "README.md", "--format", "parquet"], "README.md is a file; name a folder"),
         (["--format", "parquet"], "--format parquet needs --output DIR"),
         (["--output", "x.csv", "--resume"], "--resume needs a folder"),
+        (["--output", "x", "--embeddings"], "--embeddings needs a FILE"),  # x is a file without --data
         (["--shard-size", "5"], "--shard-size needs a folder"),
         (["--output", "x/", "--embeddings", "e"], "embeddings are a column"),
         (["--embeddings"], "--embeddings needs a FILE"),
@@ -270,7 +271,7 @@ def test_corrupt_images(in_process, digits, tmp_path):
 
 def test_none_of_the_images_can_be_decoded(in_process, tmp_path):
     (tmp_path / "a.png").touch()
-    line = input_error_after_warnings(in_process(PREDICT, tmp_path, "--skip-corrupt", "--output", tmp_path / "out"))
+    line = input_error_after_warnings(in_process(PREDICT, tmp_path, "--skip-corrupt", "--output", f"{tmp_path}/out/"))
     assert "none of the 1 images can be decoded" in line and not manifest(tmp_path / "out")["complete"]
 
 
