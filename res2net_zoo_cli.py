@@ -26,7 +26,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     from res2net_zoo.cli import main as run_command
 
     return run_command(argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -58,5 +58,5 @@ def command(
 def run_package() -> None:
     """Run `res2net_zoo/__init__.py`, which registers the models, if `res2net_zoo_cli` has skipped it."""
     package = sys.modules["res2net_zoo"]
-    if not hasattr(package, "__version__") and package.__spec__ and package.__spec__.loader:
+    if not hasattr(package, "cifar_res2next") and package.__spec__ and package.__spec__.loader:
         package.__spec__.loader.exec_module(package)

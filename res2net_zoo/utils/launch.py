@@ -184,11 +184,9 @@ def command_line(words: Sequence[str]) -> list[str]:
         words: The command and its options.
     """
     options = [*words[1:]]
-    if options != sys.orig_argv[-len(options) :]:  # called as a function
-        return ["-m", "res2net_zoo_cli", *words]
-    # `-m res2net_zoo` would import the whole package before it obeys signals.
-    started = ("res2net_zoo_cli" if word == "res2net_zoo" else word for word in sys.orig_argv[1 : -len(options)])
-    return [*started, *options]
+    if options == sys.orig_argv[-len(options) :]:
+        return sys.orig_argv[1:]  # a script, or `-m`
+    return ["-m", "res2net_zoo", *words]  # called as a function
 
 
 def environment(rank: int, number: int, port: int) -> dict[str, str]:

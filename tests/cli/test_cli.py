@@ -146,12 +146,13 @@ def test_a_command_is_required():
     assert result.returncode == 2 and "COMMAND" in result.stderr and result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("entry", [["-c", ENTRY], ["-m", "res2net_zoo"]], ids=["script", "module"])
 @pytest.mark.parametrize("words", [["--help"], ["validate", "--help"], ["show", "--frobnicate"]], ids=" ".join)
-def test_console_script_parses_options_quickly(words):
+def test_programs_parse_options_quickly(words, entry):
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        result = subprocess.run([sys.executable, "-c", ENTRY, *words], cwd=ROOT, capture_output=True, text=True)
+        result = subprocess.run([sys.executable, *entry, *words], cwd=ROOT, capture_output=True, text=True)
         seconds.append(time.perf_counter() - start)
         assert result.returncode == (0 if "--help" in words else 2), result.stderr
     assert statistics.median(seconds) < 2, seconds

@@ -37,7 +37,7 @@ def machine(tmp_path: Path) -> dict[str, str]:
     program(folder, "srun", f'while [[ $1 == -* ]]; do shift; done; echo $$ > {tmp_path}/task; exec "$@"')
     program(folder, "scontrol", f'echo "$@" >> {tmp_path}/scontrol; echo localhost')
     program(folder, "accelerate", f'exec {sys.executable} -m accelerate.commands.accelerate_cli "$@"')
-    program(folder, "res2net-zoo", f'exec {sys.executable} -m res2net_zoo_cli "$@"')
+    program(folder, "res2net-zoo", f'exec {sys.executable} -m res2net_zoo "$@"')
     job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "localhost"}
     path = f"{folder}:{os.environ['PATH']}"
     return {**os.environ, **job, "PATH": path, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}

@@ -124,6 +124,18 @@ def test_training_on_two_processes(tmp_path):
     assert "network.fuse.weight" in moved
 
 
+@pytest.mark.full
+def test_programs_start_two_processes_themselves(program, tmp_path):
+    data = save_saliency(tmp_path / "data", train=16, val=4)
+    options = ["--task", "saliency", "--model", "res2net_tiny", "--img-size", 64, "--threads", 1, "--epochs", 1]
+    done = Running(tmp_path / "out", *options, "--data", data, "--processes", 2, script=TRAIN).end()
+    assert done.returncode == 0, done.stderr
+    assert "2 processes of 1 threads" in (tmp_path / "out" / "README.md").read_text()
+    options = ["--data", data, "--check", "--tolerance", 1e-4, "--processes", 2]
+    done = program(VALIDATE, tmp_path / "out", *options, ACCELERATE_USE_CPU="true")
+    assert (done.returncode, done.stderr) == (0, "") and "num_processes 2" in done.stdout
+
+
 @pytest.mark.slow
 def test_saved_model_of_two_processes_has_the_evaluated_statistics(voc, tmp_path, in_process):
     """BatchNorm statistics differ between processes until they are averaged."""
