@@ -122,19 +122,20 @@ def two_machines(folder: Path) -> Iterator[list[Machine]]:
 
 
 class Job:
-    """A program under `accelerate launch`, with one process on each of several machines.
+    """A program under `accelerate launch`, on several machines.
 
     Args:
         machines: The machines.
         command: The command of the zoo and its options; `{rank}` in an option is replaced by the machine's number.
+        each: Number of processes on each machine.
         **env: Additional environment variables; a list has a value for each machine.
     """
 
-    def __init__(self, machines: list[Machine], *command: object, **env: str | list[str]) -> None:
+    def __init__(self, machines: list[Machine], *command: object, each: int = 1, **env: str | list[str]) -> None:
         self.started = []
         for machine in machines:
             launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-            launch += ["--num_machines", str(len(machines)), "--num_processes", str(len(machines))]
+            launch += ["--num_machines", str(len(machines)), "--num_processes", str(each * len(machines))]
             launch += ["--machine_rank", str(machine.rank), "--main_process_ip", machines[0].address]
             launch += ["--main_process_port", "29500", "--mixed_precision", "no", "--dynamo_backend", "no"]
             options = [str(word).replace("{rank}", str(machine.rank)) for word in command]

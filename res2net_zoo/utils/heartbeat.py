@@ -22,6 +22,7 @@ PATIENCE = 60.0  # seconds without a heartbeat after which a process is lost
 # Seconds from the end of another process to that of this one. If all fail for the same reason, they print it meanwhile,
 # see `console.report`.
 GRACE = 20.0
+SILENT_DELAY = 10.0  # additional seconds in which a process of the same machine prints the message
 BEAT, BYE = b".", b"-"
 
 
@@ -29,12 +30,12 @@ class Heartbeat:
     """Heartbeats between this process and the first one; in the first one, with all others.
 
     Args:
-        delay: Seconds to wait before this process ends, in which the launcher may end it after another one.
+        silent: Whether this process ends without a message, and later than another one of its machine that prints it.
         end: Ends this process with a message.
     """
 
-    def __init__(self, delay: float = 0, end: Callable[[str], object] | None = None) -> None:
-        self._delay = delay
+    def __init__(self, silent: bool = False, end: Callable[[str], object] | None = None) -> None:
+        self._silent = silent
         self._end = end or end_process
         self._connections: list[socket.socket] = []
         self._left = threading.Event()
@@ -73,20 +74,20 @@ class Heartbeat:
         """Run the exchange of heartbeats in a thread, and end this process if it fails."""
 
         def watch() -> None:
-            reason, delay = "has ended; its own output shows why, unless it was killed", self._delay + GRACE
+            reason, delay = "has ended; its own output shows why, unless it was killed", GRACE
             try:
                 if until_it_leaves():
                     return
             except TimeoutError:
                 reason = f"has not answered for {PATIENCE:.0f} seconds: its machine or the network is down"
-                delay = self._delay
+                delay = 0
             except ConnectionError:
                 pass
             except OSError as error:
                 reason = f"is out of reach: {error.strerror or error}"
-            if not self._left.wait(delay):
+            if not self._left.wait(delay + SILENT_DELAY * self._silent):
                 with self._ending:
-                    self._end(f"{name} {reason}; {self._advice}")
+                    self._end("" if self._silent else f"{name} {reason}; {self._advice}")
 
         connection.settimeout(PATIENCE)
         self._connections.append(connection)
@@ -180,8 +181,12 @@ def end_process(message: str) -> None:
     """Print an error as one line, and end this process at once with exit code 1, whatever its main thread waits for.
 
     Files are written under temporary names and renamed, so that none is left incomplete.
+
+    Args:
+        message: The error; nothing is printed if it is empty.
     """
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-        print(f"error: {printable(message)}", file=sys.stderr, flush=True)
+        if message:
+            print(f"error: {printable(message)}", file=sys.stderr, flush=True)
     os._exit(1)

@@ -198,8 +198,8 @@ def start_heartbeat(accelerator: "Accelerator") -> None:
     from accelerate.utils import broadcast_object_list
 
     global _heartbeat
-    # The launcher of a machine ends its other processes after the first one.
-    heartbeat = Heartbeat(10 * (accelerator.local_process_index > 0))
+    # The first process of each machine loses whatever the others do, and prints it.
+    heartbeat = Heartbeat(silent=not accelerator.is_local_main_process)
     first, others = accelerator.is_main_process, accelerator.num_processes - 1
     with contextlib.ExitStack() as stack:
         server, token = (stack.enter_context(listen(others)) if first else None), secrets.token_hex()

@@ -194,7 +194,7 @@ def test_slow_server_of_one_machine(machines, tiny_folder, tmp_path):
     script = """
 import pathlib, sys, threading
 from tests.hub_server import serve
-with serve({"zoo/tiny": pathlib.Path(sys.argv[1])}) as hub:
+with serve({"models/zoo/tiny": pathlib.Path(sys.argv[1])}) as hub:
     hub.delay("GET .*safetensors", float(sys.argv[2]))
     print(hub.endpoint, flush=True)
     threading.Event().wait()
@@ -223,3 +223,17 @@ def test_different_data_and_settings_are_one_error(machines, tmp_path):
     for result in job.results():
         (line,) = own_errors(result)
         assert "epochs is 1 in process 0, but 11 in process 1; give all machines the same options" in line
+
+
+@pytest.mark.slow
+def test_several_processes_on_each_machine_print_one_line(machines, tmp_path):
+    results = Job(machines, "validate", "--data", tmp_path / "nothing", each=2).results()
+    for result in results:
+        assert result.returncode and len(own_errors(result)) == 1, result.stderr
+    assert "nothing" in results[0].stderr and own_errors(results[0]) == own_errors(results[1])
+    job = Job(machines, "finetune", *TRAINING, "--epochs", 100, "--output", tmp_path / "model", each=2)
+    job.wait_for("step-*.pt", tmp_path / "model.run" / "checkpoints")
+    machines[1].cut()
+    for result in job.results():
+        assert result.returncode and len(own_errors(result)) == 1, result.stderr
+        assert "has not answered for 60 seconds" in own_errors(result)[0]
