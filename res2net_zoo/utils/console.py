@@ -137,6 +137,15 @@ def lost_connection(error: BaseException) -> bool:
     return isinstance(error, distributed.DistError) or "/gloo/" in str(error)
 
 
+def report_lost_connection(error: BaseException) -> None:
+    """Print such an error as one line, in the first process of each machine, which loses whatever the others lose."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        time.sleep(3)  # if the process was on this machine, its launcher ends this one meanwhile
+        reason = re.sub(r"^\[\S+\] ", "", first_line(error)).partition(". ")[0]  # without gloo's source file
+        problem = f"another process has ended or is out of reach ({reason}); its output may show why; run it again"
+        report(with_options(problem, "resume"))
+
+
 def close_full_stdout() -> None:
     """Discard buffered output that cannot be written; otherwise Python fails on it again at exit."""
     try:
@@ -169,7 +178,8 @@ def report(error: object) -> None:
     if int(os.environ.get("RANK", "0")) > 0:
         # The main process prints the same error, and the launcher then ends this process. The message is only
         # needed if the main process did not fail, or runs on another machine. There, one process prints it.
-        time.sleep(10 if os.environ.get("LOCAL_RANK", "0") == "0" else 15)
+        prints = "0" in (os.environ.get("LOCAL_RANK", "0"), os.environ.get("GROUP_RANK", "0"))
+        time.sleep(10 if prints else 25)
     with contextlib.suppress(OSError):  # on a full disk
         print(f"error: {printable(with_options(error))}", file=sys.stderr, flush=True)
 
