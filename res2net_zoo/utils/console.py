@@ -105,14 +105,6 @@ def run_main(main: Callable[[], int]) -> int:
         close_full_stdout()
 
 
-def report_lost_connection(error: RuntimeError) -> None:
-    """Report that a collective operation has failed, unless the launcher ends this process first."""
-    time.sleep(3)
-    reason = re.sub(r"^\[\S+\] ", "", first_line(error)).partition(". ")[0]  # without gloo's source file
-    problem = f"another process has ended or is out of reach ({reason}); its output may show why; run it again"
-    report(with_options(problem, "resume"))
-
-
 def quiet_logs() -> None:
     """Silence library logs of errors that are also raised, because `run` prints those."""
     from huggingface_hub.utils.logging import set_verbosity_error

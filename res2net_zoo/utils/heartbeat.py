@@ -54,7 +54,7 @@ class Heartbeat:
             while not self._left.wait(INTERVAL):
                 with contextlib.suppress(ConnectionError):  # if the first process left, its BYE was received before
                     connection.sendall(BEAT)
-                if (answer := connection.recv(1)) != BEAT:
+                if (answer := receive(connection)) != BEAT:
                     return answer == BYE
             return True
 
@@ -64,7 +64,7 @@ class Heartbeat:
         """Answer the heartbeats of another process, in a thread. The arguments are those of `ask`."""
 
         def until_it_leaves() -> bool:
-            while (beat := connection.recv(1)) == BEAT:
+            while (beat := receive(connection)) == BEAT:
                 connection.sendall(BEAT)
             return beat == BYE
 
@@ -89,7 +89,7 @@ class Heartbeat:
                 with self._ending:
                     self._end("" if self._silent else f"{name} {reason}; {self._advice}")
 
-        connection.settimeout(PATIENCE)
+        connection.settimeout(INTERVAL)
         self._connections.append(connection)
         threading.Thread(target=watch, name=f"heartbeat of {name}", daemon=True).start()
 
@@ -99,6 +99,20 @@ class Heartbeat:
         for connection in self._connections:
             with contextlib.suppress(OSError):
                 connection.sendall(BYE)
+
+
+def receive(connection: socket.socket) -> bytes:
+    """Return the next byte, or none at the end of the connection.
+
+    Time in which this process itself is stopped, together with the others, counts as one interval at most.
+
+    Raises:
+        TimeoutError: Nothing has arrived for `PATIENCE`.
+    """
+    for _ in range(round(PATIENCE / INTERVAL)):
+        with contextlib.suppress(TimeoutError):
+            return connection.recv(1)
+    raise TimeoutError
 
 
 def own_address() -> str:

@@ -1,4 +1,5 @@
 import os
+import signal
 import socket
 import threading
 import time
@@ -81,6 +82,26 @@ def test_processes_that_leave_end_nothing(pair, first_leaves):
     pair[0 if first_leaves else 1].shutdown(socket.SHUT_RDWR)
     time.sleep(0.8)
     assert not ended
+
+
+def test_a_job_that_is_stopped_as_a_whole_goes_on(pair):
+    children = []
+    for role, connection in zip(("answer", "ask"), pair, strict=True):
+        if not (child := os.fork()):
+            getattr(Heartbeat(end=lambda message: os._exit(1)), role)(connection, "another process")
+            time.sleep(3)
+            os._exit(0)
+        children.append(child)
+    time.sleep(0.5)
+    for child in children:
+        os.kill(child, signal.SIGSTOP)
+    time.sleep(1)  # longer than the patience
+    for child in children:
+        os.kill(child, signal.SIGCONT)
+        time.sleep(0.2)
+    for child in reversed(children):
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_connections_need_the_token(monkeypatch):
