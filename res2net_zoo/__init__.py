@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if sys.argv[:1] != ["-m"] or ["-m", "res2net_zoo"] not in (sys.orig_argv[1:3], sys.orig_argv[2:4]):
     with warnings.catch_warnings():
         # timm has some of these names. Ours take their place, with the same weights and the same
-        # output, so its warning that a name is overwritten has nothing to tell.
+        # output, so its warning that a name is overwritten is unnecessary.
         warnings.filterwarnings("ignore", message="Overwriting .* in registry with res2net_zoo")
         from res2net_zoo.models import biglittle, cifar, dla, res2net
 

@@ -283,7 +283,7 @@ class Catalog:
         raise InputError(f"no published result of {head} on {model} with {data}; available: {there or 'none'}")
 
     def entries(self) -> Iterator[tuple[Architecture, Checkpoint | None]]:
-        """Yield every architecture with each of its checkpoints, or with None if it has no weights."""
+        """Yield every architecture with each of its checkpoints, or with None if it lacks weights."""
         for architecture in self.architectures.values():
             checkpoints = [c for c in self.checkpoints.values() if c.architecture == architecture.name]
             yield from ((architecture, checkpoint) for checkpoint in checkpoints)

@@ -314,7 +314,7 @@ def measure_throughput(
         whole: Images per second of `evaluate`.
 
     Raises:
-        InputError: A process has no images.
+        InputError: A process is without images.
     """
     normalize = Normalize(model).to(accelerator.device)
 

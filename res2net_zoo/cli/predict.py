@@ -312,7 +312,7 @@ def settings_of(
 
 
 def data_sha256(images: "Images", args: argparse.Namespace) -> str | None:
-    """Return a hash of the images' names, sizes and times, or of what stands for them."""
+    """Return a hash of the images' names, sizes and times, or of what identifies the data."""
     from res2net_zoo.data.identity import files_sha256, rows_sha256, stream_sha256
 
     if args.data is None:

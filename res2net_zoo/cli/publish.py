@@ -143,7 +143,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
 
 
 def needs_license(args: argparse.Namespace, plan: "publish.UploadPlan") -> bool:
-    """Return whether the licence of the weights must permit to publish them; a Space has no weights."""
+    """Return whether the licence of the weights must permit their publication; a Space lacks weights."""
     return not (plan.private or args.despite_license or args.space)
 
 

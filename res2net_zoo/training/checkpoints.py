@@ -95,10 +95,12 @@ class Checkpoints:
         """
         path = self.folder / f"step-{step:09}.pt"
         try:
-            with temporary_file(path) as temporary:
-                torch.save(state, temporary)
-        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
-            reason = getattr(error, "strerror", None) or first_line(error)
+            with temporary_file(path) as temporary, temporary.open("wb") as file:
+                torch.save(state, file)
+        except (OSError, RuntimeError) as error:
+            # On a full disk, torch's writer raises RuntimeError after the OSError of the file.
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            reason = getattr(cause, "strerror", None) or first_line(error)
             raise InputError(
                 f"cannot write the checkpoint {path}: {reason}; make room, then resume the run", "resume"
             ) from error

@@ -20,6 +20,7 @@ from res2net_zoo.utils.heartbeat import (
     own_address,
     time_limit,
 )
+from res2net_zoo.utils.launch import num_cores
 
 if TYPE_CHECKING:
     import torch
@@ -128,8 +129,7 @@ def processes_here() -> int:
 
 def share_of_cores() -> int:
     """Return the number of CPU cores for each process on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // processes_here())
+    return max(1, num_cores() // processes_here())
 
 
 def start_processes(threads: int | None = None, mixed_precision: str | None = None, **options: Any) -> "Accelerator":

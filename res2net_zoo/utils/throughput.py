@@ -65,14 +65,16 @@ def measure(
         The throughputs, the same in every process.
 
     Raises:
-        InputError: A process has no images.
+        InputError: A process is without images.
     """
 
     def first_batch() -> T:
         for batch in passes():
             if images_of(batch):
                 return batch
-        raise InputError("a process has no images to measure the throughput; start fewer processes")
+        raise InputError(
+            "the throughput cannot be measured, because a process is without images; start fewer processes"
+        )
 
     first = all_or_none(first_batch)
     loader = loading_rate(passes, images_of)
