@@ -109,4 +109,7 @@ def password_of(key: Path) -> str:
         return os.environ[PASSWORD]
     if not sys.stdin.isatty():
         raise InputError(f"{key} is encrypted; set {PASSWORD} to its password, or run this in a terminal")
-    return getpass.getpass(f"password of {key}: ")
+    try:
+        return getpass.getpass(f"password of {key}: ")
+    except EOFError as error:
+        raise InputError(f"{key} is encrypted, and its password is missing") from error

@@ -99,6 +99,8 @@ def check_images(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 def check_output(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Decide whether the output is a folder, and check its options."""
+    if "" in (args.output, args.embeddings):
+        parser.error(f"{'--output' if args.output == '' else '--embeddings'} is empty; name a file")
     if (
         args.output
         and isinstance(args.embeddings, str)
@@ -260,8 +262,9 @@ def predict_to_folder(images: "Images", args: argparse.Namespace, accelerator: "
     from res2net_zoo.inference.prediction_folder import SHARD_SIZE, PredictionFolder
     from res2net_zoo.utils.console import progress_bar
     from res2net_zoo.utils.files import check_can_make
+    from res2net_zoo.utils.processes import all_or_none
 
-    check_can_make(args.output)
+    all_or_none(lambda: check_can_make(args.output))
     folder = PredictionFolder(args.output, accelerator)
     recorded = folder.open(args.resume)
     model = load_model(args, accelerator)

@@ -357,8 +357,14 @@ def profile(how: dict[str, Any], whole: float) -> dict[str, float | int]:
         whole: Images per second of the evaluation.
     """
     from res2net_zoo.evaluation import measure_throughput
+    from res2net_zoo.utils.console import warn
+    from res2net_zoo.utils.errors import InputError
 
-    found = measure_throughput(**how, whole=whole)
+    try:
+        found = measure_throughput(**how, whole=whole)
+    except InputError as error:  # the accuracy is known already
+        warn(error)
+        return {}
     how["accelerator"].print(found)
     return {
         "loader_images_per_second": round(found.loader, 1),

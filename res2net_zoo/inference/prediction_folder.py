@@ -113,8 +113,10 @@ class PredictionFolder:
             known = [name for name in names if name == MANIFEST or _is_shard(name)]
             if names and not known:
                 raise InputError(f"{self.path} is a folder with other files; name a new or an empty folder")
-            if known and not resume:
-                raise InputError(f"{self.path} has predictions; continue them, or name another folder", "resume")
+            if not resume:
+                if any(map(_is_shard, known)):
+                    raise InputError(f"{self.path} has predictions; continue them, or name another folder", "resume")
+                return None, None  # the run that wrote the manifest failed in its first shard
             if MANIFEST in known:
                 manifest = read_manifest(self.path)
                 return manifest, manifest["settings"]

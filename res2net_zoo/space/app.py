@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def create_app(models: Models, examples: Sequence[Path]) -> gr.Blocks:
 
         def to_try(name: str) -> tuple[gr.Tabs, str]:
             if name not in models.names:
-                raise gr.Error(f"{name} has no weights with a classifier.", print_exception=False)
+                raise gr.Error(f"{name} lacks weights with a classifier.", print_exception=False)
             return gr.Tabs(selected="try"), name
 
         try_it.click(to_try, chosen, [tabs, first], show_progress="hidden", api_visibility="private")
@@ -53,6 +54,21 @@ def create_app(models: Models, examples: Sequence[Path]) -> gr.Blocks:
 async def refuse_url(*_: Any, **__: Any) -> NoReturn:
     """Refuse the URL of a file in a request; Gradio would download it from any public host, of any size."""
     raise gr.Error("Upload the file itself, not a URL.", print_exception=False)
+
+
+def check_address(host: str, port: int | None) -> None:
+    """Check that the server can listen; Gradio would try a hundred ports, and print an error for each.
+
+    Raises:
+        InputError: It cannot.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise InputError(f"cannot listen on {host}: {error.strerror or error}", "port", "host") from error
 
 
 @contextlib.contextmanager
@@ -71,6 +87,9 @@ def serve(models: Models, examples: Sequence[Path], host: str, port: int | None)
     Raises:
         InputError: The server cannot listen there.
     """
+    check_address(host, port)
+    for name in ("no_proxy", "NO_PROXY"):  # Gradio asks for its own page
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost", host]))
     with tempfile.TemporaryDirectory(prefix="res2net-zoo-space-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # read whenever a file is stored
         gr.processing_utils.async_ssrf_protected_download = refuse_url

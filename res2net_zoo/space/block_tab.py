@@ -15,8 +15,8 @@ NOTE = """\
 The 1x1 convolution's output is split into s groups, and (Eq. 1 of the [paper](https://arxiv.org/abs/1904.01169))
 y<sub>1</sub> = x<sub>1</sub>, y<sub>2</sub> = K<sub>2</sub>(x<sub>2</sub>),
 y<sub>i</sub> = K<sub>i</sub>(x<sub>i</sub> + y<sub>i-1</sub>), where K<sub>i</sub> is a 3x3 convolution. So one block
-sees several scales: below each y<sub>i</sub> is its receptive field. A block that halves the resolution has no
-additions. In memory x<sub>1</sub> is the last group. Drawn is a block of the second stage.
+sees several scales: below each y<sub>i</sub> is its receptive field. A block that halves the resolution lacks
+the additions. In memory x<sub>1</sub> is the last group. Drawn is a block of the second stage.
 """
 
 

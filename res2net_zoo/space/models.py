@@ -21,7 +21,7 @@ from res2net_zoo.analysis import cam
 from res2net_zoo.data.labels import class_names
 from res2net_zoo.data.preprocessing import color_mode, data_config
 from res2net_zoo.inference.forward import Forward, create_forward
-from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.errors import InputError, one_line
 from res2net_zoo.weights.pretrained import create_model
 
 if TYPE_CHECKING:
@@ -156,13 +156,12 @@ class Models:
                 with self._offline, offline():
                     model = create_model(name)
         except InputError as error:
-            if reachable:
+            if local:
                 raise
-            raise WeightsUnreachableError(
-                f"The weights of {name} cannot be fetched, because the Hub is not reachable."
-            ) from error
+            reason = one_line(error) if reachable else "the Hub is not reachable"
+            raise WeightsUnreachableError(f"The weights of {name} cannot be fetched: {reason}.") from error
         if not model.num_classes:
-            raise InputError(f"{name} has no classifier.")
+            raise InputError(f"{name} lacks a classifier.")
         model = model.eval().to(self.accelerator.device, memory_format=torch.channels_last)
         config = data_config(model)
         forward = create_forward(model, self.backend, self.accelerator, 1)

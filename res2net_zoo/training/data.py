@@ -102,7 +102,8 @@ def open_training_data(
     if accelerator.is_main_process:
         for skipped in filter(None, {train.skipped: None, valid.skipped: None}):
             warn(f"skipped in {src}: {skipped}")
-    numbers = {f"the number of images of {source.split}": source.num_rows for source in (train, valid)}
+    splits = {"training": train, "evaluation": valid}
+    numbers = {f"the number of {use} images": source.num_rows for use, source in splits.items()}
     check_same(numbers, "give all machines the same data", "data")
     names = class_names(train, num_classes)
     check_names(train, valid, names)

@@ -123,9 +123,11 @@ def train(
     loop = Loop(objective, state, settings, checkpoints, accelerator)
     stopped = loop.run()
     if not stopped:
+        finish(objective, check)
         if args.profile:
             accelerator.print(throughput_of(loop, loader.num_workers))
-        finish(objective, check)
+        wait_for_all()
+        accelerator.end_training()
     return stopped
 
 
@@ -387,8 +389,6 @@ def finish(objective: Classification, check: Callable[[str], str]) -> None:
             f"the model is in {args.output}"
         )
         print(f"to reproduce: {check(report.data.valid.split)}")
-    wait_for_all()
-    accelerator.end_training()
 
 
 def load_everywhere(model: nn.Module, folder: Path, accelerator: Accelerator) -> None:

@@ -82,7 +82,7 @@ def run_main(main: Callable[[], int]) -> int:
         if "DataLoader worker" not in str(error):
             raise
         # Torch raises it wherever the program happens to be.
-        problem = f"a loader process has died ({error}), for want of memory perhaps; try again with fewer"
+        problem = f"a loader process has died ({error}), perhaps because memory is exhausted; try again with fewer"
         report(with_options(problem, "workers"))
         return 1
     except KeyboardInterrupt:
@@ -131,8 +131,11 @@ def lost_connection(error: BaseException) -> bool:
 
 def report_lost_connection(error: BaseException) -> None:
     """Print such an error as one line, in the first process of each machine, which loses whatever the others lose."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        time.sleep(3)  # if the process was on this machine, its launcher ends this one meanwhile
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    # If the lost process was on this machine, its launcher ends this one meanwhile. The launcher also ends the first
+    # process once another has ended, which must be later.
+    time.sleep(3 if first else 10)
+    if first:
         reason = re.sub(r"^\[\S+\] ", "", first_line(error)).partition(". ")[0]  # without gloo's source file
         problem = f"another process has ended or is out of reach ({reason}); its output may show why; run it again"
         report(with_options(problem, "resume"))

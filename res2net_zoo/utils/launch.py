@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -89,8 +90,12 @@ def launch(number: int, words: Sequence[str]) -> int:
     # Signals wait until this process can hand them on, and in the others until `joined`.
     signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
     try:
-        # The processes meet at a server of this one, on a port that nothing else can take in between.
-        store = torch.distributed.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        # The processes meet at a server of this one, on a port that nothing else can take in between. By itself, the
+        # store would listen on all interfaces.
+        server = socket.create_server(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+        options: Any = dict(wait_for_workers=False, master_listen_fd=server.detach())
+        store = torch.distributed.TCPStore("127.0.0.1", port, None, True, **options)
         context = start_processes(
             "res2net-zoo",
             sys.executable,
@@ -162,16 +167,18 @@ class Processes:
         if not codes:
             return 0
         own = [code for _, code in sorted(codes.items()) if code > 0]
-        if own:
+        if own and not (self._death and set(own) == {1}):  # 1 because another process was lost
             return own[0]
         rank, number = self._death or min((rank, -code) for rank, code in codes.items())
+        if self._received and not self._death:  # torch's launcher ends by SIGTERM those that are slow to obey
+            number = self._received[0]
         name = signal.Signals(number).name
         if number == signal.SIGINT:
             report("interrupted")
         elif number in self._received or number == signal.SIGTERM:
             report(f"stopped by {name}")
         else:
-            cause = ", for want of memory perhaps" if number == signal.SIGKILL else ""
+            cause = ", perhaps because memory is exhausted" if number == signal.SIGKILL else ""
             report(f"process {rank} of {len(self._pids)} was ended by {name}{cause}; the others were stopped")
             return 1
         return 128 + number

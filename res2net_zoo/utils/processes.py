@@ -162,7 +162,8 @@ def start_processes(threads: int | None = None, mixed_precision: str | None = No
     late = (
         f"the other processes have not started within {START_LIMIT // 60} minutes; start one launcher on each machine"
     )
-    with time_limit(START_LIMIT, late):
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # prints it for the machine
+    with time_limit(START_LIMIT + 10 * (not first), late if first else ""):
         try:
             accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[patience, views], **options)
         except ValueError as error:

@@ -2,10 +2,12 @@
 
 import contextlib
 import os
+import re
 import signal
 import stat
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -23,16 +25,27 @@ def ignore_job_signals(worker: int = 0) -> None:
     """
     for number in set(JOB_SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
-        signal.signal(signal.SIGTERM, lambda number, frame: None)  # if a library's thread receives it
+    if hasattr(signal, "sigwaitinfo") and other_threads_block(signal.SIGTERM):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=obey_parent, daemon=True).start()
-    else:  # as on macOS: only the first one is ignored
+    else:  # the sender is unknown: only the first one is ignored
         signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL) and None)
 
 
+def other_threads_block(number: int) -> bool:
+    """Return whether no other thread, not even of a library, can receive a signal; False if that is unknown.
+
+    Workers that are forked, as by default on Linux, start with one thread.
+    """
+    own, states = str(threading.get_native_id()), [*Path("/proc/self/task").glob("*/status")]
+    masks = [
+        re.search(r"^SigBlk:\s*([0-9a-f]+)", state.read_text(), re.M) for state in states if state.parent.name != own
+    ]
+    return bool(states) and all(mask and int(mask[1], 16) >> (number - 1) & 1 for mask in masks)
+
+
 def obey_parent() -> None:
-    """Wait for SIGTERM from the parent process, and end this one. The threads of this process must block SIGTERM."""
+    """Wait for SIGTERM from the parent process, and end this one. All threads of this process must block SIGTERM."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)  # as torch does

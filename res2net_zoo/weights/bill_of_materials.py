@@ -90,8 +90,8 @@ def renew(folder: Path, since: Collection[str] | None = None) -> None:
     result = check(folder)
     if result.passed is False:
         raise InputError(f"{folder / NAME} does not describe the folder: {result.found}; remove it to write a new one")
-    if result.passed is None:
-        changes = {NAME} if not (folder / NAME).exists() else _changes(folder).keys()
+    if result.passed is None or _unlisted(folder):
+        changes = {NAME} if not (folder / NAME).exists() else {*_changes(folder), *_unlisted(folder)}
         if since is None or changes & {NAME, *since}:
             write(folder)
 
@@ -129,6 +129,17 @@ def _changes(folder: Path) -> dict[str, str]:
     listed = _listed(read_json(folder / NAME, LARGEST))
     changes = {name: change for name, digest in listed.items() if (change := _change(folder, name, digest))}
     return changes | {name: "is not listed" for name in ESSENTIAL if name not in listed}
+
+
+def _unlisted(folder: Path) -> set[str]:
+    """Return the files that were added to a folder after its bill was written.
+
+    Raises:
+        InputError: It is not a bill of materials.
+    """
+    if not (folder / NAME).exists():
+        return set()
+    return {part.name for part in _files(folder)} - _listed(read_json(folder / NAME, LARGEST)).keys()
 
 
 def _listed(document: Any) -> dict[str, str]:

@@ -12,7 +12,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from res2net_zoo.utils.console import printable
@@ -288,7 +288,9 @@ def _hashing_config(payload: dict[str, Any] | None = None) -> "HashingConfig":
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{NAME} hashes files in an unsupported way: {one_line(error, 100)}") from error
         config.set_allow_symlinks(True)
-    return config.set_ignored_paths(paths=UNSIGNED)
+    covered = [PurePosixPath(name) for name in (_signed(payload) if payload else {})]
+    left = [path for path in (*UNSIGNED, *GIT) if not any(name.is_relative_to(path) for name in covered)]
+    return config.set_ignored_paths(paths=left, ignore_git_paths=False)
 
 
 def _read(path: Path) -> tuple[str, dict[str, Any]]:
@@ -312,15 +314,22 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
 
 def _signed(payload: dict[str, Any]) -> dict[str, str]:
     """Return the hash of every signed file."""
-    return {resource["name"]: resource["digest"] for resource in payload["predicate"]["resources"]}
+    signed = {resource["name"]: resource["digest"] for resource in payload["predicate"]["resources"]}
+    if not all(isinstance(text, str) for pair in signed.items() for text in pair):
+        raise TypeError("a name or a hash is not text")
+    return signed
 
 
 def _links(folder: Path, allowed: bool = True) -> list[str]:
-    """Return the symbolic links in a folder, without those of huggingface_hub's cache if these are allowed."""
-    links = (path for path in sorted(folder.rglob("*")) if path.is_symlink())
-    # Unlike `Path.resolve`, `realpath` raises no error for a link to itself.
-    found = (path for path in links if not (allowed and is_blob_of(folder, Path(os.path.realpath(path)))))
-    return [path.relative_to(folder).as_posix() for path in found]
+    """Return the symbolic links in a folder, without those to files of huggingface_hub's cache if these are allowed."""
+
+    def is_allowed(link: Path) -> bool:
+        # Unlike `Path.resolve`, `realpath` raises no error for a link to itself.
+        target = Path(os.path.realpath(link))
+        return allowed and target.is_file() and is_blob_of(folder, target)
+
+    links = (path for path in sorted(folder.rglob("*")) if path.is_symlink() and not is_allowed(path))
+    return [path.relative_to(folder).as_posix() for path in links]
 
 
 def _differences(folder: Path, hashing: "HashingConfig", payload: dict[str, Any]) -> str:

@@ -248,6 +248,8 @@ def test_resume_with_other_settings_is_refused(in_process, digits, tiny_folder, 
         (["--data", "x"], "choose one"),
         (["--streaming"], "--streaming needs --data"),
         (["--split", "train"], "--split needs --data"),
+        (["--output", ""], "--output is empty"),
+        (["--embeddings", ""], "--embeddings is empty"),
     ],
 )
 def test_bad_input(in_process, args, words):
@@ -273,6 +275,14 @@ def test_none_of_the_images_can_be_decoded(in_process, tmp_path):
     (tmp_path / "a.png").touch()
     line = input_error_after_warnings(in_process(PREDICT, tmp_path, "--skip-corrupt", "--output", f"{tmp_path}/out/"))
     assert "none of the 1 images can be decoded" in line and not manifest(tmp_path / "out")["complete"]
+
+
+def test_a_run_that_failed_in_its_first_shard_can_be_started_again(in_process, digits, tmp_path):
+    images = Path(shutil.copytree(digits / "plain", tmp_path / "images"))
+    (images / "00.png").write_bytes(b"")
+    args = [PREDICT, images, "--output", f"{tmp_path}/out/"]
+    assert "is corrupt" in input_error(in_process(*args))
+    assert in_process(*args, "--skip-corrupt").returncode == 1 and manifest(tmp_path / "out")["complete"]
 
 
 def input_error_after_warnings(result: subprocess.CompletedProcess) -> str:

@@ -38,8 +38,8 @@ class Server:
             self.port = free.getsockname()[1]
         self.temporary = folder
         command = [sys.executable, *program, "space", "--port", str(self.port), *words]
-        # Proxies of the environment do not apply to loopback.
-        env = {**os.environ, "TMPDIR": str(folder), "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
+        # A proxy that is down: it does not apply to the page itself.
+        env = {**os.environ, "TMPDIR": str(folder), "http_proxy": "http://127.0.0.1:9"}
         self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -338,5 +338,8 @@ def test_only_loopback_listens_and_a_used_port_is_an_error(server):
     command = [sys.executable, "-m", "res2net_zoo", "space", "--port", str(server.port)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert "(--port, --host)" in input_error(result)
+    command = [sys.executable, "-m", "res2net_zoo", "space", "--host", "192.0.2.1"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "cannot listen on 192.0.2.1: Cannot assign" in input_error(result)
     with socket.socket() as other, pytest.raises(OSError):
         other.connect(("127.0.0.2", server.port))  # another address of this machine

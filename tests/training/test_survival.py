@@ -276,7 +276,7 @@ def test_death_of_a_launched_process_is_reported_on_one_line(tmp_path):
     ended = running.end(30)
     lines = [line for line in ended.stderr.splitlines() if not re.search(r"\d elapsed\b", line)]
     assert ended.returncode == 1 and len(lines) == 1, ended.stderr
-    assert lines[0].startswith("error: process 1 of 2 was ended by SIGKILL, for want of memory perhaps")
+    assert lines[0].startswith("error: process 1 of 2 was ended by SIGKILL, perhaps because memory is exhausted")
     assert subprocess.run(["pgrep", "-f", f"output {tmp_path}"], capture_output=True).returncode == 1
 
 
@@ -476,7 +476,7 @@ def test_checkpoints_are_atomic_limited_and_never_unpickled(tmp_path, monkeypatc
     for step in range(4):
         checkpoints.save(step, {"step": step, "weight": torch.full((1000,), float(step))})
     assert [path.name for path in checkpoints.paths()] == ["step-000000002.pt", "step-000000003.pt"]
-    with full_disk(2000), pytest.raises(InputError, match="cannot write the checkpoint .*: File too large; make room"):
+    with full_disk(2000), pytest.raises(InputError, match=r"cannot write the checkpoint .*: File too large; make room"):
         checkpoints.save(4, {"weight": torch.zeros(100_000)})
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["step-000000002.pt", "step-000000003.pt"]
     assert checkpoints.load()["step"] == 3

@@ -81,7 +81,7 @@ def gone(pids: list[int]) -> bool:
     return False
 
 
-LOST = "error: process 1 of 2 was ended by SIGKILL, for want of memory perhaps; the others were stopped\n"
+LOST = "error: process 1 of 2 was ended by SIGKILL, perhaps because memory is exhausted; the others were stopped\n"
 OUTCOMES = {
     "raise InputError('the cat is missing', 'data')": (2, "error: the cat is missing\n"),
     f"os.kill(os.getpid(), 9) if rank else {SLEEP}": (1, LOST),

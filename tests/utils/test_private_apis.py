@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -181,10 +182,11 @@ def test_hub_client_factory():
     assert wrapped
 
 
-def test_hidden_module_cannot_be_imported():
-    with private_apis.hidden("wave"), pytest.raises(ImportError):
-        import wave
-    import wave
-
-    with private_apis.hidden("wave"):  # imported modules stay
-        assert sys.modules["wave"] is wave
+def test_hidden_module_cannot_be_imported(tmp_path, monkeypatch):
+    (tmp_path / "only_for_this_test.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with private_apis.hidden("only_for_this_test"), pytest.raises(ImportError):
+        import_module("only_for_this_test")
+    module = import_module("only_for_this_test")
+    with private_apis.hidden("only_for_this_test"):  # imported modules stay
+        assert sys.modules["only_for_this_test"] is module

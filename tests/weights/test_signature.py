@@ -286,6 +286,20 @@ class TestKeys:
         assert bill_of_materials.check(folder).passed
         assert run("verify", folder, "--public-key", keys.public).returncode == 0
 
+    def test_files_that_were_added_are_in_the_bill_of_a_signed_folder(self, folder, keys):
+        (folder / "more.json").write_text("{}")
+        assert run("sign", folder, "--key", keys.private).returncode == 0
+        assert '"more.json"' in (folder / "bom.cdx.json").read_text()
+        assert run("verify", folder, "--public-key", keys.public).returncode == 0
+
+    def test_folders_of_downloads_signed_by_the_package_itself(self, folder, keys):
+        cache = folder / ".cache" / "huggingface"
+        cache.mkdir(parents=True)
+        (cache / ".gitignore").write_text("*")
+        done = model_signing("sign", "key", folder, "--signature", folder / "model.sig", "--private_key", keys.private)
+        assert done.returncode == 0, done.stderr
+        assert run("verify", folder, "--public-key", keys.public).returncode == 0
+
     def test_a_folder_that_is_written_again_loses_its_signature(self, signed):
         write_model_folder(signed, timm.create_model("res2net_tiny"), model_card("tiny", "# tiny", "mit"))
         assert not (signed / "model.sig").exists() and bill_of_materials.check(signed).passed
@@ -398,6 +412,25 @@ class TestHub:
         (cached / "config.json").unlink()
         (cached / "config.json").symlink_to(signed / "config.json")
         assert "config.json is a symbolic link" in signature.check(cached, signature.trust_key(keys.public)).found
+
+    def test_links_in_the_cache_to_folders_are_refused(self, hub, signed, keys):
+        hub.add(self.KEY, signed)
+        from res2net_zoo.utils.hub_client import snapshot
+
+        cached = snapshot(self.REPO)
+        blobs = cached.parent.parent / "blobs"
+        (blobs / "more").mkdir()
+        (cached / "backbone").symlink_to(blobs / "more")
+        assert "backbone is a symbolic link" in signature.check(cached, signature.trust_key(keys.public)).found
+
+    def test_names_that_are_not_text_are_no_signature(self, hub, signed, keys):
+        content = json.loads((signed / "model.sig").read_text())
+        payload = json.loads(base64.b64decode(content["dsseEnvelope"]["payload"]))
+        payload["predicate"]["resources"] = [{"name": 1, "digest": "x"}]
+        content["dsseEnvelope"]["payload"] = base64.b64encode(json.dumps(payload).encode()).decode()
+        (signed / "model.sig").write_text(json.dumps(content))
+        for words in (["verify", signed, "--public-key", keys.public], ["publish", signed, "--repo-id", "zoo/x"]):
+            assert "is not a signature" in input_error(run(*words))
 
     def test_publish_refuses_a_signature_of_other_files(self, hub, signed):
         words = ["publish", signed, "--repo-id", self.REPO]
