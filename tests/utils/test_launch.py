@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from res2net_zoo.utils.launch import Processes
 from tests.conftest import ROOT, input_error
 
 # A program whose processes run the statement that it is given, and write their ids.
@@ -92,6 +93,26 @@ OUTCOMES = {
     f"code[0] = rank; rank or {SLEEP}": (1, ""),
     f"if rank == 0: raise InputError('only here')\n{SLEEP}": (2, "error: only here\n"),
 }
+
+
+@pytest.mark.parametrize(
+    ("received", "death", "codes", "code", "line"),
+    [
+        # Torch's launcher ends by SIGTERM a process that is slow to obey.
+        (signal.SIGINT, None, {0: -15, 1: -2}, 130, "interrupted"),
+        (signal.SIGHUP, None, {0: -15, 1: -1}, 129, "stopped by SIGHUP"),
+        # The last process fails because the second one was killed.
+        (None, (1, 9), {0: -9, 1: -9, 2: 1}, 1, "process 1 of 3 was ended by SIGKILL"),
+        (None, (1, 9), {0: 2, 1: -9}, 2, ""),
+    ],
+)
+def test_the_first_cause_determines_exit_code_and_message(capsys, received, death, codes, code, line):
+    processes = Processes({})
+    processes._received += [received] * (received is not None)
+    processes._death = death
+    processes._pids = dict.fromkeys(range(3), 0)
+    assert processes.exit_code(codes) == code
+    assert capsys.readouterr().err.startswith(f"error: {line}" if line else "")
 
 
 @pytest.mark.first_case
