@@ -70,7 +70,7 @@ def build(models: Models, examples: Sequence[Path]) -> gr.Dropdown:
         for values in answers(models, content, [models.shipped, ""]):
             yield [models.shipped, "", *values]
 
-    # The last of several quick changes counts, even if an answer is still on its way.
+    # A change during an answer is answered afterwards.
     run: dict[str, Any] = dict(
         concurrency_limit=4,
         trigger_mode="always_last",

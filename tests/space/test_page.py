@@ -94,9 +94,13 @@ def open_page(browser, server):
 
 
 def upload(page, path: Path) -> None:
+    """Upload an image as a user does, who sees that the page is ready for it."""
     remove = page.get_by_label("Remove Image")
     if remove.count():
+        page.wait_for_timeout(500)  # an event may still be on its way
         remove.click()
+        playwright.expect(page.locator("#status")).to_contain_text("Choose, paste", timeout=1000 * SECONDS)
+        page.wait_for_timeout(500)
     page.set_input_files("input[type=file]", path)
 
 
@@ -170,7 +174,7 @@ def test_unsuitable_uploads_leave_the_server_alive(open_page, tmp_path):
         "large.png": "9000 x 9000 pixels; the limit is 50 million",
     }.items():
         upload(page, tmp_path / name)
-        playwright.expect(page.locator("#status")).to_contain_text(reason)
+        playwright.expect(page.locator("#status")).to_contain_text(reason, timeout=1000 * SECONDS)
     upload(page, EXAMPLES / "digit_3.png")
     answered(page)
     assert first_class(page) == "3"
@@ -184,7 +188,7 @@ def test_two_users_get_their_own_answers(open_page):
         for page, digit in pairs:
             upload(page, EXAMPLES / f"digit_{digit}.png")
         for page, digit in pairs:
-            playwright.expect(page.locator("#first-classes h2")).to_have_text(str(digit))
+            playwright.expect(page.locator("#first-classes h2")).to_have_text(str(digit), timeout=1000 * SECONDS)
             answered(page)
 
 
