@@ -60,11 +60,11 @@ def main(args: argparse.Namespace) -> int:
     models = Models(accelerator, args.backend, shipped_model(), args.model)
     for name in args.model:
         models.load(name)
-    if args.host not in (LOOPBACK, "localhost", "::1"):
-        warn(f"anyone who can reach {args.host} can use the page")
     for number in set(heeded_signals()) - {signal.SIGINT}:
         signal.signal(number, lambda number, _: sys.exit(128 + number))  # deletes uploads, as Ctrl-C does
     with serve(models, sorted(shipped("space", "examples").glob("*.png")), args.host, args.port) as url:
+        if args.host not in (LOOPBACK, "localhost", "::1"):
+            warn(f"anyone who can reach {args.host} can use the page")
         print(f"the page is at {url} until Ctrl-C", flush=True)
         if args.browser:
             webbrowser.open(url)

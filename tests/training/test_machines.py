@@ -18,7 +18,7 @@ from tests.machines import Job, own_errors, small_disk, two_machines
 from tests.scenes import save_voc
 from tests.training.test_survival import SHORT, Running, differences, final, measured, steps_in
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.slow]  # a minute or more each
 LIMIT = 120  # seconds in which a machine notices that the other is lost
 TRAINING = [*SHORT, "--ema", 0.9, "--save-minutes", 0]
 LAST = 46  # steps of it
