@@ -47,7 +47,7 @@ from res2net_zoo.utils.command_line import within
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from res2net_zoo.inference.prediction import Images, Numbered, Prediction
+    from res2net_zoo.inference.prediction import Answer, Images, Numbered, Prediction
 
 MANY = 256  # images for which a faster backend saves more time than its choice takes
 PARQUET = "parquet"
@@ -113,6 +113,8 @@ def check_output(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     if args.format == PARQUET:
         if args.output is None:
             parser.error("--format parquet needs --output DIR")
+        if args.streaming and args.output.resolve().is_relative_to(Path(args.data).expanduser().resolve()):
+            parser.error(f"--output {args.output} is in the folder --data, which would change it; name another folder")
         if isinstance(args.embeddings, str):
             what = f"in a folder, embeddings are a column; write --embeddings without {args.embeddings}"
             parser.error(f"{what}, after the images or before another option")
@@ -195,23 +197,36 @@ def load_calibration(model: Any, args: argparse.Namespace, accelerator: "Acceler
     return main_first(accelerator, lambda: calibration_images(model, args.calibrate))
 
 
+def prepare_answer(
+    model: Any,
+    images: "Images",
+    args: argparse.Namespace,
+    accelerator: "Accelerator",
+    calibration: Any,
+    backend: str | None = None,
+) -> "tuple[Answer, str]":
+    """Return the forward pass and its backend: `backend`, or without one the fastest in int8 or for many images."""
+    from res2net_zoo.inference.prediction import create_answer
+
+    number = MANY if images.number is None else images.number
+    fast = args.mixed_precision == INT8 or (accelerator.device.type == "cpu" and number >= MANY)
+    size = max(1, min(args.batch_size, number))
+    backend = backend or ("auto" if fast else "torch")
+    return create_answer(model, bool(args.embeddings), backend, accelerator, size, calibration)
+
+
 def predict(
     model: Any,
+    answer: "Answer",
     images: "Images",
     batches: "Iterable[list[Numbered]]",
     args: argparse.Namespace,
     accelerator: "Accelerator",
-    calibration: Any,
 ) -> "Iterator[list[Prediction]]":
-    """Yield the predictions of this process, by the fastest backend in int8 or if there are many images."""
-    from res2net_zoo.inference.prediction import create_answer, predict_batches
+    """Yield the predictions of this process."""
+    from res2net_zoo.inference.prediction import predict_batches
     from res2net_zoo.utils.processes import default_workers
 
-    number = MANY if images.number is None else images.number
-    fast = args.mixed_precision == INT8 or (accelerator.device.type == "cpu" and number >= MANY)
-    backend = args.backend or ("auto" if fast else "torch")
-    size = max(1, min(args.batch_size, number))
-    answer = create_answer(model, bool(args.embeddings), backend, accelerator, size, calibration)
     workers = default_workers(accelerator.device) if args.workers is None else args.workers
     if images.number is not None and images.number <= args.batch_size * accelerator.num_processes:
         workers = 0  # one batch: a worker would have nothing to do while the model runs
@@ -232,9 +247,10 @@ def predict_to_file(images: "Images", args: argparse.Namespace, accelerator: "Ac
         check_writable_by_main(path, accelerator)
     model = load_model(args, accelerator)
     calibration = load_calibration(model, args, accelerator)
+    answer, _ = prepare_answer(model, images, args, accelerator, calibration, args.backend)
     rank, world = accelerator.process_index, accelerator.num_processes
     batches = batches_in_turns(images, args.batch_size, rank, world)
-    predictions = gathered(predict(model, images, batches, args, accelerator, calibration))
+    predictions = gathered(predict(model, answer, images, batches, args, accelerator))
     writer = prediction_writer(args.output, args.embeddings, args.format, class_names(model), images)
     skipped = written = 0
     with contextlib.ExitStack() as stack:
@@ -251,7 +267,7 @@ def predict_to_file(images: "Images", args: argparse.Namespace, accelerator: "Ac
             if write is not None:
                 write(prediction)
         if not written:
-            raise InputError(f"none of the {skipped} images can be decoded")
+            raise InputError(f"none of the {skipped} images can be decoded" if skipped else "the data have no images")
     return skipped
 
 
@@ -269,13 +285,17 @@ def predict_to_folder(images: "Images", args: argparse.Namespace, accelerator: "
     recorded = folder.open(args.resume)
     model = load_model(args, accelerator)
     calibration = load_calibration(model, args, accelerator)
-    size = args.shard_size or (recorded or {}).get("shard_size", SHARD_SIZE)
-    folder.find(settings_of(model, images, calibration, size, args, accelerator), recorded)
+    # All shards are of one backend, because the last digits of scores depend on it.
+    earlier = recorded or {}
+    backend = earlier.get("backend", args.backend) if args.backend in (None, "auto") else args.backend
+    answer, backend = prepare_answer(model, images, args, accelerator, calibration, backend)
+    size = args.shard_size or earlier.get("shard_size", SHARD_SIZE)
+    folder.find(settings_of(model, images, calibration, backend, size, args, accelerator), recorded)
     if not folder.was_complete:
         rank, world = accelerator.process_index, accelerator.num_processes
         found = frozenset(folder.shards)  # a copy, because the folder adds those that it writes
         batches = batches_of_shards(images, args.batch_size, size, found, rank, world)
-        predictions = predict(model, images, batches, args, accelerator, calibration)
+        predictions = predict(model, answer, images, batches, args, accelerator)
         done = sum(shard.images for shard in folder.shards.values())
         with progress_bar(accelerator, total=images.number, initial=done, desc="predict", unit="image") as progress:
             folder.write(predictions, class_names(model), images, progress)
@@ -284,7 +304,13 @@ def predict_to_folder(images: "Images", args: argparse.Namespace, accelerator: "
 
 
 def settings_of(
-    model: Any, images: "Images", calibration: Any, shard_size: int, args: argparse.Namespace, accelerator: Any
+    model: Any,
+    images: "Images",
+    calibration: Any,
+    backend: str,
+    shard_size: int,
+    args: argparse.Namespace,
+    accelerator: "Accelerator",
 ) -> dict[str, Any]:
     """Return what the predictions depend on, the same in all processes."""
     from accelerate.utils import broadcast_object_list
@@ -298,7 +324,7 @@ def settings_of(
             "model": args.model,
             **model_identity(model),
             "precision": INT8 if args.mixed_precision == INT8 else PRECISIONS[accelerator.mixed_precision],
-            "backend": args.backend,
+            "backend": backend,
             "calibration_sha256": None if calibration is None else hashlib.sha256(calibration.numpy()).hexdigest(),
             "data": images.name or None,
             "split": args.split,

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from res2net_zoo.data.images import Samples, read_named
 from res2net_zoo.data.preprocessing import Normalize, evaluation_samples
-from res2net_zoo.inference.forward import create_forward
+from res2net_zoo.inference.forward import TORCH, create_forward
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.processes import all_or_none
 from res2net_zoo.utils.shutdown import ignore_job_signals
@@ -208,8 +208,8 @@ def _as_it_is(batch: Batch) -> Batch:
 
 def create_answer(
     model: Any, embeddings: bool, backend: str, accelerator: Accelerator, batch_size: int, calibration: Any = None
-) -> Answer:
-    """Return the forward pass.
+) -> tuple[Answer, str]:
+    """Return the forward pass, and the backend that runs it in all processes.
 
     Args:
         model: A timm model on the accelerator's device, in eval mode.
@@ -220,15 +220,15 @@ def create_answer(
         calibration: As for `create_forward`.
     """
     if not embeddings:
-        forward = create_forward(model, backend, accelerator, batch_size, calibration).call
-        return lambda images: (forward(images), None)
+        forward = create_forward(model, backend, accelerator, batch_size, calibration)
+        return lambda images: (forward.call(images), None), forward.backend
 
     def with_embeddings(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with accelerator.autocast():
             features = model.forward_features(images)
             return model.forward_head(features), model.forward_head(features, pre_logits=True)
 
-    return with_embeddings
+    return with_embeddings, TORCH
 
 
 def predict_batches(

@@ -205,6 +205,19 @@ def test_resume_predicts_only_what_is_missing(in_process, digits, tmp_path):
         assert kept == ["part-000002.parquet", "part-000004.parquet"] or without
 
 
+def test_resume_takes_the_backend_of_the_first_run(in_process, digits, tmp_path):
+    out = tmp_path / "out"
+    args = [PREDICT, digits / "plain", "--output", out, "--shard-size", 4]
+    assert in_process(*args, "--backend", "eager").returncode == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert manifest(out)["settings"]["backend"] == "eager"
+    for options in [], ["--backend", "auto"]:  # without --resume, 20 images are predicted by plain PyTorch
+        (out / "part-000001.parquet").unlink()
+        result = in_process(*args, "--resume", *options)
+        assert result.returncode == 0, result.stderr
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 @pytest.mark.first_case
 @pytest.mark.parametrize(
     ("changed", "words"),
@@ -212,7 +225,7 @@ def test_resume_predicts_only_what_is_missing(in_process, digits, tmp_path):
         (["--topk", 3], "topk was 5, is 3"),
         (["--shard-size", 5], "shard_size was 4, is 5"),
         (["--precision", "bfloat16"], "precision was float32, is bfloat16"),
-        (["--backend", "eager"], "backend was None, is eager"),
+        (["--backend", "eager"], "backend was torch, is eager"),
         (["--embeddings"], "embeddings was False, is True"),
         (["--model", "TINY"], "other weights"),
         (["DATA"], "other data"),
@@ -254,6 +267,11 @@ def test_resume_with_other_settings_is_refused(in_process, digits, tiny_folder, 
 )
 def test_bad_input(in_process, args, words):
     assert words in input_error(in_process(PREDICT, "README.md", *args))
+
+
+def test_the_output_must_not_change_a_stream(in_process, digits):
+    args = ["--data", digits / "classes", "--streaming", "--output", digits / "classes" / "out"]
+    assert "is in the folder --data" in input_error(in_process(PREDICT, *args))
 
 
 def test_corrupt_images(in_process, digits, tmp_path):
