@@ -14,6 +14,7 @@ from res2net_zoo.utils.processes import all_or_none
 from res2net_zoo.utils.timing import synchronize
 
 SECONDS = 5.0  # duration of each measurement
+COMPETING = 0.75  # of the slower part's throughput; below it, neither part alone explains that of the whole
 T = TypeVar("T")
 
 
@@ -33,13 +34,19 @@ class Throughput:
     whole: float | None
     workers: int
 
+    @property
+    def limit(self) -> str:
+        """What limits the whole."""
+        if self.whole is not None and self.whole < COMPETING * min(self.loader, self.model):
+            return "slower than either, because they compete for the CPU or the run is short"
+        return f"limited by {'data loading' if self.loader < self.model else 'the model'}"
+
     def __str__(self) -> str:
-        slower = "data loading" if self.loader < self.model else "the model"
         whole = "-" if self.whole is None else f"{self.whole:.1f}"
         workers = f"{self.workers} worker{'s' * (self.workers != 1)} per process"
         return (
             f"images/s: data loading alone {self.loader:.1f} ({workers}), model alone {self.model:.1f}, "
-            f"together {whole}; limited by {slower}"
+            f"together {whole}; {self.limit}"
         )
 
 

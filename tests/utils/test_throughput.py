@@ -39,6 +39,13 @@ def test_the_slower_part_is_named_and_a_run_without_images_has_no_rate():
     assert text == f"images/s: {loading}, model alone 20.0, together -; limited by data loading"
 
 
+@pytest.mark.parametrize(("whole", "competing"), [(8.0, False), (7.0, True)])
+def test_a_whole_below_both_parts_is_not_blamed_on_one(whole, competing):
+    text = str(Throughput(loader=10.0, model=20.0, whole=whole, workers=1))
+    assert ("limited by data loading" in text) != competing
+    assert ("slower than either, because they compete for the CPU or the run is short" in text) == competing
+
+
 def test_batches_without_images_are_skipped_and_none_at_all_is_an_error():
     batches = [[], [0, 0]]
     seen = []
