@@ -70,9 +70,11 @@ def main(args: argparse.Namespace) -> int:
         print(markdown_table(("checkpoint", "MB", "licence", "from"), rows))
     if failed:
         names = ", ".join(name for name, _ in failed)
-        several = InputError(f"{len(failed)} of {len(checkpoints)} are missing ({names}); run it again to resume")
+        refused = all(isinstance(error, SignatureError) for _, error in failed)
+        outcome = "are refused ({})" if refused else "are missing ({}); run it again to resume"
+        several = InputError(f"{len(failed)} of {len(checkpoints)} {outcome.format(names)}")
         problem = several if len(checkpoints) > 1 else failed[0][1]
-        if all(isinstance(error, SignatureError) for _, error in failed):
+        if refused:
             report(problem)
             return 1
         raise problem

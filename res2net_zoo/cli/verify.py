@@ -68,6 +68,8 @@ def main(args: argparse.Namespace) -> int:
     folder = Path(args.model)
     if source == "local-dir" or (source != "hf-hub" and (os.path.exists(folder) or is_path(args.model))):
         check_folder(args.model)
+        if args.output and args.output.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{args.output} is in the folder that is verified, which would change it", "output")
         if args.revision:
             raise InputError(f"{folder} is a folder, which has no revisions; remove --revision")
     elif "/" not in args.model:

@@ -132,6 +132,11 @@ class TestSignAndVerify:
         (signed / "model.sig").unlink()
         assert "| not signed" in run("verify", signed).stdout
 
+    def test_the_checks_are_not_written_into_the_folder(self, signed, keys):
+        before = read_tree(signed)
+        line = input_error(run("verify", signed, "--public-key", keys.public, "--output", signed / "checks.json"))
+        assert "is in the folder that is verified" in line and "--output" in line and read_tree(signed) == before
+
     def test_the_command_of_model_signing_verifies_our_folders_and_we_its(self, signed, keys, others):
         where = ("--signature", signed / "model.sig", "--public_key")
         done = model_signing("verify", "key", signed, *where, keys.public)
@@ -495,6 +500,7 @@ class TestMirror:
         assert result.returncode == 1 and "from its release, which is not signed" in result.stderr
         result = self.mirror(tmp_path, entry, "res2net50_vd_26w_4s.ssld_in1k", "--public-key", keys.public)
         assert result.returncode == 1 and (tmp_path / "mirror" / entry / "model.sig").is_file()
+        assert "1 of 2 are refused (res2net50_vd_26w_4s.ssld_in1k)" in result.stderr
 
 
 def test_without_the_extra(folder, keys, monkeypatch):
