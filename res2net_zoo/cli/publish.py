@@ -130,16 +130,26 @@ def repo_type(args: argparse.Namespace) -> Literal["model", "space"]:
 
 def prepare(args: argparse.Namespace, folder: Path) -> None:
     """Sign a folder, or else renew the bill of materials of an unsigned one whose card has changed."""
-    import os
-
     from res2net_zoo.utils.files import locked
-    from res2net_zoo.weights import bill_of_materials, signature
+    from res2net_zoo.weights import bill_of_materials
 
     if args.sign_with:
         with locked(folder):
             print(sign_folder(args, folder, args.sign_with))
-    elif not os.path.lexists(folder / signature.NAME) and os.access(folder, os.W_OK):
-        bill_of_materials.renew(folder, since=["README.md"])
+    elif has_stale_bill(args, folder):
+        bill_of_materials.write(folder)
+
+
+def has_stale_bill(args: argparse.Namespace, folder: Path) -> bool:
+    """Return whether the bill of materials is written again before the folder is published."""
+    import os
+
+    from res2net_zoo.weights import bill_of_materials, signature
+
+    if args.sign_with:
+        return bill_of_materials.is_stale(folder)
+    signed = os.path.lexists(folder / signature.NAME)
+    return not signed and os.access(folder, os.W_OK) and bill_of_materials.is_stale(folder, since=["README.md"])
 
 
 def needs_license(args: argparse.Namespace, plan: "publish.UploadPlan") -> bool:
@@ -174,6 +184,8 @@ def show_plan(args: argparse.Namespace, folder: Path, repo_id: str) -> "publish.
 
     plan, unreachable = publish.make_plan_or_guess(folder, repo_id, args.revision, args.private, repo_type(args))
     print(table(plan))
+    if not args.space and has_stale_bill(args, folder):
+        print("would write the folder's bill of materials, bom.cdx.json, before")
     if args.sign_with:
         signer_of(args, args.sign_with)
         print(f"would sign the folder with {args.sign_with} before")

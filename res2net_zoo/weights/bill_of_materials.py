@@ -78,7 +78,13 @@ def update(folder: Path) -> None:
 
 
 def renew(folder: Path, since: Collection[str] | None = None) -> None:
-    """Write the bill of materials again if it is missing, or other files than weights and config have changed since.
+    """Write the bill of materials again if it is stale, see `is_stale`."""
+    if is_stale(folder, since):
+        write(folder)
+
+
+def is_stale(folder: Path, since: Collection[str] | None = None) -> bool:
+    """Return whether the bill of materials is missing, or other files than weights and config have changed since.
 
     Args:
         folder: The folder.
@@ -90,10 +96,8 @@ def renew(folder: Path, since: Collection[str] | None = None) -> None:
     result = check(folder)
     if result.passed is False:
         raise InputError(f"{folder / NAME} does not describe the folder: {result.found}; remove it to write a new one")
-    if result.passed is None or _unlisted(folder):
-        changes = {NAME} if not (folder / NAME).exists() else {*_changes(folder), *_unlisted(folder)}
-        if since is None or changes & {NAME, *since}:
-            write(folder)
+    changes = {NAME} if not (folder / NAME).exists() else {*_changes(folder), *_unlisted(folder)}
+    return bool(changes if since is None else changes & {NAME, *since})
 
 
 def check(folder: Path) -> Check:

@@ -112,6 +112,16 @@ class TestPublish:
             "metrics.csv"
         ]
 
+    def test_dry_run_announces_a_new_bill_of_materials(self, hub, publish, folder):
+        line = "would write the folder's bill of materials, bom.cdx.json, before"
+        assert line not in publish(folder, "--repo-id", REPO, "--dry-run").stdout
+        card = folder / "README.md"
+        card.write_text(card.read_text() + "\nMore.\n")
+        before = read_tree(folder)
+        assert line in publish(folder, "--repo-id", REPO, "--dry-run").stdout and read_tree(folder) == before
+        assert publish(folder, "--repo-id", REPO).returncode == 0
+        assert read_tree(folder)["bom.cdx.json"] != before["bom.cdx.json"]
+
     def test_hidden_files_are_not_uploaded(self, hub, publish, folder):
         for name in (".cache/huggingface/download/x.metadata", ".git/config", "model.safetensors.0123.part", ".env"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
