@@ -285,6 +285,7 @@ class Report:
                 one, and the run folder the best of each kind.
         """
         epoch = self.metrics[-1]["epoch"]
+        changed = {self.folder}
         both = ("", "ema_")
         for kind, module in zip(both, (model, average), strict=True):
             if module is None:
@@ -298,8 +299,10 @@ class Report:
                         folder, module, training_card(self, folder, kinds), self.data.names, origin=self.origin
                     )
                     write_recipe(folder, self.settings)
+                    changed.add(folder)
         write_metrics(self.folder, self.metrics)
-        bill_of_materials.update(self.folder)
+        for folder in changed:
+            bill_of_materials.update(folder)
 
     @_writing
     def finish(self, mistakes: Mistakes, rates: Sequence[tuple[float, float]], counts: Counts) -> None:

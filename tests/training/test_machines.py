@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -64,15 +65,33 @@ def test_validate_and_predict_equal_two_processes_on_one_machine(machines, progr
     assert (machines[0].folder / "found.csv").read_text() == (tmp_path / "found.csv").read_text()
 
 
-def test_train_task_equals_two_processes_on_one_machine(machines, tmp_path):
-    args = ["--task", "segmentation", "--model", "res2net_tiny", "--img-size", 64, "--workers", 1, "--threads", 1]
-    args += ["--head", "unet", "--epochs", 2, "--batch-size", 4, "--data", save_voc(tmp_path / "voc", train=16, val=7)]
+def test_tasks_equal_two_processes_on_one_machine(machines, program, tmp_path):
+    data = ["--data", save_voc(tmp_path / "voc", train=16, val=7), "--batch-size", 4, "--workers", 1, "--threads", 1]
+    args = [
+        "--task",
+        "segmentation",
+        "--model",
+        "res2net_tiny",
+        "--img-size",
+        64,
+        "--head",
+        "unet",
+        "--epochs",
+        2,
+        *data,
+    ]
     succeeded(Job(machines, "train-task", *args, "--output", tmp_path / "machine-{rank}" / "model"))
     one = Running(tmp_path / "model", *args, processes=2, script="scripts/train_task.py").end()
     assert one.returncode == 0, one.stderr
     for name in ("model.safetensors", "metrics.csv"):
         assert (machines[0].folder / "model" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
     assert not (machines[1].folder / "model").exists()
+
+    args = [tmp_path / "model", *data, "--output"]
+    succeeded(Job(machines, "validate-task", *args, tmp_path / "machine-{rank}" / "figures.json"))
+    assert program("scripts/validate_task.py", *args, tmp_path / "figures.json", processes=2).returncode == 0
+    found, expected = (json.loads((folder / "figures.json").read_text()) for folder in (machines[0].folder, tmp_path))
+    assert found == expected
 
 
 def worker_of(machine) -> int:
@@ -151,6 +170,30 @@ def test_loss_ends_validation(machines, tmp_path, fault):
         seconds = time.monotonic() - start
         print(f"{fault}: machine {rank} ended after {seconds:.0f} s, code {ended.returncode}: {own_errors(ended)}")
         assert ended.returncode and len(own_errors(ended)) == 1, ended.stderr
+
+
+def test_predictions_go_on_after_the_link_is_cut(machines, program, tmp_path):
+    images, original, out = tmp_path / "images", tmp_path / "large.jpg", tmp_path / "out"
+    images.mkdir()
+    Image.new("RGB", (1000, 1000), "red").save(original)
+    for i in range(1000):
+        (images / f"{i:03}.jpg").symlink_to(original)
+    args = ["predict", images, "--backend", "torch", "--shard-size", 8, "--output", out]  # shared
+    job = Job(machines, *args)
+    job.wait_for("part-000003.parquet", out)
+    start = time.monotonic()
+    machines[1].cut()
+    for rank in (0, 1):
+        ended = job.end(rank, LIMIT)
+        print(f"link cut: machine {rank} ended after {time.monotonic() - start:.0f} s: {own_errors(ended)}")
+        assert ended.returncode and len(own_errors(ended)) == 1, ended.stderr
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
+    assert len(finished) < 125
+    resumed = program("scripts/predict.py", *args[1:], "--resume", processes=2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    shards = [pq.read_table(path)["index"].to_pylist() for path in sorted(out.glob("*.parquet"))]
+    assert [index for shard in shards for index in shard] == list(range(1000))
 
 
 def test_full_disk_of_the_output(machines, whole, tmp_path):

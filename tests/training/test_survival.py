@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from res2net_zoo.training.checkpoints import Checkpoints
 from res2net_zoo.utils.errors import InputError
+from res2net_zoo.weights import bill_of_materials
 from tests.conftest import ROOT, SHIPPED_DATA, full_disk, input_error, read_tree
 
 FINETUNE = "scripts/finetune.py"
@@ -504,6 +505,7 @@ def test_trained_weights_pass_validation(in_process, tmp_path):
     for name, place in {**folders, "best": folder}.items():
         checked = in_process("scripts/validate.py", "--model", f"local-dir:{place}", "--check")
         assert checked.returncode == 0, (name, checked.stdout)
+        assert not bill_of_materials.is_stale(place), name
     raw, ema, chosen = (load_file(place / "model.safetensors") for place in (*folders.values(), folder))
     assert any((raw[key] != ema[key]).any() for key in raw)
     same = ema if best[2] else raw
