@@ -2,13 +2,13 @@
 
 Usage: res2net-zoo convert [--model NAME] [--checkpoint FILE] --output DIR
 
-FILE is a published weight file, or any checkpoint with a Res2Net in it: of a training run, a detector, a segmenter.
+FILE is a published weight file, or any checkpoint that contains a Res2Net: of a training run, detector or segmenter.
 The one complete Res2Net is found by the names and shapes of its tensors, under any prefix, and its model is recognized.
 The wiring (official, paddle, mmdet) determines what the weights compute; name it if the file does not show it.
 
-With NAME as arch.tag, a checkpoint of the catalogue, the whole file must match it; without FILE it is downloaded.
+If NAME is arch.tag, a checkpoint of the catalogue, the whole file must match it; without FILE it is downloaded.
 
-The folder holds model.safetensors, config.json, a card, a fingerprint and a bill of materials. The output is
+The folder contains model.safetensors, config.json, a card, a fingerprint and a bill of materials. The output is
 reproducible: the same file always results in the same bytes.
 
 Examples:

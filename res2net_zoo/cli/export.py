@@ -53,16 +53,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=within(int, 1, 4096),
         help="height and width of the images in pixels (default: the model's own)",
     )
-    add("--batch-size", type=within(int, 1), help="fix the number of images of a batch (default: any number)")
+    add("--batch-size", type=within(int, 1), help="fixed batch size (default: dynamic)")
     add(
         "--opset",
         type=within(int, 1),
-        help="version of the ONNX operators (default: 18, supported by runtimes since 2023)",
+        help="ONNX opset (default: 18, supported by runtimes since 2023)",
     )
     add(
         "--precision",
         choices=("float32", "float16", "int8"),
-        help="float16 stores the weights of an OpenVINO file in it, int8 quantizes the model (default: float32)",
+        help="float16 stores the weights of an OpenVINO file in float16, int8 quantizes the model (default: float32)",
     )
     add("--images", nargs="+", metavar="IMAGE", help=f"check on these {IMAGES} (default: the shipped digits)")
     quantized = parser.add_argument_group("int8").add_argument
@@ -73,7 +73,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "digits)",
     )
     quantized("--label-column", help="label column of DATA, if ambiguous")
-    about = f"largest loss of top-1 in percentage points; with more nothing is written (default: {MAX_LOSS})"
+    about = f"maximum loss of top-1 in percentage points; above it nothing is written (default: {MAX_LOSS})"
     quantized("--max-loss", type=within(float, 0, 100), help=about)
     quantized("--force", action="store_true", help="write the file even if it loses more")
     args = parser.parse_args(argv)

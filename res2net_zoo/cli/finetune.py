@@ -94,7 +94,8 @@ def add_data(add: Callable[..., object]) -> None:
     )
     add("--check", action=flag, default=True, help="decode every image once before training starts")
     add("--skip-corrupt", action=flag, default=False, help="skip images that cannot be decoded, and report them")
-    add("--recipe", help=f"{recipe_names()}, or a .toml file (default: finetune with --pretrained, else scratch)")
+    default = "digits without --model and --data, finetune with --pretrained, else scratch"
+    add("--recipe", help=f"{recipe_names()}, or a .toml file (default: {default})")
     add(
         "--license",
         metavar="TEXT",
@@ -150,7 +151,7 @@ def add_model(add: Callable[..., object]) -> None:
         type=frozen_stages,
         default="0",
         metavar="N",
-        help="number of stages to freeze, from the stem on, or `all` but the classifier (default: %(default)s)",
+        help="number of stages to freeze, from the stem on, or `all` for all but the classifier (default: %(default)s)",
     )
     add("--freeze-bn", action=flag, default=False, help="do not update BatchNorm statistics")
     add("--drop", type=within(float, 0, 0.99), default=0.0, help="dropout before the classifier (default: %(default)s)")

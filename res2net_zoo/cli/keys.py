@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 PASSWORD = "RES2NET_ZOO_KEY_PASSWORD"
 SIGSTORE = "sigstore"
 KEY_HELP = (
-    f"private key that signs, a PEM file (EC; its password is asked for, or taken from {PASSWORD}), or {SIGSTORE}"
+    f"private key, a PEM file (EC; if encrypted, its password is read from {PASSWORD} or the terminal), or {SIGSTORE}"
 )
 
 
@@ -23,9 +23,9 @@ def add_trust(add: Callable[..., object], advice: str) -> None:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help=f"{advice} with a certificate that those in these PEM files vouch for",
+        help=f"{advice} with a certificate issued by those in these PEM files",
     )
-    add("--identity", metavar="NAME", help=f"{advice} by Sigstore for this mail address or workflow (needs a network)")
+    add("--identity", metavar="NAME", help=f"{advice} by Sigstore for this email address or workflow (needs a network)")
     add("--identity-provider", metavar="URL", help="with --identity: the OpenID Connect provider that confirmed it")
 
 
@@ -52,7 +52,12 @@ def trust_of(args: argparse.Namespace) -> "Trust | None":
 
 def add_certificate(add: Callable[..., object], key: str) -> None:
     """Add the certificate of a private key, which the option `key` names."""
-    add("--certificate", type=Path, metavar="FILE", help=f"certificate of {key}, a PEM file, to put in the signature")
+    add(
+        "--certificate",
+        type=Path,
+        metavar="FILE",
+        help=f"certificate of {key}, a PEM file, to include in the signature",
+    )
     add(
         "--certificate-chain",
         type=Path,

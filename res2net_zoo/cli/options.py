@@ -77,7 +77,7 @@ def precision_or_int8(text: str) -> str:
 
 def add_calibrate(add: Callable[..., object], default: str) -> None:
     """Add the calibration images of int8; `default` describes which are used without the option."""
-    about = f"data as for validate whose training split, or else only split, calibrates int8 (default: {default})"
+    about = f"data as for validate; its training split, else its only split, calibrates int8 (default: {default})"
     add("--calibrate", metavar="DATA", help=about)
 
 

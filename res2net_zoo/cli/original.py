@@ -2,10 +2,10 @@
 
 Usage: res2net-zoo original NAME [--keys authors|mmdet|mmpretrain] [--output FILE]
 
-For projects that hold a copy of the authors' file and load its weights from a path, and for configs of OpenMMLab. NAME
-is a model of the authors' code (res2net50_v1b_26w_4s), the zoo's name of it (res2net50d), or a trained one
-(local-dir:DIR, hf-hub:ORG/NAME). Published weights are downloaded and verified, or read from the cache or the mirror.
-The same weights result in the same bytes.
+For projects with a copy of the authors' code that load its weights from a path, and for OpenMMLab configs. NAME is a
+model of the authors' code (res2net50_v1b_26w_4s), its name in the zoo (res2net50d), or a trained model (local-dir:DIR,
+hf-hub:ORG/NAME). Published weights are downloaded and verified, or read from the cache or the mirror. The output is
+reproducible.
 
 Examples:
   res2net-zoo original res2net50_v1b_26w_4s --output lib/res2net50_v1b_26w_4s-3cf99910.pth
@@ -34,7 +34,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--keys",
         choices=("authors", "mmdet", "mmpretrain"),
         default="authors",
-        help="whose names of the tensors; MMDetection's backbone has no classifier (default: %(default)s)",
+        help="naming of the tensors; mmdet writes no classifier (default: %(default)s)",
     )
     parser.add_argument(
         "--output",

@@ -6,8 +6,9 @@ Folders are searched recursively. The result does not depend on the number of pr
 model recognizes digits. Bytes of a path that are not UTF-8 are written as \udcXX, as in Python's `os.fsdecode`.
 
 For many images the output is a folder of Parquet files: with --format parquet, or without --format if --output is a
-folder or ends in /, or with --data if it lacks a suffix. Each file is written whole, and --resume continues after the
-last.
+folder or ends in /, or with --data if it lacks a suffix. Each file is written atomically, and --resume writes the
+missing ones.
+
 SRC is a Hub dataset id, a folder, or local Parquet, Arrow or WebDataset files.
 
 Examples:

@@ -2,11 +2,11 @@
 
 Usage: res2net-zoo predict-task NAME IMAGE ... --output DIR [--threshold T] [--detector NAME]
 
-NAME is a folder written by `res2net-zoo train-task`, local-dir:DIR or hf-hub:ORG/NAME. For each image, DIR receives a
-PNG, which shows boxes, masks or keypoints, or is the saliency map, and a JSON file of the same name with the path of
-the image, the classes and the objects: labels, scores, boxes (left, top, width, height in pixels), keypoints, and masks
-in COCO's run-length encoding. Keypoint models expect one person that fills the image; with --detector, keypoints are
-predicted for each person detected by another model.
+NAME is a folder written by `res2net-zoo train-task`, local-dir:DIR or hf-hub:ORG/NAME. For each image, it writes to DIR
+a PNG with boxes, masks or keypoints, or the saliency map, and a JSON file with the path of the image, the classes and
+the objects: labels, scores, boxes (left, top, width, height in pixels), keypoints, and masks in COCO's run-length
+encoding. Keypoint models expect one person that fills the image; with --detector, keypoints are predicted for each
+person detected by another model.
 
 Examples:
   res2net-zoo predict-task outputs/voc street.jpg --output drawn

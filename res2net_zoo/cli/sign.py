@@ -1,17 +1,17 @@
-"""Sign a model folder, so that others can verify whose it is.
+"""Sign a model folder, so that others can verify its origin.
 
 Usage: res2net-zoo sign DIR --key KEY [--certificate FILE [--certificate-chain FILE ...]]
 
 The signature, model.sig, covers every file of the folder, except what git and huggingface_hub add. It follows OpenSSF
 Model Signing; the command `model_signing` verifies it as well. If the bill of materials is missing or older than the
-card, it is written first. Run it again after each change of the folder.
+card, it is written first. Sign again after each change of the folder.
 
 Examples:
   res2net-zoo sign outputs/mine --key key.pem
   res2net-zoo sign outputs/mine --key key.pem --certificate me.crt --certificate-chain between.crt
   res2net-zoo sign outputs/mine --key sigstore
 
-To make a key, and the public key for others:
+To create a private and a public key:
   openssl ecparam -name prime256v1 -genkey -noout -out key.pem
   openssl ec -in key.pem -pubout -out key.pub
 

@@ -2,8 +2,8 @@
 
 Usage: res2net-zoo space [--host ADDRESS] [--port N] [--model NAME ...]
 
-The page is served on this machine, to this machine only unless --host names another address, until Ctrl-C. It sends
-nothing to other hosts; weights are fetched when a model is chosen. Files of images are deleted within minutes.
+The page is served until Ctrl-C, on loopback only unless --host names another address. It sends nothing to other hosts;
+weights are downloaded when a model is chosen. Uploaded images are deleted within minutes.
 
 Examples:
   res2net-zoo space
@@ -36,7 +36,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--model",
         nargs="+",
         default=[],
-        help="further models to offer, such as local-dir:DIR; the page starts with them",
+        help="additional models, such as local-dir:DIR, selected at the start",
     )
     add("--browser", action="store_true", help="open the page in the default browser")
     add_machine(add, workers=False)

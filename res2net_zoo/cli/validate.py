@@ -72,7 +72,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument(
         "--benchmark",
         choices=("imagenet-1k", "imagenet-real", "imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch"),
-        help="which ImageNet benchmark the data is (default: by its classes and size); "
+        help="ImageNet benchmark of the data (default: recognized by its classes and size); "
         "imagenet-real uses the labels of ImageNet-ReaL, by file name",
     )
     how = parser.add_argument_group("how")

@@ -11,7 +11,7 @@ Examples:
   res2net-zoo validate-task outputs/voc --data VOC2012 --check
   res2net-zoo validate-task hf-hub:ORG/NAME --processes 8 --data COCO --published COCO --output figures.json
 
-Exit codes: 0 done; 1 a figure is not reached; 2 bad input. `accelerate launch` turns every failure into 1.
+Exit codes: 0 done; 1 a figure is missing or worse; 2 bad input. `accelerate launch` turns every failure into 1.
 """
 
 import argparse

@@ -3,11 +3,11 @@
 Usage: res2net-zoo verify DIR | ORG/NAME [--revision NAME] [--public-key KEY] [--output FILE]
        res2net-zoo verify FILE.onnx | FILE.xml
 
-With --public-key, the folder must be signed by that key (`res2net-zoo sign`). The signature is checked before anything
-else is read; if it fails, nothing else is.
+With --public-key, the folder must be signed by that key (`res2net-zoo sign`). The signature is checked first; if it
+fails, nothing else is read.
 
-Of a file of `res2net-zoo export` it reports format, precision, model, provenance, accuracies and hash. The precision is
-derived from the network; metadata, name and card must agree with it. The network is not run.
+For a file of `res2net-zoo export`, it reports format, precision, model, provenance, accuracies and hash. The precision
+is derived from the network; metadata, name and card must agree with it. The network is not run.
 
 Examples:
   res2net-zoo verify ssld
