@@ -70,7 +70,7 @@ def num_devices() -> int:
 def launch(number: int, words: Sequence[str]) -> int:
     """Run this program in several processes, and wait for them.
 
-    Signals to this process are handed on once to each of them; a failure of one ends the others. If this process is
+    Signals to this process are forwarded once to each of them; a failure of one ends the others. If this process is
     killed, they end as after SIGTERM.
 
     Args:
@@ -87,7 +87,7 @@ def launch(number: int, words: Sequence[str]) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it logs each failure
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # it would turn signals into errors
     before = {kind: signal.getsignal(kind) for kind in (*JOB_SIGNALS, signal.SIGQUIT, signal.SIGCHLD)}
-    # Signals wait until this process can hand them on, and in the others until `joined`.
+    # Signals are blocked until this process can forward them, and in the others until `joined`.
     signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
     try:
         # The processes meet at a server of this one, on a port that nothing else can take in between. By itself, the
@@ -108,7 +108,7 @@ def launch(number: int, words: Sequence[str]) -> int:
         signal.signal(signal.SIGCHLD, processes.end_after_death)
         for kind in JOB_SIGNALS:
             ignored = before[kind] == signal.SIG_IGN  # as SIGHUP by nohup
-            signal.signal(kind, signal.SIG_IGN if ignored else processes.hand_on)
+            signal.signal(kind, signal.SIG_IGN if ignored else processes.forward)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)
         processes.end_after_death()
         result: Any = context.wait(period=0.1)
@@ -131,8 +131,8 @@ class Processes:
         self._received: list[int] = []
         self._death: tuple[int, int] | None = None  # rank and signal of the first process that was killed
 
-    def hand_on(self, number: int, frame: FrameType | None = None) -> None:
-        """Send a signal that this process has received to the others."""
+    def forward(self, number: int, frame: FrameType | None = None) -> None:
+        """Forward a signal to the processes."""
         self._received.append(number)
         for pid in self._pids.values():
             with contextlib.suppress(ProcessLookupError):
