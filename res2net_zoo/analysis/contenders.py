@@ -46,7 +46,6 @@ from res2net_zoo.utils.private_apis import fail_at_recompile_limit
 from res2net_zoo.weights.pretrained import create_model
 
 OURS, TIMM, PLAIN, RESNET50, PRODUCT = "ours", "timm", "plain", "resnet50", "matrix product"
-PEERS = ("eager", "inductor", "cudagraphs", "onnxruntime", "openvino")
 # Maximum difference from the float32 model's logits, relative to the largest logit. Half precision has 3 decimals,
 # of which a deep network loses some, and more in training because of BatchNorm.
 # int8 has 2 decimals.

@@ -49,7 +49,6 @@ def command(
 
             return run(start, options={name: f"--{name.replace('_', '-')}" for name in vars(args)})
 
-        main.__doc__ = program.__doc__
         return main
 
     return decorate

@@ -364,21 +364,20 @@ def read_named(image: dict[str, Any]) -> bytes:
     return read_bytes(image["path"], LARGEST) if image["bytes"] is None else image["bytes"]
 
 
-def decode(image: bytes | dict[str, Any], mode: str) -> Image.Image:
+def decode(content: bytes, mode: str) -> Image.Image:
     """Decode an image as timm's datasets do: without applying the EXIF orientation, and converted by `to_mode`.
 
     Args:
-        image: The content of an image file, or an undecoded image for `read_named`.
+        content: The content of an image file.
         mode: PIL mode, `RGB` or `L`.
 
     Returns:
         The decoded image.
 
     Raises:
-        InputError: The file cannot be read.
         Exception: Any error of Pillow for a corrupt image.
     """
-    with open_image(read_named(image) if isinstance(image, dict) else image) as opened:
+    with open_image(content) as opened:
         return to_mode(opened, mode)
 
 
@@ -455,12 +454,12 @@ class Samples:
 
 
 class MapSamples(torch.utils.data.Dataset):
-    """Samples of a map-style dataset, or of the rows in `indices`."""
+    """Samples of the rows of a map-style dataset whose numbers are in `indices`."""
 
-    def __init__(self, rows: Any, samples: Samples, indices: Sequence[int] | None = None) -> None:
+    def __init__(self, rows: Any, samples: Samples, indices: Sequence[int]) -> None:
         self.rows = rows
         self.samples = samples
-        self.indices = range(len(rows)) if indices is None else indices
+        self.indices = indices
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -21,7 +21,7 @@ def text(x: float, y: float, words: str) -> str:
     return f'<text x="{x}" y="{y}" {TEXT}>{words}</text>'
 
 
-def box(x: float, y: float, width: float, words: str, colour: str = "none") -> str:
+def box(x: float, y: float, width: float, words: str, colour: str) -> str:
     """Return a box of 24 pixels height, centred at x, with its top at y."""
     fill = f'fill="{colour}" fill-opacity="0.25" stroke="currentColor"'
     rectangle = f'<rect x="{x - width / 2}" y="{y}" width="{width}" height="24" rx="4" {fill}/>'

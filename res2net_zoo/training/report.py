@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHEET = 24  # mistakes in the picture
+MOST_FREQUENT = 10  # kinds of mistakes in the card
 
 
 class Mistakes:
@@ -75,10 +76,10 @@ class Mistakes:
         everyone = gather_object(found)
         self.worst = sorted(everyone, key=lambda entry: -entry[0])[:SHEET]
 
-    def pairs(self, number: int = 10) -> list[tuple[int, int, int, int]]:
+    def pairs(self) -> list[tuple[int, int, int, int]]:
         """Return the most frequent mistakes: label, prediction, number of images, number of images of the label."""
         wrong = self.confusion.clone().fill_diagonal_(0)
-        values, places = wrong.flatten().topk(min(number, wrong.numel()))
+        values, places = wrong.flatten().topk(min(MOST_FREQUENT, wrong.numel()))
         size = len(wrong)
         return [
             (place // size, place % size, value, int(self.confusion[place // size].sum()))

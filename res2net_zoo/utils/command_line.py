@@ -104,8 +104,7 @@ class Parser(argparse.ArgumentParser):
         for word in words[: words.index("--")] if "--" in words else words:
             name = word.partition("=")[0]
             known = any(option.startswith(name) for option in options)
-            # Options of a subcommand belong to its own parser; a word with a space is a value.
-            if word.startswith("--") and not known and " " not in word and self._subparsers is None:
+            if word.startswith("--") and not known and " " not in word:  # a word with a space is a value
                 self._refuse(name, options)
         known_args, rest = super().parse_known_args(words, namespace)
         if rest:

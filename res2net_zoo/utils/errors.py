@@ -32,10 +32,10 @@ def one_line(error: BaseException, limit: int = LONGEST) -> str:
     return clipped(re.sub(r"(https?://)(?:[^\s/@]*@)?([^\s?#'\"]*)(?:[?#][^\s'\"]*)?", r"\1\2", text), limit)
 
 
-def first_line(error: BaseException, limit: int = LONGEST) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, shortened; compilers and runtimes may write pages."""
     lines = str(error).strip().splitlines()
-    return clipped(lines[0], limit) if lines else type(error).__name__
+    return clipped(lines[0]) if lines else type(error).__name__
 
 
 def clipped(text: str, limit: int = LONGEST) -> str:

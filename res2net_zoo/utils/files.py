@@ -10,7 +10,6 @@ import socket
 import stat
 import tempfile
 import time
-import tomllib
 from collections.abc import Callable, Iterator
 from io import BufferedReader
 from pathlib import Path
@@ -115,32 +114,12 @@ def read_json(path: Path, largest: int = LARGEST_TEXT) -> Any:
     Raises:
         InputError: As `read_text`, or the file is not JSON, or nested too deeply.
     """
-    return _parse(path, largest, json.loads, "JSON")
-
-
-def read_toml(path: Path, largest: int = LARGEST_TEXT) -> dict[str, Any]:
-    """Read a TOML file of limited size and depth.
-
-    Args:
-        path: The file.
-        largest: Largest size in bytes.
-
-    Returns:
-        Its content.
-
-    Raises:
-        InputError: As `read_text`, or the file is not TOML, or nested too deeply.
-    """
-    return _parse(path, largest, tomllib.loads, "TOML")
-
-
-def _parse(path: Path, largest: int, parse: Callable[[str], Any], format: str) -> Any:
     try:
-        return parse(read_text(path, largest))
+        return json.loads(read_text(path, largest))
     except RecursionError as error:
-        raise InputError(f"cannot read {path}: its {format} is nested too deeply") from error
+        raise InputError(f"cannot read {path}: its JSON is nested too deeply") from error
     except ValueError as error:
-        raise InputError(f"cannot read {path}: it is not {format}: {error}") from error
+        raise InputError(f"cannot read {path}: it is not JSON: {error}") from error
 
 
 # Descriptors of the locks of this process. A forked child, such as a data loader's worker, shares them and may

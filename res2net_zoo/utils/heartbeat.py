@@ -31,12 +31,10 @@ class Heartbeat:
 
     Args:
         silent: Whether this process ends without a message, and later than another one of its machine that prints it.
-        end: Ends this process with a message.
     """
 
-    def __init__(self, silent: bool = False, end: Callable[[str], object] | None = None) -> None:
+    def __init__(self, silent: bool = False) -> None:
         self._silent = silent
-        self._end = end or end_process
         self._connections: list[socket.socket] = []
         self._left = threading.Event()
         self._ending = threading.Lock()
@@ -87,7 +85,7 @@ class Heartbeat:
                 reason = f"is out of reach: {error.strerror or error}"
             if not self._left.wait(delay + SILENT_DELAY * self._silent):
                 with self._ending:
-                    self._end("" if self._silent else f"{name} {reason}; {self._advice}")
+                    end_process("" if self._silent else f"{name} {reason}; {self._advice}")
 
         connection.settimeout(INTERVAL)
         self._connections.append(connection)

@@ -32,8 +32,7 @@ class PrivateApi(NamedTuple):
     reason: str
 
 
-TIMM, TORCH, TORCHVISION = "timm 1.0.31", "torch 2.14.1", "torchvision 0.29.1"
-DATASETS, HUB = "datasets 5.2.0", "huggingface_hub 2.4.0"
+TIMM, TORCH, TORCHVISION, DATASETS = "timm 1.0.31", "torch 2.14.1", "torchvision 0.29.1", "datasets 5.2.0"
 PRIVATE_APIS = [
     PrivateApi(
         "timm.models._features",

@@ -38,7 +38,6 @@ from res2net_zoo.weights.convert import (
 from res2net_zoo.weights.moved_parts import named_as_res2net
 from res2net_zoo.weights.pickles import FormatError, StandIn
 
-WIRINGS = ("official", "paddle", "mmdet")
 LONGEST = 500  # characters of a tensor's name
 MOST_PREFIXES = 32
 MOST_TENSORS = 100_000  # of a file; a training run of res2net200 has 8,000

@@ -243,7 +243,7 @@ def save_digits(folder: Path, per_class: int, names: Sequence[str] = "0123456789
         (folder / name).mkdir(parents=True)
         chosen = [row for row in rows if str(row["label"]) == name[-1]][:per_class]
         for i, row in enumerate(chosen):
-            decode(row["image"], "L").save(folder / name / f"{i}.png")
+            decode(row["image"]["bytes"], "L").save(folder / name / f"{i}.png")
     return folder
 
 

@@ -44,36 +44,41 @@ class Ended(list):
         return message
 
 
+@pytest.fixture
+def ended(monkeypatch):
+    ended = Ended()
+    monkeypatch.setattr(heartbeat, "end_process", ended.append)
+    return ended
+
+
 @pytest.mark.parametrize("role", ["ask", "answer"])
-def test_silence_ends_the_process(pair, role):
-    ended, start = Ended(), time.monotonic()
-    getattr(Heartbeat(end=ended.append), role)(pair[0], "process 1 (node1)")
+def test_silence_ends_the_process(pair, ended, role):
+    start = time.monotonic()
+    getattr(Heartbeat(), role)(pair[0], "process 1 (node1)")
     message = ended.wait()
     assert message.startswith("process 1 (node1) has not answered for 0 seconds: its machine or the network is down")
     assert 0.4 < time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("role", ["ask", "answer"])
-def test_end_of_another_process_ends_the_process_after_a_while(pair, role):
-    ended, start = Ended(), time.monotonic()
-    getattr(Heartbeat(end=ended.append), role)(pair[0], "process 1 (node1)")
+def test_end_of_another_process_ends_the_process_after_a_while(pair, ended, role):
+    start = time.monotonic()
+    getattr(Heartbeat(), role)(pair[0], "process 1 (node1)")
     pair[1].close()
     assert ended.wait().startswith("process 1 (node1) has ended; its own output shows why")
     assert time.monotonic() - start > 0.2
 
 
-def test_one_process_of_a_machine_prints_the_message(pair, monkeypatch):
-    ended = Ended()
+def test_one_process_of_a_machine_prints_the_message(pair, ended, monkeypatch):
     monkeypatch.setattr(heartbeat, "SILENT_DELAY", 0.1)
-    Heartbeat(silent=True, end=ended.append).ask(pair[0], "process 0 (node0)")
+    Heartbeat(silent=True).ask(pair[0], "process 0 (node0)")
     pair[1].close()
     assert ended.wait() == ""
 
 
 @pytest.mark.parametrize("first_leaves", [False, True])
-def test_processes_that_leave_end_nothing(pair, first_leaves):
-    ended = Ended()
-    first, other = Heartbeat(end=ended.append), Heartbeat(end=ended.append)
+def test_processes_that_leave_end_nothing(pair, ended, first_leaves):
+    first, other = Heartbeat(), Heartbeat()
     first.answer(pair[0], "process 1")
     other.ask(pair[1], "process 0")
     time.sleep(1)  # longer than the patience
@@ -88,7 +93,7 @@ def test_a_job_that_is_stopped_as_a_whole_goes_on(pair):
     children = []
     for role, connection in zip(("answer", "ask"), pair, strict=True):
         if not (child := os.fork()):
-            getattr(Heartbeat(end=lambda message: os._exit(1)), role)(connection, "another process")
+            getattr(Heartbeat(), role)(connection, "another process")
             time.sleep(3)
             os._exit(0)
         children.append(child)
