@@ -5,7 +5,6 @@ paper. This module selects the target layer for each family of the zoo, and draw
 by side.
 """
 
-import importlib.util
 import re
 import textwrap
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from res2net_zoo.data.preprocessing import data_config, evaluation_samples
+from res2net_zoo.utils import packages
 from res2net_zoo.utils.command_line import closest
 from res2net_zoo.utils.console import printable
 from res2net_zoo.utils.errors import InputError
@@ -52,10 +52,7 @@ def require() -> None:
     Raises:
         InputError: One is missing.
     """
-    modules = {"grad-cam": "pytorch_grad_cam", "matplotlib": "matplotlib"}
-    missing = [name for name, module in modules.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise InputError(f"class activation maps need {' and '.join(missing)}; pip install 'res2net-zoo[cam]'")
+    packages.require("class activation maps need", "cam", "grad-cam", "matplotlib")
 
 
 def target_layer(model: nn.Module) -> nn.Module:

@@ -30,11 +30,11 @@ from torch.nn import functional as F
 from res2net_zoo.analysis.cost import count
 from res2net_zoo.inference import backends
 from res2net_zoo.inference.export import (
+    EXPORT,
     INPUT,
     import_openvino,
     openvino_core,
     openvino_settings,
-    require,
     run_onnx,
     to_onnx,
 )
@@ -42,6 +42,7 @@ from res2net_zoo.inference.optimization import uses_tf32
 from res2net_zoo.inference.quantization import MINIMUM, quantize_onnx, quantize_openvino
 from res2net_zoo.kernels.training import accelerate_training
 from res2net_zoo.utils.errors import InputError, first_line
+from res2net_zoo.utils.packages import require
 from res2net_zoo.utils.private_apis import fail_at_recompile_limit
 from res2net_zoo.weights.pretrained import create_model
 
@@ -314,7 +315,7 @@ def _cudagraphs(model: nn.Module, images: torch.Tensor, setting: Setting, varian
 
 
 def _onnxruntime(model: nn.Module, images: torch.Tensor, setting: Setting, variant: str, file: Path) -> Call:
-    require("onnx", "onnxscript", "onnxruntime")
+    require(*EXPORT, "onnx", "onnxscript", "onnxruntime")
     if setting.precision not in ("float32", "int8"):
         raise Skipped(f"{setting.precision} convolutions are unsupported on CPUs")
     file = file.with_suffix(".onnx")

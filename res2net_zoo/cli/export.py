@@ -105,13 +105,14 @@ def check_int8(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 def main(args: argparse.Namespace) -> int:
     import datasets
 
-    from res2net_zoo.inference.export import NEEDS, CheckError, check_output, export_metadata, require
+    from res2net_zoo.inference.export import EXPORT, NEEDS, CheckError, check_output, export_metadata
     from res2net_zoo.utils.console import report
     from res2net_zoo.utils.files import check_writable
+    from res2net_zoo.utils.packages import require
     from res2net_zoo.weights.pretrained import create_model
     from res2net_zoo.weights.provenance import of_model
 
-    require(*NEEDS[args.format])
+    require(*EXPORT, *NEEDS[args.format])
     check_output(args.output, args.format, args.precision or "float32")
     check_writable(args.output.resolve().parent)
     model: Any = create_model(args.model).eval()

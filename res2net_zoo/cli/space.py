@@ -13,7 +13,6 @@ Exit codes: 0 done; 2 bad input.
 """
 
 import argparse
-import importlib.util
 import signal
 import sys
 import threading
@@ -23,6 +22,7 @@ from res2net_zoo.cli.command import command, parser_of
 from res2net_zoo.cli.options import add_backend, add_machine
 from res2net_zoo.cli.shipped import shipped, shipped_model
 from res2net_zoo.utils.command_line import within
+from res2net_zoo.utils.packages import require
 
 LOOPBACK = "127.0.0.1"
 
@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
     from res2net_zoo.utils.processes import start_processes
     from res2net_zoo.utils.shutdown import heeded_signals
 
-    require()
+    require("the page needs", "space", "gradio", "grad-cam", "matplotlib")
     from res2net_zoo.space.app import serve
     from res2net_zoo.space.models import Models
 
@@ -70,17 +70,3 @@ def main(args: argparse.Namespace) -> int:
             webbrowser.open(url)
         threading.Event().wait()
     return 0
-
-
-def require() -> None:
-    """Check that the dependencies of the page are installed.
-
-    Raises:
-        InputError: One is missing.
-    """
-    from res2net_zoo.utils.errors import InputError
-
-    modules = {"gradio": "gradio", "grad-cam": "pytorch_grad_cam", "matplotlib": "matplotlib"}
-    missing = [name for name, module in modules.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise InputError(f"the page needs {' and '.join(missing)}; pip install 'res2net-zoo[space]'")

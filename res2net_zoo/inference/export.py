@@ -8,7 +8,6 @@ has reproduced the model's output on real images. Its metadata have the preproce
 import contextlib
 import copy
 import importlib.metadata
-import importlib.util
 import json
 import os
 import threading
@@ -27,6 +26,7 @@ from torch import nn
 from res2net_zoo.data.preprocessing import color_mode, data_config, evaluation_samples
 from res2net_zoo.utils.errors import InputError, first_line
 from res2net_zoo.utils.files import is_temporary, locked, make_readable, temporary_file, temporary_folder
+from res2net_zoo.utils.packages import require
 from res2net_zoo.utils.private_apis import hidden
 from res2net_zoo.weights.provenance import UNKNOWN, Provenance, shown
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 FORMATS = {"onnx": ".onnx", "openvino": ".xml"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
+EXPORT = ("exporting needs", "export")  # for `require`
 # The native opset of torch's exporter, from which it converts to later ones. Every runtime since 2023 supports it.
 OPSET = 18
 # Maximum difference from the model's logits, relative to the largest logit. Each float16 weight has a relative error
@@ -86,28 +87,13 @@ class Exported:
     same_top1: int | None
 
 
-def require(*packages: str, purpose: str = "exporting") -> None:
-    """Check that packages are installed.
-
-    Args:
-        packages: Names of the packages, such as `NEEDS` of a format.
-        purpose: What needs them.
-
-    Raises:
-        InputError: One is missing.
-    """
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(f"{purpose} needs {' and '.join(missing)}; pip install 'res2net-zoo[export]'")
-
-
 def import_openvino() -> Any:
     """Import OpenVINO without its telemetry, which otherwise reports every import.
 
     Raises:
         InputError: It is not installed.
     """
-    require("openvino")
+    require(*EXPORT, "openvino")
     with hidden("openvino_telemetry"):
         import openvino
     return openvino
@@ -243,7 +229,7 @@ def to_onnx(
         InputError: The model does not support such images, torch cannot export it, it is too large for one
             file, or the opset is unsupported.
     """
-    require("onnx", "onnxscript")
+    require(*EXPORT, "onnx", "onnxscript")
     _check_opset(opset)
     if sum(tensor.numel() * 4 for tensor in model.state_dict().values()) > ONNX_LIMIT:
         raise InputError("the weights are too large for an ONNX model, whose limit is 2 GB")
@@ -335,7 +321,7 @@ def run_onnx(source: "Path | onnx.ModelProto", threads: int = 0) -> Runner:
     Returns:
         A function from images (N, C, H, W) to the model's output, in float32.
     """
-    require("onnxruntime")
+    require(*EXPORT, "onnxruntime")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -409,7 +395,7 @@ def export(
         CheckError: The output of the file differs from the model's. An existing file is kept.
     """
     check_output(output, export_format)
-    require(*NEEDS[export_format])
+    require(*EXPORT, *NEEDS[export_format])
     facts = (facts or {}) | {"precision": precision}
     batches = (1, SEVERAL) if batch_size is None else (batch_size,)
     classifies = output_name(model) == "logits"

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from res2net_zoo.inference.export import FORMATS, SECTION, require
+from res2net_zoo.inference.export import FORMATS, SECTION
 from res2net_zoo.utils.errors import InputError, first_line
 from res2net_zoo.utils.files import open_regular, read_bytes
+from res2net_zoo.utils.packages import require
 
 if TYPE_CHECKING:
     import onnx
@@ -109,7 +110,7 @@ def read(path: Path) -> ExportedFile:
 
 
 def _read_onnx(path: Path) -> ExportedFile:
-    require("onnx", purpose="reading an ONNX file")
+    require("reading an ONNX file needs", "export", "onnx")
     import onnx
 
     content = read_bytes(path, LARGEST_ONNX)

@@ -17,6 +17,7 @@ from res2net_zoo.data.sources import labels_of
 from res2net_zoo.evaluation import TOPK, collate, count_batch
 from res2net_zoo.inference.calibration import Selection, load_images, refuse
 from res2net_zoo.inference.export import (
+    EXPORT,
     NEEDS,
     OPSET,
     SEVERAL,
@@ -29,7 +30,6 @@ from res2net_zoo.inference.export import (
     expected_output,
     output_name,
     replaced_together,
-    require,
     run_onnx,
     run_openvino,
     save_ir,
@@ -49,6 +49,7 @@ from res2net_zoo.inference.quantization import (
 from res2net_zoo.inference.quantized_card import LABELS, quantized_card
 from res2net_zoo.utils.console import progress_bar, warn
 from res2net_zoo.utils.errors import InputError, first_line
+from res2net_zoo.utils.packages import require
 from res2net_zoo.utils.shutdown import ignore_job_signals
 
 MAX_LOSS = 1.0  # percentage points of top-1
@@ -150,7 +151,7 @@ def export_int8(
             output. Existing files are kept.
     """
     check_output(output, export_format, "int8")
-    require(*NEEDS[export_format])
+    require(*EXPORT, *NEEDS[export_format])
     if output_name(model) != "logits":
         raise InputError("the model has no classifier, so that its loss of accuracy cannot be measured")
     classes = classes_of(model, held_out)

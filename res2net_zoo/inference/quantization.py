@@ -5,7 +5,6 @@ tensor, from the values that they have on the calibration images.
 """
 
 import contextlib
-import importlib.util
 import io
 import logging
 import tempfile
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from res2net_zoo.utils.errors import InputError
+from res2net_zoo.utils.packages import require
 from res2net_zoo.utils.private_apis import hidden
 
 if TYPE_CHECKING:
@@ -178,12 +177,6 @@ def _quiet() -> Iterator[None]:
             logging.setLoggerClass(logger_class)  # NNCF sets its own
 
 
-def _require(library: str, *packages: str) -> None:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(f"int8 by {library} needs {' and '.join(missing)}; pip install 'res2net-zoo[int8]'")
-
-
 def quantize_openvino(network: "openvino.Model", images: torch.Tensor, half_range: bool = False) -> "openvino.Model":
     """Quantize an OpenVINO model by NNCF's post-training quantization.
 
@@ -198,7 +191,7 @@ def quantize_openvino(network: "openvino.Model", images: torch.Tensor, half_rang
     Raises:
         InputError: NNCF is not installed.
     """
-    _require("OpenVINO", "nncf")
+    require("int8 by OpenVINO needs", "int8", "nncf")
     with _quiet():
         import nncf
 
@@ -227,7 +220,7 @@ def quantize_onnx(proto: "onnx.ModelProto", images: torch.Tensor, half_range: bo
     Raises:
         InputError: onnx or onnxruntime is not installed.
     """
-    _require("ONNX Runtime", "onnx", "onnxruntime")
+    require("int8 by ONNX Runtime needs", "int8", "onnx", "onnxruntime")
     with _quiet(), tempfile.TemporaryDirectory() as folder:
         import onnx
         from onnxruntime import quantization

@@ -1,6 +1,5 @@
 """A model for a task: a backbone of the zoo and a head, saved as a folder and loaded from it or from the Hub."""
 
-import importlib.util
 import json
 import struct
 from abc import ABC, abstractmethod
@@ -25,6 +24,7 @@ from torch.utils.data import Dataset
 from res2net_zoo.training.optimization import freeze
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import finish_replacing
+from res2net_zoo.utils.packages import require
 from res2net_zoo.weights import bill_of_materials, model_config
 from res2net_zoo.weights.convert import explain
 from res2net_zoo.weights.downloads import save_weights
@@ -129,7 +129,7 @@ class TaskModel(nn.Module, ABC):
     img_size: ClassVar[int]  # the default
     scales: tuple[float, float] | None = None
     best: ClassVar[str]  # metric that selects the best epoch; higher is better
-    requires: ClassVar[dict[str, str]] = {}  # module to package
+    requires: ClassVar[tuple[str, ...]] = ()  # packages
     extra: ClassVar[str] = "tasks"  # the extra of res2net-zoo that installs them
     less_is_better: ClassVar[frozenset[str]] = frozenset()  # metrics that are errors
     threshold: ClassVar[float | None] = None  # lowest score that is drawn; None if predictions have no scores
@@ -197,9 +197,7 @@ class TaskModel(nn.Module, ABC):
         Raises:
             InputError: One is missing.
         """
-        missing = [package for module, package in cls.requires.items() if importlib.util.find_spec(module) is None]
-        if missing:
-            raise InputError(f"{cls.task} needs {' and '.join(missing)}; pip install 'res2net-zoo[{cls.extra}]'")
+        require(f"{cls.task} needs", cls.extra, *cls.requires)
 
     @classmethod
     @abstractmethod

@@ -229,7 +229,7 @@ class Detection(TaskModel):
     img_size = 800
     threshold = 0.5
     best = "AP"
-    requires: ClassVar = {"faster_coco_eval": "faster-coco-eval"}
+    requires: ClassVar = ("faster-coco-eval",)
 
     @classmethod
     def open(cls, data: str, split: str, head: str, classes: Sequence[str] | None = None) -> Instances:

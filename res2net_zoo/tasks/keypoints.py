@@ -597,7 +597,7 @@ class Keypoints(TaskModel):
     img_size = 256
     scales = (0.7, 1.3)
     best = "AP"
-    requires: ClassVar = {"faster_coco_eval": "faster-coco-eval"}
+    requires: ClassVar = ("faster-coco-eval",)
 
     @classmethod
     def open(cls, data: str, split: str, head: str, classes: Sequence[str] | None = None) -> COCOPersons:

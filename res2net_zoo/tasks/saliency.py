@@ -276,7 +276,7 @@ class Saliency(TaskModel):
     best = "F-measure"
     less_is_better: ClassVar = frozenset({"MAE"})
     tolerance = 0.0005
-    requires: ClassVar = {"py_sod_metrics": "pysodmetrics"}
+    requires: ClassVar = ("pysodmetrics",)
     extra = "saliency"
     network: DSS
 

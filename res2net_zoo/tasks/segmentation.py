@@ -217,7 +217,7 @@ class Segmentation(TaskModel):
     img_size = 513  # DeepLab's crop size for VOC; inputs are padded to a multiple of 32
     scales = (0.5, 2.0)  # DeepLab's
     best = "mIoU"
-    requires: ClassVar = {"segmentation_models_pytorch": "segmentation-models-pytorch"}
+    requires: ClassVar = ("segmentation-models-pytorch",)
 
     def __init__(
         self,

@@ -6,7 +6,6 @@ any other file of the folder is read.
 
 import base64
 import contextlib
-import importlib.util
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from res2net_zoo.utils.errors import InputError, clipped, one_line
 from res2net_zoo.utils.files import read_bytes, read_json, sweep, write_atomically
 from res2net_zoo.utils.hub_client import SIGNATURE as NAME
 from res2net_zoo.utils.hub_client import is_blob_of
+from res2net_zoo.utils.packages import require
 from res2net_zoo.weights.checks import Check
 
 if TYPE_CHECKING:
@@ -267,8 +267,7 @@ def check_installed() -> None:
     Raises:
         InputError: One is missing.
     """
-    if any(importlib.util.find_spec(name) is None for name in ("model_signing", "OpenSSL")):
-        raise InputError("signatures need model-signing; pip install 'res2net-zoo[sign]'")
+    require("signatures need", "sign", "model-signing", "pyopenssl")
 
 
 def _hashing_config(payload: dict[str, Any] | None = None) -> "HashingConfig":

@@ -237,6 +237,6 @@ def test_full_disk_keeps_the_existing_picture(in_process, digits, tmp_path):
 
 
 def test_missing_package(monkeypatch):
-    monkeypatch.setattr(cam.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"need grad-cam and matplotlib; pip install 'res2net-zoo\[cam\]'"):
         cam.require()
