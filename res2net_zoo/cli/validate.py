@@ -182,7 +182,7 @@ def open_data(args: argparse.Namespace, accelerator: "Accelerator") -> "Source":
         ),
     )
     check_same({"the number of images": source.num_rows}, "give all machines the same data", "data")
-    if source.skipped and accelerator.is_main_process:
+    if source.skipped:
         warn(f"skipped in {args.data}: {source.skipped}")
     return source
 
@@ -218,7 +218,7 @@ def measure(
     from res2net_zoo.inference.forward import create_forward
     from res2net_zoo.utils.console import warn
     from res2net_zoo.utils.errors import InputError
-    from res2net_zoo.utils.processes import all_or_none
+    from res2net_zoo.utils.processes import all_or_none, workers_of
     from res2net_zoo.weights.pretrained import create_model
     from res2net_zoo.weights.published import find_published, published_accuracies
 
@@ -230,12 +230,12 @@ def measure(
     label_names: Any = model.pretrained_cfg.get("label_names")  # type: ignore[operator, union-attr]
     benchmark = benchmark_of(source, source.num_rows, num_classes, args.benchmark)
     classes = match_classes(source.class_names, num_classes, label_names, benchmark)
-    if classes.warning and accelerator.is_main_process:
+    if classes.warning:
         warn(f"{name}: {classes.warning}")
     accuracies = published_accuracies(name)
     # The size of a stream is known only after it was read.
     if not accuracies or source.num_rows is not None or num_classes != 1000 or args.benchmark is not None:
-        check_published(name, accuracies, benchmark, source, args, accelerator)
+        check_published(name, accuracies, benchmark, source, args)
     images = calibration_of(model, source, args, accelerator) if args.mixed_precision == INT8 else None
     # File times may differ between machines.
     (identity,) = broadcast_object_list([identity_of(model, source) | calibration_sha256(images)])
@@ -247,7 +247,7 @@ def measure(
         accelerator.print(f"{name} is measured again, because of changed or missing records: {', '.join(changed)}")
     forward = create_forward(model.eval(), args.backend, accelerator, args.batch_size, images)
     how: dict[str, Any] = dict(model=model, source=source, classes=classes, accelerator=accelerator)
-    how |= dict(batch_size=args.batch_size, workers=workers_of(args, accelerator), forward=forward.call)
+    how |= dict(batch_size=args.batch_size, workers=workers_of(args.workers, accelerator.device), forward=forward.call)
     counts = count(name, how, args.skip_corrupt)
     benchmark = benchmark or benchmark_of(source, counts.num_rows, num_classes, args.benchmark)
     result = result_of(counts, benchmark, args, accelerator) | identity
@@ -303,7 +303,6 @@ def check_published(
     benchmark: str | None,
     source: "Source",
     args: argparse.Namespace,
-    accelerator: "Accelerator",
 ) -> None:
     """Raise an error if --check has nothing to compare; warn if the model was trained on the data."""
     from res2net_zoo.utils.console import warn
@@ -313,7 +312,7 @@ def check_published(
     hint = trained_on(accuracies, source)
     if args.check and find_published(accuracies, benchmark, source) is None:
         raise InputError(nothing_published(name) + (f"; {hint}" if hint else ""), *["split"] * bool(hint))
-    if hint and accelerator.is_main_process:
+    if hint:
         warn(f"{name}: {hint}", "split")
 
 
@@ -337,16 +336,9 @@ def count(name: str, how: dict[str, Any], skip_corrupt: bool) -> "Counts":
     from res2net_zoo.utils.console import warn
 
     counts = evaluate(**how, skip_corrupt=skip_corrupt, desc=as_in_clone(name))
-    if counts.corrupt and how["accelerator"].is_main_process:
+    if counts.corrupt:
         warn(f"{len(counts.corrupt)} corrupt images skipped: {'; '.join(counts.corrupt)}")
     return counts
-
-
-def workers_of(args: argparse.Namespace, accelerator: "Accelerator") -> int:
-    """Return the number of data-loading workers per process."""
-    from res2net_zoo.utils.processes import default_workers
-
-    return default_workers(accelerator.device) if args.workers is None else args.workers
 
 
 def profile(how: dict[str, Any], whole: float) -> dict[str, float | int]:

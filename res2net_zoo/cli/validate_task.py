@@ -71,7 +71,7 @@ def validate(args: argparse.Namespace, accelerator: "Accelerator") -> int:
     from res2net_zoo.tasks.base import find_folder
     from res2net_zoo.tasks.evaluation import evaluate, expected_figures, write_json
     from res2net_zoo.utils.errors import InputError
-    from res2net_zoo.utils.processes import all_or_none, default_workers, main_first
+    from res2net_zoo.utils.processes import all_or_none, main_first, workers_of
 
     model: Any = main_first(accelerator, lambda: load(args.model))
     data = open_data(model, args)
@@ -82,7 +82,7 @@ def validate(args: argparse.Namespace, accelerator: "Accelerator") -> int:
             lambda: expected_figures(model, find_folder(args.model), args.data, args.split, args.published)
         )
     model = model.to(accelerator.device, memory_format=torch.channels_last)
-    workers = default_workers(accelerator.device) if args.workers is None else args.workers
+    workers = workers_of(args.workers, accelerator.device)
     score = model.score(data)
     if args.results is not None:
         score.results()  # raises an error now if the task does not support results

@@ -187,7 +187,7 @@ def find_images(words: list[str]) -> list[str]:
         for image in images:
             folder, name = os.path.split(image)
             found.setdefault((real[folder], name), image)
-    if skipped.kinds and int(os.environ.get("RANK", "0")) == 0:
+    if skipped.kinds:
         warn(f"skipped: {skipped}")
     return list(found.values())
 

@@ -110,7 +110,7 @@ def _optimized(
     accelerator: Accelerator,
     calibration: torch.Tensor | None = None,
 ) -> "Optimized":
-    """Optimize a model in the accelerator's precision, or in int8; print the warnings on the main process.
+    """Optimize a model in the accelerator's precision, or in int8; print its warnings.
 
     Raises:
         InputError: No backend can run the model.
@@ -131,7 +131,7 @@ def _optimized(
             optimized = optimize(model, example, precision, backend, calibration)
         except ValueError as error:
             raise InputError(one_line(error), "backend", "mixed_precision") from error
-    for warning in caught if accelerator.is_main_process else ():
+    for warning in caught:
         if issubclass(warning.category, UserWarning):
             warn(str(warning.message))
     return optimized

@@ -20,11 +20,10 @@ from res2net_zoo.training.loop import Epoch, Loop, Objective, Settings, State, c
 from res2net_zoo.training.metrics import write_metrics
 from res2net_zoo.training.optimization import Optimization
 from res2net_zoo.training.report import hardware, start_run, write_recipe, writing
-from res2net_zoo.utils import processes
 from res2net_zoo.utils.console import printable, warn
 from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.markdown import markdown_table
-from res2net_zoo.utils.processes import all_or_none, wait_for_all
+from res2net_zoo.utils.processes import all_or_none, wait_for_all, workers_of
 from res2net_zoo.weights import bill_of_materials, provenance
 
 CARD = Path(__file__).with_name("card.md")  # template of a model's card
@@ -115,7 +114,7 @@ class Task(Objective):
         self.plan, self.recipe, self.facts, self.accelerator = plan, recipe, facts, accelerator
         self.model: TaskModel = state.model
         self.figure = self.model.best
-        self.workers = processes.default_workers(accelerator.device) if args.workers is None else args.workers
+        self.workers = workers_of(args.workers, accelerator.device)
 
     def train_mode(self) -> None:
         """Put the model in training mode, except for its frozen layers."""

@@ -31,10 +31,9 @@ from res2net_zoo.training.loss import Criterion, balanced
 from res2net_zoo.training.metrics import best_of
 from res2net_zoo.training.optimization import freeze
 from res2net_zoo.training.report import Report
-from res2net_zoo.utils import processes
 from res2net_zoo.utils.console import warn
 from res2net_zoo.utils.errors import InputError
-from res2net_zoo.utils.processes import all_or_none
+from res2net_zoo.utils.processes import all_or_none, workers_of
 from res2net_zoo.weights import provenance
 from res2net_zoo.weights.pretrained import create_model
 from res2net_zoo.weights.provenance import Provenance
@@ -67,7 +66,7 @@ def build_network(args: argparse.Namespace, names: list[str], accelerator: Accel
     """
     set_seed(args.seed, deterministic=args.deterministic)
     model = all_or_none(lambda: build_model(args, names, args.pretrained))
-    origin = all_or_none(lambda: origin_of(args, model, accelerator.is_main_process))
+    origin = all_or_none(lambda: origin_of(args, model))
     all_or_none(lambda: check_batch_size(model, args.batch_size))
     if args.sync_bn:
         model = synchronize_batch_norm(model, accelerator)
@@ -114,7 +113,7 @@ def check_batch_size(model: nn.Module, batch_size: int) -> None:
         ) from error
 
 
-def origin_of(args: argparse.Namespace, model: Any, is_main: bool) -> Provenance:
+def origin_of(args: argparse.Namespace, model: Any) -> Provenance:
     """Return the provenance of the trained weights."""
     before = provenance.of_model(args.model, model.pretrained_cfg, args.pretrained)
     after = before.after_training(
@@ -122,8 +121,7 @@ def origin_of(args: argparse.Namespace, model: Any, is_main: bool) -> Provenance
         args.license,
         provenance.shown(args.teacher) if args.teacher else None,
     )
-    if is_main:
-        provenance.warn_of_other_license(before, after)
+    provenance.warn_of_other_license(before, after)
     return after
 
 
@@ -185,11 +183,6 @@ def build_task(
     )
     task.trainable_module = wrapped
     return task.to(device)
-
-
-def workers_of(args: argparse.Namespace, accelerator: Accelerator) -> int:
-    """Return the number of data-loading workers per process."""
-    return processes.default_workers(accelerator.device) if args.workers is None else args.workers
 
 
 class Classification(Objective):
@@ -272,7 +265,7 @@ class Classification(Objective):
         for kind, model in models.items():
             counts = self.measure(model)
             checked = self.args.check and not self.args.streaming  # the check has warned already
-            if counts.corrupt and epoch.number == 1 and not (kind or checked) and self.accelerator.is_main_process:
+            if counts.corrupt and epoch.number == 1 and not (kind or checked):
                 split = self.data.valid.split
                 warn(f"{len(counts.corrupt)} images of {split} cannot be decoded and are skipped")
             row |= {f"{kind}top1": counts.percent(counts.top1), f"{kind}top5": counts.percent(counts.top5)}
@@ -285,7 +278,7 @@ class Classification(Objective):
     def count_unreadable(self) -> None:
         """Combine the training images that any process could not decode; warn about new ones."""
         self.unreadable |= set(gather_object(list(self.unreadable)))
-        if len(self.unreadable) > len(self.data.unreadable) and self.accelerator.is_main_process:
+        if len(self.unreadable) > len(self.data.unreadable):
             split = self.data.train.split
             warn(f"{len(self.unreadable)} images of {split} cannot be decoded and are skipped")
         if self.args.streaming:
@@ -301,7 +294,7 @@ class Classification(Objective):
             match_classes(valid.class_names or names, len(names), names),
             self.accelerator,
             batch_size=self.args.batch_size,
-            workers=workers_of(self.args, self.accelerator),
+            workers=workers_of(self.args.workers, self.accelerator.device),
             skip_corrupt=self.args.skip_corrupt,
             **options,
         )

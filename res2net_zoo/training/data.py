@@ -99,9 +99,8 @@ def open_training_data(
     train, valid = main_first(
         accelerator, lambda: open_splits(src, train_split, eval_split, fraction, seed, streaming, label_column)
     )
-    if accelerator.is_main_process:
-        for skipped in filter(None, {train.skipped: None, valid.skipped: None}):
-            warn(f"skipped in {src}: {skipped}")
+    for skipped in filter(None, {train.skipped: None, valid.skipped: None}):
+        warn(f"skipped in {src}: {skipped}")
     splits = {"training": train, "evaluation": valid}
     numbers = {f"the number of {use} images": source.num_rows for use, source in splits.items()}
     check_same(numbers, "give all machines the same data", "data")
@@ -324,7 +323,7 @@ def corrupt_images(data: TrainingData, accelerator: Accelerator, workers: int, s
                 "remove them, or skip corrupt images",
                 "skip_corrupt",
             )
-        if found and accelerator.is_main_process:
+        if found:
             warn(f"{len(found)} images of {source.split} cannot be decoded and are skipped")
     return list(found)
 

@@ -18,12 +18,7 @@ from torch.utils.data import DataLoader
 from res2net_zoo.data.images import Samples
 from res2net_zoo.training.augmentation import training_samples
 from res2net_zoo.training.checkpoints import Checkpoints, Fits, check_state, is_count, is_number, load_newest
-from res2net_zoo.training.classification import (
-    Classification,
-    build_model,
-    build_network,
-    workers_of,
-)
+from res2net_zoo.training.classification import Classification, build_model, build_network
 from res2net_zoo.training.data import TrainingData, check_readable, corrupt_images, open_training_data, steps_of
 from res2net_zoo.training.loader import training_loader
 from res2net_zoo.training.loop import Loop, Settings, State, checkpoint_fields, resume
@@ -32,7 +27,7 @@ from res2net_zoo.training.optimization import Optimization, scaled_lr
 from res2net_zoo.training.report import Mistakes, Report, hardware
 from res2net_zoo.utils.console import warn
 from res2net_zoo.utils.errors import InputError
-from res2net_zoo.utils.processes import all_or_none, start_processes, wait_for_all
+from res2net_zoo.utils.processes import all_or_none, start_processes, wait_for_all, workers_of
 from res2net_zoo.utils.throughput import Throughput, measure
 
 
@@ -193,7 +188,7 @@ def create_loader(
         samples,
         accelerator,
         args.batch_size,
-        workers_of(args, accelerator),
+        workers_of(args.workers, accelerator.device),
         args.seed,
         batches=settings.steps * args.accumulate,
         balance=args.balance == "sampling",
@@ -214,7 +209,7 @@ def plan_of(
         "precision": accelerator.mixed_precision,
     }
     if args.streaming:  # the order of the images depends on these
-        workers = workers_of(args, accelerator)
+        workers = workers_of(args.workers, accelerator.device)
         plan |= {"processes": accelerator.num_processes, "workers": workers, "batch": args.batch_size}
     return plan
 
@@ -236,7 +231,8 @@ def leave_out_unreadable(
         left_out = saved["left_out"]
         data.unreadable = sorted(saved.get("unreadable", []))  # found during training
     elif checked:
-        left_out = corrupt_images(data, accelerator, workers_of(args, accelerator), args.skip_corrupt)
+        workers = workers_of(args.workers, accelerator.device)
+        left_out = corrupt_images(data, accelerator, workers, args.skip_corrupt)
     if args.skip_corrupt and not checked and not args.streaming:
         check_readable(data.valid)
     if left_out:
@@ -307,7 +303,7 @@ def check_plan(
         size = then / accelerator.num_processes / args.accumulate
         hint = f"; batches of {size:g} make them as many"
         raise differ("images a step:", then, now["images a step"], hint, "batch_size")
-    if before != now and accelerator.is_main_process:
+    if before != now:
         warn(
             "processes, workers or batches have changed, so the rest of this epoch's stream has a different order: "
             "some images are repeated, others are missing"

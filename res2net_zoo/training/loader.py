@@ -210,7 +210,7 @@ def training_loader(
     pin_memory = accelerator.device.type == "cuda"
     if data.indices is None:
         rows, alone = share_of_stream(data.train.rows, rank, world, workers)
-        if not alone and accelerator.is_main_process:
+        if not alone:
             warn(f"{data.train.name} has fewer files than there are processes; each process reads all files")
         name = "the stream" if world == 1 else f"process {rank}'s share of the stream"
         return DataLoader(

@@ -233,6 +233,11 @@ def autocasting(
     return forward
 
 
+def workers_of(wanted: int | None, device: "torch.device") -> int:
+    """Return the number of data-loading workers of a process: as wanted, or the default if that is None."""
+    return default_workers(device) if wanted is None else wanted
+
+
 def default_workers(device: "torch.device") -> int:
     """Return the default number of data-loading workers of a process.
 
