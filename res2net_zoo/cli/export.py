@@ -131,14 +131,14 @@ def export_float(args: argparse.Namespace, model: Any, facts: dict[str, str]) ->
     from res2net_zoo.data.images import find_images
     from res2net_zoo.data.sources import open_source
     from res2net_zoo.inference.export import OPSET, export, load_images
+    from res2net_zoo.inference.quantization import evenly_spaced
 
     rows: Any
     if args.images:
         rows = [{"image": {"bytes": None, "path": path}} for path in find_images(args.images)]
     else:
         rows = open_source(shipped_data()).rows
-    number = min(CHECKED, len(rows))
-    images = load_images(model, [rows[i * len(rows) // number] for i in range(number)], args.img_size)
+    images = load_images(model, [rows[i] for i in evenly_spaced(len(rows), CHECKED)], args.img_size)
     exported = export(
         model,
         images,

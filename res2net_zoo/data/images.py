@@ -381,6 +381,13 @@ def decode(content: bytes, mode: str) -> Image.Image:
         return to_mode(opened, mode)
 
 
+def reason_of(error: Exception) -> str:
+    """Return why an image cannot be decoded, for a message."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image of a supported format"  # Pillow's message has the repr of a file object
+    return str(error) or type(error).__name__
+
+
 @dataclass
 class Sample:
     """A transformed image with its target, or an error.
@@ -441,9 +448,7 @@ class Samples:
         except Exception as error:
             # Pillow may raise almost anything for a damaged file: OSError, SyntaxError, struct.error, ...
             # A file that cannot be read over the network is not considered damaged.
-            reason = str(error) or type(error).__name__
-            if isinstance(error, UnidentifiedImageError):
-                reason = "not an image of a supported format"  # Pillow's message has the repr of a file object
+            reason = reason_of(error)
             if isinstance(error, ForeignPathError):
                 sample.fatal = reason
             elif image["bytes"] is None and "://" in (path or ""):

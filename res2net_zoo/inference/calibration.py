@@ -1,14 +1,15 @@
 """Images for the calibration of int8 models, and held-out images on which the loss of accuracy is measured."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from res2net_zoo.data.images import MapSamples, Sample
+from res2net_zoo.data.images import MapSamples
 from res2net_zoo.data.preprocessing import evaluation_samples
 from res2net_zoo.data.sources import Source, open_source, splits_of
+from res2net_zoo.inference.export import stacked
 from res2net_zoo.inference.quantization import CALIBRATION_IMAGES, evenly_spaced
 from res2net_zoo.utils.errors import InputError
 
@@ -40,16 +41,12 @@ class Selection(NamedTuple):
         return MapSamples(self.source.rows, made, self.indices)
 
 
-def calibration_images(
-    model: nn.Module, source: str, split: str | None = None, img_size: int | None = None
-) -> torch.Tensor:
-    """Load images for the calibration of a model, evenly spaced over a split.
+def calibration_images(model: nn.Module, source: str) -> torch.Tensor:
+    """Load images for the calibration of a model, evenly spaced over the training split, or else that of `open_source`.
 
     Args:
         model: A timm model, whose preprocessing is applied.
         source: Images as for `open_source`; labels are not needed.
-        split: The split; by default the training split if there is one, else that of `open_source`.
-        img_size: Height and width in pixels, or None for those of the model's config.
 
     Returns:
         At most `CALIBRATION_IMAGES` images (N, C, H, W).
@@ -57,10 +54,8 @@ def calibration_images(
     Raises:
         InputError: The images cannot be read or decoded.
     """
-    if split is None and "train" in splits_of(source):
-        split = "train"
-    opened = open_source(source, split, labelled=False)
-    return load_images(model, Selection(opened, evenly_spaced(len(opened.rows), CALIBRATION_IMAGES)), img_size)
+    opened = open_source(source, "train" if "train" in splits_of(source) else None, labelled=False)
+    return load_images(model, Selection(opened, evenly_spaced(len(opened.rows), CALIBRATION_IMAGES)))
 
 
 def calibration_and_held_out(source: str, minimum: int, label_column: str | None = None) -> tuple[Selection, Selection]:
@@ -126,20 +121,7 @@ def load_images(model: nn.Module, selection: Selection, img_size: int | None = N
     Raises:
         InputError: The split is empty, or an image cannot be decoded.
     """
-    samples = selection.samples(model, img_size=img_size)
-    images = []
-    for i in range(len(samples)):
-        sample = samples[i]
-        if sample.image is None:
-            refuse(sample)
-        images.append(sample.image)
-    if not images:
+    if not selection.indices:
         raise InputError(f"{selection.source.name} has no image in split {selection.source.split}")
-    return torch.stack(images)
-
-
-def refuse(sample: Sample) -> NoReturn:
-    """Raise the `InputError` of a sample without an image."""
-    if sample.fatal is not None:
-        raise InputError(f"{sample.place}: {sample.fatal}")
-    raise InputError(f"{sample.place} is corrupt ({sample.corrupt}); remove it")
+    samples = selection.samples(model, img_size=img_size)
+    return stacked(samples[i] for i in range(len(samples)))

@@ -12,17 +12,18 @@ import json
 import os
 import threading
 import xml.etree.ElementTree
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
 from timm.utils import reparameterize_model
 from torch import nn
 
+from res2net_zoo.data.images import Sample
 from res2net_zoo.data.preprocessing import color_mode, data_config, evaluation_samples
 from res2net_zoo.utils.errors import InputError, first_line
 from res2net_zoo.utils.files import is_temporary, locked, make_readable, temporary_file, temporary_folder
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     import openvino
 
 FORMATS = {"onnx": ".onnx", "openvino": ".xml"}
-NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
 EXPORT = ("exporting needs", "export")  # for `require`
+NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
 # The native opset of torch's exporter, from which it converts to later ones. Every runtime since 2023 supports it.
 OPSET = 18
 # Maximum difference from the model's logits, relative to the largest logit. Each float16 weight has a relative error
@@ -161,13 +162,28 @@ def load_images(model: nn.Module, rows: Sequence[dict[str, Any]], img_size: int 
         InputError: An image cannot be decoded.
     """
     sample = evaluation_samples(model, img_size=img_size)
+    return stacked(sample(f"image {i}", row) for i, row in enumerate(rows))
+
+
+def stacked(samples: Iterable[Sample]) -> torch.Tensor:
+    """Return the images of samples as (N, C, H, W).
+
+    Raises:
+        InputError: A sample is without an image.
+    """
     images = []
-    for i, row in enumerate(rows):
-        result = sample(f"image {i}", row)
-        if result.image is None:
-            raise InputError(f"{result.place} is corrupt ({result.corrupt or result.fatal}); remove it")
-        images.append(result.image)
+    for sample in samples:
+        if sample.image is None:
+            refuse(sample)
+        images.append(sample.image)
     return torch.stack(images)
+
+
+def refuse(sample: Sample) -> NoReturn:
+    """Raise the `InputError` of a sample without an image."""
+    if sample.fatal is not None:
+        raise InputError(f"{sample.place}: {sample.fatal}")
+    raise InputError(f"{sample.place} is corrupt ({sample.corrupt}); remove it")
 
 
 def to_program(

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from res2net_zoo.data.labels import Classes, match_classes, recognize
 from res2net_zoo.data.sources import labels_of
 from res2net_zoo.evaluation import TOPK, collate, count_batch
-from res2net_zoo.inference.calibration import Selection, load_images, refuse
+from res2net_zoo.inference.calibration import Selection, load_images
 from res2net_zoo.inference.export import (
     EXPORT,
     NEEDS,
@@ -29,6 +29,7 @@ from res2net_zoo.inference.export import (
     compare,
     expected_output,
     output_name,
+    refuse,
     replaced_together,
     run_onnx,
     run_openvino,

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
-from res2net_zoo.data.images import ForeignPathError, check_mode, open_image
+from res2net_zoo.data.images import ForeignPathError, check_mode, open_image, reason_of
 from res2net_zoo.data.sources import Source, held_out_of, hold_out, labels_of, open_source
 from res2net_zoo.utils.console import progress_bar, warn
 from res2net_zoo.utils.errors import InputError
@@ -245,12 +245,7 @@ class _Decodable(torch.utils.data.Dataset):
         except ForeignPathError:
             raise  # the image is not damaged, so it must not be skipped
         except Exception as error:  # PIL raises various types
-            reason = (
-                "not an image of a supported format"
-                if "UnidentifiedImageError" in type(error).__name__
-                else str(error) or repr(error)
-            )
-            return index, f"{image['path'] or f'image {index}'} ({reason})"
+            return index, f"{image['path'] or f'image {index}'} ({reason_of(error)})"
         return None
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from res2net_zoo.data.images import Sample, Samples
 from res2net_zoo.data.sources import labels_of
-from res2net_zoo.evaluation import collate
+from res2net_zoo.evaluation import collate, corrupt_places
 from res2net_zoo.training.data import TrainingData
 from res2net_zoo.training.loss import balanced
 from res2net_zoo.utils.console import warn
@@ -264,14 +264,9 @@ def batches(
             images, targets, bad = next(loaded)
         except StopIteration:
             return
-        for sample in bad:
-            if sample.fatal is not None:
-                raise InputError(f"{sample.place}: {sample.fatal}")
-            if not skip_corrupt:
-                hint = "remove it, or skip corrupt images"
-                raise InputError(f"{sample.place}: corrupt ({sample.corrupt}); {hint}", "skip_corrupt")
-            if left_out is not None:
-                left_out.add(sample.place if sample.index is None else sample.index)
+        corrupt_places(bad, skip_corrupt)  # for its errors
+        if left_out is not None:
+            left_out.update(sample.place if sample.index is None else sample.index for sample in bad)
         if images is None:
             raise InputError(f"no image of a batch can be decoded, such as {bad[0].place}")
         yield images, targets[:, 0]

@@ -36,10 +36,6 @@ def test_the_training_split_calibrates(tiny):
     assert torch.equal(load_images(tiny, used), images)
 
 
-def test_a_split_and_a_size_can_be_chosen(tiny):
-    assert calibration_images(tiny, str(SHIPPED_DATA), "validation", img_size=32).shape == (300, 3, 32, 32)
-
-
 def test_one_split_is_divided(tmp_path, tiny):
     source = str(class_folders(tmp_path, "photos", 50) / "photos")
     used, held_out = calibration_and_held_out(source, 32)
