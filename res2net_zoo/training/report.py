@@ -88,15 +88,6 @@ class Mistakes:
         ]
 
 
-def _save(folder: Path, name: str, figure: "Figure") -> None:
-    write_atomically(folder / name, lambda path: figure.savefig(path, dpi=120))
-
-
-def draw_learning_curve(folder: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
-    """Draw loss and accuracy over the epochs as learning_curve.png, also for EMA weights."""
-    _save(folder, "learning_curve.png", learning_curve(metrics))
-
-
 def learning_curve(metrics: Sequence[Mapping[str, Any]]) -> "Figure":
     """Return the figure of loss and accuracy over the epochs, also for EMA weights."""
     from matplotlib.figure import Figure
@@ -127,18 +118,12 @@ def learning_curve(metrics: Sequence[Mapping[str, Any]]) -> "Figure":
     return figure
 
 
-def draw_learning_rate(folder: Path, rates: Sequence[tuple[float, float]]) -> None:
-    """Draw the learning rate over the epochs as learning_rate.png.
+def learning_rate(rates: Sequence[tuple[float, float]]) -> "Figure":
+    """Return the figure of the learning rate over the epochs.
 
     Args:
-        folder: Folder of the picture.
         rates: Fractional epochs, and the learning rates from there on.
     """
-    _save(folder, "learning_rate.png", learning_rate(rates))
-
-
-def learning_rate(rates: Sequence[tuple[float, float]]) -> "Figure":
-    """Return the figure of `draw_learning_rate`."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -152,17 +137,8 @@ def learning_rate(rates: Sequence[tuple[float, float]]) -> "Figure":
     return figure
 
 
-def draw_mistakes(folder: Path, mistakes: Mistakes, names: Sequence[str]) -> bool:
-    """Draw the most confident mistakes as mistakes.png, after preprocessing; return False if there are none."""
-    if not mistakes.worst:
-        (folder / "mistakes.png").unlink(missing_ok=True)
-        return False
-    _save(folder, "mistakes.png", mistakes_sheet(mistakes, names))
-    return True
-
-
 def mistakes_sheet(mistakes: Mistakes, names: Sequence[str]) -> "Figure":
-    """Return the figure of `draw_mistakes`."""
+    """Return the figure of the most confident mistakes, after preprocessing; there must be one."""
     from matplotlib.figure import Figure
 
     columns = min(6, len(mistakes.worst))
@@ -311,18 +287,22 @@ class Report:
 
         Args:
             mistakes: Mistakes of the best model.
-            rates: As for `draw_learning_rate`.
+            rates: As for `learning_rate`.
             counts: Its evaluation.
         """
         self.final = counts
-        pictures = []
+        pictures: dict[str, Figure] = {}
         if importlib.util.find_spec("matplotlib"):
-            draw_learning_curve(self.folder, self.metrics)
-            draw_learning_rate(self.folder, rates)
-            pictures = ["learning_curve.png", "learning_rate.png"]
-            pictures += ["mistakes.png"] * draw_mistakes(self.folder, mistakes, self.data.names)
+            pictures["learning_curve.png"] = learning_curve(self.metrics)
+            pictures["learning_rate.png"] = learning_rate(rates)
+            if mistakes.worst:
+                pictures["mistakes.png"] = mistakes_sheet(mistakes, self.data.names)
+            else:
+                (self.folder / "mistakes.png").unlink(missing_ok=True)
         else:
             print("plots are skipped: they need matplotlib; pip install 'res2net-zoo[train]'", file=sys.stderr)
-        card = training_card(self, self.folder, ("", "ema_"), mistakes.pairs(), pictures)
+        for name, figure in pictures.items():
+            write_atomically(self.folder / name, functools.partial(figure.savefig, dpi=120))
+        card = training_card(self, self.folder, ("", "ema_"), mistakes.pairs(), list(pictures))
         write_atomically(self.folder / "README.md", card.save)
         bill_of_materials.update(self.folder)

@@ -28,32 +28,17 @@ _options: ContextVar[Mapping[str, str]] = ContextVar("options", default=NO_OPTIO
 
 
 def run(main: Callable[[], int], options: Mapping[str, str] = NO_OPTIONS) -> int:
-    """Run a program as `run_main`, with the names of its options.
-
-    Args:
-        main: The program.
-        options: The option that sets a parameter, for each parameter; messages end with it.
-
-    Returns:
-        The exit code.
-    """
-    token = _options.set(options)
-    try:
-        return run_main(main)
-    finally:
-        _options.reset(token)
-
-
-def run_main(main: Callable[[], int]) -> int:
     """Run a program, turning bad input into one line on stderr and exit code 2.
 
     Args:
         main: The program; returns its exit code, 0 for success or 1 for a failed check.
+        options: The option that sets a parameter, for each parameter; messages end with it.
 
     Returns:
         The exit code: what `main` returns, 1 if memory is exhausted or a data-loading worker has died, 2 for bad input
         or a full disk, 130 for an interruption, 141 if the reader of the output has closed the pipe.
     """
+    token = _options.set(options)
     quiet_libraries()
     quiet_logs()
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -103,6 +88,7 @@ def run_main(main: Callable[[], int]) -> int:
         return 2
     finally:
         close_full_stdout()
+        _options.reset(token)
 
 
 def quiet_logs() -> None:
