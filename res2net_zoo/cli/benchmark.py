@@ -24,16 +24,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from res2net_zoo.cli.command import command, parser_of
+from res2net_zoo.cli.options import BACKENDS, INT8, PRECISIONS
 from res2net_zoo.utils.command_line import within
 
 if TYPE_CHECKING:
     from res2net_zoo.analysis.benchmark import Result
     from res2net_zoo.analysis.contenders import Setting
 
-PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 PEERS = ("eager", "inductor", "cudagraphs", "onnxruntime", "openvino")
 AGAINST = ("timm", "resnet50")
-BACKENDS = ("auto", "native", "openvino", "onnxruntime", "inductor", "inductor-padded", "cudagraphs", "triton", "eager")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -73,10 +72,11 @@ def add_subject(add: Callable[..., object]) -> None:
 
     add("--model", nargs="+", default=["res2net50_26w_4s"], help="models, or `all` (default: %(default)s)")
     add("--batch-size", nargs="+", type=within(int, 1), default=[1], help="images per batch (default: %(default)s)")
-    choose("--precision", PRECISIONS, ["float32"], "precisions of the model")
+    choose("--precision", (*PRECISIONS, INT8), ["float32"], "precisions of the model")
     choose("--mode", ("infer", "train"), ["infer"], "inference or a whole training step")
     add("--img-size", type=within(int, 8), help="height and width of the images in pixels (default: the model's own)")
-    choose("--backend", BACKENDS, ["auto"], "backends of our models in inference")
+    ours = [name for name in BACKENDS if name != "torch"]  # plain PyTorch is a baseline
+    choose("--backend", ours, ["auto"], "backends of our models in inference")
     choose("--peers", (*PEERS, "all", "none"), ["all"], "backends of the baselines")
     choose("--against", AGAINST, AGAINST, "baselines")
 

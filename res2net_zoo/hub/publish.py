@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as WEIGHTS
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
 from res2net_zoo import catalog
@@ -381,7 +381,7 @@ def _commit(api: HfApi, folder: Path, plan: UploadPlan, title: str, create_pr: b
         raise InputError(f"the Hub rejects the card of {folder}: {one_line(error)}") from error
     except RuntimeError as error:  # raised by the client if an upload to LFS fails after its own retries
         cause = error.__cause__
-        if isinstance(cause, HfHubHTTPError | HTTPError):
+        if isinstance(cause, HTTPError):
             raise cause from error
         raise InputError(f"cannot upload {folder}: {one_line(error)}; run it again to continue") from error
 

@@ -36,6 +36,7 @@ from res2net_zoo.kernels.cpu_network import Unsupported
 from res2net_zoo.models.block import Res2NetModule
 from res2net_zoo.utils.errors import InputError, one_line
 from res2net_zoo.utils.files import is_special, read_json, write_atomically
+from res2net_zoo.utils.timing import by_turns
 
 # Multiples to which the widths of groups are padded: the channels that a GPU's matrix units process at a time in half
 # precision, and those that a thread reads at a time.
@@ -513,8 +514,6 @@ def uses_tf32(device: torch.device) -> bool:
 @torch.no_grad()
 def time_interleaved(calls: list[Call], example: torch.Tensor) -> list[float]:
     """Return the median time of each backend for the example, in milliseconds."""
-    from res2net_zoo.utils.timing import by_turns
-
     times = by_turns([partial(call, example) for call in calls], ROUNDS, pause=PAUSE)
     return [1000 * statistics.median(seconds for turn in turns for seconds in turn) for turns in times]
 

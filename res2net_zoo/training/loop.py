@@ -124,7 +124,7 @@ class Epoch:
         step: Optimizer steps since the start of training.
         lr: Learning rate of the next step.
         loss: Mean training loss.
-        images_per_second: Speed since the start or resumption of the run; None without steps.
+        images_per_second: Speed since the start of the epoch or the resumption of the run; None without steps.
     """
 
     number: int

@@ -78,8 +78,9 @@ def read_original(
     name = hub_client.shown(source) if source else str(path)
     convert.check_file(path)
     digest = sha256_of(path)
+    released = digest.startswith(checkpoint.sha256)
     other = f"{name} is not the released {checkpoint.name}: its SHA-256 is {digest}, not {checkpoint.sha256}..."
-    if source and not digest.startswith(checkpoint.sha256):
+    if source and not released:
         raise WrongFileError(other)
     with torch.device("meta"):
         target = timm.create_model(checkpoint.architecture, num_classes=checkpoint.num_classes).state_dict()
@@ -90,9 +91,8 @@ def read_original(
         )
     except InputError as error:
         hint = f"to find a {checkpoint.architecture} in another checkpoint, name the model without its tag"
-        also = "" if digest.startswith(checkpoint.sha256) else f"; {other}; {hint}"
+        also = "" if released else f"; {other}; {hint}"
         raise WrongFileError(str(error).replace(str(path), name) + also, *["model"] * bool(also)) from error
-    released = digest.startswith(checkpoint.sha256)
     if not source:  # the catalogue's URL is recorded only if the hash confirms it
         known = released and checkpoint.sha256 and checkpoint.url
         name = checkpoint.url if known else f"a file called {path.name}"

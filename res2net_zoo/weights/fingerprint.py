@@ -18,6 +18,7 @@ from res2net_zoo.utils.files import read_json, sha256_of, write_atomically
 
 NAME = "fingerprint.json"
 
+PREPROCESSING = ("input_size", "crop_pct", "interpolation", "mean", "std")
 LARGEST = 32 * 2**20  # bytes; a logit takes about 15
 
 # Relative to the largest logit. Other thread counts, channels_last or double precision differ by about 4e-7; wrong
@@ -163,13 +164,12 @@ def model_identity(model: Any) -> dict[str, Any]:
         Values that JSON can represent.
     """
     label_names = model.pretrained_cfg.get("label_names")
-    preprocessing = ("input_size", "crop_pct", "interpolation", "mean", "std")
     return {
         "weights_sha256": weights_sha256(model),
         "label_names": label_names and hashlib.sha256(json.dumps(label_names).encode()).hexdigest(),
         **{
             key: list(value) if isinstance(value, tuple) else value
             for key, value in data_config(model).items()
-            if key in preprocessing
+            if key in PREPROCESSING
         },
     }

@@ -201,12 +201,16 @@ def check_pretrained_cfg(cfg: dict[str, Any]) -> None:
     whole_number(cfg, "num_classes", 0, MOST_CLASSES)
     whole_number(cfg, "label_offset", 0, 1)
     for key in ("first_conv", "classifier"):
-        names = cfg.get(key) if isinstance(cfg.get(key), list | tuple) else [cfg.get(key)]
-        for name in names or []:
-            if name is not None:
-                text(name, key)
+        for name in layer_names(cfg, key):
+            text(name, key)
     check_preprocessing(cfg)
     check_labels(cfg)
+
+
+def layer_names(cfg: Mapping[str, Any], key: str) -> list[Any]:
+    """Return the names under a key of a config, which may have one, several or none."""
+    value = cfg.get(key)
+    return [name for name in (value if isinstance(value, list | tuple) else [value]) if name is not None]
 
 
 def check_preprocessing(cfg: Mapping[str, Any]) -> None:
@@ -373,8 +377,7 @@ def check_names(config: ModelConfig, model: nn.Module) -> None:
     """
     modules, cfg = dict(model.named_modules()), config.pretrained_cfg
     for key in ("first_conv", "classifier"):
-        names = cfg.get(key) if isinstance(cfg.get(key), list | tuple) else [cfg.get(key)]
-        for name in filter(None, names or []):
+        for name in filter(None, layer_names(cfg, key)):
             layer = modules.get(name)
             if layer is None:
                 raise InputError(f"{config.path}: {key} is {shown(name)}, which {config.architecture} does not have")

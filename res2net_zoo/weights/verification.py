@@ -23,8 +23,6 @@ from res2net_zoo.weights.convert import explain
 from res2net_zoo.weights.model_config import ModelConfig
 from res2net_zoo.weights.provenance import metadata_of, of_folder
 
-PREPROCESSING = ("input_size", "crop_pct", "interpolation", "mean", "std")
-
 
 def verify(folder: Path, wanted: Checkpoint | None = None) -> list[Check]:
     """Check a model folder against its own records and the catalogue.
@@ -194,7 +192,7 @@ def _preprocessing(config: dict[str, Any], checkpoint: Checkpoint) -> Check:
     def plain(value: Any) -> Any:
         return list(value) if isinstance(value, tuple | list) else value
 
-    wrong = [key for key in PREPROCESSING if plain(config.get(key)) != plain(getattr(checkpoint, key))]
+    wrong = [key for key in fingerprint.PREPROCESSING if plain(config.get(key)) != plain(getattr(checkpoint, key))]
     found = ", ".join(f"{key} {plain(config.get(key))}" for key in wrong) or "the same"
     expected = ", ".join(f"{key} {plain(getattr(checkpoint, key))}" for key in wrong) or "the catalogue's"
     return Check("preprocessing", found, expected, not wrong)
