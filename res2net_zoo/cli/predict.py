@@ -168,7 +168,7 @@ def open_images(args: argparse.Namespace, accelerator: "Accelerator") -> "Images
     source = main_first(
         accelerator, lambda: open_source(args.data, args.split, streaming=args.streaming, labelled=False)
     )
-    if source.skipped and accelerator.is_main_process:
+    if source.skipped:
         warn(f"skipped in {args.data}: {source.skipped}")
     args.split = source.split
     return images_of_source(source)
@@ -226,9 +226,9 @@ def predict(
 ) -> "Iterator[list[Prediction]]":
     """Yield the predictions of this process."""
     from res2net_zoo.inference.prediction import predict_batches
-    from res2net_zoo.utils.processes import default_workers
+    from res2net_zoo.utils.processes import workers_of
 
-    workers = default_workers(accelerator.device) if args.workers is None else args.workers
+    workers = workers_of(args.workers, accelerator.device)
     if images.number is not None and images.number <= args.batch_size * accelerator.num_processes:
         workers = 0  # one batch: a worker would have nothing to do while the model runs
     options: Any = dict(topk=args.topk, workers=workers, skip_corrupt=args.skip_corrupt)

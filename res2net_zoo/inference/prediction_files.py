@@ -14,7 +14,6 @@ from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import temporary_file
 from res2net_zoo.utils.markdown import markdown_table
 
-FORMATS = ("table", "jsonl", "csv")
 ROW_GROUP = 1024  # rows of a Parquet file that are kept in memory
 
 Write = Callable[[Prediction], None]
@@ -45,7 +44,7 @@ def prediction_writer(
     Args:
         output: The file; None for the standard output.
         embeddings: Parquet file for the embeddings, if they are wanted.
-        form: One of `FORMATS`. A table is kept in memory until the end, the others are not.
+        form: `table`, `jsonl` or `csv`. A table is kept in memory until the end, the others are not.
         names: Name of each class.
         images: The images; those of a dataset are written with their index and label.
     """

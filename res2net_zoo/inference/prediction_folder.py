@@ -25,7 +25,7 @@ from tqdm import tqdm
 from res2net_zoo.evaluation import advance
 from res2net_zoo.inference.prediction import Images, Prediction, batched
 from res2net_zoo.inference.prediction_files import ROW_GROUP, output_errors, utf8
-from res2net_zoo.utils.console import printable, warn
+from res2net_zoo.utils.console import printable
 from res2net_zoo.utils.errors import InputError, one_line
 from res2net_zoo.utils.files import is_temporary, read_json, sha256_of, temporary_file, write_atomically
 from res2net_zoo.utils.processes import all_or_none, processes_here
@@ -175,18 +175,11 @@ class PredictionFolder:
                     raise ValueError("its hash differs from that in the manifest")
                 parquet.read_table(path, page_checksum_verification=True)
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            self._warn(f"{path} is truncated or damaged ({one_line(error, 100)}); its images are predicted again")
+            _warn(f"{path} is truncated or damaged ({one_line(error, 100)}); its images are predicted again")
             return None
         settings, place = found
         self._check_settings(settings, str(path))
         return Shard(file=name, sha256=digest, **place)
-
-    def _warn(self, message: str) -> None:
-        # Each process has shards of its own; `warn` prints in the main process only.
-        if self.accelerator.is_main_process:
-            warn(message)
-        else:
-            print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
 
     def __str__(self) -> str:
         """Return a summary of the finished shards."""
@@ -246,7 +239,7 @@ class PredictionFolder:
                 if prediction.corrupt is None:
                     yield prediction
                 else:
-                    self._warn(f"{prediction.path or f'image {prediction.index}'} is skipped: {prediction.corrupt}")
+                    _warn(f"{prediction.path or f'image {prediction.index}'} is skipped: {prediction.corrupt}")
 
         with temporary_file(path) as temporary:
             with parquet.ParquetWriter(temporary, schema, write_page_checksum=True) as file:
@@ -297,6 +290,11 @@ def until_full(first: list[Prediction], rest: Iterator[list[Prediction]], size: 
         yield from batch
         if (batch[-1].index + 1) % size == 0:
             return
+
+
+def _warn(message: str) -> None:
+    # Each process has shards of its own; `console.warn` prints in the main process only.
+    print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def _names(folder: Path) -> list[str]:
