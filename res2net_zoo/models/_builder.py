@@ -1,4 +1,4 @@
-"""Building of models by timm, including weights that timm cannot load by itself."""
+"""Model creation with timm, including weights that timm cannot load itself."""
 
 import os
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ def check_bounds(arguments: Mapping[str, Any]) -> None:
 
 
 def build_model(model_cls: Any, variant: str, pretrained: bool, **kwargs) -> Any:
-    """Build a model by timm's `build_model_with_cfg`, downloading and converting weights that are not on the Hub.
+    """Build a model with timm's `build_model_with_cfg`, downloading and converting weights that are not on the Hub.
 
     timm loads the converted file like any weights, so `num_classes`, `in_chans`, `features_only` and other arguments
     work as usual. Weights from the Hub are verified by their hash before the model is returned.
@@ -62,7 +62,7 @@ def build_model(model_cls: Any, variant: str, pretrained: bool, **kwargs) -> Any
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
         name = f"{variant}.{cfg.tag}" if cfg.tag else variant
         checkpoint = catalog.load().checkpoint(name)
-        # timm loads weights from another repository, folder or cfg of the caller.
+        # timm itself loads weights from the caller's repository, folder or cfg.
         ours = not (cfg.source or cfg.file or cfg.state_dict or overlay.keys() & {"url", "hf_hub_id"})
         if ours and checkpoint:
             registered = get_pretrained_cfg(checkpoint.name)
@@ -102,7 +102,7 @@ def set_drop_path(model: nn.Module, rate: float) -> None:
 
 
 def merge_args(model_args: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a variant, updated by those of the caller.
+    """Return the arguments of a variant, updated with the caller's.
 
     The caller's `block_args` are merged with the variant's. If they replaced them, the variant's scale and wiring
     would be lost, and its weights would load but compute wrong results.

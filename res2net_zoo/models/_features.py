@@ -116,7 +116,7 @@ class ChainedFeatures:
         for name in surplus:
             setattr(self, name, nn.Sequential())
         if surplus:
-            # The head has the size of features that are not computed any more.
+            # The head has the size of features that are no longer computed.
             self.num_features = self.head_hidden_size = last["num_chs"]
         if prune_head or surplus:
             self.reset_classifier(0, "")  # type: ignore[attr-defined]

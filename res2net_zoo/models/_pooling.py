@@ -7,7 +7,7 @@ from torch import nn
 
 
 def has_one_window(height: int, width: int) -> bool:
-    """Return whether the authors' pooling supports a map: one window of 7x7 fits into it, and not two."""
+    """Return whether the authors' pooling supports a map of this size: exactly one 7x7 window fits."""
     return 7 <= height < 14 and 7 <= width < 14
 
 
@@ -22,11 +22,10 @@ torch.fx.wrap("pool_window")  # traced as one operation, because it depends on t
 
 
 class WindowAvgPool2d(nn.Module):
-    """Average pooling with the result of the authors' `AvgPool2d(7)`, bit for bit, for every map that theirs supports.
+    """Average pooling, bitwise identical to the authors' `AvgPool2d(7)` for every map size that it supports.
 
-    Of a map larger than 7x7, from an image larger than 224x224, it reads only the first 7 rows and columns, as theirs
-    does. Maps that theirs does not support, with less than 7 or with at least 14 rows or columns, are averaged
-    completely.
+    For maps larger than 7x7, from images larger than 224x224, both read only the first 7 rows and columns. Maps that
+    `AvgPool2d(7)` does not support, with fewer than 7 or at least 14 rows or columns, are averaged globally.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -225,7 +225,7 @@ class BigLittleNet(ChainedFeatures, nn.Module):
         norm_layer: Normalization.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth rate of the last block, growing linearly from 0.
-        zero_init_last: Whether to initialize each block to its shortcut.
+        zero_init_last: Whether to zero-initialize the last norm of each block.
         block_args: Further arguments of every block.
         device: Device of the parameters.
         dtype: Type of the parameters.
@@ -300,7 +300,7 @@ class BigLittleNet(ChainedFeatures, nn.Module):
         """Initialize the weights.
 
         Args:
-            zero_init_last: Whether to initialize each block to its shortcut.
+            zero_init_last: Whether to zero-initialize the last norm of each block.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

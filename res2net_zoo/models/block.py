@@ -25,8 +25,8 @@ Wiring = Literal["official", "paddle", "mmdet"]
 class Res2NetModule(nn.Module):
     """The Res2Net block, for any shortcut.
 
-    A backbone subclasses it and gives `forward_residual` or `forward_end` its own shortcut in `forward`, so that the
-    parameters have the names that every released checkpoint uses: `conv1 bn1 convs.i bns.i conv3 bn3 se`.
+    A backbone subclasses it and passes its own shortcut to `forward_residual` or `forward_end` in `forward`, so that
+    the parameters have the names that every released checkpoint uses: `conv1 bn1 convs.i bns.i conv3 bn3 se`.
 
     Three wirings exist, with the same parameters but different results. They differ in the blocks that change the
     resolution or the number of channels:
@@ -52,7 +52,7 @@ class Res2NetModule(nn.Module):
         dilation: Dilation of the block's stage.
         first_dilation: Dilation of the 3x3 convolutions if it differs from the stage's, as in the first block of a
             stage whose stride is replaced by dilation; defaults to `dilation`.
-        downsamples: Whether the block has a stride or one that is replaced by dilation; by default, whether it has a
+        downsamples: Whether the block has a stride, possibly replaced by dilation; by default, whether it has a
             stride or `first_dilation` differs from `dilation`.
         projection: Whether the block's shortcut is a projection.
         wiring: Wiring of the hierarchy, see above.
@@ -98,8 +98,8 @@ class Res2NetModule(nn.Module):
         check_groups(width, scale, cardinality, wiring)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         first_dilation = first_dilation or dilation
-        # In a stage whose stride timm replaces by dilation, only the first block has a different dilation, which is how
-        # it detects that it downsamples without dilation.
+        # If timm replaces a stage's stride by dilation, `first_dilation` differs from `dilation` only in the block that
+        # would otherwise downsample.
         downsamples = downsamples or stride > 1 or first_dilation != dilation
         use_aa = aa_layer is not None and downsamples
         num_convs = max(1, scale - 1)
@@ -110,11 +110,11 @@ class Res2NetModule(nn.Module):
 
         self.conv1 = nn.Conv2d(in_chs, width * scale, kernel_size=1, bias=False, **dd)
         self.bn1 = norm_layer(width * scale, **dd)
-        how: Any = dict(
+        conv_args: Any = dict(
             stride=1 if use_aa else stride, padding=first_dilation, dilation=first_dilation, groups=cardinality
         )
         self.convs = nn.ModuleList(
-            nn.Conv2d(width, width, kernel_size=3, bias=False, **how, **dd) for _ in range(num_convs)
+            nn.Conv2d(width, width, kernel_size=3, bias=False, **conv_args, **dd) for _ in range(num_convs)
         )
         self.bns = nn.ModuleList(norm_layer(width, **dd) for _ in range(num_convs))
         self.aa: Any = create_aa(aa_layer or "", width, stride, enable=use_aa, **dd)
@@ -131,7 +131,7 @@ class Res2NetModule(nn.Module):
         self.relu = act_layer(inplace=True)  # timm's name, which prefixes an activation's parameters
 
     def zero_init_last(self) -> None:
-        """Initialize the block to its shortcut, if the last norm has a weight."""
+        """Zero-initialize the weight of the last norm, if it has one, so that the block returns its shortcut."""
         weight = getattr(self.bn3, "weight", None)
         if weight is not None:
             nn.init.zeros_(weight)

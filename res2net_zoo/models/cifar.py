@@ -45,7 +45,9 @@ class CifarResNet(ChainedFeatures, ResNet):
         if output_stride not in (4, 32):
             raise ValueError(f"output_stride is {output_stride}; a CIFAR model supports only 4")
         if not len(layers) == len(channels) == 3:
-            raise ValueError(f"a CIFAR model has three stages, not {len(layers)} of {len(channels)} widths")
+            raise ValueError(
+                f"a CIFAR model has three stages; layers has {len(layers)} values and channels has {len(channels)}"
+            )
         if stem_type or replace_stem_pool:
             raise ValueError(
                 "a CIFAR model's stem is one 3x3 convolution; stem_type and replace_stem_pool are unsupported"

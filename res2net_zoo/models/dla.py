@@ -27,7 +27,7 @@ def check_size(x: torch.Tensor, multiple: int) -> None:
     Raises:
         AssertionError: H or W is not a multiple.
     """
-    # All of them support torch._assert with a constant message, but not an `if` on a shape.
+    # All these modes support torch._assert with a constant message, but not an `if` on a shape.
     message = (
         "DLA halves its input five times without rounding: use images whose height and width are multiples of 32 "
         "(for features_only, of the last feature's reduction)"

@@ -20,7 +20,7 @@ LARGEST_STRIDE, LARGEST_DILATION = 8, 128
 
 
 class Res2Net(ResNet):
-    """timm's ResNet with Res2Net blocks, and with MMDetection's rule of dilation beside timm's.
+    """timm's ResNet with Res2Net blocks, and a choice between timm's and MMDetection's dilation rule.
 
     With the same weights, the two rules give different results. They differ in the first block of a stage whose stride
     is replaced by dilation:
@@ -43,7 +43,7 @@ class Res2Net(ResNet):
         **kwargs: Arguments of timm's ResNet.
 
     Raises:
-        ValueError: An argument is invalid, or two exclude each other.
+        ValueError: An argument is invalid, or two are mutually exclusive.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Res2Net(ResNet):
 
 
 class _Stage:
-    """Creates the blocks of a stage for timm's `ResNet`, with a stride and dilations of its own in place of timm's.
+    """Creates the blocks of a stage for timm's `ResNet`, with its own stride and dilations instead of timm's.
 
     Args:
         block: Class of the blocks.
@@ -115,11 +115,11 @@ def plan_stages(
     dilations: Sequence[int] | None,
     multi_grid: Sequence[int] | None,
 ) -> list[tuple[int, list[int]]]:
-    """Return the stride of each stage and the dilation of each of its blocks, by the rule `"mmdet"`.
+    """Return the stride of each stage and the dilation of each of its blocks, under the rule `"mmdet"`.
 
     Args:
         layers: Number of blocks of each stage.
-        output_stride: As for `Res2Net`, and so are the others.
+        output_stride: The output stride.
         strides: Stride of each stage.
         dilations: Dilation of each stage.
         multi_grid: Factor of the dilation of each block of the last stage.
@@ -141,15 +141,15 @@ def plan_stages(
 
 
 def check_dilation(output_stride: int, rule: str | None, given: Sequence[str]) -> None:
-    """Check the rule of dilation, and that it supports what is given.
+    """Check the dilation rule, and that it supports the given arguments.
 
     Args:
         output_stride: The output stride.
         rule: The rule, or None for the default.
-        given: Those of `strides`, `dilations` and `multi_grid` that are given.
+        given: Which of `strides`, `dilations` and `multi_grid` are given.
 
     Raises:
-        ValueError: An argument is invalid, or two exclude each other.
+        ValueError: An argument is invalid, or two are mutually exclusive.
     """
     if output_stride not in (8, 16, 32):
         raise ValueError(f"output_stride is {output_stride}; it must be 8, 16 or 32")
@@ -158,14 +158,14 @@ def check_dilation(output_stride: int, rule: str | None, given: Sequence[str]) -
     if rule == "timm" and given:
         raise ValueError(f"dilation_rule 'timm' supports only output_stride; {given[0]} needs dilation_rule 'mmdet'")
     if output_stride != 32 and given and given[0] != "multi_grid":
-        raise ValueError(f"output_stride {output_stride} and {given[0]} exclude each other; give one of them")
+        raise ValueError(f"output_stride {output_stride} and {given[0]} are mutually exclusive; pass one of them")
 
 
 def check_numbers(name: str, values: Any, count: int, most: int) -> None:
     """Check an argument with a number for each stage or block.
 
     Raises:
-        ValueError: It has another length, or a number is out of bounds.
+        ValueError: It has the wrong length, or a number is out of bounds.
     """
     if values is None:
         return
