@@ -1,1 +1,1 @@
-"""C++ for CPUs: what compiles it, and the networks and training steps that run on it."""
+"""Native kernels for inference and training: C++ for CPUs, Triton for GPUs."""

@@ -32,9 +32,9 @@ from res2net_zoo.utils.errors import InputError
 from res2net_zoo.utils.files import read_bytes
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
-DESCRIBING = 15  # timeout in seconds to print the compiler's macros, which takes milliseconds
-COMPILING = 45  # timeout in seconds to compile a source, which takes 1 to 4 seconds
-WAITING = COMPILING + 5  # seconds to wait for another process that compiles
+MACROS_TIMEOUT = 15  # seconds to print the compiler's macros, which takes milliseconds
+COMPILE_TIMEOUT = 45  # seconds to compile a source, which takes 1 to 4 seconds
+LOCK_TIMEOUT = COMPILE_TIMEOUT + 5  # seconds to wait for another process that compiles
 LARGEST_OUTPUT = 2**20  # maximum output of a compiler in bytes
 LARGEST_LIBRARY = 2**26  # bytes; ours have about 200 kB
 LOCK, RECORD = "lock", "sha256"  # files next to a library
@@ -59,7 +59,7 @@ def compile_library(source: Path, functions: Functions) -> ctypes.CDLL:
     try:
         compiler = find_compiler()
         # The compiler's macros distinguish machines that share a home directory.
-        output = run([*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull], DESCRIBING)
+        output = run([*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull], MACROS_TIMEOUT)
         machine = [line for line in output.splitlines() if line.startswith(b"#define")]
         if not machine:
             raise CannotCompile(f"{shlex.join(compiler)} is not a C++ compiler; set CXX to another one")
@@ -86,7 +86,7 @@ def compile_library(source: Path, functions: Functions) -> ctypes.CDLL:
 
 
 def find_compiler() -> list[str]:
-    """Return the command of a C++ compiler: CXX, which can have arguments, or the first that is installed.
+    """Return the command of a C++ compiler: CXX, which may include arguments, or the first that is installed.
 
     Raises:
         CannotCompile: No compiler is installed.
@@ -152,7 +152,7 @@ def read_until(process: subprocess.Popen[bytes], deadline: float) -> bytes:
             if not chunk:
                 return output
             if len(output) > LARGEST_OUTPUT:
-                raise CannotCompile(f"it prints more than {LARGEST_OUTPUT:,} bytes")
+                raise CannotCompile(f"the compiler prints more than {LARGEST_OUTPUT:,} bytes")
     raise subprocess.TimeoutExpired(process.args, 0)
 
 
@@ -169,7 +169,7 @@ def load_or_compile(path: Path, compiler: list[str], source: Path, functions: Fu
         name = f"{source.stem}.so"
         with contextlib.suppress(OSError, CannotCompile):
             return load_trusted(folder, path, name, functions)
-        with WeakFileLock(path / LOCK, timeout=WAITING):
+        with WeakFileLock(path / LOCK, timeout=LOCK_TIMEOUT):
             with contextlib.suppress(OSError, CannotCompile):
                 return load_trusted(folder, path, name, functions)  # compiled by another process in the meantime
             empty(folder)
@@ -281,7 +281,7 @@ def build(compiler: list[str], source: Path, library: Path) -> None:
     # The compiler's temporary files are in this folder too, so that the next build deletes leftovers.
     with tempfile.TemporaryDirectory(dir=library.parent) as name:
         made, record = Path(name, library.name), Path(name, RECORD)
-        run([*compiler, *FLAGS, "-o", str(made), str(source)], COMPILING, TMPDIR=name)
+        run([*compiler, *FLAGS, "-o", str(made), str(source)], COMPILE_TIMEOUT, TMPDIR=name)
         content = read_bytes(made, LARGEST_LIBRARY)
         if not is_whole(content):
             raise CannotCompile(f"{compiler[0]} has written a truncated library; is the disk full?")

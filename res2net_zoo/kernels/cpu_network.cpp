@@ -8,11 +8,11 @@
 //
 // A convolution is a matrix product of pixels and output channels without the usual copy of the input
 // (Dukhan, "The Indirect Convolution Algorithm", arXiv 1907.02129): a tile of ROWS pixels by two vectors of
-// channels stays in registers, see products.h. With tile registers, which load pixels at a fixed distance, the input
-// of other convolutions than 1x1 is first copied, for a block of pixels at a time.
+// channels stays in registers, see products.h. Tile registers load pixels at a fixed distance, so the input
+// of convolutions other than 1x1 is first copied, one block of pixels at a time.
 //
-// 8-bit integers q have the values scale * (q - zero). A convolution scales its sums by channel to the integers of its
-// output, so that it adds, activates and rounds once.
+// 8-bit integers q have the values scale * (q - zero). A convolution rescales its sums per channel to the scale of
+// its output, so that it adds, activates and rounds once.
 
 #include <atomic>
 #include <omp.h>
@@ -89,8 +89,8 @@ template <class T> inline void write(const View& v, T* p, Vec x, Lanes some) {
     store(p, x, some);
 }
 
-// The end of a convolution: scale, add, activate, store. A copy of the step's fields, which stores could overwrite as
-// far as the compiler knows.
+// The end of a convolution: scale, add, activate, store. It copies the step's fields, because the compiler must assume
+// that stores alias the originals.
 template <class T> struct Epilogue {
     const View add, dst, also;
     const bool to_float, above_zero;
@@ -220,7 +220,7 @@ inline Unit unit_of(const Step& s, int64_t groups, int64_t u) {
 // A thread's memory for tile registers.
 struct Panels {
     std::vector<char> memory;        // the input of a block's groups of pixels
-    std::vector<int64_t> copied;     // for each of these groups, which one is in memory, or -1
+    std::vector<int64_t> copied;     // for each of these groups, the key of the input in memory, or -1
     const Step* step = nullptr;      // the step whose input it is
     int64_t rows = 0;                // pixels that registers are configured for
 
@@ -269,12 +269,12 @@ template <class T> void copy_taps(const Step& s, const Tile& t, int64_t m0, int6
     for (int64_t m = 0; m < rows; m++, to += s.panel) {
         const char* pixel = reinterpret_cast<const char*>(at<T>(s.src, m0 + m) + t.first_in);
         char* p = to;
-        for (int64_t i = 0; i < s.taps; i++, p += width) {  // a store may overlap the next tap, which follows
+        for (int64_t i = 0; i < s.taps; i++, p += width) {  // a store may overlap the next tap, which is stored later
             const char* from = pixel + s.tap[i] * int64_t(sizeof(T));
             for (int64_t k = 0; k < full; k += 64) _mm512_storeu_si512(p + k, _mm512_loadu_si512(from + k));
             if (bytes > full) _mm512_storeu_si512(p + full, _mm512_maskz_loadu_epi8(some, from + full));
         }
-        _mm512_storeu_si512(p, _mm512_setzero_si512());  // weights of the rest are zero, which NaN would not respect
+        _mm512_storeu_si512(p, _mm512_setzero_si512());  // the rest has zero weights, but NaN * 0 is NaN
     }
 }
 
@@ -286,10 +286,10 @@ void sum_tile(const Step& s, const Unit& one, Panels& panels, TileSums<T>& sums,
     int64_t pitch = s.src.pixel * sizeof(T);
     if (s.panel) {
         x = panels.of(s, one.slot), pitch = s.panel;
-        int64_t what = one.m0 << 20 | t.first_in;
-        if (panels.copied[one.slot] != what) {
+        int64_t key = one.m0 << 20 | t.first_in;
+        if (panels.copied[one.slot] != key) {
             copy_taps<T>(s, t, one.m0, one.rows, panels.of(s, one.slot));
-            panels.copied[one.slot] = what;
+            panels.copied[one.slot] = key;
         }
     }
     const char* w = static_cast<const char*>(t.weight);
@@ -324,7 +324,7 @@ template <class T> struct Finisher {
         }
     }
     template <int N> inline void write_rows(int64_t begin, int64_t end) const {
-        const Finisher own = *this;  // stores could overwrite the fields, as far as the compiler knows
+        const Finisher own = *this;  // the compiler must assume that stores alias the fields
         if constexpr (sizeof(T) == 1 && N == 2)
             if (paired) {
                 for (int64_t m = begin; m < end; m++)
@@ -349,8 +349,8 @@ template <class T> struct Finisher {
     }
 };
 
-// Compute tiles `u` to `end` of a convolution with tile registers. A tile is finished while the next one is summed, for
-// which other parts of the processor are used.
+// Compute tiles `u` to `end` of a convolution with tile registers. The end of a tile overlaps with the sums of the
+// next one, because they use different execution units.
 template <class T> void matrix_conv(const Step& s, int64_t u, int64_t end, Panels& panels) {
     int64_t groups = groups_of(s);
     panels.begin(s);
@@ -440,7 +440,7 @@ template <class T> void pool(const Step& s, int64_t u, int64_t end) {
             h1 = lower(h1, s.in_h), w1 = lower(w1, s.in_w);
             float scale = 1.0f / (s.count_pad ? padded : (h1 - h0) * (w1 - w0));
             if constexpr (sizeof(T) == 1)
-                if ((h1 - h0) * (w1 - w0) <= 257) {  // 257 * 255 fits 16 bits
+                if ((h1 - h0) * (w1 - w0) <= 257) {  // 257 * 255 fits in 16 bits
                     if (s.kind == MAX_POOL) scale = 1;
                     pool_bytes(s, n, h0, w0, h1 - h0, w1 - w0, scale, at<u8>(s.dst, n, oh, ow));
                     continue;
@@ -604,7 +604,7 @@ int has_bf16() {
 #endif
 }
 
-// Pixels per tile of tile registers, or 0 if this machine has none, or does not permit this process to use them.
+// Pixels per tile of tile registers, or 0 if this machine lacks them or does not permit this process to use them.
 int tiled_pixels() {
 #ifdef TILES
     static const bool permitted = permit_tiles();

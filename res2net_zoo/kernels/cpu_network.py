@@ -7,7 +7,7 @@ the network is compiled once for an image size:
 - a convolution includes its bias, residual addition and activation;
 - the groups of a Res2Net block (Eq. 1) are never copied: K_i reads its slice of the output of conv1, writes y_i into
   the input of conv3, and adds it to the slice that K_{i+1} reads;
-- in int8 what is added to a sum is added before it is rounded to 8 bits;
+- in int8, additions precede rounding to 8 bits;
 - all threads execute the list together, and synchronize only where needed.
 
 The steps are in `cpu_network.cpp`, which is compiled on the machine that runs it.
@@ -51,7 +51,7 @@ FUNCTIONS = {
 
 
 def _l2_cache_bytes() -> int:
-    """Return the size of the L2 cache of a core, or 1 MB where the system does not provide it."""
+    """Return the size of the L2 cache of a core, or 1 MB if the system does not report it."""
     try:
         return int(Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip().removesuffix("K")) * 1024
     except (OSError, ValueError):
@@ -60,15 +60,15 @@ def _l2_cache_bytes() -> int:
 
 # Measured on processors with an L2 cache of 1 MB (AMD Zen 5) and of 2 MB (Intel with AMX).
 L2_BYTES = _l2_cache_bytes()
-IMAGES_AT_ONCE = 8 if L2_BYTES >= 2**21 else 4  # 16 by tile registers
-PIXELS_AT_ONCE = 2**23  # of all images at once, for which more than 4 are processed
+IMAGES_AT_ONCE = 8 if L2_BYTES >= 2**21 else 4  # 16 with tile registers
+PIXELS_AT_ONCE = 2**23  # maximum number of pixels in a batch of more than 4 images
 CACHE_BYTES = 2**15 if L2_BYTES >= 2**21 else 2**18  # block of its input that a convolution processes at a time
 CACHE_BYTES_FOR_LARGE_WEIGHTS = L2_BYTES // 4
-CACHE_WEIGHTS = 2**20  # size of weights that the L2 cache has room for
-# The order of the output channels of two vectors, in which instructions pack them: `pack` in vectors.h.
+CACHE_WEIGHTS = 2**20  # size of weights that fit in the L2 cache
+# The order in which instructions pack the output channels of two vectors: `pack` in vectors.h.
 PACKED = torch.arange(32).view(4, 2, 4).transpose(0, 1).flatten()
 LINE = 64  # bytes of a cache line, and of a row of a tile register
-MAP_ELEMENTS = L2_BYTES // 4  # size of one image's map from which on images are processed one by one; half by tiles
+MAP_ELEMENTS = L2_BYTES // 4  # minimum map size to process images one by one; half with tile registers
 
 
 class _View(ctypes.Structure):
@@ -121,7 +121,7 @@ def library() -> ctypes.CDLL:
 
 
 def _padded(size: int, multiple: int) -> int:
-    """Return the next multiple from a size on."""
+    """Round a size up to a multiple."""
     return -(-size // multiple) * multiple
 
 
@@ -212,8 +212,8 @@ class _Program:
     def buffer(self, root: Value) -> torch.Tensor:
         """Allocate a value's buffer, with zeros for the border, which no step writes.
 
-        Additional elements are for steps that read several channels, or pixels, at a time, and the last ones only
-        to multiply them by zero, or not to use the result.
+        Steps read several channels or pixels at a time. The additional elements at the end are those that they
+        multiply by zero, or whose result they discard.
         """
         size = root.n * root.image + root.pitch + 64
         if size >= 2**31:
@@ -245,7 +245,7 @@ class _Program:
                     free.setdefault(self.layout(root), []).append(self.buffers[root])
 
     def layout(self, root: Value) -> tuple[int, ...]:
-        """Return what values must share to reuse the same buffer: their layout, and the content of the border."""
+        """Return the properties that values must share to reuse a buffer: layout, and content of the border."""
         return (*root.layout, self.network.scale_of(root).zero if root.pad else 0)
 
     def table(self, *key: int) -> int:
@@ -357,7 +357,7 @@ class _Program:
         if len(taps) * src.c * step.channels * size > CACHE_WEIGHTS:
             step.block = max(1, CACHE_BYTES_FOR_LARGE_WEIGHTS // group)
         else:
-            # Threads share pixels, so that each reads what it has written; if weights are large, they share channels.
+            # Threads split pixels, so that each reads what it has written; if weights are large, they split channels.
             groups, threads = -(-step.pixels // step.rows), torch.get_num_threads()
             step.block = -(-groups // _padded(-(-groups // step.block), threads))
         if self.network.has_tiles and len({tile.channels_in for tile in tiles}) == 1:
@@ -381,14 +381,14 @@ class _Program:
         inside = (first + tile.first_in) * size + step.bytes <= src.pitch * size
         if not (consecutive and inside):
             step.panel = (step.bytes // LINE + 1 | 1) * LINE  # an odd number of cache lines, see `Value.pitch`
-        # If the L2 cache has the weights, a group's outputs are better written together.
+        # If the weights fit in the L2 cache, it is faster to write a group's outputs together.
         if step.bytes * step.channels <= CACHE_WEIGHTS:
             step.block = 1
         else:
             step.block = max(1, CACHE_BYTES_FOR_LARGE_WEIGHTS // (step.rows * (step.panel or src.pitch * size)))
 
     def rescale(self, step: _Step, node: Node, where: Value) -> None:
-        """Set the minimum of a convolution's output, and the scales of what it adds, relative to that of the output."""
+        """Set the minimum of a convolution's output, and the scales of its addends relative to the output's."""
         step.floor = 0 if node.act == RELU else -math.inf
         if self.network.dtype != torch.uint8:
             return
@@ -464,10 +464,10 @@ class Network:
     serialized by a lock, because the memory of the steps is shared.
 
     Args:
-        graph: The traced model, in eval mode, BatchNorm folded.
+        graph: The traced model, in eval mode, with BatchNorm folded.
         dtype: Type of activations and weights: float32 or bfloat16, with sums in float32, or int8, with sums in
             int32.
-        calibration: For int8, preprocessed images (N, C, H, W) by which activations are scaled.
+        calibration: For int8, preprocessed images (N, C, H, W) that determine the scales of activations.
         images_at_once: Maximum batch size; larger batches are split. A small one keeps activations in the caches,
             a large one reuses weights for more images. By default it depends on the processor and the image size.
 
@@ -530,7 +530,7 @@ class Network:
         return results if isinstance(self.output, list) else results[0]
 
     def best_batch(self, pixels: int) -> int:
-        """Return how many images of a size in pixels are best processed at once."""
+        """Return the best batch size for images with a number of pixels."""
         return min(16 if self.has_tiles else IMAGES_AT_ONCE, max(4, PIXELS_AT_ONCE // pixels))
 
     def lower(self, shape: tuple[int, int, int, int]) -> tuple[Value, list[Call], list[Value]]:
@@ -543,7 +543,7 @@ class Network:
         return source, lowering.calls, results
 
     def scale_of(self, value: Value) -> Scale:
-        """Return the scale of a value's integers; slices and parts of a concatenation have that of the whole."""
+        """Return the scale of a value's integers; slices and parts of a concatenation share that of the whole."""
         while (base := value.base or value.like) is not None and not (value.is_sum or value.is_float):
             value = base
         return Scale(1.0, 0) if value.is_float or not self.scales else self.scales[value.name]

@@ -13,7 +13,7 @@
 
 namespace {
 
-// Pixels by channels: channels are contiguous, and pixels have a distance of `pitch` elements.
+// Pixels by channels: channels are contiguous, and pixels are `pitch` elements apart.
 struct Matrix {
     void* data;
     int64_t pitch;
@@ -139,7 +139,7 @@ template <class T> void normalize(const Norm& s, int64_t begin, int64_t end) {
     });
 }
 
-// dx = scale * (g - mean(g) - xhat * mean(g * xhat)): `sums` and `products` hold the two means, the second over std.
+// dx = scale * (g - mean(g) - xhat * mean(g * xhat)): `sums` and `products` hold the means, the second over std.
 template <class T> void propagate(const Norm& s, const float* sums, const float* products, int64_t begin, int64_t end) {
     tiles(s, begin, end, [&](const Group& g, int64_t c, auto span, int64_t m0, int64_t m1) {
         constexpr int N = decltype(span)::N;

@@ -54,7 +54,7 @@ def is_loaded() -> bool:
 def fits(x: Any) -> bool:
     """Whether the fused steps support the output of a convolution of a tensor (N, C, H, W) in training.
 
-    Tracers, compilers and function transforms get PyTorch's operations.
+    Tracers, compilers and function transforms use PyTorch's operations.
     """
     return (
         not torch.jit.is_tracing()
@@ -180,8 +180,8 @@ def _like(x: torch.Tensor, chs: int) -> torch.Tensor:
     return torch.empty((n, chs, h, w), dtype=x.dtype, memory_format=torch.channels_last)
 
 
-# The fields of `Norm` and `Group` in fused_norm.cpp, in order: numbers, or addresses of tensors; groups also have the
-# distance of pixels, in elements, of each tensor.
+# The fields of `Norm` and `Group` in fused_norm.cpp, in order: numbers, or addresses of tensors; in groups, each
+# tensor is followed by the distance between its pixels, in elements.
 NORM = (
     *("pixels", "channels", "groups", "relu", "weight", "bias", "mean", "invstd", "scale"),
     *("running_mean", "running_var", "dweight", "dbias"),
@@ -280,7 +280,7 @@ def _keeps_graph() -> bool:
 
 
 def _differentiable(ctx: Any, x: Any, w: Any, b: Any, add: Any, grads: Sequence[Any]):
-    """Compute the gradients by PyTorch's differentiable operations."""
+    """Compute the gradients with PyTorch's differentiable operations."""
     # Inputs can depend on each other, such as x on the shortcut; the views do not.
     given = [None if value is None else value.view_as(value) for value in (x, add, w, b)]
     x, add, w, b = given

@@ -1,9 +1,9 @@
 """Convolutional networks as Triton kernels: the `triton` GPU backend of `res2net_zoo.optimize`.
 
-The plan of `cpu_network` on a GPU, in channels_last: a convolution includes its bias, residual addition and activation,
-and the groups of a Res2Net block (Eq. 1) are never copied: K_i reads its slice of the output of conv1, writes y_i into
-the input of conv3, and adds it to the slice that K_{i+1} reads. Libraries have no such convolution: each group is
-copied out and back, and bias, ReLU and sums are separate passes over the memory, which is what bounds the speed.
+The approach of `cpu_network` on a GPU, in channels_last: a convolution includes its bias, residual addition and
+activation, and the groups of a Res2Net block (Eq. 1) are never copied: K_i reads its slice of the output of conv1,
+writes y_i into the input of conv3, and adds it to the slice that K_{i+1} reads. Libraries lack such a convolution: they
+copy each group out and back, and apply bias, ReLU and sums in separate passes over memory, which limit the speed.
 """
 
 import contextlib
@@ -81,11 +81,11 @@ class Convolution:
         dst: Output, likewise.
         weights: The packed weights.
         geometry: Kernel height and width, stride, padding, dilation.
+        chs_out: Number of output channels.
         relu: Whether to apply ReLU.
-        add: Added to the output before ReLU.
-        cut: Number of the first output channel that is written to `rest` instead of `dst`.
-        rest: Output for the channels from `cut`.
-        also: To which the output is added.
+        add: Tensor to add to the output before ReLU, or None.
+        rest: Output for the channels that do not fit in `dst`, or None.
+        also: Tensor to which the output is added, or None.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class Convolution:
         return (src, weight, bias, add, dst, rest, also, *scratch, *self.sizes), values
 
     def compile(self, tile: Tile, split: int) -> None:
-        """Compile the kernel for a tile size; failures show when it is launched."""
+        """Compile the kernel for a tile size; failures are raised when it is launched."""
         step = copy.copy(self)
         step.choose(tile, split, None)
         args, values = step.arguments()
@@ -185,7 +185,7 @@ class Program:
         if nodes[-1].dst is result and result.base is None and not nodes[-1].parts:
             result.is_float = True
         self.source, self.result = source, result
-        # The windows of the stem are rows of up to 8 pixels of 4 channels: no masks, and reads of 8 bytes.
+        # The stem reads windows as rows of up to 8 pixels of 4 channels: 8 bytes at a time, without masks.
         readers = [node for node in nodes if node.src is source]
         self.border = readers[0].conv.padding[0] if len(readers) == 1 and is_stem(readers[0]) else None
         self.place(nodes)
@@ -316,7 +316,7 @@ class Program:
 
 
 def is_stem(node: Node) -> bool:
-    """Return whether a node is a convolution of images by the kernel's method for few channels."""
+    """Return whether the kernel's method for few input channels supports a node."""
     conv = node.conv
     if node.kind != CONV or isinstance(conv, nn.Linear) or node.src.c > 4 or conv.groups > 1:
         return False
@@ -361,7 +361,7 @@ class GpuNetwork:
     """A network that runs as Triton kernels, for capture into CUDA graphs.
 
     Args:
-        graph: The traced model, in eval mode, BatchNorm folded, its groups padded to multiples of `UNIT` channels.
+        graph: The traced model, in eval mode, with BatchNorm folded and groups padded to multiples of `UNIT` channels.
         dtype: Type of activations and weights, bfloat16 or float16; sums are float32.
         device: The GPU, or the CPU under Triton's interpreter.
     """

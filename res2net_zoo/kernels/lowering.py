@@ -1,4 +1,4 @@
-"""The operations of a traced network, fused into nodes: what `cpu_network` and `gpu_network` run.
+"""The operations of a traced network, fused into the nodes that `cpu_network` and `gpu_network` run.
 
 `Lowering` records the calls of a traced model on `Value`s. `fuse_nodes` fuses them into `Node`s, whose outputs go
 directly into the buffers of their readers: slices and concatenations (Eq. 1) need no operation.
@@ -37,9 +37,9 @@ class Value:
     pad: int = 0  # border of zeros that its readers need
     is_float: bool = False
     line: int = 16  # elements of a cache line
-    name: str = ""  # of the graph's node, by which its scale is calibrated
-    is_sum: bool = False  # a sum in the place of a slice, with a scale of its own
-    like: "Value | None" = None  # the value whose scale it has
+    name: str = ""  # of the graph's node, which identifies its calibrated scale
+    is_sum: bool = False  # a sum stored in place of a slice, with its own scale
+    like: "Value | None" = None  # the value whose scale it uses
     flat: bool = False  # represents a tensor (N, C)
 
     @property
@@ -52,7 +52,7 @@ class Value:
         """Elements from one pixel to the next in its buffer.
 
         An odd number of cache lines, because pixels at a distance of 4 KB map to the same few sets of an L1 cache.
-        The few channels of an image are dense, which its convolution needs.
+        The few channels of an image are dense, as its convolution requires.
         """
         lines = -(-self.c // self.line)
         return self.c if self.c < 16 else (lines | 1 if lines * self.line > 128 else lines) * self.line
@@ -83,7 +83,7 @@ class Value:
 
 @dataclass(eq=False)
 class Node:
-    """An operation with its fused activation, and values that are added to its result or to which it is added."""
+    """An operation with its fused activation; `add` is added to its result, which is added to `also`."""
 
     kind: int
     src: Value
@@ -92,7 +92,7 @@ class Node:
     gate: Value | None = None
     add: Value | None = None
     also: Value | None = None
-    total: Value | None = None  # the sum in the place of `also`
+    total: Value | None = None  # the sum stored in place of `also`
     conv: Any = None
     window: tuple = ()
     # For a convolution: ranges of its output channels, and the destination of each.
@@ -241,11 +241,11 @@ def last_large_map(source: Value, calls: list[Call], large: int) -> tuple[int, V
     Args:
         source: The image.
         calls: The calls.
-        large: The least number of elements of a large map.
+        large: Minimum number of elements of a large map.
 
     Returns:
-        The number of calls before it, and the only value that later calls read: the last large map of this kind. None
-        if there is none.
+        The number of calls up to it, and the only value that later calls read: the last large map of this kind; or
+        None.
     """
     last = {value: i for i, call in enumerate(calls) for value in call.inputs}
     alive = {source}
@@ -328,7 +328,7 @@ class _Fusion:
         self.maker[dst] = node
 
     def activate(self, x: Value, out: Value, act: int, kinds: tuple[int, ...]) -> None:
-        """Apply an activation in the node of its input, if that has one of these kinds, or in a new node."""
+        """Apply an activation in the node of its input, if it has one of these kinds, or in a new node."""
         node = self.maker.get(x)
         if node and self.uses[x] == 1 and node.kind in kinds and node.act == NONE and not node.also:
             node.act = act
@@ -337,7 +337,7 @@ class _Fusion:
             self.append(POINTWISE, x, out, act=act)
 
     def add_before_writing(self, call: Call) -> bool:
-        """Fuse an addition into the node of the later operand, if nothing else reads that; return whether it can."""
+        """Fuse an addition into the node of the later operand, if nothing else reads it; return whether it did."""
         free = [
             (self.made[value], value, other)
             for value, other in (call.inputs, call.inputs[::-1])
@@ -355,7 +355,7 @@ class _Fusion:
         return True
 
     def add_to_slice(self, call: Call) -> bool:
-        """Add the output of a convolution to a slice that nothing else reads; return whether it can."""
+        """Add the output of a convolution to a slice that nothing else reads; return whether it did."""
         for value, target in (call.inputs, call.inputs[::-1]):
             node = self.maker.get(value)
             if not (node and node.kind == CONV and not node.also):
@@ -369,7 +369,7 @@ class _Fusion:
         return False
 
     def concatenate(self, values: tuple[Value, ...], out: Value) -> None:
-        """Let the nodes of values write directly into their concatenation, and copy the other values."""
+        """Redirect the outputs of nodes into their concatenation, and copy other values."""
         first = 0
         for value in values:
             origin = value.base if value in self.untouched and self.uses[value] == 1 else None

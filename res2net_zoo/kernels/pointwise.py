@@ -31,9 +31,10 @@ def pointwise(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
 
 
 def pointwise_and_shortcut(conv: nn.Conv2d, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the same, and also return x for the block's shortcut.
+    """Compute the 1x1 convolution, and also return x for the block's shortcut.
 
-    The step that reads the shortcut must not reuse the memory of its gradient, to which the convolution adds its own.
+    The convolution adds its gradient to the shortcut's in place, so the step that reads the shortcut must not reuse
+    that memory.
     """
     return _Pointwise.apply(*_cast(conv, x), True) if _is_faster(conv, x) else (conv(x), x)
 

@@ -1,9 +1,9 @@
-// Sums of products of pixels and weights, for cpu_network.cpp: in float32 of float32 and bfloat16, in int32 of 8-bit
-// integers (unsigned pixels, signed weights).
+// Sums of products of pixels and weights, for cpu_network.cpp: in float32 for float32 and bfloat16, in int32 for
+// 8-bit integers (unsigned pixels, signed weights).
 //
 // A tile of pixels by output channels stays in registers while the kernel iterates over taps and input channels. Each
 // lane sums the products of one output channel: of one input channel in float32, of two in bfloat16, and of four in
-// 8 bits. Sums of integers are exact, so all instruction sets return the same ones.
+// 8 bits. Sums of integers are exact, so all instruction sets return the same result.
 
 #pragma once
 
@@ -50,7 +50,7 @@ inline Ints multiply_add(Ints sum, const u8* x, Ints weight) {
 #if defined(WIDE) && defined(__AVX512VNNI__)
     return _mm512_dpbusd_epi32(sum, value, weight);
 #elif defined(WIDE)
-    // Products of bytes do not fit 16 bits when two are added (vpmaddubsw saturates), so bytes are widened first.
+    // The sum of two products of bytes overflows 16 bits (vpmaddubsw saturates), so bytes are widened first.
     Ints even = _mm512_madd_epi16(_mm512_and_si512(value, _mm512_set1_epi16(255)),
                                   _mm512_srai_epi16(_mm512_slli_epi16(weight, 8), 8));
     Ints odd = _mm512_madd_epi16(_mm512_srli_epi16(value, 8), _mm512_srai_epi16(weight, 8));
@@ -93,7 +93,7 @@ inline void multiply(Sums<T, M, N>& sum, const T* const* x, const T* w, const in
 }
 
 // Intel's tile registers (AMX): 16 rows of 64 bytes, and products of two of them into a third one of 16 x 16 sums.
-// Here two registers of pixels and two of weights have four products, so that each load is used twice.
+// Here two registers of pixels and two of weights give four products, so that each load is used twice.
 constexpr int TILE = 16;          // pixels, and output channels, of a register
 constexpr int TILE_BYTES = 64;    // of a pixel's input channels
 constexpr int TILED_PIXELS = 32;  // pixels of two registers
@@ -115,7 +115,8 @@ template <class T> struct alignas(64) TileSums {
 
 namespace {
 
-// Ask the kernel for the tile registers, once per process. Return whether it permits them.
+// Request permission to use the tile registers from the operating system, once per process. Return whether it is
+// granted.
 inline bool permit_tiles() {
     constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18;
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;

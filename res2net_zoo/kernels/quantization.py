@@ -1,4 +1,4 @@
-"""Quantization of a traced network to 8-bit integers, after training: for `cpu_network`.
+"""Post-training quantization of a traced network to 8-bit integers, for `cpu_network`.
 
 Activations are unsigned, real = scale * (q - zero), with one scale for each tensor, calibrated on images. Weights are
 signed and symmetric, with one scale for each output channel (Krishnamoorthi, arXiv 1806.08342, section 2).
@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 LEVELS = 255  # steps of an unsigned 8-bit integer
-LARGEST_WEIGHT = 127  # the absolute value of a signed 8-bit integer, in a symmetric range
+LARGEST_WEIGHT = 127  # maximum absolute value of a signed 8-bit integer, in a symmetric range
 AT_ONCE = 8  # images per forward pass of the calibration
 
 
@@ -42,15 +42,15 @@ class _Ranges(fx.Interpreter):
 def calibrate(graph: fx.GraphModule, images: torch.Tensor) -> dict[str, Scale]:
     """Return scale and zero point of each map of a network, by its minimum and maximum.
 
-    Smaller ranges, in which rare values saturate, increase the error of the logits: what saturates is lost
-    systematically, while rounding errors compensate each other.
+    Smaller ranges, in which rare values saturate, increase the error of the logits: saturation errors are
+    systematic, while rounding errors average out.
 
     Args:
-        graph: The traced model, in eval mode, BatchNorm folded.
+        graph: The traced model, in eval mode, with BatchNorm folded.
         images: Preprocessed images (N, C, H, W).
 
     Returns:
-        By name of the graph's node.
+        The scales by name of the graph's node.
     """
     runner = _Ranges(graph)
     for part in images.split(AT_ONCE):

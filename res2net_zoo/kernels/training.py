@@ -1,7 +1,7 @@
 """Faster training on CPUs: fused steps for the blocks and the stem of a model, see `accelerate_training`.
 
-The classes compute the same as those in `res2net_zoo.models`: by the steps of `fused_norm` and `pointwise` if `fits`
-and `is_plain` return True, and otherwise, for example in evaluation, by the same PyTorch operations.
+The classes compute the same as those in `res2net_zoo.models`: with the steps of `fused_norm` and `pointwise` if `fits`
+and `is_plain` return True, and otherwise, for example in evaluation, with the same PyTorch operations.
 """
 
 from types import NoneType

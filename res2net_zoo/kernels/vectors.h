@@ -13,7 +13,7 @@
 #define WIDE 1
 #endif
 
-#define ALWAYS_INLINE __attribute__((always_inline)) inline  // vectors that are passed by memory are slow
+#define ALWAYS_INLINE __attribute__((always_inline)) inline  // passing vectors through memory is slow
 
 namespace {
 
@@ -65,7 +65,7 @@ inline Vec load(const u8* p, Lanes some) {
 inline void store(u8* p, Vec v, Lanes some) {
     _mm_mask_storeu_epi8(p, some, _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(v)));
 }
-// 32 of them from two vectors, of which `a` has 4 of each 8 and `b` the next 4: the order in which instructions pack.
+// Pack two vectors into 32 of them: of each 8, the first 4 are from `a` and the last 4 from `b`.
 inline __m256i pack(Vec a, Vec b) {
     return _mm512_cvtusepi16_epi8(_mm512_packus_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b)));
 }
@@ -74,7 +74,7 @@ inline void unpack(__m256i bytes, Vec& a, Vec& b) {
     a = _mm512_cvtepi32_ps(_mm512_unpacklo_epi16(words, none));
     b = _mm512_cvtepi32_ps(_mm512_unpackhi_epi16(words, none));
 }
-// The same if memory continues after `some`: without a mask, with which some processors (Zen 5) do not prefetch.
+// Load without a mask if memory continues after `some`, because some processors (Zen 5) do not prefetch masked loads.
 inline Vec load_over(const float* p, Lanes some) { return _mm512_maskz_mov_ps(some, _mm512_loadu_ps(p)); }
 inline Vec load_over(const bf16* p, Lanes some) {
     __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

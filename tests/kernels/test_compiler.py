@@ -99,8 +99,8 @@ HANGING = {
 
 @pytest.mark.parametrize("how", cases(HANGING, "at once", "when it compiles"))
 def test_hanging_compiler_is_killed_with_its_children(how, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(compiler, "DESCRIBING", 1, raising=False)
-    monkeypatch.setattr(compiler, "COMPILING", 1, raising=False)
+    monkeypatch.setattr(compiler, "MACROS_TIMEOUT", 1, raising=False)
+    monkeypatch.setattr(compiler, "COMPILE_TIMEOUT", 1, raising=False)
     script = HANGING[how].replace("sleep", f"{tmp_path}/sleep")
     (tmp_path / "sleep").symlink_to("/bin/sleep")
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, f"#!/bin/bash\n{script}\n"))
@@ -324,7 +324,7 @@ def test_timeout_of_the_lock(cache, monkeypatch):
     assert fused_norm.library() is not None
     path = library_in(cache)
     path.unlink()
-    monkeypatch.setattr(compiler, "WAITING", 1)
+    monkeypatch.setattr(compiler, "LOCK_TIMEOUT", 1)
     with FileLock(path.with_name("lock")), pytest.warns(UserWarning) as warned:
         load_anew()
     assert "compiled for this process only" in str(warned[0].message)
