@@ -85,7 +85,7 @@ def check_picture(picture: Path) -> None:
         raise InputError(NEEDS_MATPLOTLIB) from error
     formats = Figure().canvas.get_supported_filetypes()
     if picture.suffix.removeprefix(".") not in formats:
-        raise InputError(f"{picture}: a picture's name ends in .{', .'.join(sorted(formats))}", "figure")
+        raise InputError(f"{picture}: the name of a figure must end in .{', .'.join(sorted(formats))}", "figure")
 
 
 def paper(sections: Sequence[str]) -> dict[str, list[Point]]:
@@ -252,8 +252,8 @@ def as_json(sections: dict[str, list[Point]], batch_size: int, device: str) -> s
 
     Args:
         sections: The points, by table or figure.
-        batch_size: Images a timing.
-        device: Where they were timed.
+        batch_size: Images per timing.
+        device: Device of the timings.
     """
     import torch
 

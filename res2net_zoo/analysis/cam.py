@@ -132,7 +132,7 @@ def check_linear_head(model: Any, image: torch.Tensor) -> None:
         image: A normalized image (1, C, H, W).
 
     Raises:
-        InputError: It has another head, or its target layer does not return the map that is pooled.
+        InputError: It has a different head, or its target layer does not return the map that is pooled.
     """
     maps: list[Any] = []
     handle = target_layer(model).register_forward_hook(lambda _, __, output: maps.append(output))
@@ -145,17 +145,17 @@ def check_linear_head(model: Any, image: torch.Tensor) -> None:
         if torch.allclose(found, logits, rtol=1e-3, atol=1e-3 * logits.abs().max().item()):
             return
     raise InputError(
-        f"{type(model).__name__} has another head than average pooling and one linear layer, so its activation maps "
-        "need gradients, which plain PyTorch computes",
+        f"{type(model).__name__} has a head other than average pooling and one linear layer, so its activation "
+        "maps need gradients, which plain PyTorch computes",
         "backend",
     )
 
 
 @torch.no_grad()
 def class_maps(model: Any, features: torch.Tensor, classes: Sequence[int], size: Sequence[int]) -> np.ndarray:
-    """Compute the maps of `activation_maps` by Grad-CAM without gradients, as CAM (Zhou et al., arXiv 1512.04150).
+    """Compute the Grad-CAM maps of `activation_maps` without gradients, as CAM (Zhou et al., arXiv 1512.04150).
 
-    With one linear layer after average pooling both are the same (Selvaraju et al., Section 3.1).
+    With one linear layer after average pooling, both methods are identical (Selvaraju et al., Section 3.1).
 
     Args:
         model: A model for which `check_linear_head` passes.
@@ -170,7 +170,7 @@ def class_maps(model: Any, features: torch.Tensor, classes: Sequence[int], size:
 
     weight = model.get_classifier().weight.flatten(1)[list(classes)]
     heat = torch.einsum("nchw,nc->nhw", features, weight).clamp(min=0).cpu().numpy()
-    return scale_cam_image(scale_cam_image(heat, tuple(size)[::-1]))  # twice, as the package does
+    return scale_cam_image(scale_cam_image(heat, tuple(size)[::-1]))  # twice, as grad-cam does
 
 
 def load_image(model: Any, path: str) -> torch.Tensor:
@@ -200,7 +200,7 @@ def check_format(path: Path) -> None:
     """Check that a file name has the suffix of a supported picture format.
 
     Raises:
-        InputError: It has not, or it is a folder.
+        InputError: The suffix is unsupported, or the path is a folder.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

@@ -48,16 +48,15 @@ from res2net_zoo.weights.pretrained import create_model
 
 OURS, TIMM, PLAIN, RESNET50, PRODUCT = "ours", "timm", "plain", "resnet50", "matrix product"
 # Maximum difference from the float32 model's logits, relative to the largest logit. Half precision has 3 decimals,
-# of which a deep network loses some, and more in training because of BatchNorm.
-# int8 has 2 decimals.
+# of which a deep network loses some, and more in training because of BatchNorm; int8 has 2.
 TOLERANCE = {"infer": {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1, "int8": 0.25}, "train": {"float32": 1e-2}}
-TF32_TOLERANCE = {"infer": 2e-2, "train": 0.1}  # those of float32 where convolutions use TF32
+TF32_TOLERANCE = {"infer": 2e-2, "train": 0.1}  # for float32 if convolutions use TF32
 
 Call = Callable[[], torch.Tensor]
 
 
 class Skipped(Exception):
-    """A contender cannot run here, or computes wrong results; the message has the reason."""
+    """A contender cannot run here, or computes wrong results; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +127,9 @@ def contenders(
 
     Args:
         setting: The computation.
-        backends: Backends of ours in inference, as for `res2net_zoo.optimize`.
+        backends: Our backends in inference, as for `res2net_zoo.optimize`.
         peers: Backends of the others; those that cannot train are skipped in training.
-        against: The others: `timm`, `resnet50`.
+        against: Models to compare with: `timm`, `resnet50`.
     """
     training, half = setting.mode == "train", setting.precision in ("bfloat16", "float16")
     ways = []
@@ -394,7 +393,7 @@ def _training(model: nn.Module, images: torch.Tensor, precision: str, compiled: 
 
 
 def _product(how: str, setting: Setting) -> Call:
-    """Return a product of two square matrices by the library `how`, with its fastest settings."""
+    """Return a call that multiplies two square matrices with the library `how`, in its fastest settings."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(setting.matrix, setting.matrix, generator=generator) for _ in range(2))
     if how == "torch":
@@ -420,7 +419,7 @@ def _matrix_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.device.type == "cpu":
         return a @ b
     # TF32 is enabled by default for convolutions, but not for matrix products. The setting is restored, because
-    # models compiled by torch.compile are compiled again when it has changed.
+    # torch.compile recompiles models when it changes.
     settings = torch.backends.cuda.matmul
     before, settings.allow_tf32 = settings.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
@@ -438,9 +437,9 @@ def peak_memory(contender: Contender, setting: Setting, folder: Path) -> float |
         folder: The folder of an earlier call of `build`, so that exporting a model is not measured.
 
     Returns:
-        Megabytes (2**20). On a CPU: the peak of resident memory while it runs, less that of the process before the
-        model was built, which covers its libraries, weights and activations; None if the system does not provide
-        it. On a GPU: the peak of memory allocated by torch while it runs.
+        Megabytes (2**20). On a CPU: the peak of resident memory while it runs, minus that of the process before the
+        model was built, so it covers libraries, weights and activations; None if the system does not provide it.
+        On a GPU: the peak of memory reserved by torch while it runs.
 
     Raises:
         Skipped: The contender cannot run, or its process was killed.
@@ -465,7 +464,7 @@ def _memory_of_process(contender: Contender, setting: Setting, folder: Path) -> 
     elif before is None:
         return None
     else:
-        with contextlib.suppress(OSError, AttributeError):  # another C library
+        with contextlib.suppress(OSError, AttributeError):  # not glibc
             ctypes.CDLL(None).malloc_trim(0)  # release memory that was needed only for building
         Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     for _ in range(3):

@@ -165,7 +165,7 @@ def test_closed_pipe():
         (["--frame", "imagenet"], "--frame is of a grid of your own"),
         (["--figure", "same.svg", "--output", "same.svg"], "are both same.svg; name two files"),
         (["--output", "docs"], "docs is a folder; name a file"),
-        (["--figure", "a.docx"], "a picture's name ends in"),
+        (["--figure", "a.docx"], "the name of a figure must end in"),
         (["--figure", "no/such/folder/a.png"], "cannot write into no/such/folder"),
         (["--output", "no/such/folder/a.json"], "cannot write into no/such/folder"),
     ],

@@ -255,7 +255,7 @@ def test_labels_of_close_points():
         ),
         (["--output", "docs"], "docs is a folder; name a file"),
         (["--output", "no/such/folder/a.json"], "cannot write into"),
-        (["--figure", "a.docx"], "a picture's name ends in"),
+        (["--figure", "a.docx"], "the name of a figure must end in"),
         (["--figure", "a.png", "--output", "a.png"], "are both a.png; name two files"),
         (["--figure", "a.png", "--mode", "train"], "--figure draws inference"),
         (["--figure", "a.png", "--model", "res2net_tiny"], "none is known for res2net_tiny"),

@@ -111,7 +111,7 @@ def test_backends_draw_the_same_picture(in_process, digits, tmp_path, backend):
         (["--precision", "int8", "--backend", "torch"], "--precision int8 needs a backend"),
         (["--precision", "int8", "--model", "resnet18"], "--precision int8 needs --calibrate DATA"),
         (["--precision", "bfloat16"], "in float32; add --backend auto or remove --precision"),
-        (["--backend", "auto", "--model", "mobilenetv3_small_050"], "MobileNetV3 has another head than average pool"),
+        (["--backend", "auto", "--model", "mobilenetv3_small_050"], "MobileNetV3 has a head other than average pool"),
         (["--backend", "fastest"], "invalid choice: 'fastest'"),
     ],
 )
