@@ -46,7 +46,7 @@ def number(value: Any, what: str) -> float:
     """Return a value of an annotation that must be a finite number, not a string or a boolean.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: The value is invalid.
     """
     try:
         if type(value) in (int, float) and math.isfinite(value):
@@ -60,7 +60,7 @@ def numbers(values: Any, what: str, count: int) -> list[float]:
     """Return a value of an annotation that must be a list of `count` finite numbers.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: The value is invalid.
     """
     if not isinstance(values, list) or len(values) != count:
         raise ValueError(f"its {what} {format_value(values)} must be {count} numbers")
@@ -71,7 +71,7 @@ def positive_integer(value: Any, what: str) -> int:
     """Return a value that must be a positive integer, which may be written as 128.0.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: The value is invalid.
     """
     found = number(value, what)
     if found < 1 or found != int(found):
@@ -83,7 +83,7 @@ def number_from_text(text: str | None, what: str) -> float:
     """Return the finite number in an XML element's text, which is None if the element is missing.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: The value is invalid.
     """
     if text is None or not text.strip():
         raise ValueError(f"its {what} is {'missing' if text is None else 'empty'}")
@@ -97,7 +97,7 @@ def boolean(value: Any, what: str) -> bool:
     """Return a boolean, which may be written as 0 or 1, false or true.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: The value is invalid.
     """
     key = value.strip().lower() if isinstance(value, str) else value
     if not isinstance(key, str | int | float) or key not in FLAGS:
@@ -109,7 +109,7 @@ def identifier(value: Any, what: str) -> Any:
     """Return a value that must be an id: an integer or a string.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: The value is invalid.
     """
     if not isinstance(value, str) and (type(value) not in (int, float) or value % 1 != 0):
         raise ValueError(f"its {what} {format_value(value)} must be a whole number or a string")
@@ -186,7 +186,7 @@ def path_inside(folder: Path, place: Path, name: str, source: Path) -> Path:
 
     Args:
         folder: The data folder.
-        place: Folder that a relative name starts from.
+        place: Folder that a relative name is relative to.
         name: A relative or absolute path; both must be inside the data folder.
         source: The file that names it, for a message.
 
@@ -230,7 +230,7 @@ def read_classes(path: Path) -> list[str]:
     """Return the class names in a file with one name per line.
 
     Raises:
-        InputError: See `read_lines`; or the file lists no class, or one twice.
+        InputError: See `read_lines`; or the file is empty, or lists a class twice.
     """
     names = read_lines(path)
     if not names:
@@ -302,13 +302,13 @@ def read_list(
     """
     pairs = []
     for line in read_lines(source):
-        twos = pairs_in(line)
-        found = list(dict.fromkeys(x for x in (single(line), *(pair(*two) for two in twos)) if x is not None))
+        splits = pairs_in(line)
+        found = list(dict.fromkeys(x for x in (single(line), *(pair(*split) for split in splits)) if x is not None))
         if len(found) > 1:
             meanings = " or ".join(f"{image} with {about}" for image, about in found[:2])
             raise InputError(f"{source} names {line}, which matches {meanings}; rename the files")
         if not found:
-            both = ", alone or as a pair of files" * bool(twos)
+            both = ", alone or as a pair of files" * bool(splits)
             raise InputError(f"cannot find the image {line}, which {source} names{both}")
         pairs += found
     if not pairs:

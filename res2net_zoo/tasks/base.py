@@ -75,7 +75,7 @@ class Annotated(Dataset, ABC):
 class Score(ABC):
     """The metrics of an evaluation, exact on any number of processes.
 
-    Each process updates with its own images; all processes call `compute`, which returns the same in each.
+    Each process updates with its own images; all processes call `compute`, which returns the same metrics in each.
     """
 
     @abstractmethod
@@ -344,7 +344,7 @@ def check_options(network: Callable[..., Any], options: Mapping[str, Any]) -> No
     """Check options against a network's parameters, because some networks silently ignore unknown names.
 
     Raises:
-        InputError: A name is unknown, or a value is not a number where the parameter is one.
+        InputError: A name is unknown, or the value of a numeric parameter is not a number.
     """
     known = {
         name: option for name, option in signature(network).parameters.items() if option.kind != option.VAR_KEYWORD
@@ -353,7 +353,7 @@ def check_options(network: Callable[..., Any], options: Mapping[str, Any]) -> No
         if name not in known:
             close = get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known options: {', '.join(known)}"
-            raise InputError(f"{network.__name__} does not know the option {name}; {hint}")
+            raise InputError(f"{network.__name__} does not support the option {name}; {hint}")
         if isinstance(known[name].default, int | float) and not isinstance(value, int | float):
             example = known[name].default
             raise InputError(f"{network.__name__}'s {name} must be a number, such as {example}, not {value}")
@@ -374,7 +374,7 @@ def find_folder(name: str) -> Path:
             finish_replacing(Path(identifier))
         if not (Path(identifier) / "config.json").is_file():
             raise InputError(
-                f"{identifier} is not a model folder, for it has no config.json; training on a task writes one"
+                f"{identifier} is not a model folder: config.json is missing; training on a task writes it"
             )
         return Path(identifier)
     repository, _, revision = identifier.partition("@")

@@ -253,7 +253,7 @@ class Detection(TaskModel):
             backbone = Pyramid(features, 3, extended=True)
             sizes = [tuple(int(4 * stride * 2 ** (k / 3)) for k in range(3)) for stride in backbone.strides]
             options["anchor_generator"] = AnchorGenerator(tuple(sizes), (ASPECTS,) * len(sizes))
-            options["num_classes"] = number  # the other networks get theirs by the predictors below
+            options["num_classes"] = number  # for the other networks, the predictors below set it
         else:
             backbone = Pyramid(features, 4, extended=False)
             width = backbone.out_channels

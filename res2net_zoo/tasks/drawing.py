@@ -31,7 +31,6 @@ def draw_labels(
     for box, label, colour in zip(boxes, labels, colours, strict=True):
         left, top, right, bottom = draw.textbbox((0, 0), label, font)
         width, height = right - left + 4, bottom - top + 4
-        # The first of the places with the least overlap.
         place = min(places(box, width, height, image.size), key=lambda at: covered(at, taken))
         taken.append(place)
         draw.rectangle(place, colour)

@@ -3,7 +3,7 @@
 The network is SimpleBaseline (Xiao, Wu and Wei, "Simple Baselines for Human Pose Estimation and Tracking",
 ECCV 2018, arXiv 1804.06208). Data are in COCO's layout: annotations/person_keypoints_SPLIT.json, and images
 in SPLIT. A sample is one person in the annotated box. Evaluation can use a detector's boxes instead, which lowers
-the metrics; those of Table 10 have 56.4 AP of persons on val.
+the metrics; the boxes of Table 10 have 56.4 AP of persons on val.
 
 Positions in an image, in a crop and in heatmaps are (x, y) from the upper left corner, so the centre of the first
 pixel is (0.5, 0.5). In COCO's annotations and in predictions it is (0, 0).
@@ -385,7 +385,7 @@ def flip_pairs(names: Sequence[str], given: Sequence[str] | None) -> list[list[s
         if not pairs:
             some = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
             raise InputError(
-                f"no two of the joints {some} are a left and a right one by their names; {HOW_TO_PAIR}", "flip_pairs"
+                f"the names of the joints {some} contain no left and right pairs; {HOW_TO_PAIR}", "flip_pairs"
             )
         return pairs
     if list(given) == ["none"]:
@@ -703,7 +703,7 @@ class Keypoints(TaskModel):
             inside = ((places >= 0) & (places < places.new_tensor([w, h]))).all(-1)
             errors = (heatmaps - encode(places, (h, w))).square().mean((2, 3))
             return {"loss": (errors * (visible & inside)).mean()}
-        # One person at a time, so that a joint does not depend, to the last bit, on the rest of the batch.
+        # One person at a time, so that joints do not depend on the rest of the batch, even by rounding.
         return [self._joints(*person) for person in zip(images["crops"], images["matrices"], strict=True)]
 
     def heatmaps(self, crops: torch.Tensor) -> torch.Tensor:
@@ -740,7 +740,7 @@ class Keypoints(TaskModel):
         return drawn
 
     def to_records(self, prediction: Any, threshold: float | None = None) -> list[dict[str, Any]]:
-        """Return a person's `keypoints`: each one's `label`, `x`, `y` and `score`, whatever the threshold."""
+        """Return a person's `keypoints`: each one's `label`, `x`, `y` and `score`, regardless of the threshold."""
         places, scores = prediction
         rows = zip(self.settings["classes"], places.tolist(), scores.tolist(), strict=True)
         return [{"keypoints": [{"label": name, "x": x, "y": y, "score": score} for name, (x, y), score in rows]}]

@@ -40,9 +40,9 @@ class _Reached(Exception):
 
 @torch.no_grad()
 def calibration_crops(model: TaskModel, paths: Sequence[Path], accelerator: Accelerator) -> torch.Tensor:
-    """Return the centres of the images that a model's backbone gets, for the calibration of int8.
+    """Return centre crops of the inputs of a model's backbone, for the calibration of int8.
 
-    They are crops, because tasks resize images to many sizes, and have the scale that the backbone gets.
+    They are cropped, because tasks resize images to many sizes, but not rescaled.
 
     Args:
         model: The model.

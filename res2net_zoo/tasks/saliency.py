@@ -322,7 +322,7 @@ class Saliency(TaskModel):
             names = [*(f"side {m}" for m in range(1, len(outputs))), "fused"]
             losses = (F.binary_cross_entropy_with_logits(output.float(), masks) for output in outputs)
             return dict(zip(names, losses, strict=True))
-        # One image at a time, so that a map does not depend, to the last bit, on the rest of the batch.
+        # One image at a time, so that a map does not depend on the rest of the batch, even by rounding.
         return [self._map(image) for image in images]
 
     def _outputs(self, images: torch.Tensor) -> list[torch.Tensor]:

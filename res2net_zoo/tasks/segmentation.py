@@ -73,7 +73,7 @@ class VOCMasks(Annotated):
         return [name for number, name in enumerate(self.classes) if not self.counts[number]]
 
     def remarks(self) -> dict[str, str]:
-        """Return the classes that do not occur in any mask, over which the mean IoU does not extend."""
+        """Return the classes that do not occur in any mask."""
         return {f"classes without a pixel in {self.split}": ", ".join(self.absent)} if self.absent else {}
 
     def check_classes(self, train: bool) -> None:
@@ -83,7 +83,7 @@ class VOCMasks(Annotated):
             train: Whether the data are for training.
 
         Raises:
-            InputError: The masks contain only the background, or seem to mark a class by 255.
+            InputError: The masks contain only the background, or seem to mark a class with 255.
         """
         if not self.absent or len(self.classes) == 1:
             return
@@ -100,7 +100,7 @@ class VOCMasks(Annotated):
     def _check(self, i: int, frames: Frames) -> np.ndarray:
         path, mask_path = self.pairs[i]
         if not mask_path.is_file():
-            raise InputError(f"{mask_path} is missing, the mask of {path}, which {self.list} names")
+            raise InputError(f"the mask {mask_path} of {path}, which {self.list} names, is missing")
         try:
             with open_image(mask_path) as mask:
                 check_numbers(mask)

@@ -43,7 +43,7 @@ def train(args: argparse.Namespace, run: Path, recipe: dict[str, Any], command: 
         0, or 128 + the number of the signal that interrupted the training.
 
     Raises:
-        InputError: A setting, the data, the model or a checkpoint is wrong, or the training diverged.
+        InputError: A setting, the data, the model or a checkpoint is invalid, or the training diverged.
     """
     optimization = Optimization.of(vars(args))  # rejects unknown names before the data are read
     task = task_class(args.task)
@@ -139,8 +139,8 @@ class Task(Objective):
                 if "more than 1 value per channel" not in str(error):  # raised by BatchNorm
                     raise
                 raise InputError(
-                    f"{self.model.settings['head']} takes no batch of {self.args.batch_size} of this size: {error}; "
-                    "raise the number of images or their size",
+                    f"{self.model.settings['head']} does not support a batch of {self.args.batch_size} of this size: "
+                    f"{error}; increase the batch size or the image size",
                     *("batch_size", "img_size"),
                 ) from error
         loss: Any = sum(losses.values())
@@ -198,12 +198,12 @@ def build_model(
     )
     if args.scales is not None:
         if model.scales is None:
-            raise InputError(f"{task.task} does not scale its images at random; leave the scales out", "scales")
+            raise InputError(f"{task.task} does not use random scaling; omit the scales", "scales")
         low, high = sorted(args.scales)
         model.scales = (low, high)
     model.freeze(args.freeze, args.freeze_bn)
     if args.freeze_bn and not args.pretrained and accelerator.is_main_process:
-        message = "BatchNorm is frozen without pretrained weights; random weights hardly learn so"
+        message = "BatchNorm is frozen without pretrained weights; random weights hardly learn this way"
         warn(message, "freeze_bn", "pretrained")
     before = model.origin
     model.origin = all_or_none(lambda: before.after_training(start_of(args), args.license))
@@ -261,7 +261,7 @@ def settings_for(args: argparse.Namespace, data: Annotated, accelerator: Acceler
     step_images = args.batch_size * accelerator.num_processes
     if len(data) < step_images:
         raise InputError(
-            f"there are {len(data)} {data.samples} to train on, and a step takes {step_images}; make batches smaller",
+            f"there are {len(data)} {data.samples} to train on, but a step needs {step_images}; reduce the batch size",
             "batch_size",
         )
     return Settings(
@@ -290,7 +290,7 @@ def check_readable(data: Annotated) -> None:
         InputError: They are empty, or it cannot be decoded.
     """
     if not len(data):
-        raise InputError(f"there are no {data.samples} to measure the model on; name another split", "eval_split")
+        raise InputError(f"there are no {data.samples} to evaluate the model on; name another split", "eval_split")
     try:
         data[0]
     except NO_IMAGE as error:
@@ -333,8 +333,8 @@ def resume_if_saved(
     for key, value in plan.items():
         if saved["plan"][key] != value:
             raise InputError(
-                f"the run in {args.output} was started with {key} {saved['plan'][key]}, and has now {value}; "
-                "go on with the same, or overwrite it",
+                f"the run in {args.output} was started with {key} {saved['plan'][key]}, but now has {value}; "
+                "use the same value, or overwrite it",
                 "overwrite",
             )
     resume(state, saved, path, args.output, settings, accelerator)

@@ -1,6 +1,6 @@
 """EXIF orientation: training, evaluation and prediction apply it to every image.
 
-Annotations refer to the upright image or to the stored pixels, which their width and height reveal. Annotations of
+Annotations refer to the upright image or to the stored pixels; their width and height determine which. Annotations of
 the stored pixels are transposed with the image.
 """
 

@@ -475,7 +475,7 @@ def ignore_all_pixels(voc: Path) -> None:
         (write_in_latin1, "cannot read .*train.txt: it is not UTF-8 text"),
         (ignore_all_pixels, "all pixels of all masks, such as .*train_.*png, are 255, which is ignored"),
         (list_nothing, "no ImageSets/Segmentation/train.txt, as in VOC's layout; available lists: val"),
-        (lose_a_mask, "train_00002.png is missing, the mask of .*train_00002.jpg"),
+        (lose_a_mask, "the mask .*train_00002.png of .*train_00002.jpg, .* is missing"),
         (shrink_a_mask, "train_00002.jpg is 128 x 96; its mask .*train_00002.png is 9 x 9"),
         (name_a_class_less, "train_.*png contains the class index [23], but the 2 classes are"),
         (write_255_for_all, "has a pixel of the class thing; 255 is ignored: .*by the index of the class.* 1"),
@@ -551,7 +551,7 @@ def test_decompression_bomb(voc, trained, tmp_path, in_process, monkeypatch):
     ("args", "expected"),
     [
         (["--head", "unnet"], "does not support the head unnet; supported: deeplabv3plus, unet, fpn"),
-        (["--head", "unet", "--batch-size", 17], "16 images to train on, and a step takes 17"),
+        (["--head", "unet", "--batch-size", 17], "16 images to train on, but a step needs 17"),
         (["--head", "fpn", "--output-stride", 8], "fpn needs features of stride 32, not 8"),
         (["--model", "dla60_res2net"], "DLA supports only 32"),
         (["--recipe", "segmentation_vok"], "did you mean segmentation_voc"),
@@ -560,7 +560,7 @@ def test_decompression_bomb(voc, trained, tmp_path, in_process, monkeypatch):
             ["--freeze", "9", "--head", "unet"],
             "cannot freeze 9 stages: this model has 5 with its stem; `all` freezes them (--freeze)",
         ),
-        (["--batch-size", 1], "raise the number of images or their size (--batch-size, --img-size)"),
+        (["--batch-size", 1], "increase the batch size or the image size (--batch-size, --img-size)"),
         (["--model", "convnext_atto", "--head", "unet"], "convnext_atto is unsupported as the backbone of a task: its"),
         (["--freeze", "some", "--head", "unet"], "some is neither a number of stages nor all"),
         (["--opt", "sgdd", "--head", "unet"], "timm has no optimizer sgdd"),
@@ -568,7 +568,7 @@ def test_decompression_bomb(voc, trained, tmp_path, in_process, monkeypatch):
         (["--output", "docs"], "docs is not empty and not a model folder; name another folder"),
         (
             ["--head-kwargs", "decoder_chanels=8"],
-            "DeepLabV3Plus does not know the option decoder_chanels; did you mean decoder_ch",
+            "DeepLabV3Plus does not support the option decoder_chanels; did you mean decoder_ch",
         ),
         (["--head-kwargs", "decoder_channels=many"], "decoder_channels must be a number, such as 256, not many"),
         (["--head-kwargs", "classes=3"], "cannot be built on res2net_tiny with classes=3; correct these"),
@@ -606,7 +606,7 @@ def test_output_of_another_run_is_kept(trained, voc, in_process):
     resumed = ["--resume", "--output", trained]
     assert "was started with --head unet, not fpn" in input_error(in_process(TRAIN, *resumed, "--head", "fpn"))
     line = input_error(in_process(TRAIN, *resumed, "--batch-size", 4))
-    assert "was started with images a step 8, and has now 4" in line
+    assert "was started with images a step 8, but now has 4" in line
     line = input_error(in_process(TRAIN, *resumed, "--epochs", 1))
     assert "has done 1 of 1 epochs; raise their number (--epochs)" in line
 
