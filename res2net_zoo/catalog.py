@@ -366,7 +366,7 @@ def parse(text: str) -> Catalog:
         for figure in figures:
             if not any(figure.source.startswith(start) for start in sources):
                 raise CatalogError(
-                    f"catalogue entry {checkpoint.name}: source {figure.source!r} starts with no key of sources"
+                    f"catalogue entry {checkpoint.name}: source {figure.source!r} does not start with a key of sources"
                 )
     targets = tuple(_record(Target, f"target {i}", row) for i, row in enumerate(data.get("targets", []), 1))
     return Catalog(architectures, checkpoints, sources, targets)

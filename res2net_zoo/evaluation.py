@@ -29,7 +29,7 @@ from res2net_zoo.utils.shutdown import ignore_job_signals
 from res2net_zoo.utils.throughput import Throughput, measure
 
 TOPK = 5
-NOT_FINITE = "the model's output is not finite"
+NOT_FINITE = "the model's output is NaN or infinite"
 
 # Called with a batch's images (N, C, H, W) in uint8, correct classes (N, K) padded with -1, and logits (N, classes).
 Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -206,7 +206,7 @@ def count_correct(
         skip_corrupt: Whether to skip images that cannot be decoded.
         progress: Progress bar that counts images.
         observe: Called with each batch, see `Observer`.
-        forward: Maps images to logits, in place of the model in the accelerator's precision.
+        forward: Maps images to logits, instead of the model in the accelerator's precision.
 
     Returns:
         This process's counts.
@@ -304,7 +304,7 @@ def measure_throughput(
     """Measure data loading and the model's forward pass alone, for a few seconds each.
 
     Args:
-        model: As for `evaluate`, and so are the next arguments.
+        model: The model, as for `evaluate`.
         source: The images.
         classes: The mapping of the labels to the model's classes.
         accelerator: The processes.
@@ -314,7 +314,7 @@ def measure_throughput(
         whole: Images per second of `evaluate`.
 
     Raises:
-        InputError: A process is without images.
+        InputError: A process has no images.
     """
     normalize = Normalize(model).to(accelerator.device)
 

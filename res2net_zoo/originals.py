@@ -1,4 +1,4 @@
-"""The interface of the authors' code, for projects that hold a copy of it.
+"""The interface of the authors' code, for projects that contain a copy of it.
 
 `from res2net_zoo.originals import res2net50_v1b_26w_4s` replaces the import from a copied `res2net_v1b.py`,
 `res2net.py`, `res2next.py` or `dla.py`. The functions have the authors' names and signatures. They return models of the
@@ -40,10 +40,10 @@ model_urls = {
     if (checkpoint := catalog.load().checkpoint(architecture)) and checkpoint.url
 }
 
-# The attributes by other names: timm's, and for the maximum pooling that of the authors' Res2NeXt.
+# Other names of the attributes: timm's, and that of the max pooling in the authors' Res2NeXt.
 AUTHORS_ATTRIBUTES = {"act1": "relu", "global_pool": "avgpool", "maxpool1": "maxpool"}
 
-# Arguments that do not rebuild the model from a folder.
+# Arguments that are not recorded for rebuilding the model from a folder.
 NOT_RECORDED = {"maps", "return_levels", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay", "device", "dtype"}
 
 # Arguments with which copies of the authors' file dilate the network, each in its own way.
@@ -107,8 +107,8 @@ class Bottle2neck(ZooBottle2neck):
     ) -> None:
         if not isinstance(downsample, nn.Module | None):
             raise TypeError(
-                f"downsample is {downsample!r}; it must be a module or None: copies of the authors' file that take a "
-                "dilation there are replaced by Res2Net's strides, dilations and multi_grid"
+                f"downsample is {downsample!r}; it must be a module or None: for copies of the authors' file that take "
+                "a dilation there, use Res2Net's strides, dilations and multi_grid"
             )
         Res2NetModule.__init__(
             self,
@@ -123,7 +123,7 @@ class Bottle2neck(ZooBottle2neck):
         self.last_act = True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a block; also one of the authors' class, from a model that was pickled whole."""
+        """Restore a block, or one of the authors' class from a pickled model."""
         if "hierarchical" not in state:
             absent = {name: nn.Identity() for name in ("pool", "aa", "drop_block")}
             added = dict(
@@ -157,8 +157,8 @@ class _Block(Bottle2neck):
 class Res2Net(_AuthorsNames, res2net.Res2Net):
     """The zoo's Res2Net with the constructor and the attributes of the authors'.
 
-    Its children are `conv1 bn1 relu maxpool layer1 layer2 layer3 layer4 avgpool fc`. In a v1b model `relu` does not
-    work in place. `avgpool` keeps both spatial dimensions. The last BatchNorm of a block starts at 1.
+    Its children are `conv1 bn1 relu maxpool layer1 layer2 layer3 layer4 avgpool fc`. In a v1b model `relu` is not
+    in place. `avgpool` keeps both spatial dimensions. The last BatchNorm of a block starts at 1.
 
     Args:
         block: `Bottle2neck`.
@@ -207,14 +207,14 @@ class Res2Net(_AuthorsNames, res2net.Res2Net):
         self.baseWidth, self.scale = arguments["base_width"], arguments["block_args"]["scale"]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a model; also one of the authors' class, which was pickled whole."""
+        """Restore a model, or a pickled one of the authors' class."""
         if "maps" not in state:
             added = dict(maps=None, has_window=False, is_pooled=True, drop_rate=0.0, grad_checkpointing=False)
             state = {"v1b": isinstance(state["_modules"]["conv1"], nn.Sequential), **added, **state}
         super().__setstate__(state)
 
     def _make_layer(self, block: Any, planes: int, blocks: int, stride: int = 1) -> nn.Sequential:
-        """Create another stage, as the authors' method of this name does for models that derive from theirs.
+        """Create another stage, as the authors' method of this name does for subclasses of their model.
 
         Args:
             block: `Bottle2neck`.
@@ -360,7 +360,7 @@ def order_projection(tree: Any) -> None:
 
 
 def keep_unread(model: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
-    """Keep the values of the unused projections that a state dict, such as timm's, does not have."""
+    """Keep the values of the unused projections that are missing in a state dict, such as timm's."""
     for key, tensor in model.state_dict().items():
         if key.startswith(UNREAD_BY_DLA):
             state.setdefault(prefix + key, tensor)
@@ -386,7 +386,7 @@ def refuse_ambiguous(arguments: Mapping[str, Any]) -> None:
     for name in AMBIGUOUS:
         if name in arguments and not (name == "output_stride" and arguments.get("dilation_rule")):
             raise TypeError(
-                f"{name} means different things in copies of the authors' file; pass what yours computes as strides, "
+                f"{name} means different things in copies of the authors' file; express that of your copy as strides, "
                 "dilations and multi_grid, such as strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2), multi_grid=(1, 2, 4), "
                 'or output_stride with dilation_rule="mmdet" or "timm"'
             )

@@ -194,7 +194,7 @@ def test_backbones_of_detectors(in_process):
     ("old", "new", "words"),
     [
         ('"box AP" = 43.0', '"box AP" = 430.0', "downstream 1: .*figures"),
-        ('source = "MMDetection configs', 'source = "configs', "starts with no key of sources"),
+        ('source = "MMDetection configs', 'source = "configs', "does not start with a key of sources"),
     ],
 )
 def test_wrong_results_of_detectors_are_refused(old, new, words):

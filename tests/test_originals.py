@@ -342,7 +342,7 @@ def test_unknown_arguments_are_refused(argument):
 
 def test_dilation_in_place_of_a_shortcut_is_refused():
     """Copies with a dilation take it as the block's fourth argument."""
-    with pytest.raises(TypeError, match=r"downsample is 2; it must be a module or None: copies .* strides, dilations"):
+    with pytest.raises(TypeError, match=r"downsample is 2; it must be a module or None: for .* strides, dil"):
         originals.Bottle2neck(64, 16, 1, 2)
 
 

@@ -314,6 +314,6 @@ def top_classes(answer: Answer, images: torch.Tensor, topk: int) -> Iterator[tup
     logits, embeddings = answer(images)
     best = logits.float().softmax(dim=1).topk(min(topk, logits.shape[1]), dim=1)
     if not best.values.isfinite().all():
-        raise InputError("the model's output is not finite; try another precision", "mixed_precision")
+        raise InputError("the model's output is NaN or infinite; try another precision", "mixed_precision")
     pooled = [None] * len(images) if embeddings is None else list(embeddings.float().cpu().flatten(1))
     return iter(list(zip(best.values.tolist(), best.indices.tolist(), pooled, strict=True)))

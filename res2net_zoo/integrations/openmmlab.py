@@ -1,6 +1,6 @@
 """The zoo's models as backbones of MMDetection, MMSegmentation, MMPretrain and others on mmengine's registry.
 
-A config names this module in `custom_imports`, and then the backbone by `type="Res2NetZoo"`.
+A config lists this module in `custom_imports`, and selects the backbone with `type="Res2NetZoo"`.
 """
 
 from collections.abc import Sequence
@@ -62,14 +62,14 @@ class Res2NetZoo(BaseModule):
         super().__init__(init_cfg)
         if inherited := sorted(INHERITED & kwargs.keys()):
             raise InputError(
-                f"the backbone does not take {', '.join(inherited)}; if a base config sets them, add _delete_=True"
+                f"the backbone does not support {', '.join(inherited)}; if a base config sets them, add _delete_=True"
             )
         if not isinstance(pretrained, bool):
             raise InputError(
                 f"pretrained is {pretrained!r}; it must be true or false, and model_name names the weights"
             )
         if pretrained and init_cfg:
-            raise InputError("pretrained and init_cfg exclude each other; remove one")
+            raise InputError("pretrained and init_cfg are mutually exclusive; remove one")
         if not -1 <= frozen_stages <= 4:
             raise InputError(f"frozen_stages is {frozen_stages}; it must be from -1 to 4")
         if not out_indices or not set(out_indices) <= {0, 1, 2, 3}:
