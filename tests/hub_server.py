@@ -113,7 +113,7 @@ class Refused(Exception):
 
 @dataclass
 class Fault:
-    """A planned fault of the next requests whose "METHOD /path" contains a pattern."""
+    """An injected fault in the next requests whose "METHOD /path" contains a pattern."""
 
     kind: str
     pattern: str
@@ -133,7 +133,7 @@ def today() -> str:
 
 
 class Hub:
-    """Content, received requests and planned faults of the server. Keys of repositories: "models/ORG/NAME"."""
+    """Content, received requests and injected faults of the server. Keys of repositories: "models/ORG/NAME"."""
 
     def __init__(self) -> None:
         self.endpoint = ""
@@ -219,33 +219,33 @@ class Hub:
         repository.refs[f"refs/pr/{number}"] = parent
         return pull
 
-    # Planned faults. All take `times` (default 1) and `after` (number of requests to serve first).
+    # Injected faults. All take `times` (default 1) and `after` (number of requests to serve first).
 
-    def plan(self, kind: str, pattern: str, value: Any = None, times: float = 1, after: int = 0, **more: Any) -> None:
+    def inject(self, kind: str, pattern: str, value: Any = None, times: float = 1, after: int = 0, **more: Any) -> None:
         self.faults.append(Fault(kind, pattern, times, after, value, **more))
 
     def fail(self, pattern: str, status: int = 503, headers: Mapping[str, str] | None = None, **when: Any) -> None:
         """Respond with an error, without any effect."""
-        self.plan("fail", pattern, status, headers=dict(headers or {}), **when)
+        self.inject("fail", pattern, status, headers=dict(headers or {}), **when)
 
     def cut(self, pattern: str, at_byte: int = 0, reset: bool = False, **when: Any) -> None:
         """Close the connection within a body: of the response to a GET, otherwise of the request."""
-        self.plan("cut", pattern, at_byte, reset=reset, **when)
+        self.inject("cut", pattern, at_byte, reset=reset, **when)
 
     def corrupt(self, pattern: str, at_byte: int = 0, **when: Any) -> None:
         """Send one wrong byte in the response to a GET."""
-        self.plan("corrupt", pattern, at_byte, **when)
+        self.inject("corrupt", pattern, at_byte, **when)
 
     def drop_answer(self, pattern: str, **when: Any) -> None:
         """Process the request, and close the connection without a response."""
-        self.plan("drop", pattern, **when)
+        self.inject("drop", pattern, **when)
 
     def delay(self, pattern: str, seconds: float, **when: Any) -> None:
-        self.plan("before", pattern, lambda: time.sleep(seconds), **when)
+        self.inject("before", pattern, lambda: time.sleep(seconds), **when)
 
     def before(self, pattern: str, action: Callable[[], object], **when: Any) -> None:
         """Call a function just before a request is served, such as a concurrent commit."""
-        self.plan("before", pattern, action, **when)
+        self.inject("before", pattern, action, **when)
 
     def take(self, kind: str, request: str, size: int | None = None) -> Fault | None:
         """Return the fault to apply; none if its position is beyond the end of the body."""

@@ -1,4 +1,4 @@
-"""The authors' interface: what projects that hold a copy of the authors' file do with it; and torch.hub."""
+"""The authors' interface: what projects that contain a copy of the authors' file do with it; and torch.hub."""
 
 import copy
 import gzip
@@ -69,7 +69,7 @@ class ByAttribute(nn.Module):
 
 
 class OfParts(nn.Module):
-    """Takes the parts of a backbone over into its own modules."""
+    """Moves the parts of a backbone into its own modules."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ def test_parts_can_be_moved_and_trained(x):
 
 
 def test_gradients_are_the_authors(x):
-    """A map that three layers read gets their gradients in an order, which rounds: the authors' shortcut comes last."""
+    """The order of adding a map's gradients from three layers affects rounding: the authors' shortcut comes last."""
 
     def forward(net):
         maps = [net.maxpool(net.relu(net.bn1(net.conv1(x))))]
@@ -254,7 +254,7 @@ def test_copies(x, tmp_path):
 
 
 def test_models_that_were_pickled_with_the_authors_classes(x):
-    """Their objects have other attributes: no modules without effect, and `stype`, `width` and `nums` by themselves."""
+    """They have different attributes: no modules without effect, and `stype`, `width` and `nums` are stored."""
     expected = create("res2net50_v1b")
     model = copy.deepcopy(expected)
     for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
@@ -417,8 +417,8 @@ class TestClasses:
         with pytest.raises(TypeError, match=r"must be res2net_zoo\.originals\.Bottle2neck"):
             originals.Res2Net(nn.Identity, [1, 2, 1, 1])
 
-    def test_derived_class(self, x):
-        """As projects derive from the class of `res2net.py`, with a `forward` of their own."""
+    def test_subclass(self, x):
+        """A subclass with its own `forward`, as in projects that use the class of `res2net.py`."""
 
         class WithoutPooling(originals.Res2Net):
             def __init__(self, block, layers, baseWidth=26, scale=4, **kwargs):
@@ -454,7 +454,7 @@ class TestClasses:
 
 
 class TestZoo:
-    """What comes back is a model of the zoo."""
+    """The functions return models of the zoo."""
 
     def test_interface_of_timm(self, x):
         model = create("res2net50_v1b_26w_4s")

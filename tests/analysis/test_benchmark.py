@@ -272,7 +272,7 @@ def test_figure_needs_matplotlib(in_process, monkeypatch):
 
 
 def test_matrix_products_restore_the_precision():
-    """Otherwise models that torch.compile has compiled are compiled again while they are timed."""
+    """Otherwise torch.compile recompiles models while they are timed."""
     before = torch.backends.cuda.matmul.allow_tf32
     product = contenders._product("torch", Setting(**{**vars(TINY), "device": "meta"}))
     assert product().shape == (64, 64)

@@ -68,7 +68,7 @@ def test_grad_cam_equals_cam(name):
 
 @pytest.mark.first_case
 @pytest.mark.parametrize("name", [*SMALL, "res2net_tiny", "resnet18"])
-def test_class_maps_are_grad_cams(name):
+def test_class_maps_equal_grad_cam(name):
     model = spread(timm.create_model(name, num_classes=7, **SMALL.get(name, {}))).eval()
     x, classes = torch.randn(3, 3, 64, 96), [6, 0, 3]
     expected, _ = cam.activation_maps(model, x, classes)
@@ -184,7 +184,7 @@ def test_find_class():
             cam.find_class(word, names)
 
 
-def test_an_unknown_class_of_many_names_the_command_that_lists_them():
+def test_error_of_an_unknown_class_names_the_command_that_lists_all():
     names = [f"kind {i}" for i in range(100)]
     with pytest.raises(
         InputError, match=r"0 \(kind 0\) to 99 \(kind 99\); `res2net-zoo predict --topk 100` lists them$"

@@ -123,7 +123,7 @@ def test_both_spellings_of_a_precision_are_accepted():
         ("finetune", "--precision int8", "choose from float32, bfloat16, float16"),
     ],
 )
-def test_precisions_that_do_not_fit(program, words, message, capsys):
+def test_unsupported_precisions(program, words, message, capsys):
     with pytest.raises(SystemExit) as error:
         module_of(program).parse_args(words.split())
     assert error.value.code == 2 and message in capsys.readouterr().err

@@ -294,7 +294,7 @@ def messages(path: Path) -> Iterator[str]:
 
 
 def test_the_library_names_no_option_and_no_script():
-    """It names the parameters to change, of which the running program adds its options; only a clone has scripts."""
+    """It names the parameters to change, and the running program adds its options; only a clone has scripts."""
     found = {
         (path.relative_to(PACKAGE).as_posix(), text)
         for path in library()

@@ -22,7 +22,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def example(section: str, part: str, language: str = "diff") -> str:
-    """Return the code of a section's example with some part, for a diff the code after the change."""
+    """Return the example of a section that contains some code; of a diff, the code after the change."""
     text = re.split(r"^## ", PAGE, flags=re.M)
     (text,) = [body for body in text if body.startswith(section)]
     (code,) = [code for code in re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M) if part in code]

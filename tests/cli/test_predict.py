@@ -95,7 +95,7 @@ def test_backends_agree_with_timm(in_process, digits, backend):
 @pytest.mark.full
 @pytest.mark.parametrize("backend", ["native", "openvino"])
 def test_int8(in_process, program, digits, backend):
-    """The shipped model is calibrated on the shipped digits; two processes quantize it in the same way."""
+    """The shipped model is calibrated on the shipped digits; two processes quantize it identically."""
     scores, _ = timms(sorted(map(str, digits.rglob("*.png"))))
     args = [digits, "--precision", "int8", "--backend", backend, "--batch-size", 3, "--format", "jsonl", "--topk", 1]
     found = []

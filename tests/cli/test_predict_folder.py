@@ -101,7 +101,7 @@ def test_a_folder_has_the_rows_of_one_file(in_process, digits, tmp_path):
 @pytest.mark.parametrize("kind", ["parquet", "classes", "plain", "parquet/*.parquet"])
 def test_every_source(in_process, digits, tmp_path, kind, streaming):
     args = ["--data", digits / kind, *streaming, "--output", f"{tmp_path}/out/", "--shard-size", 6, "--batch-size", 4]
-    args += ["--backend", "torch"]  # for an unknown number of images, a faster one would be searched
+    args += ["--backend", "torch"]  # for an unknown number of images, predict searches for a faster one
     result = in_process(PREDICT, *args)
     assert result.returncode == 0, result.stderr
     rows = rows_of(tmp_path / "out")
@@ -376,7 +376,7 @@ def test_resume_after_a_kill_on_another_number_of_processes(program, tmp_path, s
 
 @pytest.mark.full
 def test_a_full_disk_in_one_process(program, digits, tmp_path):
-    """The folder of a shard is in the way of the second process."""
+    """A folder with the name of a shard makes the second process fail."""
     out = tmp_path / "out"
     (out / "part-000003.parquet").mkdir(parents=True)
     args = [PREDICT, digits / "plain", "--output", out, "--shard-size", 2, "--resume"]
@@ -393,7 +393,7 @@ def test_a_full_disk_in_one_process(program, digits, tmp_path):
 
 @pytest.mark.full
 def test_two_machines_with_folders_of_their_own(in_process, digits, tmp_path):
-    """Each launcher has a working folder of its own; the folders that they write together are one."""
+    """Each launcher has its own working folder; combined, the folders that they write are complete."""
     args = [
         ROOT / PREDICT,
         digits / "plain",

@@ -82,7 +82,7 @@ def test_streaming_in_bf16(in_process, tmp_path):
 @pytest.mark.first_case
 @pytest.mark.parametrize("backend", ["native", "eager", "auto"])
 def test_backends_count_the_same(in_process, tmp_path, backend):
-    """With any backend and batches of any size, and on record: the backend that ran the model."""
+    """With any backend and batch size; the results contain the backend that ran the model."""
     args = ["--backend", backend, "--batch-size", "47", "--check", "--output", tmp_path / "r.json"]
     result = in_process(VALIDATE, *args)
     assert result.returncode == 0, result.stderr
@@ -124,7 +124,7 @@ def test_processes_share_a_backend(program, tmp_path):
 @pytest.mark.full
 @pytest.mark.parametrize("backend", ["onnxruntime", "auto", "native"])
 def test_int8(in_process, tmp_path, backend):
-    """Calibrated on the training split; batches of any size, exact counts, and on record: precision and backend."""
+    """Calibrated on the training split, with any batch size; the results contain precision and backend."""
     args = ["--precision", "int8", "--backend", backend, "--batch-size", "47", "--output", tmp_path / "r.json"]
     result = in_process(VALIDATE, *args)
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""publish, verify and mirror: the real client and `hf` with a test Hub and planned faults."""
+"""publish, verify and mirror: the real client and `hf` with a test Hub and injected faults."""
 
 import json
 import os
@@ -931,7 +931,7 @@ def test_from_release_to_hub_and_back(original, model, house, tmp_path):  # noqa
 
 
 class TestSpace:
-    """`publish --space` sends the page of `res2net-zoo space`, by the same code as models."""
+    """`publish --space` sends the page of `res2net-zoo space`, with the same code as for models."""
 
     KEY = "spaces/zoo-org/page"
 
@@ -954,7 +954,7 @@ class TestSpace:
         assert "files to the new public zoo-org/page in one commit to main" in result.stdout
         assert all(request.startswith(("GET", "HEAD")) for request in hub.requests)
 
-    def test_what_does_not_fit_is_refused(self, hub, publish):
+    def test_invalid_options_are_refused(self, hub, publish):
         assert "--space takes no DIR" in input_error(publish("folder", "--space", "zoo-org/page"))
         assert "no Space zoo-org/page" in input_error(publish("--space", "zoo-org/page", "--create-pr"))
         publish("--space", "zoo-org/page")

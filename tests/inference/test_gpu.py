@@ -1,4 +1,4 @@
-"""Tests of the backends of GPUs on real use; they need an NVIDIA GPU, except for the size of graphs."""
+"""Tests of the GPU backends in realistic use; they need an NVIDIA GPU, except for the size of graphs."""
 
 import threading
 import warnings
@@ -103,7 +103,7 @@ def test_threads_and_streams(fast):
 
 
 @needs_gpu
-def test_capture_beside_threads_that_allocate(fast):
+def test_capture_while_other_threads_allocate(fast):
     """A loader pins memory while a graph of another size is captured."""
     stop = threading.Event()
     errors: list[Exception] = []

@@ -230,7 +230,7 @@ def test_the_file_shows_which_layers_are_in_float(tmp_path, name):
 
 
 @pytest.mark.full
-def test_chance_is_no_accuracy(in_process, tiny_folder, tmp_path):
+def test_accuracy_at_chance_level_is_refused(in_process, tiny_folder, tmp_path):
     args = ["--precision", "int8", "--format", "onnx", "--output", tmp_path / "m-int8.onnx"]
     result = in_process(EXPORT, "--model", f"local-dir:{tiny_folder}", "--calibrate", SHIPPED_DATA, *args)
     assert result.returncode == 1 and "no better than chance" in result.stderr and not list(tmp_path.iterdir())
@@ -533,7 +533,7 @@ def test_a_folder_with_a_quantized_file(in_process, copied, tmp_path):
 @pytest.mark.fuzz
 @pytest.mark.parametrize("seed", range(4))
 def test_damaged_files(made, tmp_path, seed):
-    """A changed file fails to verify or is refused with one line; a changed card is never an error of its own."""
+    """A changed file fails to verify or is refused with one line; a changed card raises no other error."""
     rng = random.Random(seed)
     for _ in range(100):
         main = made[rng.choice(["onnx", "openvino"])]

@@ -55,7 +55,7 @@ class Layers(nn.Module):
 
     Args:
         layer: The convolution.
-        after: `nothing`; `shortcut`, whose input is added to the output; or `sum`, the output of which is added to the
+        after: `nothing`; `shortcut`, whose input is added to the output; or `sum`, whose output is added to the
             second half of the convolution before it (Eq. 1).
         relu: Whether an activation follows.
     """

@@ -1,4 +1,4 @@
-"""Measure how far a Res2Net's output is off if its weights run in another wiring, or by another rule of dilation.
+"""Measure the error of a Res2Net's output if its weights run in another wiring, or with another dilation rule.
 
 `python -m tests.models.compare_wirings [--update docs/models.md]`
 

@@ -1,4 +1,4 @@
-"""Tests of both rules of dilation, against an independent implementation of whole networks."""
+"""Tests of both dilation rules, against an independent implementation of whole networks."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.first_case
 LAYERS = (1, 2, 2, 3)
 WIRINGS = {"official": "res2net50d", "paddle": "res2net50_vd_26w_4s", "mmdet": "res2net50_v1d_26w_4s"}
 
-# By the rule "mmdet": arguments, stride of each stage, dilation of each of its blocks.
+# With the rule "mmdet": arguments, stride of each stage, dilation of each of its blocks.
 PLANS = {
     "undilated": (dict(dilation_rule="mmdet"), (1, 2, 2, 2), [[1], [1, 1], [1, 1], [1, 1, 1]]),
     "16": (dict(output_stride=16, dilation_rule="mmdet"), (1, 2, 2, 1), [[1], [1, 1], [1, 1], [2, 2, 2]]),
@@ -39,7 +39,7 @@ PLANS = {
     ),
     "strides": (dict(strides=(2, 1, 3, 1)), (2, 1, 3, 1), [[1], [1, 1], [1, 1], [1, 1, 1]]),
 }
-# By the rule "timm": arguments, strides, dilations.
+# With the rule "timm": arguments, strides, dilations.
 TIMM_PLANS = {
     "16": (dict(output_stride=16), (1, 2, 2, 1), [[1], [1, 1], [1, 1], [1, 2, 2]]),
     "8": (dict(output_stride=8, dilation_rule="timm"), (1, 2, 1, 1), [[1], [1, 1], [1, 2], [2, 4, 4]]),

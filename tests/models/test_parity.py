@@ -101,7 +101,7 @@ def test_other_wirings_differ_from_mmdetections(wiring):
 
 
 @pytest.mark.full
-def test_docs_show_how_far_off_a_weight_is_in_a_wrong_wiring():
+def test_docs_show_the_error_of_a_wrong_wiring():
     """The table in docs/models.md is current; its figures may differ in the last digit."""
     printed = (ROOT / "docs/models.md").read_text().split(compare_wirings.MARKS[0])[1]
     printed = printed.split(compare_wirings.MARKS[1])[0].strip()

@@ -94,10 +94,10 @@ def open_page(browser, server):
 
 
 def upload(page, path: Path) -> None:
-    """Upload an image as a user does, who sees that the page is ready for it."""
+    """Upload an image once the page is ready for it, as a user does."""
     remove = page.get_by_label("Remove Image")
     if remove.count():
-        page.wait_for_timeout(500)  # an event may still be on its way
+        page.wait_for_timeout(500)  # an event may still be pending
         remove.click()
         playwright.expect(page.locator("#status")).to_contain_text("Choose, paste", timeout=1000 * SECONDS)
         page.wait_for_timeout(500)
@@ -105,7 +105,7 @@ def upload(page, path: Path) -> None:
 
 
 def first_class(page, which: str = "first") -> str:
-    """Return the likeliest class of a model, once it has answered."""
+    """Return the most likely class of a model, once it has answered."""
     heading = page.locator(f"#{which}-classes h2")
     heading.wait_for()
     return heading.inner_text().strip()
@@ -330,7 +330,7 @@ def test_requests_can_name_neither_paths_nor_urls(server, path, reason):
     assert not done["success"] and done["output"]["error"] == reason
 
 
-def test_no_file_outside_of_the_page_s_folders_is_served(server):
+def test_no_file_outside_the_folders_of_the_page_is_served(server):
     for path in ("/etc/passwd", ROOT / "pyproject.toml", "../pyproject.toml", "res2net_zoo"):
         with pytest.raises(urllib.error.HTTPError) as error:
             urllib.request.urlopen(f"{server.url}gradio_api/file={path}", timeout=20)

@@ -138,7 +138,7 @@ def test_the_table_has_the_whole_catalogue_and_filters():
 
 
 @pytest.mark.parametrize("name", ["res2net50_26w_4s", "res2net101_26w_4s", "res2next29_6c_24w_4s"])
-def test_the_costs_of_catalogue_models_are_the_catalogue_s(name):
+def test_costs_of_catalogue_models_match_the_catalogue(name):
     variants = {
         "res2net50_26w_4s": Variant(),
         "res2net101_26w_4s": Variant(depth=101),

@@ -1,4 +1,4 @@
-"""Tests of `predict-task --backend`: the backbone of a task's model by a backend of `optimize`."""
+"""Tests of `predict-task --backend`: a task's model whose backbone runs on a backend of `optimize`."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ SIZES = ((96, 64), (64, 96), (80, 80), (160, 60), (60, 130), (64, 64), (96, 64))
 
 @pytest.fixture(autouse=True)
 def one_thread(two_threads):
-    torch.set_num_threads(1)  # threads of small maps mostly wait for each other
+    torch.set_num_threads(1)  # with small maps, threads mostly wait for each other
 
 
 def model_of(task: str, head: str) -> Any:
@@ -48,7 +48,7 @@ def model_of(task: str, head: str) -> Any:
 
 @torch.inference_mode()
 def raw(model: Any, image: torch.Tensor) -> list[torch.Tensor]:
-    """Return the numbers that a task's predictions are made of."""
+    """Return the raw outputs from which a task's predictions are computed."""
     match model.task:
         case "segmentation":
             return [model.logits(image[None])]
@@ -69,7 +69,7 @@ def images() -> list[torch.Tensor]:
 @pytest.mark.first_case
 @pytest.mark.parametrize("backend", ["native", "auto"])
 @pytest.mark.parametrize(("task", "head"), CASES)
-def test_predictions_of_a_backend_are_torchs(task, head, backend, capsys):
+def test_predictions_of_a_backend_equal_torchs(task, head, backend, capsys):
     """For images of many sizes, whose networks are not all kept."""
     model, fast = model_of(task, head), model_of(task, head)
     accelerate_features(fast.features, backend, Accelerator(cpu=True))
@@ -101,7 +101,7 @@ def calibration(tmp_path_factory) -> Path:
 @pytest.mark.first_case
 @pytest.mark.parametrize(("task", "head"), CASES)
 def test_int8(task, head, calibration):
-    """Calibrated on crops of what the backbone gets, and run at many sizes."""
+    """Calibrated on crops of the backbone's inputs, and run at many sizes."""
     accelerator, model, fast = Accelerator(cpu=True), model_of(task, head), model_of(task, head)
     paths = sorted(calibration.rglob("*.jpg"))
     crops = calibration_crops(fast, paths, accelerator)

@@ -543,11 +543,11 @@ def write_something_else(data: Path) -> None:
     (data / VAL).write_text("[]")
 
 
-def lose_the_list(data: Path) -> None:
+def remove_the_list(data: Path) -> None:
     (data / VAL).unlink()
 
 
-def lose_an_image(data: Path) -> None:
+def remove_an_image(data: Path) -> None:
     (data / "val/val_00000.jpg").unlink()
 
 
@@ -556,7 +556,7 @@ def shrink_an_image(data: Path) -> None:
     Image.open(path).resize((80, 60)).save(path)
 
 
-def lose_a_joint(data: Path) -> None:
+def remove_a_joint(data: Path) -> None:
     edit(data / VAL, lambda content: content["categories"][0]["keypoints"].pop())
 
 
@@ -572,7 +572,7 @@ def repeat_a_joint(data: Path) -> None:
     edit(data / VAL, lambda content: content["categories"][0]["keypoints"].__setitem__(0, "left_shoulder"))
 
 
-def take_the_joints_away(data: Path) -> None:
+def remove_all_joints(data: Path) -> None:
     edit(data / VAL, lambda content: content["categories"][0].pop("keypoints"))
 
 
@@ -592,11 +592,11 @@ def label_nothing(data: Path) -> None:
         ),
         (lambda data: (data / VAL).write_text("[" * 100_000), "cannot read .*val.json: its JSON is nested too deeply"),
         (repeat_a_joint, "val.json, category of the joints: two of its keypoints have the name left_shoulder"),
-        (take_the_joints_away, "val.json must have exactly one category with keypoints, not 0"),
-        (lose_the_list, "person_keypoints_val.json, as in COCO's layout, is missing; available splits: train"),
-        (lose_an_image, "cannot read .*val_00000.jpg, which .*person_keypoints_val.json names"),
+        (remove_all_joints, "val.json must have exactly one category with keypoints, not 0"),
+        (remove_the_list, "person_keypoints_val.json, as in COCO's layout, is missing; available splits: train"),
+        (remove_an_image, "cannot read .*val_00000.jpg, which .*person_keypoints_val.json names"),
         (shrink_an_image, "val_00000.jpg is 80 x 60; its annotations are for 160 x 120"),
-        (lose_a_joint, "val.json, annotation 1: it has 39 numbers for 12 joints, not 3 for each"),
+        (remove_a_joint, "val.json, annotation 1: it has 39 numbers for 12 joints, not 3 for each"),
         (rename_a_joint, r"joints of .* \(snout, .* differ from the model's \(nose, "),
         (label_nothing, "person_keypoints_val.json has no person with a labelled joint"),
         (first(image_id=99), "val.json, annotation 1: its image 99 is not in the list"),

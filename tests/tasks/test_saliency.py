@@ -239,20 +239,20 @@ def test_image_without_object(scenes, tmp_path):
     assert not Masks(data, "train")[2][1]["mask"].any()
 
 
-def lose_the_split(data: Path) -> None:
+def remove_the_split(data: Path) -> None:
     shutil.rmtree(data / "train")
 
 
-def lose_the_masks(data: Path) -> None:
+def remove_the_masks(data: Path) -> None:
     shutil.rmtree(data / "train/masks")
 
 
-def lose_the_images(data: Path) -> None:
+def remove_the_images(data: Path) -> None:
     for path in (data / "train/images").iterdir():
         path.unlink()
 
 
-def lose_a_mask(data: Path) -> None:
+def remove_a_mask(data: Path) -> None:
     (data / "train/masks/train_00002.png").unlink()
 
 
@@ -307,10 +307,10 @@ def list_in_latin1(data: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (lose_the_split, "data must have a folder train or a list train.txt"),
-        (lose_the_masks, r"train has no folder masks \(or mask, ground_truth_mask, gt\)"),
-        (lose_the_images, "train has no images"),
-        (lose_a_mask, "the mask for .*images/train_00002.jpg is missing"),
+        (remove_the_split, "data must have a folder train or a list train.txt"),
+        (remove_the_masks, r"train has no folder masks \(or mask, ground_truth_mask, gt\)"),
+        (remove_the_images, "train has no images"),
+        (remove_a_mask, "the mask for .*images/train_00002.jpg is missing"),
         (shrink_a_mask, "train_00002.jpg is 128 x 96; its mask .*masks/train_00002.png is 9 x 7"),
         (cut_a_mask, "cannot read the mask .*masks/train_00002.png"),
         (write_over_an_image, "cannot read .*images/train_00002.jpg"),

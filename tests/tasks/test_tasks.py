@@ -384,7 +384,7 @@ def list_nothing(voc: Path) -> None:
     (voc / "ImageSets/Segmentation/train.txt").unlink()
 
 
-def lose_a_mask(voc: Path) -> None:
+def remove_a_mask(voc: Path) -> None:
     (voc / "SegmentationClass/train_00002.png").unlink()
 
 
@@ -475,7 +475,7 @@ def ignore_all_pixels(voc: Path) -> None:
         (write_in_latin1, "cannot read .*train.txt: it is not UTF-8 text"),
         (ignore_all_pixels, "all pixels of all masks, such as .*train_.*png, are 255, which is ignored"),
         (list_nothing, "no ImageSets/Segmentation/train.txt, as in VOC's layout; available lists: val"),
-        (lose_a_mask, "the mask .*train_00002.png of .*train_00002.jpg, .* is missing"),
+        (remove_a_mask, "the mask .*train_00002.png of .*train_00002.jpg, .* is missing"),
         (shrink_a_mask, "train_00002.jpg is 128 x 96; its mask .*train_00002.png is 9 x 9"),
         (name_a_class_less, "train_.*png contains the class index [23], but the 2 classes are"),
         (write_255_for_all, "has a pixel of the class thing; 255 is ignored: .*by the index of the class.* 1"),

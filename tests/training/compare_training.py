@@ -2,10 +2,10 @@
 
 `python -m tests.training.compare_training [--model res2net50_26w_4s] [--rounds 3] [--mixed-precision bf16]`
 
-The plain loop is timm's own pieces put together as its train.py does by default: create_loader,
+The plain loop combines timm's components as its train.py does by default: create_loader,
 create_transform with is_training, create_optimizer_v2, create_scheduler_v2, autocast. Both train the
-same model on the same pictures with the same settings, loader processes and threads, and their first
-steps count in both. On a GPU the plain loop has timm's prefetcher.
+same model on the same pictures with the same settings, loader processes and threads, and the first
+steps are timed in both. On a GPU the plain loop has timm's prefetcher.
 """
 
 import argparse

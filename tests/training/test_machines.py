@@ -1,4 +1,4 @@
-"""Programs on two machines, which are lost in various ways. Network namespaces and real processes on the CPU."""
+"""Programs on two machines, one of which fails in various ways. Network namespaces and real processes on the CPU."""
 
 import contextlib
 import json
@@ -20,9 +20,9 @@ from tests.scenes import save_voc
 from tests.training.test_survival import SHORT, Running, differences, final, measured, steps_in
 
 pytestmark = [pytest.mark.full, pytest.mark.slow]  # a minute or more each
-LIMIT = 120  # seconds in which a machine notices that the other is lost
+LIMIT = 120  # seconds in which a machine detects that the other has failed
 TRAINING = [*SHORT, "--ema", 0.9, "--save-minutes", 0]
-LAST = 46  # steps of it
+LAST = 46  # number of its steps
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ FAULTS = {
         pytest.param("link cut", [0, 1], True, marks=pytest.mark.slow),
     ],
 )
-def test_loss_ends_the_other_machine_and_the_run_goes_on(machines, whole, tmp_path, fault, ends, shared):
+def test_failure_ends_the_other_machine_and_the_run_resumes(machines, whole, tmp_path, fault, ends, shared):
     output = tmp_path / "{rank}" / "model"
     folder = tmp_path / "0" / "model"
     if shared:
@@ -153,7 +153,7 @@ def test_loss_ends_the_other_machine_and_the_run_goes_on(machines, whole, tmp_pa
 
 
 @pytest.mark.parametrize("fault", ["machine 0 killed", pytest.param("link cut", marks=pytest.mark.slow)])
-def test_loss_ends_validation(machines, tmp_path, fault):
+def test_failure_ends_validation(machines, tmp_path, fault):
     images = tmp_path / "images"
     for name in "0123456789":
         (images / name).mkdir(parents=True)
@@ -172,7 +172,7 @@ def test_loss_ends_validation(machines, tmp_path, fault):
         assert ended.returncode and len(own_errors(ended)) == 1, ended.stderr
 
 
-def test_predictions_go_on_after_the_link_is_cut(machines, program, tmp_path):
+def test_predictions_resume_after_the_link_is_cut(machines, program, tmp_path):
     images, original, out = tmp_path / "images", tmp_path / "large.jpg", tmp_path / "out"
     images.mkdir()
     Image.new("RGB", (1000, 1000), "red").save(original)

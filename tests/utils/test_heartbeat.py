@@ -77,7 +77,7 @@ def test_one_process_of_a_machine_prints_the_message(pair, ended, monkeypatch):
 
 
 @pytest.mark.parametrize("first_leaves", [False, True])
-def test_processes_that_leave_end_nothing(pair, ended, first_leaves):
+def test_processes_that_leave_do_not_end_others(pair, ended, first_leaves):
     first, other = Heartbeat(), Heartbeat()
     first.answer(pair[0], "process 1")
     other.ask(pair[1], "process 0")
@@ -89,7 +89,7 @@ def test_processes_that_leave_end_nothing(pair, ended, first_leaves):
     assert not ended
 
 
-def test_a_job_that_is_stopped_as_a_whole_goes_on(pair):
+def test_a_job_that_is_suspended_as_a_whole_continues(pair):
     children = []
     for role, connection in zip(("answer", "ask"), pair, strict=True):
         if not (child := os.fork()):

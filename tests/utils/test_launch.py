@@ -86,7 +86,7 @@ LOST = "error: process 1 of 2 was ended by SIGKILL, perhaps because memory is ex
 OUTCOMES = {
     "raise InputError('the cat is missing', 'data')": (2, "error: the cat is missing\n"),
     f"os.kill(os.getpid(), 9) if rank else {SLEEP}": (1, LOST),
-    # What the first process meets because the other one has died is not printed.
+    # Errors that the death of the other process causes in the first one are not printed.
     "os.kill(os.getpid(), 9) if rank else time.sleep(0.2); raise RuntimeError('Connection closed by peer')": (1, LOST),
     "pass": (0, ""),
     "code[0] = 1": (1, ""),
@@ -98,7 +98,7 @@ OUTCOMES = {
 @pytest.mark.parametrize(
     ("received", "death", "codes", "code", "line"),
     [
-        # Torch's launcher ends by SIGTERM a process that is slow to obey.
+        # Torch's launcher sends SIGTERM to a process that is slow to exit.
         (signal.SIGINT, None, {0: -15, 1: -2}, 130, "interrupted"),
         (signal.SIGHUP, None, {0: -15, 1: -1}, 129, "stopped by SIGHUP"),
         # The last process fails because the second one was killed.
@@ -143,7 +143,7 @@ code[0] = 128 + received[0]
 
 @pytest.mark.first_case
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
-def test_signals_are_handed_on_once_and_the_run_may_end_by_itself(tmp_path, number):
+def test_signals_are_forwarded_once_and_the_run_may_exit_by_itself(tmp_path, number):
     running = Launched(tmp_path, COUNT)
     pids = running.pids()
     while not all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)):

@@ -1,7 +1,7 @@
 """Reads hostile files in a process with limited memory: `python -m tests.weights.fuzz_worker READER`.
 
 Each line of the standard input is the path of a file or folder; the answer is one line: `read`, `refused MESSAGE`
-where the reader raised what its users get as one line, or `failed ERROR` for any other exception.
+if the reader raised an error that programs print on one line, or `failed ERROR` for any other exception.
 """
 
 import resource

@@ -140,7 +140,7 @@ def test_names_without_weights_of_the_authors(name, words, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_models_that_the_authors_code_computes_otherwise(tmp_path, capsys):
+def test_models_that_the_authors_code_cannot_compute(tmp_path, capsys):
     model = timm.create_model("res2next50", num_classes=3, block_args=dict(wiring="paddle"))
     line = error_of(capsys, save(model, tmp_path / "m"), "--output", tmp_path / "x.pth")
     assert "the authors' code cannot compute" in line and "its layer1.0.pool is missing" in line

@@ -1,4 +1,4 @@
-"""The backbone out of any checkpoint: what `convert` recognizes, what it leaves out, and what it refuses."""
+"""Extraction of the backbone from any checkpoint: what `convert` recognizes, omits and refuses."""
 
 import argparse
 import json
@@ -442,7 +442,7 @@ def test_half_precision_and_other_classifiers(tiny, tmp_path):
     assert all(torch.equal(found.state[key], half[key].to(found.state[key].dtype)) for key in found.state)
 
 
-def test_left_out_tensors_are_grouped_where_they_leave_the_path():
+def test_omitted_tensors_are_grouped_by_prefix():
     names = ["m.net.fc.weight", "m.net.fc.bias", "m.neck.a.b", "scale", "m.x", "optimizer.0.a"]
     assert {prefix: len(group) for prefix, group in group_by_prefix(names, "m.net.").items()} == {
         "m.net.fc.": 2,

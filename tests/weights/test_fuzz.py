@@ -1,6 +1,6 @@
 """Random hostile files: each is read or refused on one line, within limits of time and memory.
 
-By hand and in CI's second tier: `pytest -m fuzz`. What a run finds becomes a test of its own elsewhere.
+By hand and in CI: `pytest -m fuzz`. Each failure becomes a separate regression test elsewhere.
 """
 
 import io

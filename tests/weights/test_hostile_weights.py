@@ -1,6 +1,6 @@
 """Weight files that would crash the process or exhaust memory are refused on one line that names the limit.
 
-A process of its own converts them all, each in a fork with a limit on its memory and its time.
+A separate process converts all of them, each in a fork with limits on memory and time.
 """
 
 import argparse

@@ -137,7 +137,7 @@ class TestSignAndVerify:
         line = input_error(run("verify", signed, "--public-key", keys.public, "--output", signed / "checks.json"))
         assert "is in the folder that is verified" in line and "--output" in line and read_tree(signed) == before
 
-    def test_the_command_of_model_signing_verifies_our_folders_and_we_its(self, signed, keys, others):
+    def test_model_signing_verifies_our_folders_and_we_verify_its_folders(self, signed, keys, others):
         where = ("--signature", signed / "model.sig", "--public_key")
         done = model_signing("verify", "key", signed, *where, keys.public)
         assert done.returncode == 0, done.stderr
@@ -167,7 +167,7 @@ class TestSignAndVerify:
         ],
     )
     def test_changed_folder_is_refused_and_not_read(self, signed, keys, change, words, monkeypatch):
-        """A config that is nested too deeply is noticed when it is read, and so is any call of these functions."""
+        """Reading a config that is nested too deeply, or calling these functions, would fail."""
         change(signed)
         for module, name in ((fingerprint, "read"), (bill_of_materials, "check")):
             monkeypatch.setattr(module, name, lambda *args: pytest.fail("the folder is read"))
@@ -364,7 +364,7 @@ class TestCertificates:
         refused(run("verify", folder, "--public-key", keys.public), "signed by a certificate, not by a key")
 
     def test_expired_certificate(self, folder, chain):
-        """model-signing accepts it: it takes the day on which the certificate was issued."""
+        """model-signing accepts it, because it checks the date of issue."""
         assert self.sign(folder, chain, "expired").returncode == 0
         refused(run("verify", folder, "--certificate-chain", chain / "root.crt"), "expired")
 

@@ -93,7 +93,7 @@ def test_a_backbone_loads_as_automodel(tmp_path):
         assert torch.equal(theirs(image).last_hidden_state, model(image)[-1])
 
 
-def test_a_model_fine_tunes_and_comes_back_to_timm(tmp_path):
+def test_a_fine_tuned_model_loads_in_timm(tmp_path):
     load = transformers.AutoModelForImageClassification.from_pretrained
     model = load(SHIPPED_MODEL, num_labels=3, ignore_mismatched_sizes=True)
     image = torch.randn(2, 3, 64, 64)

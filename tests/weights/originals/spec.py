@@ -1,6 +1,6 @@
 """Write small.json: the names of the small model's tensors in timm and in each framework.
 
-Run it where torch, timm and res2net_zoo are installed; the makers of the files need only what it writes.
+Run it where torch, timm and res2net_zoo are installed; the make scripts need only its output.
 """
 
 import json
@@ -25,7 +25,7 @@ def small(wiring: str = "official", deep: bool = True) -> ResNet:
     """Build the small model.
 
     Args:
-        wiring: Whose hierarchy.
+        wiring: Wiring of the hierarchy.
         deep: Whether it has the stem and the shortcuts of a v1b or vd model, else those of the first release.
     """
     stem = dict(stem_type="deep", stem_width=8, avg_down=True) if deep else dict(stem_width=8)
