@@ -48,7 +48,7 @@ from res2net_zoo.weights.pretrained import create_model
 
 OURS, TIMM, PLAIN, RESNET50, PRODUCT = "ours", "timm", "plain", "resnet50", "matrix product"
 # Maximum difference from the float32 model's logits, relative to the largest logit. Half precision has 3 decimals,
-# of which a deep network loses some, and more in training because of BatchNorm; int8 has 2.
+# some of which a deep network loses, and more in training because of BatchNorm; int8 has 2.
 TOLERANCE = {"infer": {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1, "int8": 0.25}, "train": {"float32": 1e-2}}
 TF32_TOLERANCE = {"infer": 2e-2, "train": 0.1}  # for float32 if convolutions use TF32
 

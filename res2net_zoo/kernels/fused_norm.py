@@ -1,7 +1,7 @@
 """Training on CPUs: BatchNorm fused with adjacent activations, additions, splits and concatenations.
 
 These operations are limited by memory bandwidth. PyTorch runs them one by one, and each reads and writes its tensors;
-`fused_norm.cpp` reads a tensor twice in the forward and twice in the backward pass, whatever the operations. Results
+`fused_norm.cpp` reads a tensor twice in the forward and twice in the backward pass, for any of the operations. Results
 are those of BatchNorm (Ioffe and Szegedy, arXiv 1502.03167, Algorithm 1), computed in float32, and differ from
 PyTorch's only by fewer roundings.
 
