@@ -386,7 +386,7 @@ def refuse_ambiguous(arguments: Mapping[str, Any]) -> None:
     for name in AMBIGUOUS:
         if name in arguments and not (name == "output_stride" and arguments.get("dilation_rule")):
             raise TypeError(
-                f"{name} means different things in copies of the authors' file; express that of your copy as strides, "
+                f"{name} means different things in copies of the authors' file; pass your copy's values as strides, "
                 "dilations and multi_grid, such as strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2), multi_grid=(1, 2, 4), "
                 'or output_stride with dilation_rule="mmdet" or "timm"'
             )
