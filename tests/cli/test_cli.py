@@ -28,7 +28,7 @@ LAUNCHERS = {
     }.items()
     for command in commands
 }
-# Each prints a file, a folder or a format of its own; `benchmark` takes backends, the others plain PyTorch as well.
+# Their values differ between commands; `benchmark` is the only one without plain PyTorch as a backend.
 OWN_VALUES = {"--backend", "--output", "--format", "--precision", "--mixed-precision", "--license", "--scale"}
 ENTRY = "import sys; from res2net_zoo_cli import main; sys.exit(main())"
 

@@ -854,16 +854,16 @@ class TestMirror:
 
 
 @pytest.fixture
-def house(tmp_path) -> Path:
+def clone(tmp_path) -> Path:
     """A copy of the programs and the package, with a writable catalogue."""
-    shutil.copytree(ROOT / "res2net_zoo", tmp_path / "house" / "res2net_zoo")
-    shutil.copytree(ROOT / "hub", tmp_path / "house" / "hub")
-    shutil.copy(ROOT / "res2net_zoo_cli.py", tmp_path / "house")
-    return tmp_path / "house"
+    shutil.copytree(ROOT / "res2net_zoo", tmp_path / "clone" / "res2net_zoo")
+    shutil.copytree(ROOT / "hub", tmp_path / "clone" / "hub")
+    shutil.copy(ROOT / "res2net_zoo_cli.py", tmp_path / "clone")
+    return tmp_path / "clone"
 
 
 @pytest.mark.full
-def test_from_release_to_hub_and_back(original, model, house, tmp_path):  # noqa: F811
+def test_from_release_to_hub_and_back(original, model, clone, tmp_path):  # noqa: F811
     """From a release to the Hub and back in every way, each step in a separate process."""
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -878,11 +878,11 @@ def test_from_release_to_hub_and_back(original, model, house, tmp_path):  # noqa
     with serve({"models/files/originals": {"original.pdparams": original.read_bytes()}}) as hub:
         env = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
         env |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
-        env |= {"PYTHONPATH": str(house), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        env |= {"PYTHONPATH": str(clone), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
         def run(*command: object, **more: str) -> str:
             result = subprocess.run(
-                [*map(str, command)], cwd=house, env=env | more, capture_output=True, text=True, timeout=200
+                [*map(str, command)], cwd=clone, env=env | more, capture_output=True, text=True, timeout=200
             )
             assert result.returncode == 0, (command, result.stdout, result.stderr)
             assert TOKEN not in result.stdout + result.stderr
@@ -895,11 +895,11 @@ def test_from_release_to_hub_and_back(original, model, house, tmp_path):  # noqa
         url = f"{hub.endpoint}/files/originals/resolve/main/original.pdparams"
         made = tmp_path / "made"
         run(sys.executable, "hub/convert.py", "--model", NAME, "--checkpoint", url, "--output", made / NAME)
-        before = (house / "res2net_zoo" / "catalog.toml").read_text()
+        before = (clone / "res2net_zoo" / "catalog.toml").read_text()
         args = ["--all", "--org", "zoo-org", "--model", NAME, "--mirror", made]
         assert "published: " in run(sys.executable, "hub/publish.py", *args)
         # Only repository and hash were added to the catalogue.
-        after = (house / "res2net_zoo" / "catalog.toml").read_text().splitlines()
+        after = (clone / "res2net_zoo" / "catalog.toml").read_text().splitlines()
         changed = [(a, b) for a, b in zip(before.splitlines(), after, strict=True) if a != b]
         digest = sha256_of(made / NAME / "model.safetensors")
         assert changed == [
