@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
 
     from res2net_zoo.utils.console import warn
     from res2net_zoo.utils.processes import start_processes
-    from res2net_zoo.utils.shutdown import heeded_signals
+    from res2net_zoo.utils.shutdown import handled_signals
 
     require("the page needs", "space", "gradio", "grad-cam", "matplotlib")
     from res2net_zoo.space.app import serve
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
     models = Models(accelerator, args.backend, shipped_model(), args.model)
     for name in args.model:
         models.load(name)
-    for number in set(heeded_signals()) - {signal.SIGINT}:
+    for number in set(handled_signals()) - {signal.SIGINT}:
         signal.signal(number, lambda number, _: sys.exit(128 + number))  # deletes uploads, as Ctrl-C does
     with serve(models, sorted(shipped("space", "examples").glob("*.png")), args.host, args.port) as url:
         if args.host not in (LOOPBACK, "localhost", "::1"):

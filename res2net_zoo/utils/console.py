@@ -52,21 +52,21 @@ def run(main: Callable[[], int], options: Mapping[str, str] = NO_OPTIONS) -> int
         report(error)
         return 2
     except MemoryError as error:
-        report(f"not enough memory{f': {error}' * bool(str(error))}; make batches or images smaller")
+        report(f"not enough memory{f': {error}' * bool(str(error))}; reduce the batch size or the image size")
         return 1
     except RuntimeError as error:
         if str(error).startswith("Symlink loop from"):  # `Path.resolve` before Python 3.13
             report(f"cannot read a link that leads to itself: {str(error).removeprefix('Symlink loop from ')}")
             return 2
         if isinstance(error, _out_of_memory()) or "can't allocate memory" in str(error):
-            report(f"not enough memory: {first_line(error)}; make batches or images smaller")
+            report(f"not enough memory: {first_line(error)}; reduce the batch size or the image size")
             return 1
         if lost_connection(error):
             report_lost_connection(error)
             return 1
         if "DataLoader worker" not in str(error):
             raise
-        # Torch raises it wherever the program happens to be.
+        # Torch can raise it at any point of the program.
         problem = f"a loader process has died ({error}), perhaps because memory is exhausted; try again with fewer"
         report(with_options(problem, "workers"))
         return 1
@@ -116,14 +116,14 @@ def lost_connection(error: BaseException) -> bool:
 
 
 def report_lost_connection(error: BaseException) -> None:
-    """Print such an error as one line, in the first process of each machine, which loses whatever the others lose."""
+    """Print such an error as one line, in the first process of each machine, which loses the same connections."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     # If the lost process was on this machine, its launcher ends this one meanwhile. The launcher also ends the first
     # process once another has ended, which must be later.
     time.sleep(3 if first else 10)
     if first:
         reason = re.sub(r"^\[\S+\] ", "", first_line(error)).partition(". ")[0]  # without gloo's source file
-        problem = f"another process has ended or is out of reach ({reason}); its output may show why; run it again"
+        problem = f"another process has ended or cannot be reached ({reason}); its output may show why; run it again"
         report(with_options(problem, "resume"))
 
 
@@ -137,10 +137,10 @@ def close_full_stdout() -> None:
 
 
 def with_options(message: object, *parameters: str) -> str:
-    """Return a message and, in parentheses, those options of the running program that set these parameters.
+    """Return a message followed by the program's options for these parameters, in parentheses.
 
     Args:
-        message: Text, or an `InputError` with parameters of its own.
+        message: Text, or an `InputError` with its own parameters.
         *parameters: Names of parameters of the library.
     """
     if isinstance(message, InputError):

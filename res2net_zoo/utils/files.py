@@ -153,7 +153,7 @@ def _lock(path: Path, flags: int) -> int:
         if not os.path.samestat(opened, os.stat(path)):
             raise FileNotFoundError(f"{path} was replaced")
         if not stat.S_ISDIR(opened.st_mode) and not (stat.S_ISREG(opened.st_mode) and opened.st_nlink == 1):
-            raise OSError(f"{path} is not a regular file, or has other names")  # its content would be overwritten
+            raise OSError(f"{path} is not a regular file, or has other hard links")  # its content would be overwritten
     except BaseException:
         os.close(descriptor)
         raise
@@ -361,7 +361,7 @@ def temporary_file(path: Path) -> Iterator[Path]:
                 shutil.copyfileobj(source, target)
         return
     with temporary_folder(path.with_name(path.name[:50])) as folder:  # a name may have 255 bytes
-        # The same name, because some writers depend on the suffix (matplotlib); in a folder of its own, because
+        # The same name, because some writers depend on the suffix (matplotlib); in a separate folder, because
         # others replace the file (linkers), which would lose a lock on it.
         temporary = folder / path.name
         temporary.touch()

@@ -1,4 +1,4 @@
-"""Ends this process if another process of the job is lost, with its machine or its network.
+"""Ends this process if another process of the job is lost because its machine or its network fails.
 
 Collective operations wait for hours, because one process may download and convert data for all, and the launcher of a
 machine sees only the processes of that machine. Therefore every process exchanges heartbeats with the first one over a
@@ -82,7 +82,7 @@ class Heartbeat:
             except ConnectionError:
                 pass
             except OSError as error:
-                reason = f"is out of reach: {error.strerror or error}"
+                reason = f"cannot be reached: {error.strerror or error}"
             if not self._left.wait(delay + SILENT_DELAY * self._silent):
                 with self._ending:
                     end_process("" if self._silent else f"{name} {reason}; {self._advice}")
@@ -92,7 +92,7 @@ class Heartbeat:
         threading.Thread(target=watch, name=f"heartbeat of {name}", daemon=True).start()
 
     def leave(self) -> None:
-        """Stop: this process no longer needs the others, nor they this one."""
+        """Stop, when this process and the others no longer need each other."""
         self._left.set()
         for connection in self._connections:
             with contextlib.suppress(OSError):
@@ -102,7 +102,7 @@ class Heartbeat:
 def receive(connection: socket.socket) -> bytes:
     """Return the next byte, or none at the end of the connection.
 
-    Time in which this process itself is stopped, together with the others, counts as one interval at most.
+    Time in which this process itself is suspended, together with the others, counts as one interval at most.
 
     Raises:
         TimeoutError: Nothing has arrived for `PATIENCE`.
@@ -114,7 +114,7 @@ def receive(connection: socket.socket) -> bytes:
 
 
 def own_address() -> str:
-    """Return the address by which the other machines reach the first process, which calls this."""
+    """Return the address at which the other machines reach the first process; called in the first process."""
     first = os.environ.get("MASTER_ADDR", "localhost")
     address = address_towards(first)
     # On some systems, the host name is an address of the loopback interface, but only on the machine itself.
@@ -190,7 +190,7 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
 
 
 def end_process(message: str) -> None:
-    """Print an error as one line, and end this process at once with exit code 1, whatever its main thread waits for.
+    """Print an error as one line, and end this process at once with exit code 1, even if its main thread is blocked.
 
     Files are written under temporary names and renamed, so that none is left incomplete.
 

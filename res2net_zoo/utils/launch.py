@@ -90,8 +90,8 @@ def launch(number: int, words: Sequence[str]) -> int:
     # Signals are blocked until this process can forward them, and in the others until `joined`.
     signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
     try:
-        # The processes meet at a server of this one, on a port that nothing else can take in between. By itself, the
-        # store would listen on all interfaces.
+        # The processes connect to a server in this one, whose port no other program can take in the meantime. By
+        # default, the store would listen on all interfaces.
         server = socket.create_server(("127.0.0.1", 0))
         port = server.getsockname()[1]
         options: Any = dict(wait_for_workers=False, master_listen_fd=server.detach())
@@ -120,7 +120,7 @@ def launch(number: int, words: Sequence[str]) -> int:
 
 
 class Processes:
-    """The launched processes: signals to them, and what became of them.
+    """The launched processes: forwarding of signals, and exit codes.
 
     Args:
         pids: Their ids, by rank.
@@ -159,7 +159,7 @@ class Processes:
                     os.killpg(pid, signal.SIGKILL)  # with its loader processes
 
     def exit_code(self, codes: Mapping[int, int]) -> int:
-        """Return the exit code of the whole, and report what the processes could not.
+        """Return the exit code of the program, and report what the processes could not report.
 
         Args:
             codes: The exit code by rank of each process that failed or was ended; minus the number of a signal.
@@ -170,7 +170,7 @@ class Processes:
         if own and not (self._death and set(own) == {1}):  # 1 because another process was lost
             return own[0]
         rank, number = self._death or min((rank, -code) for rank, code in codes.items())
-        if self._received and not self._death:  # torch's launcher ends by SIGTERM those that are slow to obey
+        if self._received and not self._death:  # torch's launcher sends SIGTERM to those that are slow to exit
             number = self._received[0]
         name = signal.Signals(number).name
         if number == signal.SIGINT:
@@ -216,7 +216,7 @@ def environment(rank: int, number: int, port: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Run a process that `launch` has started: it ends when its launcher dies, and leaves messages to it."""
+    """Run a process that `launch` has started: it ends when its launcher dies, and the launcher prints the messages."""
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)
         threading.Thread(target=follow, args=(os.getppid(),), daemon=True).start()

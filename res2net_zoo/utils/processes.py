@@ -81,7 +81,7 @@ def wait_for_all() -> None:
 
 
 def check_same(values: Mapping[str, Any], advice: str, *parameters: str) -> None:
-    """Check that values are the same in every process; for what each machine reads from its own disk.
+    """Check that values are the same in every process; for values that each machine reads from its own disk.
 
     Args:
         values: The values, by their names.
@@ -199,7 +199,7 @@ def start_heartbeat(accelerator: "Accelerator") -> None:
     from accelerate.utils import broadcast_object_list
 
     global _heartbeat
-    # The first process of each machine loses whatever the others do, and prints it.
+    # The first process of each machine loses the same connections as the others, and prints the error.
     heartbeat = Heartbeat(silent=not accelerator.is_local_main_process)
     first, others = accelerator.is_main_process, accelerator.num_processes - 1
     with contextlib.ExitStack() as stack:
@@ -216,7 +216,7 @@ def start_heartbeat(accelerator: "Accelerator") -> None:
 
 
 def leave() -> None:
-    """Let this process end without the others, at the end of a program."""
+    """Stop the heartbeat at the end of a program, so that this process can end before the others."""
     if _heartbeat is not None:
         _heartbeat.leave()
 

@@ -21,13 +21,13 @@ def ignore_job_signals(worker: int = 0) -> None:
     """Make a data-loading worker ignore signals that are sent to a whole job; for `worker_init_fn`.
 
     They may arrive several times, because launchers forward what schedulers send to all processes. `DataLoader` ends
-    hanging workers by SIGTERM, which is obeyed if it comes from the parent process.
+    hanging workers with SIGTERM, which is handled if it comes from the parent process.
     """
     for number in set(JOB_SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo") and other_threads_block(signal.SIGTERM):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=obey_parent, daemon=True).start()
+        threading.Thread(target=exit_on_parent_sigterm, daemon=True).start()
     else:  # the sender is unknown: only the first one is ignored
         signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL) and None)
 
@@ -44,14 +44,14 @@ def other_threads_block(number: int) -> bool:
     return bool(states) and all(mask and int(mask[1], 16) >> (number - 1) & 1 for mask in masks)
 
 
-def obey_parent() -> None:
+def exit_on_parent_sigterm() -> None:
     """Wait for SIGTERM from the parent process, and end this one. All threads of this process must block SIGTERM."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)  # as torch does
 
 
-def heeded_signals() -> list[int]:
+def handled_signals() -> list[int]:
     """Return the signals that end a run; without SIGHUP if it is ignored, as under nohup."""
     return [
         number
@@ -87,7 +87,7 @@ class Stop:
     def __init__(self, accelerator: Accelerator) -> None:
         self.received = 0
         self._since = 0.0
-        self._before = {number: signal.signal(number, self._receive) for number in heeded_signals()}
+        self._before = {number: signal.signal(number, self._receive) for number in handled_signals()}
         # A process group on the CPU, so that it never waits for a GPU.
         several = accelerator.num_processes > 1
         self._group: Any = torch.distributed.new_group(backend="gloo") if several else None

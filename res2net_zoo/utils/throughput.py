@@ -72,16 +72,14 @@ def measure(
         The throughputs, the same in every process.
 
     Raises:
-        InputError: A process is without images.
+        InputError: A process has no images.
     """
 
     def first_batch() -> T:
         for batch in passes():
             if images_of(batch):
                 return batch
-        raise InputError(
-            "the throughput cannot be measured, because a process is without images; start fewer processes"
-        )
+        raise InputError("the throughput cannot be measured, because a process has no images; start fewer processes")
 
     first = all_or_none(first_batch)
     loader = loading_rate(passes, images_of)

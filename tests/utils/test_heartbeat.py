@@ -166,6 +166,6 @@ def test_lost_connection_is_reported_on_one_line(monkeypatch, capsys):
 
     assert run(fail, {"resume": "--resume"}) == 1
     assert capsys.readouterr().err == (
-        "error: another process has ended or is out of reach (Connection closed by peer [10.77.0.1]:44952); its output "
-        "may show why; run it again (--resume)\n"
+        "error: another process has ended or cannot be reached (Connection closed by peer [10.77.0.1]:44952); its "
+        "output may show why; run it again (--resume)\n"
     )

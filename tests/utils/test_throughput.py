@@ -51,5 +51,5 @@ def test_batches_without_images_are_skipped_and_none_at_all_is_an_error():
     seen = []
     measure(lambda: batches, len, seen.append, whole=None, workers=0)
     assert seen and all(batch == [0, 0] for batch in seen)
-    with pytest.raises(InputError, match="without images"):
+    with pytest.raises(InputError, match="has no images"):
         measure(lambda: [[]], len, seen.append, whole=None, workers=0)
