@@ -181,13 +181,13 @@ def match_classes(
     if len(class_names) < num_classes or model_labels:
         warning = (
             f"the data's {len(class_names)} class names ({', '.join(class_names[:3])}, ...) are not among those of the "
-            f"model's {num_classes} classes; label i is taken for class i"
+            f"model's {num_classes} classes; label i is used as class i"
         )
     return Classes(num_classes, warning=warning)
 
 
 def _match_numbers(class_names: Sequence[str], num_classes: int) -> Classes | None:
-    """Return how labels named by whole numbers meet a model's classes; None for other names and larger numbers."""
+    """Map labels named by integers to a model's classes; return None for other names and larger numbers."""
     if not all(name.isdecimal() for name in class_names):
         return None
     if len(class_names) == num_classes:
@@ -195,7 +195,7 @@ def _match_numbers(class_names: Sequence[str], num_classes: int) -> Classes | No
     numbers = [int(name) for name in class_names]
     if max(numbers) >= num_classes:
         return None
-    warning = f"the data has {len(numbers)} numbered classes, the model {num_classes}; number i is taken for class i"
+    warning = f"the data has {len(numbers)} numbered classes, the model {num_classes}; number i is used as class i"
     return Classes(num_classes, numbers, warning=warning)
 
 

@@ -1,4 +1,4 @@
-"""A model's preprocessing, by timm: its config, its evaluation transform, and its normalization on the device."""
+"""A model's preprocessing, with timm: its config, its evaluation transform, and its normalization on the device."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from res2net_zoo.data.images import Samples, read_named
 
 
 def data_config(model: Any, img_size: int | None = None) -> dict[str, Any]:
-    """Return a model's preprocessing, as timm's `create_transform` takes it.
+    """Return a model's preprocessing, as arguments of timm's `create_transform`.
 
     Args:
         model: A timm model.
@@ -34,17 +34,17 @@ def evaluation_samples(
     img_size: int | None = None,
     normalize: bool = True,
 ) -> Samples:
-    """Make what decodes images and gives them a model's evaluation transform.
+    """Return a callable that decodes images and applies a model's evaluation transform.
 
     Args:
         model: A timm model.
         target: As for `Samples`.
         read: As for `Samples`.
         img_size: As for `data_config`.
-        normalize: Whether to normalize; else images come as bytes, for `Normalize` on the device.
+        normalize: Whether to normalize; otherwise images are uint8, for `Normalize` on the device.
 
     Returns:
-        The samples' maker.
+        The callable.
     """
     config = data_config(model, img_size)
     transform = create_transform(**config, is_training=False, normalize=normalize)

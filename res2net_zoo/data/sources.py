@@ -218,7 +218,7 @@ def hold_out(source: Source, fraction: float, seed: int) -> tuple[Source, Source
 
     Returns:
         The remaining part, and the held-out part, whose split has a name that `open_source`
-        understands.
+        accepts.
 
     Raises:
         InputError: A label is missing, or a class has too few images for both parts.
@@ -464,8 +464,8 @@ def _find_saved(path: Path) -> tuple[list[str], Callable[[str, bool], Rows]]:
 def _class_folders(path: Path) -> dict[str, Path] | None:
     """Return the folder of each split if `path` contains class folders, or splits with class folders.
 
-    The builder of `datasets` for class folders takes a class called `test tube` for a test split and
-    a name with a bracket for a pattern, ignores the label of a single class and does not follow links.
+    The builder of `datasets` for class folders treats a class called `test tube` as a test split
+    and a name with a bracket as a pattern, ignores the label of a single class and does not follow links.
 
     Raises:
         InputError: Folders of splits and of other names are mixed, or two folders are the same split.
@@ -495,7 +495,7 @@ def _class_folders(path: Path) -> dict[str, Path] | None:
     if others := [folder.name for folder in folders if folder.name.lower() not in SPLITS and _has_image(folder)]:
         names = ", ".join(folder.name for folder in splits.values())
         raise InputError(
-            f"{path} has folders named as splits with folders of images in them ({names}) beside others with images "
+            f"{path} has folders named as splits with folders of images in them ({names}) next to others with images "
             f"({', '.join(others[:3])}{', ...' * (len(others) > 3)}): name the folder of one split if they are splits, "
             "or rename them if they are classes"
         )
@@ -615,7 +615,7 @@ def _describe(src: str, split: str, loaded: Rows, label_column: str | None, labe
         labels = [name for name in labels if _may_be_labels(features[name])]
     label = features[labels[0]] if labels else None
     if label is not None and not _may_be_labels(label):
-        raise InputError(f"column {labels[0]} of {src} is not of class numbers; name another", "label_column")
+        raise InputError(f"column {labels[0]} of {src} has no integer class labels; name another", "label_column")
     # Disable decoding: `datasets` would apply the EXIF orientation, which timm does not, and one
     # corrupt image would end a stream. This comes first, because streams decode rows when columns
     # are renamed.
@@ -652,7 +652,7 @@ class StreamSamples(torch.utils.data.IterableDataset):
 
     Args:
         rows: The rows.
-        samples: Makes samples of them.
+        samples: Converts them to samples.
         name: Name of these rows in messages; their position in the whole dataset is unknown.
     """
 

@@ -34,7 +34,7 @@ def test_integer_names_are_in_numeric_order():
     assert [one_based.targets(label, None) for label in range(3)] == [[0], [2], [1]]
     some = match_classes(["10", "5", "700"], 1000)
     assert [some.targets(label, None) for label in range(3)] == [[10], [5], [700]]
-    assert "number i is taken for class i" in some.warning
+    assert "number i is used as class i" in some.warning
 
 
 def test_label_names_of_the_model_take_precedence():
@@ -46,9 +46,9 @@ def test_label_names_of_the_model_take_precedence():
 
 def test_unknown_names_are_mapped_in_order_with_a_warning():
     assert match_classes(["cat", "dog"], 2).warning is None
-    assert "label i is taken for class i" in match_classes(["cat", "dog"], 2, ["cat", "eel"]).warning
+    assert "label i is used as class i" in match_classes(["cat", "dog"], 2, ["cat", "eel"]).warning
     classes = match_classes(["cat", "dog"], 5)
-    assert classes.targets(1, None) == [1] and "label i is taken for class i" in classes.warning
+    assert classes.targets(1, None) == [1] and "label i is used as class i" in classes.warning
 
 
 @pytest.mark.parametrize("benchmark", ["imagenet-a", "imagenet-r"])

@@ -233,7 +233,7 @@ def test_class_named_like_a_split(tmp_path):
     assert greys(open_source(str(tmp_path / "flat"))) == [(0, 0), (1, 1), (2, 2)]
     for name in ("train", "test", "Eval"):
         data = tree(tmp_path / name, "bus/0.png", "car/1.png", f"{name}/steam/2.png")
-        with pytest.raises(InputError, match=rf"named as splits .*\({name}\) beside others .*\(bus, car\)"):
+        with pytest.raises(InputError, match=rf"named as splits .*\({name}\) next to others .*\(bus, car\)"):
             open_source(str(data))
     twice = tree(tmp_path / "twice", "train/a/0.png", "val/a/1.png", "validation/a/2.png")
     with pytest.raises(InputError, match="two folders for the split validation, val and validation"):
@@ -544,7 +544,7 @@ def test_missing_columns(tmp_path):
     for name, words in (
         ("no_label", "no column of labels"),
         ("no_image", "no column of images; its columns are label"),
-        ("words", "is not of class numbers"),
+        ("words", "has no integer class labels"),
     ):
         with pytest.raises(InputError, match=words):
             open_source(str(tmp_path / f"{name}.parquet"))

@@ -248,7 +248,7 @@ def test_batch_size_larger_than_the_data(accelerator):
     with pytest.raises(InputError, match="fewer than 4 steps of 33"):
         steps_of(data, 33, 4)
     source.num_rows = data.indices = None
-    with pytest.raises(InputError, match="give the steps of an epoch") as error:
+    with pytest.raises(InputError, match="set the steps per epoch") as error:
         steps_of(data, 33, None)
     assert error.value.parameters == ("steps_per_epoch",)
     assert steps_of(data, 33, 4) == 4
@@ -301,10 +301,10 @@ def test_pixels_of_unknown_range_are_refused_before_training(accelerator, tmp_pa
         (pa.int64(), [0, -1], "image 1 of train in data has no label"),
         (pa.uint8(), [0, None], "image 1 of train in data has no label"),
         (pa.uint64(), [0, None], "image 1 of train in data has no label"),
-        (pa.float32(), [0, 1], "column label of .* is not of class numbers"),
-        (pa.float64(), [0, float("nan")], "column label of .* is not of class numbers"),
-        (pa.bool_(), [False, True], "column label of .* is not of class numbers"),
-        (pa.string(), ["a", "b"], "column label of .* is not of class numbers"),
+        (pa.float32(), [0, 1], "column label of .* has no integer class labels"),
+        (pa.float64(), [0, float("nan")], "column label of .* has no integer class labels"),
+        (pa.bool_(), [False, True], "column label of .* has no integer class labels"),
+        (pa.string(), ["a", "b"], "column label of .* has no integer class labels"),
     ],
 )
 def test_large_labels_are_refused_before_memory_is_allocated(accelerator, tmp_path, kind, labels, words):
