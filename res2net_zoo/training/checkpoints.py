@@ -2,7 +2,7 @@
 
 A checkpoint is written to a temporary file and renamed, before older ones are deleted, so that a complete one exists
 whenever a run is killed. It contains tensors and plain values, and is read by `torch_file`, which does not execute code
-from the file, nor uses more memory than its size.
+from the file, and does not use more memory than its size.
 """
 
 import contextlib
@@ -63,16 +63,14 @@ class Checkpoints:
         if resume:
             if not self.paths():
                 if (output / "config.json").is_file():
-                    raise InputError(
-                        f"{output} holds a model, but no run that could go on; name another folder", "output"
-                    )
+                    raise InputError(f"{output} contains a model, but no run to resume; name another folder", "output")
                 warn(f"there is no checkpoint in {self.folder} to resume from; the run starts from the beginning")
             return
         if overwrite:
             self.clear()
         elif self.paths() or (output / "config.json").is_file():
             raise InputError(
-                f"{output} holds another run; name another folder, resume that run, or overwrite it",
+                f"{output} contains another run; name another folder, resume that run, or overwrite it",
                 *("output", "resume", "overwrite"),
             )
 
@@ -102,7 +100,7 @@ class Checkpoints:
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             reason = getattr(cause, "strerror", None) or first_line(error)
             raise InputError(
-                f"cannot write the checkpoint {path}: {reason}; make room, then resume the run", "resume"
+                f"cannot write the checkpoint {path}: {reason}; free some space, then resume the run", "resume"
             ) from error
         for old in self.paths()[: -self.keep]:
             old.unlink()
@@ -252,8 +250,8 @@ def check_progress(path: Path, done: int, metrics: Sequence[Any], steps: int) ->
     """
     if not 0 <= done - len(metrics) * steps <= steps:
         raise InputError(
-            f"{path} is not a checkpoint of this run: {done} steps and {len(metrics)} epochs of {steps} steps do not "
-            "fit together; delete it, or name another folder",
+            f"{path} is not a checkpoint of this run: {done} steps and {len(metrics)} epochs of {steps} steps are "
+            "inconsistent; delete it, or name another folder",
             "output",
         )
 

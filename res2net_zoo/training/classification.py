@@ -130,7 +130,7 @@ def synchronize_batch_norm(model: nn.Module, accelerator: Accelerator) -> nn.Mod
     if accelerator.num_processes == 1:
         return model
     if accelerator.device.type == "cpu":
-        raise InputError("torch synchronises BatchNorm on GPUs only; leave it unsynchronised on CPUs", "sync_bn")
+        raise InputError("torch synchronizes BatchNorm on GPUs only; disable it on CPUs", "sync_bn")
     return convert_sync_batchnorm(model)
 
 
@@ -146,12 +146,14 @@ def build_teacher(args: argparse.Namespace, model: Any, names: list[str], accele
     order = match_classes(names, len(names), labels).of_label if same else None
     if not same or order not in (None, list(range(len(names)))):
         raise InputError(
-            f"the teacher {args.teacher} knows {teacher.num_classes} classes, and not these {len(names)} in this "
+            f"the teacher {args.teacher} has {teacher.num_classes} classes, not these {len(names)} in this "
             "order; train it on them first",
             "teacher",
         )
     if teacher.pretrained_cfg["input_size"][0] != model.pretrained_cfg["input_size"][0]:
-        raise InputError(f"the teacher {args.teacher} takes images of other channels than {args.model}", "teacher")
+        raise InputError(
+            f"the teacher {args.teacher} and {args.model} have different numbers of input channels", "teacher"
+        )
     teacher = teacher.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return accelerator.prepare_model(teacher, evaluation_mode=True)
 

@@ -168,13 +168,11 @@ def class_names(train: Source, num_classes: int | None = None) -> list[str]:
     """
     names = train.class_names
     if names is not None and num_classes not in (None, len(names)):
-        raise InputError(
-            f"{train.name} has {len(names)} classes and not {num_classes}; leave their number out", "num_classes"
-        )
+        raise InputError(f"{train.name} has {len(names)} classes, not {num_classes}; omit the number", "num_classes")
     if names is None:
         if num_classes is None:
             if not isinstance(train.rows, datasets.Dataset):
-                raise InputError(f"{train.name} does not say how many classes it has; give their number", "num_classes")
+                raise InputError(f"{train.name} does not define the number of classes; specify it", "num_classes")
             num_classes = int(labels_of(train).max(initial=-1)) + 1
         names = [str(i) for i in range(num_classes)]
     if len(names) < 2:
@@ -339,7 +337,7 @@ def steps_of(data: TrainingData, step_images: int, wanted: int | None) -> int:
     if images is None:
         if wanted is None:
             raise InputError(
-                f"{data.train.name} does not say how many images it has; give the steps of an epoch", "steps_per_epoch"
+                f"{data.train.name} does not define the number of images; set the steps per epoch", "steps_per_epoch"
             )
         return wanted
     # A stream is repeated; other data has each image at most once per epoch.

@@ -47,8 +47,8 @@ def start(args: argparse.Namespace, run: Path) -> Accelerator:
     for name in wanted:
         if name not in available:
             known = name in [str(tracker) for tracker in LoggerType]
-            what = "is not installed" if known else "is none that Accelerate knows"
-            raise InputError(f"the tracker {name} {what}; there are: {', '.join([*available, 'none'])}", "tracker")
+            what = "is not installed" if known else "is unknown to Accelerate"
+            raise InputError(f"the tracker {name} {what}; available: {', '.join([*available, 'none'])}", "tracker")
     accelerator = start_processes(
         args.threads,
         args.mixed_precision,
@@ -58,8 +58,8 @@ def start(args: argparse.Namespace, run: Path) -> Accelerator:
     )
     if str(accelerator.distributed_type).endswith(("FSDP", "DEEPSPEED", "MEGATRON_LM")):
         raise InputError(
-            "these models have 76 million parameters at most, which sharding does not help; choose multi-GPU without "
-            "it in `accelerate config`"
+            "sharding does not help models of at most 76 million parameters; choose multi-GPU without it in "
+            "`accelerate config`"
         )
     args.mixed_precision = accelerator.mixed_precision
     return accelerator
@@ -301,8 +301,8 @@ def check_plan(
         raise differ("a number of images of", before["images"], now["images"])
     if (then := before["images a step"]) != now["images a step"]:
         size = then / accelerator.num_processes / args.accumulate
-        hint = f"; batches of {size:g} make them as many"
-        raise differ("images a step:", then, now["images a step"], hint, "batch_size")
+        hint = f"; use batches of {size:g}"
+        raise differ("images per step:", then, now["images a step"], hint, "batch_size")
     if before != now:
         warn(
             "processes, workers or batches have changed, so the rest of this epoch's stream has a different order: "
@@ -339,7 +339,7 @@ def announce(objective: Classification, settings: Settings) -> None:
 
 
 def throughput_of(loop: Loop, workers: int) -> Throughput:
-    """Measure data loading and training steps alone; changes the weights, of which the best are in the model folder.
+    """Measure data loading and training steps alone; changes the weights; the best ones are in the model folder.
 
     Args:
         loop: The loop, after its last step.

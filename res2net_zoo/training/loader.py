@@ -245,7 +245,7 @@ def batches(
         epoch: Epoch, from 0.
         first: First batch.
         skip_corrupt: Whether to skip images that cannot be decoded.
-        left_out: Set to which indices of skipped images are added, or positions for a stream.
+        left_out: Set that collects the indices of skipped images, or their positions in a stream.
 
     Yields:
         Images (N, C, H, W) and classes (N,).

@@ -226,7 +226,7 @@ class Loop:
                 if number := self.train(epoch, stop, progress):
                     progress.close()
                     name = signal.Signals(number).name
-                    message = f"stopped by {name} after step {state.done} of {settings.total}; resume it to go on"
+                    message = f"stopped by {name} after step {state.done} of {settings.total}; resume it to continue"
                     self.accelerator.print(with_options(message, "resume"), flush=True)
                     # Signals are still handled here, because launchers send them again.
                     wait_for_all()
@@ -400,7 +400,7 @@ def resume(
         accelerator: The processes.
 
     Raises:
-        InputError: The checkpoint is not of this run, the best model is missing, or training is complete.
+        InputError: The checkpoint belongs to another run, the best model is missing, or training is complete.
     """
     restore(path, "model", state.model, saved["model"])
     restore_optimizer(path, state.optimizer, saved["optimizer"])
@@ -412,10 +412,10 @@ def resume(
     state.done, state.metrics, state.rates = saved["done"], saved["metrics"], saved["rates"]
     check_progress(path, state.done, state.metrics, settings.steps)
     if state.metrics and accelerator.is_main_process and not (output / WEIGHTS).is_file():
-        raise InputError(f"the best model so far is missing from {output}; begin again, in another folder", "output")
+        raise InputError(f"the best model so far is missing from {output}; start again in another folder", "output")
     if (epochs := len(state.metrics)) >= settings.epochs:
         raise InputError(
-            f"the run in {output} has done {epochs} of {settings.epochs} epochs; raise their number", "epochs"
+            f"the run in {output} has completed {epochs} of {settings.epochs} epochs; increase their number", "epochs"
         )
     if state.scheduler is not None:
         state.scheduler.step_update(state.done)  # the schedule is a function of the step

@@ -159,7 +159,7 @@ def test_model_names_are_suggested(monkeypatch, name, expected):
         ("lr = ", "is not TOML"),
         (f"x = {'[' * 5000}", "is nested too deeply"),
         ('tracker = ["none", "--overwrite"]', "must be a list of values"),
-        ('tracker = "--overwrite"', "the tracker --overwrite is none that"),
+        ('tracker = "--overwrite"', "the tracker --overwrite is unknown to"),
         (b"\xff\xfe", "is not TOML"),
     ],
     ids=lambda value: str(value)[:30],

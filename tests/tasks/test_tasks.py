@@ -602,13 +602,13 @@ def test_network_options(voc, tmp_path, in_process):
 
 def test_output_of_another_run_is_kept(trained, voc, in_process):
     again = [*SMALL, "--data", voc, "--output", trained]
-    assert "holds another run" in input_error(in_process(TRAIN, *again, "--head", "unet"))
+    assert "contains another run" in input_error(in_process(TRAIN, *again, "--head", "unet"))
     resumed = ["--resume", "--output", trained]
     assert "was started with --head unet, not fpn" in input_error(in_process(TRAIN, *resumed, "--head", "fpn"))
     line = input_error(in_process(TRAIN, *resumed, "--batch-size", 4))
     assert "was started with images a step 8, but now has 4" in line
     line = input_error(in_process(TRAIN, *resumed, "--epochs", 1))
-    assert "has done 1 of 1 epochs; raise their number (--epochs)" in line
+    assert "has completed 1 of 1 epochs; increase their number (--epochs)" in line
 
 
 def test_data_with_different_classes(trained, tmp_path, in_process):

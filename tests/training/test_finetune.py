@@ -156,7 +156,7 @@ def test_bad_input(in_process, tmp_path):
     assert "distillation needs a teacher" in refused("--task-weight", 0.1)
     assert "would both be on train" in refused("--eval-split", "training")
     assert "no split train/held-out-1.5-0" in refused("--eval-split", "train/held-out-1.5-0")
-    assert "has 10 classes and not 7" in refused("--num-classes", 7)
+    assert "has 10 classes, not 7" in refused("--num-classes", 7)
     assert "cannot be trained with batches of 1 images of 3 x 8 x 8" in refused("--batch-size", 1, "--img-size", 8)
     for folder in (".", "/", "tests/.."):
         assert "contains the current folder" in input_error(in_process(FINETUNE, "--output", folder))
@@ -333,7 +333,7 @@ def test_distillation_without_labels(in_process, tmp_path):
     assert float(rows[-1]["top1"]) > 75
     save_images(tmp_path / "other", ["a", "b"], 5)
     args = ["--data", tmp_path / "other", "--teacher", f"local-dir:{SHIPPED_MODEL}", "--output", tmp_path / "bad"]
-    assert "knows 10 classes, and not these 2" in input_error(in_process(FINETUNE, *QUICK, "--batch-size", 2, *args))
+    assert "has 10 classes, not these 2" in input_error(in_process(FINETUNE, *QUICK, "--batch-size", 2, *args))
 
 
 @pytest.mark.full
@@ -395,8 +395,8 @@ def test_trackers_and_early_stopping(in_process, tmp_path):
     content = events.read_bytes()
     assert b"top1" in content and b"loss" in content
     line = input_error(in_process(FINETUNE, *args, "--overwrite", "--tracker", "wandb"))
-    assert "the tracker wandb is not installed; there are: tensorboard, none (--tracker)" in line
-    assert "is none that Accelerate knows" in input_error(in_process(FINETUNE, *args, "--overwrite", "--tracker", "x"))
+    assert "the tracker wandb is not installed; available: tensorboard, none (--tracker)" in line
+    assert "is unknown to Accelerate" in input_error(in_process(FINETUNE, *args, "--overwrite", "--tracker", "x"))
 
 
 @pytest.mark.full

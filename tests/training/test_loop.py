@@ -102,7 +102,7 @@ def test_resumed_run_is_bit_identical(accelerator, tmp_path, capsys, step):
     code = Loop(objective, state, settings, checkpoints, accelerator).run()
     if step <= settings.total:
         assert code == 128 + signal.SIGTERM and state.done == step
-        assert f"stopped by SIGTERM after step {step} of 12; resume it to go on\n" in capsys.readouterr().out
+        assert f"stopped by SIGTERM after step {step} of 12; resume it to continue\n" in capsys.readouterr().out
     (tmp_path / "model.safetensors").touch()
     state = start(accelerator, settings)
     saved, path = checkpoints.load(), checkpoints.paths()[-1]
@@ -174,7 +174,7 @@ def test_checkpoints_within_an_epoch(accelerator, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda saved: {**saved, "done": 3}, "3 steps and 1 epochs of 4 steps do not fit together"),
+        (lambda saved: {**saved, "done": 3}, "3 steps and 1 epochs of 4 steps are inconsistent"),
         (lambda saved: {**saved, "ema": {}}, "is not a checkpoint of this run"),
         (lambda saved: saved, "the best model so far is missing from"),
     ],

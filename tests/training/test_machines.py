@@ -210,7 +210,7 @@ def test_full_disk_of_the_output(machines, whole, tmp_path):
             print(f"disk full: ended after {time.monotonic() - start:.0f} s: {own_errors(ended)}")
             assert ended.returncode
             (line,) = own_errors(ended)
-            assert "cannot write the checkpoint" in line and "make room, then resume the run (--resume)" in line
+            assert "cannot write the checkpoint" in line and "free some space, then resume the run (--resume)" in line
         filler.unlink()
         succeeded(Job(machines, "finetune", "--resume", "--output", tmp_path / "machine-{rank}" / "disk" / "model"))
         assert not differences(final(whole), final(folder))

@@ -204,7 +204,7 @@ def test_signal_saves_a_checkpoint_and_stops(tmp_path, number):
     ended = running.end(60)
     assert ended.returncode == 128 + number
     assert f"stopped by {number.name} after step {max(steps_in(folder))} of" in ended.stdout
-    assert "; resume it to go on (--resume)" in ended.stdout
+    assert "; resume it to continue (--resume)" in ended.stdout
     assert "Traceback" not in ended.stderr and "error" not in ended.stderr
 
 
@@ -337,22 +337,20 @@ def test_resume_refuses_changed_settings(in_process, tmp_path):
         return line
 
     line = refused(*args)
-    assert "holds another run; name another folder, resume that run, or overwrite it" in line
+    assert "contains another run; name another folder, resume that run, or overwrite it" in line
     assert "(--output, --resume, --overwrite)" in line
     assert "was started with --model res2net_tiny, not res2next50; remove --model" in refused(
         "--resume", "--model", "res2next50"
     )
     assert "--lr 0.002, not 0.1" in refused("--resume", "--lr", 0.1)
-    assert "images a step: 128, not 64; batches of 128 make them as many (--batch-size)" in refused(
-        "--resume", "--batch-size", 64
-    )
+    assert "images per step: 128, not 64; use batches of 128 (--batch-size)" in refused("--resume", "--batch-size", 64)
     assert "choose one" in refused("--resume", "--overwrite")
     # More epochs are allowed.
     result = in_process(FINETUNE, "--resume", "--epochs", 2, "--output", folder)
     assert result.returncode == 0 and "resumes after step 11 of 22" in result.stdout
     assert len(measured(folder)) == 2
     result = in_process(FINETUNE, "--resume", "--epochs", 1, "--output", folder)
-    assert "has done 1 of 1 epochs; raise their number (--epochs)" in input_error(result)
+    assert "has completed 1 of 1 epochs; increase their number (--epochs)" in input_error(result)
     # With --overwrite, everything is new.
     assert in_process(FINETUNE, *args, "--overwrite", "--output", folder).returncode == 0
     assert len(measured(folder)) == 1 and steps_in(folder) == [11]
@@ -362,9 +360,7 @@ def test_resume_refuses_changed_settings(in_process, tmp_path):
     # A folder whose run was deleted, and one without a run.
     for path in folder.with_name("model.run").rglob("*.pt"):
         path.unlink()
-    assert "holds a model, but no run that could go on" in input_error(
-        in_process(FINETUNE, "--resume", "--output", folder)
-    )
+    assert "contains a model, but no run to resume" in input_error(in_process(FINETUNE, "--resume", "--output", folder))
     result = in_process(FINETUNE, *args, "--resume", "--output", tmp_path / "new")
     assert result.returncode == 0, result.stderr
     assert "to resume from; the run starts from the beginning" in result.stderr
@@ -375,7 +371,7 @@ OTHER_CONTENT = {
     "missing": (lambda s: {k: v for k, v in s.items() if k != "done"}, "done missing"),
     "metrics": (lambda s: {**s, "metrics": [{}]}, "its metrics is invalid"),
     "negative": (lambda s: {**s, "done": -3}, "its done is invalid"),
-    "too far": (lambda s: {**s, "done": 10**9}, "steps and 0 epochs of 4 steps do not fit together"),
+    "too far": (lambda s: {**s, "done": 10**9}, "steps and 0 epochs of 4 steps are inconsistent"),
     "rates": (lambda s: {**s, "rates": [1, 2]}, "its rates is invalid"),
     "plan": (lambda s: {**s, "plan": {"model": 1}}, "its plan is invalid"),
     "weights": (lambda s: {**s, "model": {"a": 1}}, "is not a checkpoint of this run"),
@@ -439,7 +435,7 @@ def test_resume_after_sigkill_while_replacing_the_model(in_process, tmp_path):
     whole = read_tree(folder)
     folder.rename(tmp_path / ".model-new-abcdefgh")
     (tmp_path / ".model-old-abcdefgh").mkdir()
-    assert "holds another run" in input_error(in_process(FINETUNE, *args))
+    assert "contains another run" in input_error(in_process(FINETUNE, *args))
     assert read_tree(folder) == whole and {p.name for p in tmp_path.iterdir()} == {"model", "model.run"}
     folder.rename(tmp_path / ".model-new-abcdefgh")
     (tmp_path / ".model-old-abcdefgh").mkdir()
@@ -477,7 +473,7 @@ def test_checkpoints_are_atomic_limited_and_never_unpickled(tmp_path, monkeypatc
     for step in range(4):
         checkpoints.save(step, {"step": step, "weight": torch.full((1000,), float(step))})
     assert [path.name for path in checkpoints.paths()] == ["step-000000002.pt", "step-000000003.pt"]
-    with full_disk(2000), pytest.raises(InputError, match=r"cannot write the checkpoint .*: File too large; make room"):
+    with full_disk(2000), pytest.raises(InputError, match=r"cannot write the checkpoint .*: File too large; free some"):
         checkpoints.save(4, {"weight": torch.zeros(100_000)})
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["step-000000002.pt", "step-000000003.pt"]
     assert checkpoints.load()["step"] == 3
