@@ -1,4 +1,4 @@
-"""Weights under the keys of the authors' code, in a `.pth` file that their code loads without a change.
+"""Weights under the keys of the authors' code, in a `.pth` file that their code loads without changes.
 
 Their models have the keys and shapes of the zoo's, so only two things need care: the layers must compute what theirs
 compute, and their DLA has projections that it never uses.

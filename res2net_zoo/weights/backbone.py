@@ -150,7 +150,7 @@ class Candidate(NamedTuple):
 
 
 def read(path: Path) -> Tensors:
-    """Read all tensors of a checkpoint, whatever program wrote it; its content determines the format.
+    """Read all tensors of a checkpoint of any program; its content determines the format.
 
     Args:
         path: A file of PyTorch, safetensors, PaddlePaddle or MindSpore.
@@ -211,7 +211,7 @@ def known_models() -> dict[str, Known]:
         is_resnet = timm.model_entrypoint(name).__module__.endswith(".res2net")
         known[name] = Known(name, {}, shapes, wiring_of(model.layer1[0]) if is_resnet else None, model.num_features)
         if is_resnet:
-            # A stem and a shortcut may be combined otherwise, as MMDetection's options do.
+            # Other combinations of stem and shortcut exist, as with MMDetection's options.
             shift = -1 if (has_pool := "layer1.0.downsample.2.weight" in shapes) else 1
             other = {shifted(key, shift): shape for key, shape in shapes.items()}
             label, model_args = f"{name} with avg_down={not has_pool}", {"avg_down": not has_pool}
@@ -247,7 +247,7 @@ def format_of(names: Iterable[str]) -> str:
 
 
 def compare(shapes: Mapping[str, tuple[int, ...]], format: str, model: str) -> Misfit:
-    """Compare tensors with those of a known model, leaving out what is beside the model's own modules."""
+    """Compare tensors with those of a known model, ignoring tensors outside of the model's own modules."""
     target = known_models()[model].shapes
     inside, first = {key.partition(".")[0] for key in target}, next(iter(target))
     found, unexpected, misshapen = set(), [], []
@@ -325,8 +325,8 @@ def find(path: Path, prefix: str | None = None, wiring: str | None = None, archi
         The backbone.
 
     Raises:
-        InputError: The file cannot be read, has no, more than one or only a part of a Res2Net, its shapes are those
-            of no registered model, or its wiring is not known.
+        InputError: The file cannot be read, contains no Res2Net, several, or only a part of one, its shapes match no
+            registered model, or its wiring is unknown.
     """
     with readable_errors(path, "weight"):
         check_file(path)
@@ -449,7 +449,7 @@ def choose_wiring(
 def find_classifier(tensors: Tensors, candidate: Candidate, num_features: int) -> dict[str, str]:
     """Return the names in the file of a linear classifier on a backbone's features, by timm's names; empty without one.
 
-    Its number of classes is free. MMPretrain has it beside the backbone, as the only layer under `head.`.
+    It can have any number of classes. MMPretrain's is outside of the backbone, the only layer under `head.`.
     """
     prefix, rename = candidate.prefix, RENAMERS[candidate.format]
     names = {key: prefix + name for name in candidate.shapes if (key := rename(name)) in ("fc.weight", "fc.bias")}
@@ -475,7 +475,7 @@ def under(prefix: str) -> str:
 
 
 def what_else(tensors: Tensors) -> str:
-    """Return what a file without a Res2Net has, for a message."""
+    """Return what a file without a Res2Net contains instead, for a message."""
     for name in tensors:
         if len(name) <= LONGEST and (match := RESNET_BLOCK.match(name)):
             prefix = match["prefix"]
@@ -520,13 +520,13 @@ def describe(shapes: Mapping[str, tuple[int, ...]]) -> str:
 def explain_misfit(candidate: Candidate, architecture: str | None) -> tuple[str, Sequence[str]]:
     """Return why no registered model fits, and the parameters that may help.
 
-    A part of a model lacks tensors. A model of another shape has whole blocks less or more, or many other shapes.
+    A part of a model lacks tensors. A model of another shape has fewer or more blocks, or many other shapes.
 
     Args:
         candidate: The tensors; no registered model fits.
         architecture: The chosen model, if any.
     """
-    # A model of which the file has a part explains more than one that differs in fewer tensors.
+    # A model that the file contains in part is a better match than one that differs in fewer tensors.
     parts = [misfit for misfit in candidate.misfits if not misfit.unexpected and not misfit.misshapen]
     misfit = (parts or candidate.misfits)[0]
     target = known_models()[misfit.model].shapes
@@ -568,7 +568,7 @@ def grouped(missing: Sequence[str], target: Iterable[str]) -> list[str]:
 
 
 def group_by_prefix(names: Iterable[str], prefix: str) -> dict[str, list[str]]:
-    """Group the names of tensors that are left out, by the place where they leave the path to the backbone.
+    """Group the names of omitted tensors by their first component that differs from the backbone's prefix.
 
     Args:
         names: The names.
@@ -585,7 +585,7 @@ def group_by_prefix(names: Iterable[str], prefix: str) -> dict[str, list[str]]:
 
 
 def check_architecture(name: str) -> str:
-    """Return the registered model that a name means, without its tag; the authors' names are known as well.
+    """Return the registered model that a name means, without its tag; the authors' names are accepted as well.
 
     Raises:
         InputError: There is none; suggests similar names.
@@ -594,7 +594,7 @@ def check_architecture(name: str) -> str:
     architecture = name.partition(".")[0]
     if architecture not in architectures and timm.is_model(architecture):
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # timm's, that the authors' names are deprecated
+            warnings.simplefilter("ignore")  # timm warns that the authors' names are deprecated
             model: Any = timm.create_model(architecture)
         architecture = model.pretrained_cfg["architecture"]
     if architecture not in architectures:

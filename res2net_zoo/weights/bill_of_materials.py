@@ -266,7 +266,7 @@ def _datasets(facts: Facts) -> "list[Component]":
 
 
 def _versions(folder: Path) -> dict[str, str]:
-    """Return the versions of the libraries that the folder was made with: the recorded ones, or else the installed."""
+    """Return the versions of the libraries that wrote the folder: the recorded ones, or else the installed ones."""
     for path in (folder / fingerprint.NAME, folder / NAME):
         try:
             content = read_json(path, max(LARGEST, fingerprint.LARGEST))
@@ -300,7 +300,7 @@ def _library(name: str, version: str) -> "Component":
 def _tool() -> "Component":
     from cyclonedx.model.component import Component, ComponentType
 
-    version = sys.modules["res2net_zoo"].__version__  # importing it here would be a circle
+    version = sys.modules["res2net_zoo"].__version__  # importing it here would be a circular import
     return Component(type=ComponentType.APPLICATION, name="res2net-zoo", version=version, bom_ref="tool:res2net-zoo")
 
 

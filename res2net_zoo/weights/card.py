@@ -50,7 +50,7 @@ def model_card(
     Args:
         name: The model's name.
         text: The card's Markdown.
-        license: As for `model_card_data`, and so are the others.
+        license: Its licence, see `model_card_data`.
         accuracies: Its accuracies.
         datasets: What it was trained on.
         base_model: What it derives from.
@@ -160,7 +160,7 @@ def unreleased_card(checkpoint: Checkpoint, metadata: dict[str, str], name: str)
 
 
 def backbone_card(backbone: Backbone, metadata: dict[str, str], name: str) -> ModelCard:
-    """Make the model card of a backbone taken out of a checkpoint.
+    """Make the model card of a backbone extracted from a checkpoint.
 
     Args:
         backbone: The backbone.

@@ -57,7 +57,7 @@ def read_torch(path: Path) -> Tensors:
     if isinstance(state, dict):
         state = state.get("state_dict", state)
     if not isinstance(state, dict):
-        raise FormatError("it does not hold a state dict")
+        raise FormatError("it does not contain a state dict")
     if other := [name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor)]:
         raise FormatError(f"its entry {short(other[0])} is not a tensor")
     return {str(name): tensor for name, tensor in state.items()}
@@ -160,7 +160,7 @@ def read_paddle(path: Path) -> Tensors:
     with open_regular(path) as file:
         content = PlainUnpickler(file, os.fstat(file.fileno()).st_size, ARRAYS).load()
     if not isinstance(content, dict):
-        raise FormatError("it does not hold a state dict")
+        raise FormatError("it does not contain a state dict")
     content.pop("StructuredToParameterName@@", None)  # maps to Paddle's internal names, which are not needed
     joined = content.pop("UnpackBigParamInfor@@", {})  # arrays too large for pickle protocol 2, stored in slices
     arrays: dict[str, np.ndarray] = {}
@@ -446,7 +446,7 @@ def fit(source: Tensors, format: str, target: Mapping[str, torch.Tensor]) -> Ten
     """Rename an original's tensors and match them with a model's, each exactly once.
 
     Args:
-        source: The original's tensors; emptied on the way to save memory.
+        source: The original's tensors; emptied during conversion to save memory.
         format: The format whose names and layout they have, a key of `RENAMERS`.
         target: The model's state dict; only its names, shapes and dtypes are used.
 

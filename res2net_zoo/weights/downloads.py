@@ -133,7 +133,7 @@ def read_backbone(
 
     Args:
         path: The file.
-        prefix: As for `backbone.find`, and so are the next two.
+        prefix: The prefix, see `backbone.find`.
         wiring: The wiring.
         architecture: The architecture.
         source: The URL of a download; None for a local file.
@@ -217,7 +217,7 @@ def converted(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> Pa
         return file
     if not checkpoint.url:
         raise InputError(
-            f"{checkpoint.name} has no direct download ({checkpoint.notes}); convert a local copy by "
+            f"{checkpoint.name} has no direct download ({checkpoint.notes}); convert a local copy with "
             "`res2net-zoo convert`, and load it as local-dir:DIR"
         )
     if constants.HF_HUB_OFFLINE:

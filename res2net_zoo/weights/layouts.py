@@ -1,4 +1,4 @@
-"""Weights under the keys of OpenMMLab: the way back from `weights.convert`. `weights.authors` has the authors' keys."""
+"""Weights under the keys of OpenMMLab: the inverse of `weights.convert`. `weights.authors` has the authors' keys."""
 
 import re
 from collections import OrderedDict
@@ -78,7 +78,7 @@ def rename_stem(name: str, deep: bool, layout: str) -> str:
 
 
 def wiring_doubt(model: nn.Module, layout: str) -> str:
-    """Return why the code of a layout computes something else than a model with its weights; `""` if it does not.
+    """Return why the code of a layout computes a different output than a model with its weights; `""` if it does not.
 
     Args:
         model: A zoo model of the ResNet kind.

@@ -117,7 +117,7 @@ def read(path: Path) -> ModelConfig:
         if cfg.get("architecture") not in (None, architecture):
             raise Invalid(f"pretrained_cfg.architecture is {cfg['architecture']}, the config's is {architecture}")
     except Invalid as error:
-        raise InputError(f"{path}: {error}; correct it, or fetch the folder again") from error
+        raise InputError(f"{path}: {error}; correct it, or download the folder again") from error
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
         # Raised inside timm for values of an unexpected type.
         raise InputError(f"{path} cannot be loaded: {printable(repr(error))[:300]}") from error
@@ -190,7 +190,7 @@ def check_pretrained_cfg(cfg: dict[str, Any]) -> None:
         Invalid: A value would make loading fail or the model's output meaningless.
     """
     if unknown := cfg.keys() - {field.name for field in fields(PretrainedCfg)}:
-        raise Invalid(f"timm {timm.__version__} does not know {shown(min(unknown))}")
+        raise Invalid(f"timm {timm.__version__} does not support {shown(min(unknown))}")
     for key in ("url", "hf_hub_id", "source", "architecture", "tag", "license", "origin_url", "paper_name"):
         if cfg.get(key) is not None:
             for part in cfg[key] if key == "url" and isinstance(cfg[key], list) else [cfg[key]]:
@@ -231,7 +231,7 @@ def check_preprocessing(cfg: Mapping[str, Any]) -> None:
         if cfg.get(key) is not None and not (number(cfg[key]) and 0 < cfg[key] <= 2):
             raise Invalid(f"{key} is {shown(cfg[key])}; it must be a number above 0, at most 2")
     if (mode := cfg.get("crop_mode")) not in (None, "center", "squash", "border"):
-        raise Invalid(f"unknown crop_mode {shown(mode)}; there are center, squash and border")
+        raise Invalid(f"unknown crop_mode {shown(mode)}; choose from center, squash and border")
     try:
         str_to_interp_mode(cfg.get("interpolation") or "bicubic")
     except (KeyError, TypeError) as error:
@@ -464,7 +464,7 @@ def read_task(path: Path) -> dict[str, Any]:
             raise Invalid(f"head_kwargs must be an object, not {kind_of(options)}")
         check_arguments(options, "head_kwargs")
     except Invalid as error:
-        raise InputError(f"{path}: {error}; correct it, or fetch the folder again") from error
+        raise InputError(f"{path}: {error}; correct it, or download the folder again") from error
     return content
 
 

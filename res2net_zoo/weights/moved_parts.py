@@ -1,7 +1,7 @@
-"""Name the tensors of a Res2Net whose parts a project moved into its own modules as in the Res2Net itself.
+"""Restore the names of a Res2Net's tensors after a project has moved its parts into other modules.
 
-Such as `nn.Sequential(*list(backbone.children())[:-2])`, whose tensors begin with 0., 1., 4. to 7., or a module of its
-own for each part: `layer0 = nn.Sequential(backbone.conv1, backbone.bn1)`, `encoder1 = backbone.layer1`.
+For example `nn.Sequential(*list(backbone.children())[:-2])`, whose tensors begin with 0., 1., 4. to 7., or a separate
+module for each part: `layer0 = nn.Sequential(backbone.conv1, backbone.bn1)`, `encoder1 = backbone.layer1`.
 """
 
 import re

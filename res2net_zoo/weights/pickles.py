@@ -18,7 +18,7 @@ DEEPEST = 64  # nested containers; a training checkpoint has fewer than 10
 STEPS = 1_000_000  # opcodes of a pickle; res2net200 in PaddlePaddle's format has 45,593
 REPEATED = 2**20  # bytes that memoized values may add to the file's size; mostly names of types and devices
 
-# Types of the standard library that training runs save beside their weights. Stand-ins replace them, as they replace
+# Types of the standard library that training runs save with their weights. Stand-ins replace them, as they replace
 # all objects of other libraries; everything else of the standard library is refused.
 PLAIN_TYPES = {
     "argparse": "Namespace",

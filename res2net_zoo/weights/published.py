@@ -86,7 +86,7 @@ def find_published(accuracies: Sequence[Accuracy], benchmark: str | None, source
 
 
 def trained_on(accuracies: Sequence[Accuracy], source: Source) -> str | None:
-    """Return a warning where a model's card says that it was trained on images of this split."""
+    """Return a warning if a model's card states that it was trained on images of this split."""
     for accuracy in accuracies:
         if accuracy.dataset.split("/")[-1] == source.name.split("/")[-1] and accuracy.split != source.split:
             held = held_out_of(accuracy.split)

@@ -34,11 +34,11 @@ MATERIALS = {"publicKey": "a key", "x509CertificateChain": "a certificate", "cer
 
 
 class SignatureError(InputError):
-    """A folder without the signature that it must have."""
+    """A folder without the required signature."""
 
 
 class Trust(NamedTuple):
-    """Whose signatures are accepted.
+    """The accepted signer.
 
     Attributes:
         name: The key, the certificates or the identity, for messages.
@@ -54,7 +54,7 @@ class Trust(NamedTuple):
 
 
 class Signer(NamedTuple):
-    """Who signs.
+    """The signer.
 
     Attributes:
         config: A `model_signing.signing.Config`.
@@ -68,7 +68,7 @@ class Signer(NamedTuple):
 
 
 def trust_key(path: Path) -> Trust:
-    """Accept signatures of a public key.
+    """Accept signatures that a public key verifies.
 
     Args:
         path: PEM file of an EC key on P-256, P-384 or P-521.
@@ -131,7 +131,7 @@ def signer_of_key(
     certificate: Path | None = None,
     chain: Sequence[Path] = (),
 ) -> Signer:
-    """Sign by a private key, alone or with its certificate.
+    """Sign with a private key, alone or with its certificate.
 
     Args:
         key: PEM file of an EC key on P-256, P-384 or P-521.
@@ -182,7 +182,7 @@ def sign(folder: Path, signer: Signer) -> bool:
 
     Args:
         folder: The folder.
-        signer: Who signs.
+        signer: The signer.
 
     Returns:
         Whether it was written; False if the folder already has a valid one of the same key.
@@ -213,7 +213,7 @@ def check(folder: Path, trust: Trust) -> Check:
 
     Args:
         folder: The folder. Links are accepted only in huggingface_hub's cache, to the files of the same repository.
-        trust: Whose signature it must be.
+        trust: The accepted signer.
 
     Raises:
         InputError: model.sig is not a signature.
@@ -349,7 +349,7 @@ def _reason(error: Exception) -> str:
 
 
 def _check_certificates_now(path: Path, trusted: bytes) -> None:
-    """Check that the certificates of a signature are valid today; model-signing takes the day they were issued.
+    """Check that the certificates of a signature are valid today; model-signing checks the date of issue.
 
     Args:
         path: The signature.

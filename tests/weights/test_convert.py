@@ -258,7 +258,7 @@ PADDLE_ATTACKS = {
         b"cnumpy\nndarray\nJ\x00\x00\x00\x40\x85cnumpy\ndtype\nU\x02f4\x85R\x86R.",
         "without data",
     ),
-    "a memo of gigabytes": (b"Nr\x00\x00\x00\x0a.", "not hold a state dict"),
+    "a memo of gigabytes": (b"Nr\x00\x00\x00\x0a.", "not contain a state dict"),
     "bytes of gigabytes": (b"\x96" + struct.pack("<Q", 2**40), "BYTEARRAY8"),
     "an extension": (b"\x82\x01.", "EXT1"),
     "many steps": (b"N" * 1_200_000 + b".", "more than 1,000,000 opcodes"),
