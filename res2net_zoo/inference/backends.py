@@ -27,12 +27,12 @@ T = TypeVar("T")
 
 KEPT = 4  # networks that a backend caches, one per image size; for res2net50_26w_4s each takes 250 MB
 GRAPHS = 8  # CUDA graphs that a backend caches, one per number and size of images
-OLDEST = (8, 0)  # the least compute capability that Triton supports
+OLDEST = (8, 0)  # the minimum compute capability that Triton supports
 LARGEST_PIXEL = 1e15  # activations of larger inputs may overflow
 
 
 class Unavailable(Exception):
-    """The backend is unavailable on this machine or for this model; the message has the reason."""
+    """The backend is unavailable on this machine or for this model; the message gives the reason."""
 
 
 def each(function: Callable[[torch.Tensor], torch.Tensor], output: Any) -> Any:
@@ -68,7 +68,7 @@ def eager(
 
 
 def compile_frozen(model: Callable[..., torch.Tensor], device: torch.device) -> Call:
-    """Compile a model by torch.compile with constant weights, and with CUDA graphs on a GPU."""
+    """Compile a model with torch.compile, with constant weights, and with CUDA graphs on a GPU."""
     compiled = torch.compile(model, options={"triton.cudagraphs": True} if device.type == "cuda" else None)
     compiled_for: set[Hashable] = set()
 
@@ -294,7 +294,7 @@ def resize_onnx(proto: Any, shape: tuple[int, ...]) -> Any:
 
 
 def _with_abnormal_images(run: Call, model: nn.Module) -> Call:
-    """Return a function of images that leaves NaN, infinite and huge images to PyTorch."""
+    """Return a function of images that runs NaN, infinite and huge images in PyTorch."""
 
     def call(images: torch.Tensor) -> Any:
         output = run(images)
@@ -374,7 +374,7 @@ class QuantizedNetwork:
 
     @torch.no_grad()
     def agrees(self, network: Runner, images: torch.Tensor) -> bool:
-        """Return whether a network has about the model's logits."""
+        """Return whether a network reproduces the model's logits approximately."""
         from res2net_zoo.inference.quantization import TOLERANCE, rms_error
 
         return rms_error(torch.from_numpy(network(images.numpy())), self.model(images)) <= TOLERANCE

@@ -67,7 +67,7 @@ def calibration_and_held_out(source: str, minimum: int, label_column: str | None
 
     Args:
         source: Images as for `open_source`.
-        minimum: The least number of images for calibration.
+        minimum: Minimum number of images for calibration.
         label_column: As for `open_source`.
 
     Returns:

@@ -102,7 +102,7 @@ def import_openvino() -> Any:
 
 @cache
 def openvino_core() -> Any:
-    """Return the OpenVINO runtime, of which a process must have only one.
+    """Return the OpenVINO runtime; a process must have only one.
 
     Each `Core` replaces the signal stack of the thread that creates it, and restores the previous one when it is
     destroyed. If two are destroyed in the order of their creation, the thread is left with a freed stack, and the
@@ -534,8 +534,8 @@ def check_output(output: Path, export_format: str, precision: str = "float32") -
         precision: `float32`, `float16` or `int8`.
 
     Raises:
-        InputError: It has another suffix or is a folder, it has "int8" in its name and is not quantized or the other
-            way round, or weights or card would replace a file that does not belong to an exported one.
+        InputError: It has another suffix or is a folder, it has "int8" in its name and is not quantized or vice
+            versa, or weights or card would replace a file that does not belong to an exported one.
     """
     suffix = FORMATS[export_format]
     if output.suffix != suffix:

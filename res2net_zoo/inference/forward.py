@@ -39,10 +39,10 @@ class Forward(NamedTuple):
 def create_forward(
     model: Any, backend: str, accelerator: Accelerator, batch_size: int, calibration: torch.Tensor | None = None
 ) -> Forward:
-    """Return the forward pass of a model by a backend, in the accelerator's precision or in int8.
+    """Return the forward pass of a model with a backend, in the accelerator's precision or in int8.
 
     With `auto`, the main process compares the backends, and all processes use the fastest, because the last digits of
-    logits depend on the backend. In int8 each process quantizes the model in the same way.
+    logits depend on the backend. In int8 each process quantizes the model identically.
 
     Args:
         model: A timm model on the accelerator's device, in eval mode.
@@ -57,7 +57,7 @@ def create_forward(
     if backend == TORCH:
         return Forward(autocasting(model, accelerator), TORCH)
     shape = (batch_size, *data_config(model)["input_size"])
-    # Noise suffices to compare backends, and all processes have the same.
+    # Noise is sufficient to compare backends, and is the same in all processes.
     example = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(accelerator.device)
 
     def compiled(name: str) -> Forward:
@@ -72,7 +72,7 @@ def create_forward(
 def accelerate_features(
     backbone: nn.Module, backend: str, accelerator: Accelerator, calibration: torch.Tensor | None = None
 ) -> None:
-    """Let a backbone compute its maps by a backend, in the accelerator's precision or in int8.
+    """Run a backbone with a backend, in the accelerator's precision or in int8.
 
     The backend is prepared by the first call. With `auto` it is the fastest for the images of that call, in int8 for a
     calibration image.

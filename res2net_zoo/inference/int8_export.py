@@ -86,7 +86,7 @@ class Measured(NamedTuple):
         return 100 * self.correct[precision][k] / self.images
 
     def loss(self, k: int = 0) -> float:
-        """Return what quantization costs, in percentage points of top-1 (k = 0) or top-5 (k = 1)."""
+        """Return the loss of quantization, in percentage points of top-1 (k = 0) or top-5 (k = 1)."""
         return 100 * (self.correct["float32"][k] - self.correct["int8"][k]) / self.images
 
 
@@ -207,7 +207,7 @@ def float_graph(model: nn.Module, images: torch.Tensor, export_format: str, opse
 
 
 def classes_of(model: Any, held_out: Selection) -> Classes:
-    """Return how the labels of held-out images meet the model's classes; warn if that is uncertain.
+    """Map the labels of held-out images to the model's classes; warn if the mapping is uncertain.
 
     Raises:
         InputError: They do not fit.
@@ -235,7 +235,7 @@ def _quantized(graph: Any, images: torch.Tensor, export_format: str) -> Any:
     quantize = quantize_onnx if export_format == "onnx" else quantize_openvino
     if slow := not has_int8_instructions():
         warn(
-            "this processor has no instructions for int8 (VNNI), so that the file gains little speed here; its weights "
+            "this processor has no instructions for int8 (VNNI), so the file is hardly faster here; its weights "
             "use 7 bits, because sums of 8 bits would saturate"
         )
     try:
@@ -296,10 +296,10 @@ def check_loss(measured: Measured, classes: Classes, max_loss: float, force: boo
     """Check that quantization costs at most `max_loss` points of top-1; with `force` only warn.
 
     Returns:
-        What is wrong nevertheless, for metadata and card; or "".
+        A warning for metadata and card, or "".
 
     Raises:
-        CheckError: It costs more, or the float32 model is no better than chance, so that the loss means nothing.
+        CheckError: The loss is larger, or meaningless, because the float32 model is no better than chance.
     """
     number = len(classes.subset or range(classes.num_classes))
     by_chance = measured.images / number

@@ -29,7 +29,7 @@ Numbered = tuple[int, Row | None]  # an index and, in a stream, the row
 
 
 class FileRows:
-    """Rows of image files, which are made when they are read."""
+    """Rows of image files, created when they are read."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = paths
@@ -107,7 +107,7 @@ class Prediction:
         index: Index of the image.
         path: Its path, if it has one.
         label: Its label, if it has one.
-        corrupt: Why it could not be decoded; it then lacks the following.
+        corrupt: Why it could not be decoded; the following are then empty.
         scores: Scores of the top classes, best first.
         classes: These classes.
         embedding: Pooled features, if they are wanted.
@@ -167,7 +167,7 @@ def gathered(batches: Iterator[list[Prediction]]) -> Iterator[Prediction]:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a row: index, path, label, and why it could not be decoded, or why no result would be right."""
+    """The outcome for a row: index, path, label, and why it could not be decoded or would make results wrong."""
 
     index: int
     path: str | None

@@ -1,4 +1,4 @@
-"""Predictions as a table, JSON lines, CSV, and embeddings in a Parquet file: one file each, written as it goes."""
+"""Predictions as a table, JSON lines, CSV, and embeddings in a Parquet file: one file each, written incrementally."""
 
 import contextlib
 import csv

@@ -103,7 +103,7 @@ class PredictionFolder:
             The settings of that run; None for a new folder.
 
         Raises:
-            InputError: The folder has other files, or predictions that are not to be continued.
+            InputError: The folder has other files, or predictions that must not be continued.
         """
 
         def read() -> tuple[dict | None, dict | None]:
@@ -293,7 +293,7 @@ def until_full(first: list[Prediction], rest: Iterator[list[Prediction]], size: 
 
 
 def _warn(message: str) -> None:
-    # Each process has shards of its own; `console.warn` prints in the main process only.
+    # Each process has its own shards; `console.warn` prints in the main process only.
     print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The card of a quantized file: it lies next to the file, and is made of the file's own metadata and hash."""
+"""The card of a quantized file: it is next to the file, and is generated from the file's metadata and hash."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from res2net_zoo.weights.provenance import parse
 TEMPLATE = Path(__file__).with_name("quantized_card.md")
 KEY = "quantization"  # in the card's metadata
 LABELS = {"top1": "top-1", "top5": "top-5"}
-# Keys of a quantized file's metadata, beside those of `export_metadata`. Accuracies are in percent, losses in points.
+# Keys of a quantized file's metadata, besides those of `export_metadata`. Accuracies are in percent, losses in points.
 RECORDED = (
     "precision", "quantization", "calibration_data", "calibration_images", "evaluation_data", "evaluation_images",
     *(f"{k}_{what}" for k in LABELS for what in ("float32", "int8", "loss")), "same_top1",
