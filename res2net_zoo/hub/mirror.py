@@ -28,7 +28,7 @@ def mirror(checkpoint: Checkpoint, root: Path, trust: signature.Trust | None = N
     Args:
         checkpoint: The checkpoint.
         root: The mirror.
-        trust: Whose signature the folder must have; None to take unsigned folders as well.
+        trust: The required signer of the folder; None to accept unsigned folders.
 
     Returns:
         A description of the source.
@@ -50,8 +50,8 @@ def mirror(checkpoint: Checkpoint, root: Path, trust: signature.Trust | None = N
             raise signature.SignatureError(f"{checkpoint.name} is converted from its release, which is not signed")
         if not checkpoint.url:
             raise InputError(
-                f"{checkpoint.name} has no direct download: {checkpoint.notes}; convert a local copy into {folder} by "
-                "`res2net-zoo convert`"
+                f"{checkpoint.name} has no direct download: {checkpoint.notes}; convert a local copy into {folder} "
+                "with `res2net-zoo convert`"
             )
         with downloads.original(checkpoint.url) as path:
             state, metadata = downloads.read_original(path, checkpoint, checkpoint.url)

@@ -152,7 +152,7 @@ def check_folder(folder: Path, verify: Callable[[Path], list[Check]]) -> None:
 
 
 def check_signature(folder: Path, plan: UploadPlan) -> None:
-    """Check that a signed folder is signed as it is uploaded; whose signature it is, `verify` checks.
+    """Check that a folder's signature covers what is uploaded; `verify` checks the signer.
 
     Raises:
         InputError: The signature covers other files than those that are uploaded, or is not a signature.

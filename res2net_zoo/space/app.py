@@ -60,7 +60,7 @@ def check_address(host: str, port: int | None) -> None:
     """Check that the server can listen; Gradio would try a hundred ports, and print an error for each.
 
     Raises:
-        InputError: It cannot.
+        InputError: The address or the port cannot be used.
     """
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
@@ -76,7 +76,7 @@ def serve(models: Models, examples: Sequence[Path], host: str, port: int | None)
     """Serve the page while the context is active; at its end, uploads are deleted.
 
     Args:
-        models: As for `create_app`, and so is the next.
+        models: The models that it offers.
         examples: Images to start from.
         host: Name or address to listen on.
         port: Port, or None for the first free one from 7860.

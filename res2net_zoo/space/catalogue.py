@@ -54,8 +54,8 @@ def matching(frame: pd.DataFrame, words: str, most_parameters: float, least_top1
     Args:
         frame: As from `table`.
         words: Words, separated by spaces, in any case.
-        most_parameters: Most millions of parameters.
-        least_top1: Least top-1 accuracy on ImageNet-1k in percent; 0 includes models without one.
+        most_parameters: Maximum parameters in millions.
+        least_top1: Minimum top-1 accuracy on ImageNet-1k in percent; 0 includes models without one.
     """
     text = frame["model"] + " " + frame["licence"] + " " + frame["released by"]
     keep = frame["params (M)"] <= most_parameters
@@ -147,7 +147,7 @@ def call(name: str) -> str:
 
 
 def measure(models: Models, architectures: Sequence[str]) -> Iterator[tuple[str, float]]:
-    """Measure how many single images models classify per second; their weights do not matter, and are random.
+    """Measure how many single images models classify per second, with random weights, which do not affect speed.
 
     Args:
         models: Determines device and backend.

@@ -21,7 +21,7 @@ HINT = (
     f"Choose, paste or take a picture, or take an example. Up to {MOST_BYTES >> 20} MB and {MOST_PIXELS // 10**6} "
     "million pixels; pictures stay on the machine that runs this page, and their files are deleted within minutes."
 )
-# The page sets this CSS variable when the slider moves; the server takes no part.
+# The page sets this CSS variable when the slider moves; the server is not involved.
 OPACITY = "map-opacity"
 SET_OPACITY = f"value => {{ document.documentElement.style.setProperty('--{OPACITY}', value); }}"
 

@@ -826,7 +826,7 @@ class TestMirror:
         errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
         assert result.returncode == 2 and len(errors) == 3 and "Traceback" not in result.stderr
         assert "there is no model timm/res2net101_26w_4s.in1k" in errors[0]
-        assert f"convert a local copy into {root / 'res2net152d.in1k'} by `res2net-zoo convert`" in errors[1]
+        assert f"convert a local copy into {root / 'res2net152d.in1k'} with `res2net-zoo convert`" in errors[1]
         assert "2 of 3 are missing" in errors[2] and (root / entry / "config.json").is_file()
 
     @pytest.mark.full
