@@ -68,15 +68,15 @@ def main(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace, grid: dict[str, list[int]]) -> None:
-    """Check that the options do not exclude each other and the files can be written, before minutes of timings."""
+    """Check that the options are compatible and the files can be written, before minutes of timings."""
     from res2net_zoo.analysis.ablate import check_picture
     from res2net_zoo.utils.errors import InputError
     from res2net_zoo.utils.files import check_writable_file
 
     if args.frame and not grid:
-        raise InputError("--frame is of a grid of your own; give one, such as --scale 2 4")
+        raise InputError("--frame needs a custom grid, such as --scale 2 4")
     if grid and args.only:
-        raise InputError(f"--only names the paper's own points; leave it out, or --{next(iter(grid))}")
+        raise InputError(f"--only selects the paper's models; remove it, or --{next(iter(grid))}")
     if args.figure:
         check_picture(args.figure)
     if args.figure and args.output and args.figure.resolve() == args.output.resolve():

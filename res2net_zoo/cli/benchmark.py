@@ -56,7 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if len(args.peers) > 1 and {"all", "none"} & set(args.peers):
         parser.error("--peers takes all, none, or names")
     if "int8" in args.precision and "train" in args.mode:
-        parser.error("--precision int8 is for inference; leave out --mode train")
+        parser.error("--precision int8 is for inference; remove --mode train")
     if args.figure and "infer" not in args.mode:
         parser.error("--figure draws inference; add --mode infer")
     if args.figure and args.output and args.figure.resolve() == args.output.resolve():

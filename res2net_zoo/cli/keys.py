@@ -16,7 +16,7 @@ KEY_HELP = (
 
 
 def add_trust(add: Callable[..., object], advice: str) -> None:
-    """Add the options of whose signatures are accepted; `advice` describes what they do in the program."""
+    """Add the options that select the accepted signer; `advice` describes what they do in the program."""
     add("--public-key", type=Path, metavar="KEY", help=f"{advice} by this key, a PEM file")
     add(
         "--certificate-chain",
@@ -32,13 +32,13 @@ def add_trust(add: Callable[..., object], advice: str) -> None:
 def check_trust(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Check that at most one of the options of `add_trust` is given."""
     if bool(args.identity) != bool(args.identity_provider):
-        parser.error("--identity and --identity-provider need each other")
+        parser.error("--identity and --identity-provider must be used together")
     if sum(map(bool, (args.public_key, args.certificate_chain, args.identity))) > 1:
-        parser.error("--public-key, --certificate-chain and --identity are different ways; choose one")
+        parser.error("--public-key, --certificate-chain and --identity are mutually exclusive; choose one")
 
 
 def trust_of(args: argparse.Namespace) -> "Trust | None":
-    """Return whose signatures are accepted; None without an option of `add_trust`."""
+    """Return the accepted signer; None without an option of `add_trust`."""
     if not (args.public_key or args.certificate_chain or args.identity):
         return None
     from res2net_zoo.weights import signature
@@ -77,7 +77,7 @@ def check_certificate(parser: argparse.ArgumentParser, args: argparse.Namespace,
 
 
 def signer_of(args: argparse.Namespace, key: Path) -> "Signer":
-    """Return who signs, by a key or by Sigstore."""
+    """Return the signer: a key or Sigstore."""
     from res2net_zoo.weights import signature
 
     if str(key) == SIGSTORE:

@@ -120,7 +120,7 @@ def print_checks(args: argparse.Namespace, checks: "list[Check]") -> int:
     from res2net_zoo.utils.markdown import markdown_table
 
     words = {True: "passed", False: "FAILED", None: "-"}
-    # Sixteen digits identify a hash; fingerprint.json and the catalogue hold all of them.
+    # Sixteen digits identify a hash; fingerprint.json and the catalogue contain all of them.
     short = [[re.sub(r"\b([0-9a-f]{16})[0-9a-f]{24,}", r"\1...", text) for text in check[:3]] for check in checks]
     short = [[printable(text) for text in texts] for texts in short]
     rows = [(*texts, words[check.passed]) for texts, check in zip(short, checks, strict=True)]

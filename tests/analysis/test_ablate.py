@@ -162,7 +162,7 @@ def test_closed_pipe():
         (["--device", "meta"], "device meta: "),
         (["--device", "mps"], "device mps: "),
         (["--device", "hpu"], "device hpu: "),
-        (["--frame", "imagenet"], "--frame is of a grid of your own"),
+        (["--frame", "imagenet"], "--frame needs a custom grid"),
         (["--figure", "same.svg", "--output", "same.svg"], "are both same.svg; name two files"),
         (["--output", "docs"], "docs is a folder; name a file"),
         (["--figure", "a.docx"], "the name of a figure must end in"),

@@ -246,7 +246,7 @@ def test_labels_of_close_points():
         (["--model", "res2net51"], "there is no model res2net51"),
         (["--batch-size", "0"], "0 is not 1 or more"),
         (["--precision", "int4"], "int4"),
-        (["--precision", "int8", "--mode", "train"], "--precision int8 is for inference; leave out --mode train"),
+        (["--precision", "int8", "--mode", "train"], "--precision int8 is for inference; remove --mode train"),
         (["--peers", "all", "eager"], "--peers takes all, none, or names"),
         pytest.param(
             ["--device", "cuda"],
