@@ -95,7 +95,7 @@ class VOCMasks(Annotated):
             number = self.classes.index(self.absent[0])
             hint = f"{IGNORED} is ignored: if it marks a class, replace it by the index of the class, such as {number}"
             raise InputError(f"{what}; {hint if ignored else 'correct the masks or classes.txt'}")
-        warn(f"{what}; {'the model cannot learn it' if train else 'metrics cover the other classes only'}")
+        warn(f"{what}; {'the model cannot learn it' if train else 'mIoU skips them unless the model predicts them'}")
 
     def _check(self, i: int, frames: Frames) -> np.ndarray:
         path, mask_path = self.pairs[i]

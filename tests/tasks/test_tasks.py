@@ -510,7 +510,10 @@ def test_classes_absent_from_all_masks(trained, voc, tmp_path, in_process):
     done = in_process(VALIDATE, trained, "--data", data, "--output", tmp_path / "figures.json")
     assert done.returncode == 0, done.stderr
     expected = "classes without a pixel in val"
-    assert "val.txt has a pixel of the classes square, triangle; metrics cover the other classes only" in done.stderr
+    assert (
+        "val.txt has a pixel of the classes square, triangle; mIoU skips them unless the model predicts them"
+        in done.stderr
+    )
     assert f"{expected}: square, triangle" in done.stdout
     (result,) = json.loads((tmp_path / "figures.json").read_text())
     assert result[expected] == "square, triangle" and list(result["IoU"]) == CLASSES
