@@ -154,7 +154,7 @@ def test_closed_pipe():
     [
         (["--depth", "30"], "a CIFAR model has 9n + 2 layers, so 29 or 38, not 30 (--depth)"),
         (["--frame", "imagenet", "--depth", "34"], "has 50, 101, 152, 200 layers, not 34 (--depth)"),
-        (["--only", "table3", "--scale", "2"], "leave it out"),
+        (["--only", "table3", "--scale", "2"], "remove it"),
         (["--scale", "0"], "argument --scale: 0 is not 1 or more"),
         (["--rounds", "-1"], "argument --rounds: -1 is not 0 or more"),
         (["--only", "table5"], "table5"),

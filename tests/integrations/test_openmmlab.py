@@ -95,7 +95,7 @@ def test_arguments_of_the_model_pass_through():
     ("settings", "named"),
     [
         (dict(depth=50, norm_cfg=dict(type="BN")), "_delete_=True"),
-        (dict(pretrained=True, init_cfg=dict(type="Pretrained", checkpoint="a.pth")), "exclude"),
+        (dict(pretrained=True, init_cfg=dict(type="Pretrained", checkpoint="a.pth")), "mutually exclusive"),
         (dict(pretrained="open-mmlab://res2net101_v1d_26w_4s"), "model_name"),
         (dict(frozen_stages=5), "frozen_stages is 5"),
         (dict(out_indices=(1, 4)), "out_indices"),
