@@ -288,7 +288,7 @@ def test_death_of_a_worker_is_reported_on_one_line(in_process, tmp_path, monkeyp
     load = Augmented.__getitem__
 
     def die(self, key):
-        if key[:2] == (0, 600):
+        if key[:2] == (0, 60):
             os.kill(os.getpid(), signal.SIGKILL)
         return load(self, key)
 
