@@ -14,6 +14,7 @@ import contextlib
 import re
 import resource
 import runpy
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -32,6 +33,11 @@ import res2net_zoo  # noqa: F401  registers the models
 from res2net_zoo.weights.card import model_card
 from res2net_zoo.weights.model_folder import write_model_folder
 from tests.hub_server import TOKEN, Hub, hasten, serve
+
+# Programs that the tests start inherit ignored signals: SIGHUP under nohup, SIGINT in the background of a shell.
+for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED_MODEL = ROOT / "hub" / "models" / "res2net_tiny.digits"
