@@ -55,21 +55,7 @@ def run(main: Callable[[], int], options: Mapping[str, str] = NO_OPTIONS) -> int
         report(f"not enough memory{f': {error}' * bool(str(error))}; reduce the batch size or the image size")
         return 1
     except RuntimeError as error:
-        if str(error).startswith("Symlink loop from"):  # `Path.resolve` before Python 3.13
-            report(f"cannot read a link that leads to itself: {str(error).removeprefix('Symlink loop from ')}")
-            return 2
-        if isinstance(error, _out_of_memory()) or "can't allocate memory" in str(error):
-            report(f"not enough memory: {first_line(error)}; reduce the batch size or the image size")
-            return 1
-        if lost_connection(error):
-            report_lost_connection(error)
-            return 1
-        if "DataLoader worker" not in str(error):
-            raise
-        # Torch can raise it at any point of the program.
-        problem = f"a loader process has died ({error}), perhaps because memory is exhausted; try again with fewer"
-        report(with_options(problem, "workers"))
-        return 1
+        return report_runtime_error(error)
     except KeyboardInterrupt:
         report("interrupted")
         return 130  # as in shells: 128 plus the number of SIGINT
@@ -89,6 +75,25 @@ def run(main: Callable[[], int], options: Mapping[str, str] = NO_OPTIONS) -> int
     finally:
         close_full_stdout()
         _options.reset(token)
+
+
+def report_runtime_error(error: RuntimeError) -> int:
+    """Print an error with a known cause as one line, and return the exit code; raise any other error."""
+    if str(error).startswith("Symlink loop from"):  # `Path.resolve` before Python 3.13
+        report(f"cannot read a link that leads to itself: {str(error).removeprefix('Symlink loop from ')}")
+        return 2
+    if isinstance(error, _out_of_memory()) or "can't allocate memory" in str(error):
+        report(f"not enough memory: {first_line(error)}; reduce the batch size or the image size")
+        return 1
+    if lost_connection(error):
+        report_lost_connection(error)
+        return 1
+    if "DataLoader worker" not in str(error):
+        raise error
+    # Torch can raise it at any point of the program.
+    problem = f"a loader process has died ({error}), perhaps because memory is exhausted; try again with fewer"
+    report(with_options(problem, "workers"))
+    return 1
 
 
 def quiet_logs() -> None:
